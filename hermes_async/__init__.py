@@ -1,0 +1,58 @@
+"""Runs Transformer models larger than the memory they are given, inside an asyncio program."""
+
+from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
+from hermes_async.engine.engine import Engine, EngineStatistics
+from hermes_async.engine.request import Chunk, Completion, Timings, Usage
+from hermes_async.errors import (
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    CorruptShardError,
+    EngineClosedError,
+    EngineError,
+    EngineFailedError,
+    HermesError,
+    MemoryBudgetError,
+    MissingTensorError,
+    QueueFullError,
+    ReadError,
+    RequestError,
+    SessionClosedError,
+    ShortReadError,
+    UnsupportedModelError,
+)
+from hermes_async.modeling.sampling import SampledToken
+from hermes_async.pipeload.planner import Plan
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Chunk",
+    "Completion",
+    "ConfigError",
+    "ContextLengthError",
+    "CorruptShardError",
+    "Engine",
+    "EngineClosedError",
+    "EngineConfig",
+    "EngineError",
+    "EngineFailedError",
+    "EngineStatistics",
+    "HermesError",
+    "MemoryBudgetError",
+    "MissingTensorError",
+    "Plan",
+    "QueueFullError",
+    "ReadError",
+    "RequestError",
+    "SampledToken",
+    "SamplingParams",
+    "SessionClosedError",
+    "ShortReadError",
+    "Timings",
+    "UnsupportedModelError",
+    "Usage",
+    "format_bytes",
+    "parse_bytes",
+]

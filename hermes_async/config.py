@@ -1,0 +1,200 @@
+"""What a user can set: byte sizes, one request's sampling parameters, the engine's options."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any, Literal
+
+from hermes_async.errors import ConfigError, RequestError
+
+_UNITS = {"": 1, "B": 1}
+for _power, _letter in enumerate("KMGT", start=1):
+    _UNITS[f"{_letter}IB"] = 1024**_power
+    _UNITS[f"{_letter}B"] = 1000**_power
+    _UNITS[_letter] = 1024**_power
+
+
+def parse_bytes(size: int | str) -> int:
+    """Reads a byte size: an int, or a text such as "3GiB", "512 MiB", "1.5GB" (10**9) or "800M" (2**20).
+
+    Raises:
+        ConfigError: It is not a size, or not more than zero.
+    """
+    if isinstance(size, bool) or not isinstance(size, (int, str)):
+        raise ConfigError(f"a byte size is an int or a text such as '3GiB', not {size!r}")
+    if isinstance(size, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+        unit = _UNITS.get(match.group(2).upper()) if match else None
+        if match is None or unit is None:
+            raise ConfigError(f"not a byte size: {size!r}; write it like '3GiB', '512MiB' or '1.5GB'")
+        size = int(Decimal(match.group(1)) * unit)
+    if size <= 0:
+        raise ConfigError(f"a byte size must be more than zero, not {size}")
+    return size
+
+
+def format_bytes(num_bytes: int) -> str:
+    """Writes a byte count with a binary unit and three significant digits, such as "1.50 GiB"."""
+    if abs(num_bytes) < 1024:
+        return f"{num_bytes} B"
+    value, unit = num_bytes / 1024, "KiB"
+    for larger_unit in ("MiB", "GiB", "TiB"):
+        if abs(value) < 1023.5:
+            break
+        value, unit = value / 1024, larger_unit
+    decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
+    return f"{value:.{decimals}f} {unit}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How one request's tokens are chosen; names and meanings are vLLM's.
+
+    Attributes:
+        max_tokens: Most tokens to generate; None for as many as the context has room for.
+        temperature: 0.0 is greedy; otherwise logits are divided by it.
+        top_p: Keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
+        top_k: Keep the k likeliest tokens; 0 or -1 keeps all.
+        min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1].
+        repetition_penalty: Divides (multiplies, if negative) the logits of tokens seen in prompt or output.
+        presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
+        frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
+        seed: Seeds this request's own generator; None draws a fresh one.
+        stop: Texts that end the generation; they are not part of the output.
+        stop_token_ids: Tokens that end the generation, besides the model's end-of-sequence tokens.
+        ignore_eos: Go on past the model's end-of-sequence tokens.
+        min_tokens: Tokens to generate before an end-of-sequence or stop token may come.
+        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
+        logit_bias: Added to the logits, by token id.
+        skip_special_tokens: Leave special tokens out of the text.
+
+    Raises:
+        RequestError: A value is out of its range; the message names it.
+    """
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int | None = None
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    logprobs: int | None = None
+    logit_bias: Mapping[int, float] | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        stop = (self.stop,) if isinstance(self.stop, str) else self.stop
+        object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
+        object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
+        if any(not text for text in self.stop):
+            raise RequestError("stop: a stop text must not be empty")
+        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
+            value = getattr(self, name)
+            optional = name in ("max_tokens", "seed", "logprobs")
+            if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int)):
+                raise RequestError(f"{name} must be an int{' or None' if optional else ''}, not {value!r}")
+        penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+        for name in ("temperature", "top_p", "min_p", *penalties):
+            if not _is_finite_number(getattr(self, name)):
+                raise RequestError(f"{name} must be a finite number, not {getattr(self, name)!r}")
+        for name in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(getattr(self, name), bool):
+                raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        _check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
+        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
+        _check("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all tokens) or more")
+        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        _check("repetition_penalty", self.repetition_penalty, self.repetition_penalty > 0, "more than 0")
+        _check("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "from -2 to 2")
+        _check("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "from -2 to 2")
+        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
+        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
+        if self.max_tokens is not None:
+            _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "at most max_tokens")
+        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more")
+        if self.logit_bias is not None:
+            if not isinstance(self.logit_bias, Mapping):
+                raise RequestError(f"logit_bias must be a mapping or None, not {self.logit_bias!r}")
+            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+            for token_id, bias in self.logit_bias.items():
+                if isinstance(token_id, bool) or not isinstance(token_id, int) or not _is_finite_number(bias):
+                    pair = f"{token_id!r} to {bias!r}"
+                    raise RequestError(f"logit_bias must map token ids to finite numbers, not {pair}")
+
+
+def _is_finite_number(value: object) -> bool:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # an int that no float can hold
+        return False
+
+
+def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
+    try:
+        values = tuple(values)
+    except TypeError:
+        raise RequestError(f"{name} must be a sequence of {kind.__name__}, not {values!r}") from None
+    for value in values:
+        if isinstance(value, bool) or not isinstance(value, kind):
+            raise RequestError(f"{name} must hold only {kind.__name__} values, not {value!r}")
+    return values
+
+
+def _check(name: str, value: object, holds: bool, allowed: str) -> None:
+    if not holds:
+        raise RequestError(f"{name} must be {allowed}, not {value!r}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine that it otherwise chooses itself; for experiments and for the paper's modes.
+
+    Attributes:
+        num_loading_agents: How many stages may be read at once; None chooses.
+        max_resident_layers: Most layers (stages) in memory at once, resident ones and those in the ring together; each
+            transformer layer is then one stage. None lets the budget decide. A value of `num_loading_agents + 1` is the
+            paper's PIPELOAD, where every layer is freed after its computation.
+        max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
+            chooses.
+        max_sequences: Most sequences in one sweep; further requests wait.
+        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB"; None sets aside a tenth of the budget.
+        direct_io: Read past the page cache where the file system allows it.
+
+    Raises:
+        ConfigError: A value is out of its range; the message names it.
+    """
+
+    num_loading_agents: int | None = None
+    max_resident_layers: int | None = None
+    max_tokens_per_sweep: int | None = None
+    max_sequences: int = 64
+    kv_budget: int | str | None = None
+    direct_io: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_sequences"):
+            value = getattr(self, name)
+            if value is None and name != "max_sequences":
+                continue
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ConfigError(f"{name} must be an int of at least 1, not {value!r}")
+        if self.num_loading_agents is not None and self.num_loading_agents > 64:
+            raise ConfigError(f"num_loading_agents must be at most 64, not {self.num_loading_agents}")
+        if not isinstance(self.direct_io, bool):
+            raise ConfigError(f"direct_io must be True or False, not {self.direct_io!r}")
+        if self.kv_budget is not None:
+            object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))

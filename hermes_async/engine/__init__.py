@@ -1,0 +1,1 @@
+"""Logits to user: the scheduler, sessions and the engine that owns them."""

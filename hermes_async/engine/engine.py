@@ -1,0 +1,468 @@
+"""The engine: owns every task, buffer and file, takes prompts, and gives tokens through async iterators."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import uuid
+from collections.abc import AsyncGenerator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Self
+
+import anyio
+import anyio.abc
+import anyio.to_thread
+
+from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.engine.opening import OpenedModel, open_model
+from hermes_async.engine.prompt import Prompt, prepare
+from hermes_async.engine.request import Chunk, Completion, Request
+from hermes_async.engine.runner import Outcome, SweepRunner
+from hermes_async.engine.scheduler import Scheduler
+from hermes_async.errors import (
+    ConfigError,
+    EngineClosedError,
+    EngineFailedError,
+    HermesError,
+    RequestError,
+)
+from hermes_async.modeling.kv_cache import SequenceKV
+from hermes_async.modeling.packed import PackedBatch
+from hermes_async.modeling.streamed import StreamedModel, replace_linears
+from hermes_async.pipeload.governor import MemoryGovernor
+from hermes_async.pipeload.memory import process_peak_rss_bytes
+from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
+from hermes_async.pipeload.planner import Plan
+from hermes_async.pipeload.stage import Stage
+from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.rows import RowReader
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Counts since the engine opened; bytes and seconds.
+
+    Attributes:
+        bytes_read: From disk, resident weights and embedding rows included.
+        bytes_resident: Weights that stay in memory.
+        bytes_in_use: Leased from the budget now: weights, ring, workspace, KV caches.
+        peak_bytes_in_use: The most that was ever leased.
+        memory_budget: What may be leased.
+        baseline_bytes: Resident memory of the process before any weight was read; the budget comes on top.
+        process_peak_rss_bytes: The most resident memory this process ever had.
+        sweeps: Passes over the weights.
+        tokens_generated: By all requests.
+        read_seconds: Of all loading agents together; they overlap.
+        compute_seconds: Of sweeps, without stalls.
+        stall_seconds: That sweeps waited for a stage to be read.
+        num_running: Requests that take part in sweeps.
+        num_waiting: Requests that wait for memory or a place.
+        num_leases: Leases out, by anyone.
+        num_free_buffers: Of the ring.
+        holders: Bytes leased, by holder.
+    """
+
+    bytes_read: int
+    bytes_resident: int
+    bytes_in_use: int
+    peak_bytes_in_use: int
+    memory_budget: int
+    baseline_bytes: int
+    process_peak_rss_bytes: int
+    sweeps: int
+    tokens_generated: int
+    read_seconds: float
+    compute_seconds: float
+    stall_seconds: float
+    num_running: int
+    num_waiting: int
+    num_leases: int
+    num_free_buffers: int
+    holders: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class Engine:
+    """Runs one causal language model in a memory budget, for any number of requests at once.
+
+        async with Engine("path or hub id", memory_budget="3GiB") as engine:
+            async for chunk in engine.generate("Once upon a time"):
+                print(chunk.text, end="", flush=True)
+
+    Entering opens the checkpoint and loads the resident stages. Leaving ends every request: one that is still
+    iterated over gets `EngineClosedError`. Used from one event loop (asyncio or uvloop); not thread-safe.
+
+    Args:
+        source: A checkpoint's directory, or an id on the Hugging Face hub.
+        memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, over what the process
+            holds anyway; "auto" takes what the machine and its cgroups leave.
+        config: Options for experiments.
+
+    Raises (on entering):
+        ConfigError: An option cannot work.
+        CheckpointError: The checkpoint cannot be used.
+        UnsupportedModelError: The architecture would not run right.
+        MemoryBudgetError: The budget is too small; the error has the smallest that works.
+        ReadError: Weights could not be read.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        *,
+        memory_budget: int | str = "auto",
+        config: EngineConfig | None = None,
+    ) -> None:
+        if config is not None and not isinstance(config, EngineConfig):
+            raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
+        self._source = source
+        self._memory_budget = memory_budget
+        self._config = config or EngineConfig()
+        # All mutable state. `_opened` to `_runner` are there while the engine is open; `_requests` holds every request
+        # that has not ended, `_slots` the places in a sweep; `_work` wakes the sweeps.
+        self._tasks: anyio.abc.TaskGroup | None = None
+        self._opened: OpenedModel | None = None
+        self._governor = MemoryGovernor(0)
+        self._pipeline: Pipeline | None = None
+        self._ring: BufferPool | None = None
+        self._scheduler: Scheduler | None = None
+        self._runner: SweepRunner | None = None
+        self._slots = anyio.Semaphore(0)
+        self._requests: dict[str, Request] = {}
+        self._work = anyio.Event()
+        self._tokens_generated = 0
+        self._closed = False
+        self._failure: BaseException | None = None
+
+    async def __aenter__(self) -> Self:
+        if self._tasks is not None or self._closed:
+            raise EngineClosedError("an engine can be entered once; make another one")
+        self._tasks = anyio.create_task_group()
+        await self._tasks.__aenter__()
+        try:
+            await self._tasks.start(self._serve, name="hermes engine")
+        except BaseException:
+            self._closed = True
+            self._tasks.cancel_scope.cancel()
+            await self._tasks.__aexit__(None, None, None)
+            raise
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._tasks is not None
+        self._closed = True
+        self._tasks.cancel_scope.cancel()
+        # The body's own error goes on by itself; given to the task group it would come out in a group.
+        await self._tasks.__aexit__(None, None, None)
+
+    # --- what users call ---
+
+    @property
+    def plan(self) -> Plan:
+        """How the budget is divided; `print` it."""
+        return self._model().plan
+
+    def statistics(self) -> EngineStatistics:
+        """Counts since the engine opened; also after it was left."""
+        if self._opened is None or self._pipeline is None or self._ring is None:
+            raise EngineClosedError("the engine was never entered")
+        memory, pipeline = self._governor.statistics(), self._pipeline
+        return EngineStatistics(
+            bytes_read=pipeline.read_statistics.bytes_read,
+            bytes_resident=self._opened.plan.resident_bytes,
+            bytes_in_use=memory.bytes_in_use,
+            peak_bytes_in_use=memory.peak_bytes_in_use,
+            memory_budget=memory.budget_bytes,
+            baseline_bytes=self._opened.baseline_bytes,
+            process_peak_rss_bytes=process_peak_rss_bytes(),
+            sweeps=pipeline.statistics.sweeps,
+            tokens_generated=self._tokens_generated,
+            read_seconds=pipeline.read_statistics.seconds,
+            compute_seconds=pipeline.statistics.compute_seconds,
+            stall_seconds=pipeline.statistics.stall_seconds,
+            num_running=len(self._scheduler.running) if self._scheduler else 0,
+            num_waiting=sum(request.kv is None for request in self._requests.values()),
+            num_leases=memory.num_leases,
+            num_free_buffers=self._ring.statistics().num_free,
+            holders=memory.holders,
+        )
+
+    async def generate(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> AsyncGenerator[Chunk, None]:
+        """Generates from a prompt; yields a chunk for every new token, the last one with a `finish_reason`.
+
+        Args:
+            prompt: Text, token ids, or chat messages (`[{"role": "user", "content": "..."}]`), which go through the
+                checkpoint's chat template.
+            params: How tokens are chosen.
+            request_id: For `abort`; not in use by another request. None makes one.
+
+        Raises:
+            RequestError: The prompt or a parameter cannot be used.
+            ContextLengthError: The prompt leaves no room in the context.
+            MemoryBudgetError: The request could never fit in what the plan leaves for KV caches.
+            ReadError: Weights could not be read; the engine goes on.
+            EngineClosedError, EngineFailedError: The engine was left, or failed.
+
+        Cancellation: leaving the iteration, or cancelling its task, ends the request within one stage and frees its
+        memory. An iterator that is kept after `break` ends when it is closed: use `contextlib.aclosing`.
+        """
+        request = await self._make_request(prompt, params, request_id)
+        try:
+            await self._admit(request)
+            while (chunk := await self._next(request)) is not None:
+                yield chunk
+        finally:
+            self._leave(request)
+
+    async def complete(
+        self, prompt: Prompt, params: SamplingParams | None = None, *, request_id: str | None = None
+    ) -> Completion:
+        """As `generate`, but returns the whole answer at its end."""
+        request = await self._make_request(prompt, params, request_id)
+        chunks = []
+        try:
+            await self._admit(request)
+            while (chunk := await self._next(request)) is not None:
+                chunks.append(chunk)
+        finally:
+            self._leave(request)
+        reason = chunks[-1].finish_reason
+        assert reason is not None
+        return Completion(
+            request_id=request.request_id,
+            text="".join(chunk.text for chunk in chunks),
+            token_ids=tuple(token_id for chunk in chunks for token_id in chunk.token_ids),
+            finish_reason=reason,
+            usage=request.usage(),
+            timings=request.timings(),
+            logprobs=tuple(sampled for chunk in chunks for sampled in chunk.logprobs),
+        )
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
+
+        Returns when the request's memory is free. False if no such request is under way.
+        """
+        request = self._requests.get(request_id)
+        if request is None:
+            return False
+        self._abort(request)
+        await request.released.wait()
+        return True
+
+    # --- a request's way: made, admitted, running, finished ---
+
+    async def _make_request(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Request:
+        opened = self._model()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+        created_at = time.perf_counter()
+        prepared = await anyio.to_thread.run_sync(prepare, opened, prompt, params)
+        self._model()
+        request_id = request_id or uuid.uuid4().hex
+        if request_id in self._requests:
+            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+        send, receive = anyio.create_memory_object_stream[Chunk](float("inf"))
+        request = Request(request_id, prepared, params, send, receive, created_at)
+        self._requests[request.request_id] = request
+        return request
+
+    async def _admit(self, request: Request) -> None:
+        """Waits for a place in the sweeps and for the request's KV memory, first come, first served."""
+        opened = self._model()
+        with request.waiting:
+            await self._slots.acquire()
+            request.has_slot = True
+            nbytes = opened.seen.kv.nbytes(request.prepared.capacity)
+            request.lease = await self._governor.acquire(f"KV of request {request.request_id}", nbytes)
+            request.kv = SequenceKV(opened.seen.kv, request.prepared.capacity)
+            request.admitted_at = time.perf_counter()
+            assert self._scheduler is not None
+            self._scheduler.add(request)
+            self._work.set()
+
+    async def _next(self, request: Request) -> Chunk | None:
+        try:
+            return await request.receive.receive()
+        except anyio.EndOfStream:
+            if request.error is not None:
+                raise request.error from request.error.__cause__
+            return None
+
+    def _leave(self, request: Request) -> None:
+        """Its user is gone."""
+        self._abort(request)
+        request.receive.close()
+
+    def _abort(self, request: Request) -> None:
+        if request.request_id in self._requests:
+            request.aborted = True
+            if self._runner is None or not self._runner.abort(request):
+                self._finish(request)
+
+    def _finish(self, request: Request, error: HermesError | None = None) -> None:
+        """Gives back all that the request holds and ends its stream. No sweep may still use its KV."""
+        if self._requests.pop(request.request_id, None) is None:
+            return
+        if self._scheduler is not None:
+            self._scheduler.remove(request)
+        if request.kv is not None:
+            request.kv.close()
+        if request.lease is not None:
+            request.lease.release()
+        if request.has_slot:
+            self._slots.release()
+        request.waiting.cancel()
+        request.error = error
+        request.finished_at = time.perf_counter()
+        if request.finish_reason is None and error is None:
+            self._send(request, Chunk("", (), "abort"))
+        request.send.close()
+        request.released.set()
+
+    def _send(self, request: Request, chunk: Chunk) -> None:
+        request.finish_reason = chunk.finish_reason
+        with contextlib.suppress(anyio.BrokenResourceError):  # its user left, and `_leave` sees to the rest
+            request.send.send_nowait(chunk)
+
+    # --- the sweeps ---
+
+    async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+        """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
+        try:
+            async with self._running_pipeline():
+                task_status.started()
+                await self._run_sweeps()
+        except Exception as error:
+            if self._runner is None:
+                raise
+            self._failure = error
+        finally:
+            for request in list(self._requests.values()):
+                ended = EngineClosedError("the engine was left while the request was running")
+                self._finish(request, self._failed() if self._failure is not None else ended)
+
+    @asynccontextmanager
+    async def _running_pipeline(self) -> AsyncGenerator[None, None]:
+        """Takes the plan's memory, loads what is resident, starts the agents; undoes all of it in reverse order."""
+        with contextlib.ExitStack() as exits:
+            opened = await anyio.to_thread.run_sync(open_model, self._source, self._memory_budget, self._config)
+            exits.callback(opened.close)
+            plan, partition = opened.plan, opened.partition
+            self._governor = MemoryGovernor(plan.memory_budget)
+            for holder, nbytes in (
+                ("resident weights", plan.resident_bytes),
+                ("ring buffers", plan.ring_bytes),
+                ("workspace", plan.workspace_bytes),
+            ):
+                exits.enter_context(self._governor.acquire_nowait(holder, nbytes))
+            stages = [Stage(0, partition.base, resident=True)] if partition.base.placements else []
+            offset = len(stages)
+            stages += [
+                Stage(idx + offset, layout, resident=idx in plan.resident) for idx, layout in enumerate(plan.stages)
+            ]
+            read_statistics = ReadStatistics()
+            self._ring = BufferPool(plan.num_buffers, plan.slot_bytes)
+            pipeline = Pipeline(
+                stages,
+                num_loading_agents=plan.num_loading_agents,
+                ring=self._ring,
+                statistics=read_statistics,
+                direct=self._config.direct_io,
+            )
+            replace_linears(opened.skeleton.model, partition.linear_blocks)
+            model = StreamedModel(
+                opened.skeleton.model,
+                opened.attention,
+                stages,
+                streamed_embedding=partition.streamed_embedding is not None,
+                gate=pipeline,
+                on_stage=self._drop_aborted,
+            )
+            exits.callback(model.close)
+            self._opened, self._pipeline = opened, pipeline
+            async with AsyncExitStack() as async_exits:
+                await async_exits.enter_async_context(pipeline.running())
+                model.bind_resident()
+                rows = None
+                if partition.streamed_embedding is not None:
+                    executor = async_exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
+                    reader = Reader(executor, read_statistics, direct=self._config.direct_io)
+                    await async_exits.enter_async_context(reader)
+                    await reader.open([partition.streamed_embedding.file])
+                    rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
+                    async_exits.callback(rows.close)
+                self._scheduler = Scheduler(plan.max_tokens_per_sweep)
+                self._slots = anyio.Semaphore(plan.max_sequences)
+                self._runner = SweepRunner(
+                    model, pipeline, rows, eos_token_ids=opened.skeleton.eos_token_ids, release=self._finish
+                )
+                yield
+
+    def _drop_aborted(self, batch: PackedBatch) -> None:
+        assert self._runner is not None
+        self._runner.drop_aborted(batch)
+
+    async def _run_sweeps(self) -> None:
+        assert self._scheduler is not None and self._runner is not None
+        while True:
+            sweep = self._scheduler.schedule()
+            if not sweep:
+                self._work = anyio.Event()
+                await self._work.wait()
+                continue
+            outcomes: list[Outcome] = []
+            error: HermesError | None = None
+            try:
+                outcomes = await self._runner.run(sweep)
+            except SweepAbandoned:
+                pass
+            except HermesError as read_error:
+                error = read_error
+            for outcome in outcomes:
+                self._deliver(outcome)
+            for item in sweep:
+                if item.request.aborted or error is not None:
+                    self._finish(item.request, None if item.request.aborted else error)
+
+    def _deliver(self, outcome: Outcome) -> None:
+        request = outcome.request
+        if request.kv is None or request.aborted:
+            return
+        request.kv.length += outcome.num_tokens
+        if outcome.sampled is None:
+            return
+        self._tokens_generated += 1
+        if request.first_token_at == 0:
+            request.first_token_at = time.perf_counter()
+        request.token_ids.append(outcome.sampled.token_id)
+        logprobs = (outcome.sampled,) if request.params.logprobs is not None else ()
+        self._send(request, Chunk(outcome.text, (outcome.sampled.token_id,), outcome.finish_reason, logprobs))
+        if outcome.finish_reason is not None:
+            self._finish(request)
+
+    def _model(self) -> OpenedModel:
+        if self._failure is not None:
+            raise self._failed()
+        if self._closed:
+            raise EngineClosedError("the engine was left")
+        if self._opened is None or self._runner is None:
+            raise EngineClosedError("the engine is not entered; use it with `async with`")
+        return self._opened
+
+    def _failed(self) -> EngineFailedError:
+        error = EngineFailedError(f"the engine stopped: {type(self._failure).__name__}: {self._failure}")
+        error.__cause__ = self._failure
+        return error

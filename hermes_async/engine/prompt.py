@@ -1,0 +1,145 @@
+"""From what a user gives as a prompt to token ids. Synchronous; for a worker thread, because texts can be long."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from hermes_async.config import SamplingParams, format_bytes
+from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.text import TextStream
+from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
+from hermes_async.modeling.sampling import Sampler
+
+Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
+"""Text, token ids, or chat messages."""
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedPrompt:
+    """A prompt that was checked against the model.
+
+    Attributes:
+        token_ids: At least one.
+        capacity: Most tokens that the sequence may come to have.
+        text_stream: None without a tokenizer.
+    """
+
+    token_ids: list[int]
+    capacity: int
+    sampler: Sampler
+    text_stream: TextStream | None
+
+
+def prepare(opened: OpenedModel, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
+    """Tokenizes `prompt` and checks it, and `params`, against the model.
+
+    Raises:
+        RequestError: The prompt is empty or of a wrong kind, or a token id is out of the vocabulary.
+        ContextLengthError: The prompt leaves no room for a token.
+        MemoryBudgetError: More KV memory than the plan leaves for all requests together.
+    """
+    token_ids = encode(opened, prompt)
+    sampler = Sampler(
+        params, token_ids, eos_token_ids=opened.skeleton.eos_token_ids, vocab_size=opened.skeleton.vocab_size
+    )
+    text_stream = None
+    if opened.tokenizer is not None:
+        text_stream = TextStream(
+            opened.tokenizer,
+            prompt_ids=token_ids,
+            stop=tuple(params.stop),
+            skip_special_tokens=params.skip_special_tokens,
+        )
+    elif params.stop:
+        raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
+    return PreparedPrompt(token_ids, _capacity(opened, len(token_ids), params.max_tokens), sampler, text_stream)
+
+
+def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
+    """The prompt's token ids: at least one.
+
+    Raises:
+        RequestError: It is empty, of a wrong kind, or needs a tokenizer or chat template that is not there.
+    """
+    if isinstance(prompt, str):
+        if not prompt:
+            raise RequestError("the prompt is empty")
+        return _tokenize(opened, prompt, add_special_tokens=True)
+    if isinstance(prompt, np.ndarray) or hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise RequestError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
+    if not prompt:
+        raise RequestError("the prompt is empty")
+    if all(isinstance(message, Mapping) for message in prompt):
+        return _tokenize(opened, _render_chat(opened, prompt), add_special_tokens=False)
+    if all(isinstance(token_id, (int, np.integer)) and not isinstance(token_id, bool) for token_id in prompt):
+        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+    raise RequestError("a prompt is text, a sequence of int token ids, or a sequence of chat messages")
+
+
+def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+    if opened.tokenizer is None:
+        raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
+    token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    if not token_ids:
+        raise RequestError("the prompt is empty: its text has no tokens")
+    return token_ids
+
+
+def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        raise RequestError(f"chat messages need a tokenizer: {opened.tokenizer_error}")
+    if not getattr(tokenizer, "chat_template", None):
+        raise RequestError("chat messages need a chat template, and the checkpoint's tokenizer has none; give text")
+    for message in messages:
+        if not isinstance(message.get("role"), str) or "content" not in message:
+            raise RequestError(f"a chat message has a 'role' and a 'content', not {message!r}")
+    try:
+        rendered = tokenizer.apply_chat_template(
+            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RequestError(f"the checkpoint's chat template refuses these messages: {reason}") from error
+    if not isinstance(rendered, str) or not rendered:
+        raise RequestError("the checkpoint's chat template gives no text for these messages")
+    return rendered
+
+
+def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
+    """How many tokens the request may come to have: the least of what it asks for, the context and, if it asks for
+    as many as possible, the KV memory."""
+    context = opened.skeleton.context_length
+    if context is not None and num_prompt_tokens >= context:
+        raise ContextLengthError(
+            f"the prompt has {num_prompt_tokens} tokens; the model's context is {context}, of which one must be left to "
+            "generate",
+            context_length=context,
+            num_tokens=num_prompt_tokens,
+        )
+    kv, plan = opened.seen.kv, opened.plan
+    if max_tokens is None:
+        affordable = plan.kv_bytes // kv.bytes_per_token
+        capacity = affordable if context is None else min(context, affordable)
+        capacity = max(capacity, num_prompt_tokens + 1)
+    else:
+        capacity = num_prompt_tokens + max_tokens
+        capacity = capacity if context is None else min(context, capacity)
+    needed = kv.nbytes(capacity)
+    if needed > plan.kv_bytes:
+        minimum = plan.memory_budget + needed - plan.kv_bytes
+        raise MemoryBudgetError(
+            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves {format_bytes(plan.kv_bytes)} "
+            f"for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for fewer tokens, or give the engine "
+            f"kv_budget={needed} or a memory_budget of at least {minimum} bytes ({format_bytes(minimum)})",
+            requested_bytes=needed,
+            budget_bytes=plan.kv_bytes,
+            minimum_bytes=minimum,
+        )
+    return capacity

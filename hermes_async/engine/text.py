@@ -1,0 +1,184 @@
+"""Token ids to text, token by token, for one request: whole characters only, and an end at a stop text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+from transformers import PreTrainedTokenizerBase
+
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. Held back can be
+# more: tokens that each end one character and begin the next.
+_MAX_INCOMPLETE_TOKENS = 3
+_MAX_HELD_TOKENS = 8
+_NUM_CONTEXT_TOKENS = 6
+_MAX_MORE_CONTEXT = 26
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """New text, and whether a stop text was met (the new text ends right before it)."""
+
+    text: str
+    stopped: bool
+
+
+class TextStream:
+    """Gives out a request's text as its tokens come.
+
+    The deltas together are what `tokenizer.decode` adds for the output to what it gives for the prompt. Text is
+    held back while it may end within a character, or within a stop text. Of several stop texts, the one that is
+    complete first ends the text (the longest, if several are complete at once), so that the text does not depend
+    on how it was cut into tokens.
+
+    A token costs the decoding of a few tokens, however long the output is.
+
+    Args:
+        tokenizer: Decodes; not changed.
+        prompt_ids: What comes before the output; the last few tell whether it begins with a space.
+        stop: Texts that end the output and are not part of it.
+        skip_special_tokens: Leave special tokens out.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        prompt_ids: Sequence[int],
+        stop: Sequence[str] = (),
+        skip_special_tokens: bool = True,
+    ) -> None:
+        self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
+        self._stop = tuple(stop)
+        self._held = ""
+        self._deltas: list[str] = []
+        self._stopped = False
+
+    @property
+    def text(self) -> str:
+        """All text given out so far."""
+        return "".join(self._deltas)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop text was met; nothing is given out after it."""
+        return self._stopped
+
+    def push(self, token_id: int, *, final: bool = False) -> TextDelta:
+        """Takes the next token; returns the text that is certain now, or with `final` all that is left."""
+        return self._advance(self._decoder.push(token_id), final)
+
+    def finish(self) -> str:
+        """Returns what was held back; bytes of an incomplete character become U+FFFD."""
+        return self._advance("", final=True).text
+
+    def _advance(self, decoded: str, final: bool) -> TextDelta:
+        if self._stopped:
+            return TextDelta("", stopped=True)
+        text = self._held + decoded + (self._decoder.flush() if final else "")
+        cut = _first_stop(text, self._stop)
+        if cut is not None:
+            self._stopped = True
+        elif final:
+            cut = len(text)
+        else:
+            cut = len(text) - _num_held(text, self._stop)
+        self._held = "" if self._stopped else text[cut:]
+        self._deltas.append(text[:cut])
+        return TextDelta(text[:cut], self._stopped)
+
+
+class _Decoder:
+    """Decodes a window over the last few tokens; those before `_read` are only context.
+
+    State: `_window`, token ids; `_text`, what they decode to; `_given`, the beginning of `_text` that is given
+    out.
+    """
+
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip_special: bool
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._window: list[int] = []
+        self._text = self._given = ""
+        self._read = 0
+        self._slide(list(prompt_ids[-_NUM_CONTEXT_TOKENS - _MAX_MORE_CONTEXT :]), _NUM_CONTEXT_TOKENS)
+
+    def push(self, token_id: int) -> str:
+        """Returns the text that is certain now: none while the last character may be incomplete."""
+        text = self._decode([*self._window, token_id])
+        if text == self._text and not self._decode([token_id, token_id]):
+            return (
+                ""  # A skipped special token. Twice, because one "▁" that comes first shows nothing either.
+            )
+        # Bytes that byte fallback showed one by one became one character, which may be U+FFFD itself.
+        completed = len(text) < len(self._text) or not text.endswith(_REPLACEMENT)
+        self._window.append(token_id)
+        self._text = text
+        if not text.startswith(self._given):
+            self._mend()
+        num_pending = len(self._window) - self._read
+        if completed:
+            new = self.flush()
+            self._slide(self._window, num_pending)
+        elif num_pending < _MAX_HELD_TOKENS:
+            new = ""
+        else:
+            # The model writes invalid bytes, or U+FFFD itself: only the last can become another character.
+            new = self.flush()
+            self._slide(self._window, _MAX_INCOMPLETE_TOKENS + 1)
+            if self._text.endswith(_REPLACEMENT):
+                new, self._given = new[:-1], self._text[:-1]
+                self._read = len(self._window) - _MAX_INCOMPLETE_TOKENS
+        return new
+
+    def flush(self) -> str:
+        """Returns the text that was held back."""
+        new = self._text[len(self._given) :]
+        self._given = self._text
+        self._read = len(self._window)
+        return new
+
+    def _mend(self) -> None:
+        """Makes `_given` the beginning of `_text` again, where the last token changed text before it."""
+        # The prompt ended within a character, and the output completes it.
+        self._given = self._given.rstrip(_REPLACEMENT)
+        if not self._text.startswith(self._given):
+            # Byte fallback shows all of a run of byte tokens as invalid while its last character is incomplete.
+            # Byte tokens need no context.
+            self._window = self._window[self._read :]
+            self._text, self._given, self._read = self._decode(self._window), "", 0
+
+    def _slide(self, token_ids: list[int], num_tokens: int) -> None:
+        """Makes the last `num_tokens` the context; some more where those alone begin within a character."""
+        shortest = max(len(token_ids) - num_tokens, 0)
+        for start in range(shortest, max(shortest - _MAX_MORE_CONTEXT, 0) - 1, -1):
+            text = self._decode(token_ids[start:])
+            if text and not text.startswith(_REPLACEMENT):
+                break
+        else:
+            start, text = shortest, self._decode(token_ids[shortest:])
+        self._window, self._text, self._given = token_ids[start:], text, text
+        self._read = len(self._window)
+
+    def _decode(self, token_ids: list[int]) -> str:
+        text = self._tokenizer.decode(
+            token_ids, skip_special_tokens=self._skip_special, clean_up_tokenization_spaces=False
+        )
+        return cast(str, text)
+
+
+def _first_stop(text: str, stop: Sequence[str]) -> int | None:
+    """Returns where the stop text begins that is complete first in `text`, or None."""
+    found = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+    return min(found)[1] if found else None
+
+
+def _num_held(text: str, stop: Sequence[str]) -> int:
+    """Returns the length of the longest end of `text` that a stop text begins with."""
+    return max(
+        (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
+    )

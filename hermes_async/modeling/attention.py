@@ -1,0 +1,153 @@
+"""Attention over a packed row: every segment attends to its own sequence only.
+
+Two ways. Models that let their attention be chosen (`_supports_attention_backend`) call `PackedAttention`. The others
+attend by themselves, under `block_diagonal_mask`, over keys and values that `PackedCache` lays one after another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from transformers import AttentionInterface
+
+from hermes_async.errors import UnsupportedModelError
+from hermes_async.modeling.kv_cache import PackedCache, Segment
+
+_WITHOUT_MEANING_HERE = frozenset({
+    # Positions were applied to queries and keys before; the rest asks for outputs or repeats what the cache knows.
+    "position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value", "use_cache",
+    "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "dropout",
+    "logits_to_keep", "num_items_in_batch", "layer_idx",
+})  # fmt: skip
+
+
+class PackedAttention:
+    """An attention function for transformers' `AttentionInterface`, registered under a name of its own while open.
+
+    Attributes:
+        cache: Of the sweep that is running, which also knows its segments; None between sweeps.
+    """
+
+    def __init__(self) -> None:
+        self.cache: PackedCache | None = None
+        self.name = f"hermes_async_{id(self):x}"
+        AttentionInterface.register(self.name, self)
+
+    def close(self) -> None:
+        """Takes the name back from transformers' registry."""
+        AttentionInterface._global_mapping.pop(self.name, None)
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        scaling: float | None = None,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        s_aux: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        """Args: query: [1, num_heads, tokens, key_dim]. Returns: [1, tokens, num_heads, value_dim], None.
+
+        Raises:
+            UnsupportedModelError: The model asks for something that this function would leave out.
+        """
+        cache = self.cache
+        name = type(module).__name__
+        if cache is None or cache.layer_idx is None or cache.returned_keys is not key:
+            raise UnsupportedModelError(f"{name} attends to keys that did not come from its KV cache")
+        for kwarg, given in kwargs.items():
+            if given is not None and kwarg not in _WITHOUT_MEANING_HERE and not isinstance(given, bool):
+                raise UnsupportedModelError(f"{name} attends with {kwarg!r}, which is not supported")
+        if attention_mask is not None:
+            raise UnsupportedModelError(f"{name} attends under a mask of its own, which is not supported")
+        output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
+        for segment in cache.segments:
+            part = slice(segment.start, segment.end)
+            if segment.dropped:
+                output[:, part] = 0
+                continue
+            end = segment.kv.length + segment.num_tokens
+            start = 0 if sliding_window is None else max(0, segment.kv.length + 1 - sliding_window)
+            keys, values = segment.kv.read(cache.layer_idx, start, end)
+            mask = _causal_mask(segment, start, sliding_window, query.device)
+            queries = query[:, :, part]
+            if softcap is None and s_aux is None:
+                attended = F.scaled_dot_product_attention(
+                    queries,
+                    keys,
+                    values,
+                    attn_mask=mask,
+                    is_causal=mask is None and segment.num_tokens > 1,
+                    scale=scaling,
+                    enable_gqa=queries.shape[1] != keys.shape[1],
+                )
+            else:
+                attended = _eager_attention(queries, keys, values, mask, segment, scaling, softcap, s_aux)
+            output[:, part] = attended.transpose(1, 2)
+        return output, None
+
+
+def _causal_mask(
+    segment: Segment, start: int, sliding_window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which of the keys from `start` on each query may see, [tokens, keys] bool; None where plain causality does."""
+    length = segment.kv.length
+    if segment.num_tokens == 1:
+        return None
+    if length == 0 and (sliding_window is None or sliding_window >= segment.num_tokens):
+        return None
+    queries = torch.arange(length, length + segment.num_tokens, device=device)[:, None]
+    keys = torch.arange(start, length + segment.num_tokens, device=device)[None, :]
+    mask = keys <= queries
+    if sliding_window is not None:
+        mask &= keys > queries - sliding_window
+    return mask
+
+
+def _eager_attention(
+    queries: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor | None,
+    segment: Segment,
+    scaling: float | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attention with capped scores (Gemma 2) or a learned sink for each head (gpt-oss); [1, num_heads, tokens, dim]."""
+    groups = queries.shape[1] // keys.shape[1]
+    keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
+    scores = queries @ keys.transpose(2, 3) * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    if mask is None and segment.num_tokens > 1:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if sinks is not None:
+        sink_scores = sinks.reshape(1, -1, 1, 1).expand(1, -1, scores.shape[2], 1).to(scores.dtype)
+        scores = torch.cat([scores, sink_scores], dim=-1)
+        scores = scores - scores.max(dim=-1, keepdim=True).values
+        return scores.softmax(dim=-1, dtype=scores.dtype)[..., :-1] @ values
+    return scores.softmax(dim=-1, dtype=torch.float32).to(values.dtype) @ values
+
+
+def block_diagonal_mask(segments: Sequence[Segment], dtype: torch.dtype) -> torch.Tensor:
+    """The additive mask of a packed row over all segments' keys, laid one after another: [1, 1, tokens, keys]."""
+    num_tokens = sum(segment.num_tokens for segment in segments)
+    num_keys = sum(segment.kv.length + segment.num_tokens for segment in segments)
+    mask = torch.full((1, 1, num_tokens, num_keys), torch.finfo(dtype).min, dtype=dtype)
+    offset = 0
+    for segment in segments:
+        length = segment.kv.length
+        for i in range(segment.num_tokens):
+            mask[0, 0, segment.start + i, offset : offset + length + i + 1] = 0
+        offset += length + segment.num_tokens
+    return mask

@@ -1,0 +1,148 @@
+"""Cuts a model into stages, none larger than a given size where that can be helped."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from torch import nn
+
+from hermes_async.modeling.probe import Probe
+from hermes_async.modeling.skeleton import Skeleton
+from hermes_async.pipeload.stage import StageLayout
+from hermes_async.storage.checkpoint import TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """Stages in the order in which the model computes them.
+
+    Attributes:
+        base: What belongs to no stage and always stays: norms, biases and other vectors, mostly.
+        linear_blocks: Linear layers too large for one stage, with the output rows of each block.
+        streamed_embedding: The tensor whose rows are read as needed; None where the embedding is in a stage.
+        cast_bytes: Most bytes that one stage's parameters take when they are cast to the dtype they compute in.
+    """
+
+    base: StageLayout
+    stages: tuple[StageLayout, ...]
+    linear_blocks: dict[str, tuple[int, ...]]
+    streamed_embedding: TensorSpec | None
+    cast_bytes: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of weights that a sweep computes with, without the rows of a streamed embedding."""
+        return self.base.weight_bytes + sum(stage.weight_bytes for stage in self.stages)
+
+
+def partition(skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None = None) -> Partition:
+    """Cuts the model.
+
+    A transformer layer is one stage if it fits in `max_stage_bytes`; else its attention, MLP or single linear layers
+    are; and a linear layer that is still too large goes in blocks of rows. None puts all of it in memory: no block is
+    cut, and the input embedding is a stage too.
+    """
+    return _Cutter(skeleton, seen, max_stage_bytes).cut()
+
+
+class _Cutter:
+    def __init__(self, skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None) -> None:
+        self.model = skeleton.model
+        self.seen = seen
+        self.limit = max_stage_bytes
+        self.base: list[str] = []
+        self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
+        self.linear_blocks: dict[str, tuple[int, ...]] = {}
+        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in seen.unused}
+        self.streamed_embedding: TensorSpec | None = None
+        embedding = next(
+            f"{name}.weight" for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
+        )
+        if max_stage_bytes is not None and seen.embeds_input_ids:
+            self.streamed_embedding = self.tensors.pop(embedding)
+
+    def cut(self) -> Partition:
+        self._walk("", self.model, in_list=False)
+        base = StageLayout.of("", [(name, self.tensors[name]) for name in self.base])
+        self.stages.sort(key=lambda stage: stage[0])
+        layouts = self._layouts(base)
+        return Partition(
+            base, layouts, self.linear_blocks, self.streamed_embedding, max(map(self._cast_bytes, (base, *layouts)))
+        )
+
+    def _layouts(self, base: StageLayout) -> tuple[StageLayout, ...]:
+        """Tied tensors that several resident stages share are loaded with the first of them."""
+        if self.limit is not None:
+            return tuple(StageLayout.of(name, tensors) for _, name, tensors in self.stages)
+        owner: dict[tuple[object, int], list[tuple[str, TensorSpec]]] = {}
+        kept = []
+        for _, name, tensors in self.stages:
+            own: list[tuple[str, TensorSpec]] = []
+            for item in tensors:
+                owner.setdefault((item[1].file, item[1].offset), own).append(item)
+            kept.append((name, own))
+        return tuple(StageLayout.of(name, own) for name, own in kept if own)
+
+    def _walk(self, path: str, module: nn.Module, *, in_list: bool) -> None:
+        names = self._names_under(path)
+        if not names:
+            return
+        nbytes = sum({(s.file, s.offset): s.nbytes for s in (self.tensors[name] for name in names)}.values())
+        fits = self.limit is None or nbytes <= self.limit
+        visited = path in self.seen.visits
+        children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
+        children = [(name, child) for name, child in children if self._names_under(name)]
+        if visited and in_list and (fits or not all(self._callable(*child) for child in children)):
+            self._add_stage(path, names)
+        elif children:
+            covered = {name for child, _ in children for name in self._names_under(child)}
+            self.base += [name for name in names if name not in covered]
+            for name, child in children:
+                self._walk(name, child, in_list=in_list or isinstance(module, nn.ModuleList))
+        elif not visited or all(len(self.tensors[name].shape) <= 1 for name in names):
+            self.base += names
+        elif not fits and type(module) is nn.Linear:
+            self._add_blocks(path, names)
+        else:
+            self._add_stage(path, names)
+
+    def _callable(self, path: str, module: nn.Module) -> bool:
+        """Whether the module, or each of those in it, is called: only then can it be a stage of its own."""
+        if path in self.seen.visits:
+            return True
+        children = [(f"{path}.{name}", child) for name, child in module.named_children()]
+        own = {f"{path}.{name}" for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
+        if own & self.tensors.keys():
+            return False
+        return all(self._callable(*child) for child in children if self._names_under(child[0]))
+
+    def _add_stage(self, path: str, names: Iterable[str]) -> None:
+        self.stages.append((self.seen.visits[path], path, [(name, self.tensors[name]) for name in names]))
+
+    def _add_blocks(self, path: str, names: Iterable[str]) -> None:
+        """Blocks of equal size; the bias, where there is one, goes with its rows."""
+        assert self.limit is not None
+        specs = {name.rpartition(".")[2]: self.tensors[name] for name in names}
+        num_rows = specs["weight"].shape[0]
+        row_bytes = sum(spec.nbytes for spec in specs.values()) // num_rows
+        num_blocks = min(num_rows, -(-num_rows * row_bytes // max(self.limit, row_bytes)))
+        bounds = [num_rows * idx // num_blocks for idx in range(num_blocks + 1)]
+        self.linear_blocks[path] = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
+        for idx, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+            block = f"{path}.blocks.{idx}"
+            tensors = [(f"{block}.{leaf}", spec.rows(start, end)) for leaf, spec in specs.items()]
+            self.stages.append((self.seen.visits[path], block, tensors))
+
+    def _names_under(self, path: str) -> list[str]:
+        prefix = f"{path}." if path else ""
+        return [name for name in self.tensors if name.startswith(prefix)]
+
+    def _cast_bytes(self, layout: StageLayout) -> int:
+        expected = self.model.state_dict()
+        total = 0
+        for placement in layout.placements:
+            tensor = expected.get(placement.name)
+            if tensor is not None and tensor.dtype != placement.dtype:
+                total += tensor.nbytes
+        return total

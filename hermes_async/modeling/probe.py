@@ -1,0 +1,134 @@
+"""Looks at how a model runs before any weight is read: one forward pass over weights that are all zero.
+
+The zeros are one anonymous mapping that is never written to, so they take no memory; every parameter is a view of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hermes_async.errors import UnsupportedModelError
+from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.kv_cache import KVLayout, KVShape, Segment, SequenceKV
+from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
+from hermes_async.modeling.skeleton import Skeleton, get_tensor, set_tensor
+from hermes_async.storage.buffers import Buffer
+
+_NUM_TOKENS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What one forward pass showed.
+
+    Attributes:
+        visits: The modules with weights in or under them whose forward ran, each with its turn, by name.
+        kv: Which layers keep keys and values, and their sizes.
+        embeds_input_ids: The input embedding is called once, with the input ids themselves.
+        unused: Parameters that the pass got along without.
+    """
+
+    visits: Mapping[str, int]
+    kv: KVLayout
+    embeds_input_ids: bool
+    unused: frozenset[str]
+
+
+class _RecordedKV(SequenceKV):
+    """Keeps whatever each layer writes, and with it the shapes."""
+
+    def __init__(self) -> None:
+        self.length = 0
+        self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        self.written[layer_idx] = (keys, values)
+
+    def read(self, layer_idx: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self.written[layer_idx]
+        return keys[None, :, start:end], values[None, :, start:end]
+
+
+def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
+    """Runs `skeleton` once over zeros; its parameters are on the meta device again afterwards.
+
+    Raises:
+        UnsupportedModelError: The model's forward does not run on a packed row.
+    """
+    check_forward_signature(skeleton.model)
+    names = list(skeleton.model.state_dict())
+    first = _run(skeleton, attention, names)
+    idle = frozenset(name for name in names if name.rpartition(".")[0] not in first.visits)
+    if not idle:
+        return first
+    try:
+        # Parameters of a module that was not called may still be used by the module around it.
+        second = _run(skeleton, attention, [name for name in names if name not in idle])
+    except UnsupportedModelError:
+        return first
+    return Probe(second.visits, second.kv, second.embeds_input_ids, idle)
+
+
+def _run(skeleton: Skeleton, attention: PackedAttention, names: list[str]) -> Probe:
+    model = skeleton.model
+    unloaded = {name: get_tensor(model, name) for name in names}
+    zeros = Buffer(max(tensor.nbytes for tensor in unloaded.values()))
+    visits: dict[str, int] = {}
+    embedded: list[bool] = []
+    input_ids = torch.arange(_NUM_TOKENS)[None] % skeleton.vocab_size
+
+    def record(name: str) -> Any:
+        def visited(module: nn.Module, args: Any) -> None:
+            visits.setdefault(name, len(visits))
+
+        return visited
+
+    def embedding_called(module: nn.Module, args: tuple[Any, ...]) -> None:
+        same = len(args) == 1 and isinstance(args[0], torch.Tensor) and torch.equal(args[0], input_ids)
+        embedded.append(same)
+
+    hooks = [
+        module.register_forward_pre_hook(record(name))
+        for name, module in model.named_modules()
+        if any(True for _ in module.parameters()) or any(True for _ in module.buffers())
+    ]
+    hooks.append(model.get_input_embeddings().register_forward_pre_hook(embedding_called))
+    kv = _RecordedKV()
+    try:
+        for name, tensor in unloaded.items():
+            set_tensor(model, name, zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
+        forward_packed(
+            model,
+            attention,
+            PackedBatch(
+                input_ids=input_ids,
+                position_ids=torch.arange(_NUM_TOKENS)[None],
+                segments=[Segment(0, _NUM_TOKENS, kv)],
+                logits_positions=torch.tensor([_NUM_TOKENS - 1]),
+            ),
+        )
+    except UnsupportedModelError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not run on a packed row of sequences: {type(error).__name__}: {reason}"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for name, tensor in unloaded.items():
+            set_tensor(model, name, tensor)
+    shapes = {
+        layer_idx: KVShape(keys.shape[0], keys.shape[2], values.shape[0], values.shape[2])
+        for layer_idx, (keys, values) in sorted(kv.written.items())
+    }
+    if not shapes:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
+    dtype = next(iter(kv.written.values()))[0].dtype
+    return Probe(visits, KVLayout(shapes, dtype), embedded == [True], frozenset())

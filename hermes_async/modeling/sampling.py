@@ -1,0 +1,220 @@
+"""From logits to one token: a request's sampling parameters, the tokens it has seen, its random generator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
+
+from hermes_async.config import SamplingParams
+from hermes_async.errors import RequestError
+
+# As in vLLM: dividing logits by less than this would only lose precision against argmax.
+_GREEDY_BELOW = 1e-5
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """One chosen token.
+
+    Log-probabilities are of the model's own distribution, before bias, penalties and temperature (as vLLM's
+    default), and are there only where `SamplingParams.logprobs` is not None.
+
+    Attributes:
+        token_id: The token.
+        logprob: The token's log-probability.
+        top_logprobs: The `logprobs` likeliest tokens, likeliest first, and the chosen one, by token id.
+    """
+
+    token_id: int
+    logprob: float | None
+    top_logprobs: dict[int, float] | None
+
+
+class Sampler:
+    """Chooses one request's tokens.
+
+    The order is vLLM's: logit_bias, min_tokens, repetition, frequency and presence penalties; then argmax, or
+    temperature, min_p, top_k, top_p and a draw. Math is float32 on the CPU. A sampler is plain state:
+    `copy.deepcopy` gives one that goes on from the same place and draws the same tokens.
+
+    Args:
+        params: What the request asks for.
+        prompt_ids: The prompt, which the repetition penalty counts too.
+        eos_token_ids: The model's end-of-sequence tokens, which `min_tokens` holds off.
+        vocab_size: How many logits the model gives for each position.
+
+    Raises:
+        RequestError: A token id, or `params.logprobs`, is out of the vocabulary's range.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        *,
+        eos_token_ids: frozenset[int],
+        vocab_size: int,
+    ) -> None:
+        _check_vocabulary(params, prompt_ids, vocab_size)
+        self._params = params
+        self._num_output_tokens = 0
+        bias = params.logit_bias or {}
+        self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
+        self._biases = torch.tensor(list(bias.values()), dtype=torch.float32)
+        # A checkpoint's configuration may name an end-of-sequence token that its head has no row for.
+        end_ids = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size} | set(
+            params.stop_token_ids
+        )
+        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
+
+        self._repetition: LogitsProcessor | None = None
+        if params.repetition_penalty != 1:
+            self._repetition = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
+        self._counts: _TokenCounts | None = None
+        if self._repetition is not None or params.frequency_penalty or params.presence_penalty:
+            self._counts = _TokenCounts(prompt_ids)
+
+        self._warpers: list[LogitsProcessor] = []
+        self._generator: torch.Generator | None = None
+        if params.temperature >= _GREEDY_BELOW:
+            self._warpers = _warpers(params)
+            self._generator = torch.Generator()
+            if params.seed is None:
+                self._generator.seed()
+            else:
+                self._generator.manual_seed(params.seed)
+
+    @torch.inference_mode()
+    def sample(self, logits: torch.Tensor) -> SampledToken:
+        """Chooses the next token and remembers it.
+
+        Args:
+            logits: `[vocab_size]`, any float dtype, on the CPU; not changed.
+
+        Raises:
+            RequestError: No token is left to choose: logits that are not numbers, or all suppressed.
+        """
+        scores = self._penalize(logits)
+        if not scores.max() > -math.inf:  # also true of NaN
+            raise RequestError(
+                "no token can be chosen: the logits are not numbers, or every token is suppressed"
+            )
+        token_id = int(scores.argmax()) if self._generator is None else self._draw(scores, self._generator)
+        self._num_output_tokens += 1
+        if self._counts is not None:
+            self._counts.add(token_id)
+        return self._report(logits, token_id)
+
+    def _penalize(self, logits: torch.Tensor) -> torch.Tensor:
+        """Returns `logits` itself where there is nothing to do, so that plain greedy is `logits.argmax()`."""
+        suppress = self._num_output_tokens < self._params.min_tokens
+        if not (len(self._biases) or suppress or self._counts is not None):
+            return logits
+        scores = logits.to(torch.float32, copy=True)
+        scores[self._bias_ids] += self._biases
+        if suppress:
+            scores[self._end_ids] = -math.inf
+        if self._counts is not None:
+            token_ids, output_counts = self._counts.view()
+            if self._repetition is not None:
+                scores = self._repetition(token_ids[None], scores[None])[0]
+            scores[token_ids] -= self._params.frequency_penalty * output_counts
+            scores[token_ids] -= self._params.presence_penalty * (output_counts > 0)
+        return scores
+
+    def _draw(self, scores: torch.Tensor, generator: torch.Generator) -> int:
+        # A large bias over a small temperature can pass float32's range, and softmax would make NaN of that.
+        scores = (scores.float() / self._params.temperature).clamp(max=torch.finfo(torch.float32).max)
+        warped = scores[None]  # [1, vocab_size], as transformers' processors take them
+        for warper in self._warpers:
+            warped = warper(None, warped)
+        probs = warped[0].softmax(-1)
+        # Over the whole vocabulary, not only over what top_k and top_p left: so each token keeps its own random
+        # number, and rounding that moves the edge of that set (another batch) does not change the draw.
+        return int(torch.multinomial(probs, num_samples=1, generator=generator))
+
+    def _report(self, logits: torch.Tensor, token_id: int) -> SampledToken:
+        if self._params.logprobs is None:
+            return SampledToken(token_id, None, None)
+        logprobs = logits.float().log_softmax(-1)
+        logprob = float(logprobs[token_id])
+        top = logprobs.topk(self._params.logprobs)
+        top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
+        top_logprobs.setdefault(token_id, logprob)
+        return SampledToken(token_id, logprob, top_logprobs)
+
+
+class TopPWarper(LogitsProcessor):
+    """What transformers' `TopPLogitsWarper` does, without its sort of the whole vocabulary.
+
+    All tokens of at most `(1 - top_p) / vocab_size` together have at most `1 - top_p`, so they never stay; only
+    the others (of 256k, most often few) are sorted.
+    """
+
+    def __init__(self, top_p: float) -> None:
+        self.top_p = top_p
+
+    def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
+        """Returns `scores`, `[1, vocab_size]`, with minus infinity for all but the nucleus."""
+        probs = scores[0].softmax(-1)
+        # Half of that bound, so that rounding cannot drop a token of a flat distribution.
+        candidates = (probs > (1 - self.top_p) / (2 * len(probs))).nonzero()[:, 0]
+        ordered, order = probs[candidates].sort(descending=True)
+        mass_before = ordered.cumsum(-1, dtype=torch.float64) - ordered
+        kept = candidates[order[mass_before < self.top_p]]
+        warped = torch.full_like(scores, -math.inf)
+        warped[0, kept] = scores[0, kept]
+        return warped
+
+
+class _TokenCounts:
+    """The distinct tokens of prompt and output, and how often each came in the output; grows in place."""
+
+    def __init__(self, prompt_ids: Sequence[int]) -> None:
+        self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_ids))}
+        self._token_ids = torch.zeros(2 * len(self._slots) + 16, dtype=torch.long)
+        self._token_ids[: len(self._slots)] = torch.tensor(list(self._slots), dtype=torch.long)
+        self._output_counts = torch.zeros(len(self._token_ids), dtype=torch.float32)
+
+    def add(self, token_id: int) -> None:
+        slot = self._slots.setdefault(token_id, len(self._slots))
+        if slot == len(self._token_ids):
+            self._token_ids = torch.cat([self._token_ids, torch.zeros_like(self._token_ids)])
+            self._output_counts = torch.cat([self._output_counts, torch.zeros_like(self._output_counts)])
+        self._token_ids[slot] = token_id
+        self._output_counts[slot] += 1
+
+    def view(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns token ids and output counts, both `[num_distinct]`."""
+        return self._token_ids[: len(self._slots)], self._output_counts[: len(self._slots)]
+
+
+def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
+    warpers: list[LogitsProcessor] = []
+    if params.min_p > 0:
+        warpers.append(MinPLogitsWarper(float(params.min_p)))
+    if params.top_k > 0:
+        warpers.append(TopKLogitsWarper(params.top_k))
+    if params.top_p < 1:
+        warpers.append(TopPWarper(float(params.top_p)))
+    return warpers
+
+
+def _check_vocabulary(params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
+    named_ids = {
+        "logit_bias": params.logit_bias or {},
+        "stop_token_ids": params.stop_token_ids,
+        "prompt": prompt_ids,
+    }
+    for name, token_ids in named_ids.items():
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise RequestError(
+                    f"{name}: token id {token_id} is out of range of a vocabulary of {vocab_size} tokens"
+                )
+    if params.logprobs is not None and params.logprobs > vocab_size:
+        raise RequestError(f"logprobs: {params.logprobs} is more than the vocabulary's {vocab_size} tokens")

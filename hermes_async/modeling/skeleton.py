@@ -1,0 +1,260 @@
+"""The real transformers model without its weights, and which tensor of the checkpoint each parameter is."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+
+from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
+
+
+@dataclass(frozen=True, slots=True)
+class Skeleton:
+    """A model on the meta device; only its non-persistent buffers (rotary frequencies and such) are real.
+
+    Attributes:
+        tensors: The checkpoint's tensor for each parameter and persistent buffer, tied names included.
+        dtype: What the model computes in.
+        eos_token_ids: The model's end-of-sequence tokens.
+        context_length: Most tokens of a sequence; None where the model names no limit.
+    """
+
+    model: PreTrainedModel
+    tensors: dict[str, TensorSpec]
+    dtype: torch.dtype
+    eos_token_ids: frozenset[int]
+    context_length: int | None
+
+    @property
+    def vocab_size(self) -> int:
+        size = self.model.get_input_embeddings().num_embeddings
+        assert isinstance(size, int)
+        return size
+
+    def __repr__(self) -> str:
+        return f"<Skeleton {type(self.model).__name__} {self.dtype}: {len(self.tensors)} tensors>"
+
+
+def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
+    """Reads the model's configuration; code from the checkpoint is never run.
+
+    Raises:
+        UnsupportedModelError: transformers does not know the architecture, it is quantized, or no causal language model.
+    """
+    path = checkpoint.path
+    model_type = checkpoint.config.get("model_type")
+    if not isinstance(model_type, str):
+        raise CheckpointError(f"{path / 'config.json'} names no model_type", path=path)
+    if checkpoint.config.get("quantization_config"):
+        method = checkpoint.config["quantization_config"]
+        method = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+        raise UnsupportedModelError(
+            f"{path} is quantized ({method}); fp32, bf16 and fp16 checkpoints are supported", path=path
+        )
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        needs_code = " and would need code from the checkpoint, which is never run" if "auto_map" in checkpoint.config else ""
+        raise UnsupportedModelError(
+            f"{path}: transformers cannot read the configuration of model_type {model_type!r}{needs_code}: "
+            f"{_first_line(error)}",
+            path=path,
+        ) from error
+    return config
+
+
+def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: str) -> Skeleton:
+    """Builds the causal language model of `config` on the meta device and finds its tensors.
+
+    Args:
+        attention: The name of the attention function for models that let it be chosen.
+
+    Raises:
+        UnsupportedModelError: No causal language model, or weights that would have to be converted.
+        MissingTensorError: A parameter has no tensor.
+        CheckpointError: A tensor has another shape than its parameter.
+    """
+    dtype = _resolve_dtype(checkpoint, config)
+    model = build_model(config, dtype, attention, where=str(checkpoint.path))
+    tensors = resolve_tensors(model, checkpoint)
+    return Skeleton(model, tensors, dtype, _eos_token_ids(checkpoint, config), _context_length(config))
+
+
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, *, where: str) -> PreTrainedModel:
+    """Makes the model of `config` on the meta device, in eval mode, with real non-persistent buffers."""
+    try:
+        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+    except KeyError:
+        architectures = ", ".join(config.architectures or ()) or config.model_type
+        raise UnsupportedModelError(f"{where}: {architectures} is not a causal language model") from None
+    implementation = attention if supports_packed_attention(model_class) else "eager"
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
+            )
+    except Exception as error:
+        raise UnsupportedModelError(
+            f"{where}: transformers cannot build {model_class.__name__} from config.json: {_first_line(error)}"
+        ) from error
+    model.eval()
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    _cast_kept_in_float32(model, dtype)
+    persistent = set(model.state_dict())
+    for name, buffer in model.named_buffers():
+        if name not in persistent:
+            module, leaf = _owner(model, name)
+            module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
+    model.initialize_weights()
+    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+        raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
+    return model
+
+
+def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+    """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
+
+    Raises:
+        UnsupportedModelError: A tensor would have to be converted, not only renamed.
+        MissingTensorError: A parameter has no tensor and is not tied to one that has.
+        CheckpointError: A tensor has another shape than its parameter.
+    """
+    expected = model.state_dict()
+    mapping = get_model_conversion_mapping(model)
+    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
+    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    prefix = model.base_model_prefix
+    found: dict[str, TensorSpec] = {}
+    for name in sorted(checkpoint.tensors, key=dot_natural_key):
+        renamed, converted = rename_source_key(name, renamings, converters, prefix, expected)
+        if renamed not in expected and name in expected:
+            renamed, converted = rename_source_key(name, [], [], prefix, expected)
+        if renamed not in expected:
+            continue
+        if converted is not None:
+            raise UnsupportedModelError(
+                f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only renamed tensors can "
+                "be used in place",
+                path=checkpoint.path,
+            )
+        found[renamed] = checkpoint.tensors[name]
+    for name, spec in found.items():
+        shape = tuple(expected[name].shape)
+        if spec.shape != shape:
+            raise CheckpointError(
+                f"{spec.file}: tensor {spec.name!r} has shape {list(spec.shape)}, but {type(model).__name__} with this "
+                f"config.json needs {list(shape)} for {name!r}",
+                path=spec.file,
+            )
+    for first, second in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        for target, source in ((first, second), (second, first)):
+            if target not in found and source in found:
+                found[target] = found[source]
+    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    missing = tuple(
+        name for name in expected if name not in found and not any(pattern.search(name) for pattern in ignored)
+    )
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise MissingTensorError(
+            f"{checkpoint.path} lacks {len(missing)} of the {len(expected)} tensors of {type(model).__name__}: {shown}",
+            path=checkpoint.path,
+            names=missing,
+        )
+    return found
+
+
+def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
+    """The parameter or buffer `name` of `model`."""
+    module, leaf = _owner(model, name)
+    tensor = getattr(module, leaf)
+    assert isinstance(tensor, torch.Tensor)
+    return tensor
+
+
+def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Makes `value` the parameter or buffer `name` of `model`, without a copy."""
+    module, leaf = _owner(model, name)
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)
+
+
+def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> int:
+    """Bytes of the tensors of these parameters, shared ones counted once."""
+    return sum({(tensors[name].file, tensors[name].offset): tensors[name].nbytes for name in module_names}.values())
+
+
+def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
+    """Whether the architecture lets its attention function be chosen."""
+    return bool(model_class._supports_attention_backend)
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    path, _, leaf = name.rpartition(".")
+    return model.get_submodule(path), leaf
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
+    """As transformers does: what config.json says, else the first floating tensor's."""
+    dtype = getattr(config, "dtype", None)
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, None)
+    if dtype is None:
+        dtype = next((spec.dtype for spec in checkpoint.tensors.values() if spec.dtype.is_floating_point), None)
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        raise UnsupportedModelError(
+            f"{checkpoint.path} is in {dtype}; fp32, bf16 and fp16 checkpoints are supported", path=checkpoint.path
+        )
+    assert isinstance(dtype, torch.dtype)
+    return dtype
+
+
+def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Parameters that transformers keeps in float32 whatever the model's dtype."""
+    kept = model._get_dtype_plan(dtype)
+    if kept:
+        pattern = re.compile("|".join(re.escape(name) for name in kept))
+        for name, parameter in model.named_parameters():
+            if pattern.search(name):
+                set_tensor(model, name, parameter.float())
+
+
+def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:
+    """From generation_config.json where there is one, else from config.json."""
+    eos: Any = None
+    path = checkpoint.path / "generation_config.json"
+    if path.is_file():
+        try:
+            eos = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id
+        except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", path=path) from error
+    if eos is None:
+        eos = getattr(config.get_text_config(), "eos_token_id", None)
+    if eos is None:
+        return frozenset()
+    return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
+
+
+def _context_length(config: PreTrainedConfig) -> int | None:
+    text = config.get_text_config()
+    for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
+        length = getattr(text, name, None)
+        if isinstance(length, int) and length > 0:
+            return length
+    return None

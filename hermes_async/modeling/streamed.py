@@ -1,0 +1,159 @@
+"""Binds each stage's weights to its module when the forward pass gets there, and unbinds them behind it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+
+from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.packed import PackedBatch, forward_packed
+from hermes_async.modeling.skeleton import get_tensor, set_tensor
+from hermes_async.pipeload.stage import Stage
+from hermes_async.storage.buffers import Buffer
+
+
+class StageGate(Protocol):
+    """What the forward pass asks before and after each stage; in the engine, the `Pipeline`."""
+
+    def enter(self, stage: Stage) -> Buffer: ...
+    def leave(self, stage: Stage) -> None: ...
+
+
+class StreamedLinear(nn.Module):
+    """A linear layer in blocks of output rows, each a stage of its own; `[..., in] -> [..., out]`."""
+
+    def __init__(self, linear: nn.Linear, block_rows: Sequence[int]) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.blocks = nn.ModuleList(
+            nn.Linear(linear.in_features, rows, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
+            for rows in block_rows
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return torch.cat([block(hidden_states) for block in self.blocks], dim=-1)
+
+
+def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]) -> None:
+    """Puts a `StreamedLinear` in place of each named linear layer."""
+    for name, block_rows in linear_blocks.items():
+        parent, _, leaf = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        setattr(model.get_submodule(parent), leaf, StreamedLinear(linear, block_rows).eval())
+
+
+class StreamedModel:
+    """A model on the meta device whose stages are bound when they are entered and unbound when they are left.
+
+    Args:
+        stages: All stages; a stage's name is its module's.
+        streamed_embedding: The input embedding is not loaded; each batch brings the rows it needs.
+        gate: Asked before and after each stage.
+        on_stage: Called by the compute thread before each stage, resident ones too, with the running batch.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        attention: PackedAttention,
+        stages: Sequence[Stage],
+        *,
+        streamed_embedding: bool,
+        gate: StageGate,
+        on_stage: Callable[[PackedBatch], None],
+    ) -> None:
+        self.model = model
+        self._attention = attention
+        self._gate = gate
+        self._on_stage = on_stage
+        # All mutable state: the running batch, and the streamed stages whose weights are bound.
+        self._batch: PackedBatch | None = None
+        self._bound: list[Stage] = []
+        self._unloaded = {
+            placement.name: get_tensor(model, placement.name)
+            for stage in stages
+            for placement in stage.layout.placements
+        }
+        self._stages = tuple(stages)
+        self._hooks: list[RemovableHandle] = []
+        for stage in stages:
+            module = model.get_submodule(stage.name)
+            self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
+            if not stage.resident:
+                self._hooks.append(module.register_forward_hook(self._leaving(stage)))
+        self._streamed_embedding = model.get_input_embeddings() if streamed_embedding else None
+        if self._streamed_embedding is not None:
+            self._streamed_embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
+            self._unloaded_embedding = self._streamed_embedding.weight
+            self._hooks.append(self._streamed_embedding.register_forward_pre_hook(self._embed_rows))
+
+    def bind_resident(self) -> None:
+        """Binds the stages that stay; they must be loaded."""
+        for stage in self._stages:
+            if stage.resident:
+                assert stage.buffer is not None
+                self._bind(stage, stage.buffer)
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Runs one sweep on the calling thread; logits [outputs, vocab].
+
+        Raises:
+            ReadError: A stage could not be read.
+            SweepAbandoned: From the gate or `on_stage`. Whatever is raised, no streamed stage stays bound.
+        """
+        self._batch = batch
+        try:
+            return forward_packed(self.model, self._attention, batch)
+        finally:
+            self._batch = None
+            if self._streamed_embedding is not None:
+                set_tensor(self._streamed_embedding, "weight", self._unloaded_embedding)
+            while self._bound:
+                self._unbind(self._bound.pop())
+
+    def close(self) -> None:
+        """Unbinds everything and takes the hooks off."""
+        while self._hooks:
+            self._hooks.pop().remove()
+        for stage in self._stages:
+            self._unbind(stage)
+
+    def _entering(self, stage: Stage) -> Callable[[nn.Module, Any], None]:
+        def enter(module: nn.Module, args: Any) -> None:
+            assert self._batch is not None
+            self._on_stage(self._batch)
+            buffer = self._gate.enter(stage)
+            if not stage.resident:
+                self._bind(stage, buffer)
+                self._bound.append(stage)
+
+        return enter
+
+    def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._bound.remove(stage)
+            self._unbind(stage)
+            self._gate.leave(stage)
+
+        return leave
+
+    def _bind(self, stage: Stage, buffer: Buffer) -> None:
+        for placement in stage.layout.placements:
+            view = buffer.tensor(placement.position, placement.dtype, placement.shape)
+            set_tensor(self.model, placement.name, view.to(self._unloaded[placement.name].dtype))
+
+    def _unbind(self, stage: Stage) -> None:
+        for placement in stage.layout.placements:
+            set_tensor(self.model, placement.name, self._unloaded[placement.name])
+
+    def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        batch = self._batch
+        assert batch is not None and batch.embedding_rows is not None and batch.embedding_index is not None
+        set_tensor(module, "weight", batch.embedding_rows)
+        return (batch.embedding_index, *args[1:])

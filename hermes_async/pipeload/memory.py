@@ -1,0 +1,87 @@
+"""What the process holds and what the machine would still give it, in bytes."""
+
+from __future__ import annotations
+
+import resource
+import sys
+from pathlib import Path
+
+from hermes_async.errors import ConfigError
+
+_HEADROOM = 0.1
+
+
+def process_rss_bytes() -> int:
+    """Resident memory of this process now; its peak where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return process_peak_rss_bytes()
+    return pages * resource.getpagesize()
+
+
+def process_peak_rss_bytes() -> int:
+    """The most resident memory this process ever had."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def automatic_budget(root: Path = Path("/")) -> int:
+    """The tightest of the cgroup's room (v1 and v2) and the memory available, less a tenth of it as headroom.
+
+    What the process holds already (the baseline) is taken off by both figures.
+
+    Raises:
+        ConfigError: The system tells neither.
+    """
+    rooms = [room for room in (_available(root), *_cgroup_rooms(root)) if room is not None]
+    if not rooms:
+        raise ConfigError("memory_budget='auto' works only on Linux; give a size such as '3GiB'")
+    return int(max(0, min(rooms)) * (1 - _HEADROOM))
+
+
+def _available(root: Path) -> int | None:
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_rooms(root: Path) -> list[int | None]:
+    """Limit less use of this process's cgroup and of each one above it."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    rooms: list[int | None] = []
+    mount = root / "sys/fs/cgroup"
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            base, limit, used, cache = mount, "memory.max", "memory.current", "inactive_file"
+        elif "memory" in controllers.split(","):
+            base, limit, used, cache = (
+                mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+            )  # fmt: skip
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        # A container sees its own group at the mount's root, under whatever path the host has for it.
+        for depth in range(len(parts), -1, -1):
+            rooms.append(_room(base.joinpath(*parts[:depth]), limit, used, cache))
+    return rooms
+
+
+def _room(group: Path, limit: str, used: str, cache: str) -> int | None:
+    try:
+        text = (group / limit).read_text().strip()
+        if text == "max" or int(text) >= 2**60:
+            return None
+        reclaimable = 0
+        for line in (group / "memory.stat").read_text().splitlines():
+            if line.startswith(f"{cache} "):
+                reclaimable = int(line.split()[1])
+        return int(text) - int((group / used).read_text()) + reclaimable
+    except (OSError, ValueError):
+        return None

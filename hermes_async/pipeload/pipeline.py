@@ -1,0 +1,305 @@
+"""PIPELOAD: resident stages loaded once, the others cycling through a ring of buffers.
+
+Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Engine).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import CancelledError, ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import anyio
+import anyio.from_thread
+import anyio.lowlevel
+import anyio.to_thread
+
+from hermes_async.errors import ReadError
+from hermes_async.pipeload.stage import Stage, StageState
+from hermes_async.storage.buffers import Buffer, BufferPool
+from hermes_async.storage.reader import Reader, ReadStatistics
+
+T = TypeVar("T")
+
+
+class SweepAbandoned(BaseException):
+    """Unwinds the compute thread from a sweep that nobody waits for any more; never leaves the engine.
+
+    A BaseException, so that no `except Exception` of a model's forward holds it up.
+    """
+
+
+@dataclass(slots=True)
+class PipelineStatistics:
+    """Seconds of all sweeps so far: computing, and waiting for a stage (stalls); and how many sweeps ended well."""
+
+    sweeps: int = 0
+    compute_seconds: float = 0.0
+    stall_seconds: float = 0.0
+
+
+class Pipeline:
+    """Keeps streamed stages coming, in the order the model computes them, sweep after sweep.
+
+    Args:
+        stages: All stages, in the order they are expected to be computed in.
+        num_loading_agents: How many stages may be read at once.
+        ring: The buffers that streamed stages pass through.
+        statistics: Added to by the readers.
+        direct: Read past the page cache where possible.
+        pinned: Page-locked memory for resident stages.
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        *,
+        num_loading_agents: int,
+        ring: BufferPool,
+        statistics: ReadStatistics,
+        direct: bool = True,
+        pinned: bool = False,
+    ) -> None:
+        self.stages = tuple(stages)
+        self.statistics = PipelineStatistics()
+        self.read_statistics = statistics
+        self._ring = ring
+        self._direct = direct
+        self._pinned = pinned
+        self._num_loading_agents = num_loading_agents
+        # All mutable state. `_order` is the cycle of streamed stages as the model visits them; `_next_load` is where
+        # the loading agents are in it, `_next_compute` where the sweep is. `_free_later` feeds the daemon.
+        self._order = [stage for stage in stages if not stage.resident]
+        self._next_load = 0
+        self._next_compute = 0
+        self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
+        self._cycle = 0  # counts the rewinds, so that an agent sees that what it claimed is out of date
+        self._abandoned = False
+        self._cancelled_class: type[BaseException] = CancelledError
+        self._wait_scope: anyio.CancelScope | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Loads the resident stages, then keeps the agents at work until the block is left.
+
+        Raises:
+            ReadError: A resident stage could not be read.
+        """
+        async with AsyncExitStack() as exits:
+            executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
+            readers = [
+                await exits.enter_async_context(Reader(executor, self.read_statistics, direct=self._direct))
+                for _ in range(self._num_loading_agents)
+            ]
+            files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
+            exits.callback(self._ring.close)
+            exits.callback(self._close_resident)
+            for reader in readers:
+                await reader.open(files)
+            await self._load_resident(readers)
+            async with anyio.create_task_group() as agents:
+                agents.start_soon(self._daemon_agent, name="hermes daemon agent")
+                if self._order:
+                    for idx, reader in enumerate(readers):
+                        agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
+                try:
+                    yield
+                finally:
+                    agents.cancel_scope.cancel()
+            self._free_later.close()
+            self._to_free.close()
+
+    # --- Loading Agents and Daemon Agent: tasks on the event loop ---
+
+    async def _load_resident(self, readers: Sequence[Reader]) -> None:
+        waiting = iter([stage for stage in self.stages if stage.resident])
+
+        async def load(reader: Reader) -> None:
+            for stage in waiting:
+                buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
+                stage.start_loading()
+                await reader.read(stage.layout.ranges, buffer.view)
+                stage.set_ready(buffer, None)
+
+        try:
+            async with anyio.create_task_group() as group:
+                for reader in readers:
+                    group.start_soon(load, reader)
+        except BaseExceptionGroup as errors:
+            failed = errors.subgroup(ReadError)
+            if failed is not None:
+                raise _first_error(failed) from None
+            raise
+
+    async def _loading_agent(self, reader: Reader) -> None:
+        """Reads the next stage of the cycle whenever a buffer is free; only free buffers hold it back."""
+        while True:
+            buffer = await self._ring.acquire()
+            try:
+                stage = await self._claim()
+                error: ReadError | None = None
+                try:
+                    await reader.read(stage.layout.ranges, buffer.view)
+                except ReadError as read_error:
+                    error = read_error
+            except BaseException:
+                self._ring.release(buffer)
+                raise
+            stage.set_ready(buffer, error)
+            if stage.stale:
+                self._free(stage)
+
+    async def _claim(self) -> Stage:
+        """Takes the next stage of the cycle to load, once it is EMPTY, and marks it LOADING."""
+        while True:
+            cycle = self._cycle
+            stage = self._order[self._next_load]
+            self._next_load = (self._next_load + 1) % len(self._order)
+            while stage.state is not StageState.EMPTY:
+                await stage.emptied.wait()
+            if cycle == self._cycle:
+                stage.start_loading()
+                return stage
+
+    async def _daemon_agent(self) -> None:
+        """Frees what was computed, which lets the next load in."""
+        async for stage in self._to_free:
+            self._free(stage)
+
+    def _free(self, stage: Stage) -> None:
+        self._ring.release(stage.clear())
+
+    # --- Inference Agent: one compute thread at a time ---
+
+    async def sweep(self, compute: Callable[[], T]) -> T:
+        """Runs `compute` on a worker thread, where it may call `enter` and `leave`; one call at a time.
+
+        The ring goes on into the next sweep. After an error or an abandoned sweep it starts over.
+
+        Raises:
+            SweepAbandoned: `abandon` was called.
+            ReadError: A stage that the sweep needed could not be read.
+
+        Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
+        """
+        self._abandoned = False
+        self._cancelled_class = anyio.get_cancelled_exc_class()
+        if any(stage.error is not None for stage in self._order):
+            self._rewind(0)
+        self._next_compute = 0
+        started = time.perf_counter()
+        stalled_before = self.statistics.stall_seconds
+        complete = False
+        try:
+            result = await anyio.to_thread.run_sync(compute)
+            complete = True
+        except SweepAbandoned:
+            await anyio.lowlevel.checkpoint_if_cancelled()
+            raise
+        finally:
+            stalled = self.statistics.stall_seconds - stalled_before
+            self.statistics.compute_seconds += time.perf_counter() - started - stalled
+            if not complete:
+                self._rewind(0)
+            elif self._next_compute < len(self._order):
+                del self._order[self._next_compute :]  # the model did not visit these
+                self._rewind(0)
+        self.statistics.sweeps += 1
+        return result
+
+    def abandon(self) -> None:
+        """Ends the running sweep at its next stage."""
+        self._abandoned = True
+        if self._wait_scope is not None:
+            self._wait_scope.cancel()
+
+    def check_abandoned(self) -> None:
+        """Called by the compute thread.
+
+        Raises:
+            SweepAbandoned: The sweep was abandoned or its task cancelled.
+        """
+        if self._abandoned:
+            raise SweepAbandoned
+        try:
+            anyio.from_thread.check_cancelled()
+        except self._cancelled_class:
+            raise SweepAbandoned from None
+
+    def enter(self, stage: Stage) -> Buffer:
+        """Called by the compute thread: waits until `stage` is READY and returns its buffer.
+
+        Raises:
+            SweepAbandoned: The sweep was abandoned or its task cancelled.
+            ReadError: The stage could not be read.
+        """
+        self.check_abandoned()
+        if not stage.resident:
+            if not self._is_next(stage) or stage.state is not StageState.READY:
+                started = time.perf_counter()
+                try:
+                    anyio.from_thread.run(self._wait_ready, stage)
+                except CancelledError:
+                    raise SweepAbandoned from None
+                finally:
+                    self.statistics.stall_seconds += time.perf_counter() - started
+            self._next_compute += 1
+        if stage.error is not None:
+            raise stage.error
+        assert stage.buffer is not None
+        return stage.buffer
+
+    def leave(self, stage: Stage) -> None:
+        """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
+        if not stage.resident:
+            anyio.from_thread.run_sync(self._spend, stage)
+
+    def _is_next(self, stage: Stage) -> bool:
+        return self._next_compute < len(self._order) and self._order[self._next_compute] is stage
+
+    async def _wait_ready(self, stage: Stage) -> None:
+        if not self._is_next(stage):
+            self._reorder(stage)
+        with anyio.CancelScope() as self._wait_scope:
+            if not self._abandoned:
+                await stage.ready.wait()
+        self._wait_scope = None
+        if self._abandoned:
+            raise SweepAbandoned
+
+    def _reorder(self, stage: Stage) -> None:
+        """The model visits its stages in another order than was known: learn it, and load on from here."""
+        if stage in self._order[self._next_compute :]:
+            del self._order[self._order.index(stage, self._next_compute)]
+        self._order.insert(self._next_compute, stage)
+        self._rewind(self._next_compute)
+
+    def _spend(self, stage: Stage) -> None:
+        stage.state = StageState.SPENT
+        self._free_later.send_nowait(stage)
+
+    def _rewind(self, position: int) -> None:
+        """Empties the ring and loads on from `position` of the cycle."""
+        self._cycle += 1
+        self._next_load = position
+        for stage in self.stages:
+            if not stage.resident and stage.state is StageState.READY:
+                self._free(stage)
+            elif stage.state is StageState.LOADING:
+                stage.stale = True
+
+    def _close_resident(self) -> None:
+        for stage in self.stages:
+            if stage.buffer is not None:
+                stage.clear().close()
+
+
+def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    """The first error inside, so that no bare group reaches a user."""
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

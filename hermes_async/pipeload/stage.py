@@ -1,0 +1,127 @@
+"""A stage: what is loaded, computed and freed as one, by default one transformer layer."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import anyio
+import torch
+
+from hermes_async.errors import HermesError
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
+from hermes_async.storage.checkpoint import TensorSpec, merge_extents
+from hermes_async.storage.reader import ReadRange
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where one parameter lies in its stage's buffer: a byte `position`, in the dtype and shape it is stored in."""
+
+    name: str
+    position: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StageLayout:
+    """What a stage reads, and where in a buffer its parameters then lie.
+
+    Attributes:
+        name: The module's name in the model.
+        placements: One for each parameter.
+        ranges: What is read; neighbours in a file are read together.
+        slot_bytes: The buffer it needs.
+        weight_bytes: Its parameters alone, without alignment and gaps.
+    """
+
+    name: str
+    placements: tuple[Placement, ...]
+    ranges: tuple[ReadRange, ...]
+    slot_bytes: int
+    weight_bytes: int
+
+    @property
+    def read_bytes(self) -> int:
+        return sum(item.nbytes for item in self.ranges)
+
+    @classmethod
+    def of(cls, name: str, tensors: Iterable[tuple[str, TensorSpec]]) -> StageLayout:
+        """Lays out the tensors, each under the parameter name it is for. Two names may share one tensor."""
+        tensors = list(tensors)
+        ranges = []
+        end = 0
+        for extent in merge_extents({(spec.file, spec.offset): spec for _, spec in tensors}.values()):
+            position = end + extent.offset % ALIGNMENT
+            ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
+            end = align_up(position + extent.nbytes)
+        placements = []
+        for parameter, spec in tensors:
+            position = next(
+                item.position + spec.offset - item.offset
+                for item in ranges
+                if item.file == spec.file
+                and item.offset <= spec.offset
+                and spec.offset + spec.nbytes <= item.offset + item.nbytes
+            )
+            placements.append(Placement(parameter, position, spec.dtype, spec.shape))
+        weight_bytes = sum({(spec.file, spec.offset): spec.nbytes for _, spec in tensors}.values())
+        return cls(name, tuple(placements), tuple(ranges), end, weight_bytes)
+
+
+class StageState(enum.Enum):
+    """EMPTY -> LOADING -> READY -> SPENT -> EMPTY; a failed read is READY too, with `error` set."""
+
+    EMPTY = "empty"
+    LOADING = "loading"
+    READY = "ready"
+    SPENT = "spent"
+
+
+@dataclass(eq=False, slots=True)
+class Stage:
+    """One stage at run time. Event-loop side only, but for reads of `state`, `buffer` and `error` by the compute thread.
+
+    Attributes:
+        idx: Its place in the model's list of stages.
+        resident: Loaded once, and never freed while the engine runs.
+        ready: Set when a load has ended; new for each load.
+        emptied: Set when the buffer was given back; new for each load.
+        error: Why the last load failed.
+        stale: Set while loading when its bytes are no longer wanted.
+    """
+
+    idx: int
+    layout: StageLayout
+    resident: bool
+    state: StageState = StageState.EMPTY
+    buffer: Buffer | None = None
+    ready: anyio.Event = field(default_factory=anyio.Event)
+    emptied: anyio.Event = field(default_factory=anyio.Event)
+    error: HermesError | None = None
+    stale: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.layout.name
+
+    def start_loading(self) -> None:
+        self.state = StageState.LOADING
+        self.emptied = anyio.Event()
+
+    def set_ready(self, buffer: Buffer, error: HermesError | None) -> None:
+        self.buffer, self.error = buffer, error
+        self.state = StageState.READY
+        self.ready.set()
+
+    def clear(self) -> Buffer:
+        """Makes the stage EMPTY and returns the buffer that must be given back."""
+        buffer, self.buffer = self.buffer, None
+        assert buffer is not None
+        self.error, self.stale = None, False
+        self.state = StageState.EMPTY
+        self.ready = anyio.Event()
+        self.emptied.set()
+        return buffer

@@ -1,0 +1,118 @@
+"""Page-aligned host buffers, made once and reused for as long as the engine lives."""
+
+from __future__ import annotations
+
+import mmap
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import anyio
+import torch
+
+ALIGNMENT = 4096
+"""Direct I/O wants file offset, length and memory address to be multiples of this many bytes."""
+
+
+def align_up(num_bytes: int) -> int:
+    return -(-num_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def align_down(num_bytes: int) -> int:
+    return num_bytes // ALIGNMENT * ALIGNMENT
+
+
+class Buffer:
+    """Private anonymous memory of `nbytes` bytes (rounded up to whole pages), aligned to a page.
+
+    With `pinned`, the memory comes from torch's pinned allocator, for copies to a CUDA device; elsewhere from
+    `mmap`, with huge pages advised. Memory counts as resident only once it was written to.
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+        self.nbytes = align_up(nbytes)
+        self.view: memoryview
+        self._map: mmap.mmap | None = None
+        if pinned:
+            tensor = torch.empty(self.nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
+            start = -tensor.data_ptr() % ALIGNMENT
+            self.view = memoryview(tensor.numpy())[start : start + self.nbytes]
+        else:
+            self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with _ignored_advice():
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
+            self.view = memoryview(self._map)
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
+        """A view of the buffer as a tensor: no copy, and it keeps the memory alive."""
+        count = 1
+        for size in shape:
+            count *= size
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        return torch.frombuffer(self.view, dtype=dtype, count=count, offset=offset).view(shape)
+
+    def close(self) -> None:
+        """Gives the pages back to the system at once, even while a tensor view is still alive somewhere."""
+        if self._map is not None:
+            self._map.madvise(mmap.MADV_DONTNEED)
+
+
+@contextmanager
+def _ignored_advice() -> Iterator[None]:
+    """Kernels without transparent huge pages refuse the advice; nothing depends on it."""
+    try:
+        yield
+    except OSError:
+        pass
+
+
+@dataclass(frozen=True, slots=True)
+class BufferPoolStatistics:
+    """Attributes: num_buffers: all; num_free: not in use; num_waiting: tasks that wait for one."""
+
+    num_buffers: int
+    num_free: int
+    num_waiting: int
+
+
+class BufferPool:
+    """The ring: a fixed number of equal buffers, handed out first come, first served.
+
+    The number of buffers is what caps how many streamed stages are in memory at once; the pool is the semaphore that
+    holds the loading agents back. Event-loop side only.
+    """
+
+    def __init__(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
+        self._free = deque(Buffer(nbytes, pinned=pinned) for _ in range(num_buffers))
+        self._num_buffers = num_buffers
+        self._available = anyio.Semaphore(num_buffers, max_value=num_buffers)
+
+    async def acquire(self) -> Buffer:
+        """Waits for a free buffer. A cancelled wait takes nothing."""
+        await self._available.acquire()
+        return self._free.popleft()
+
+    def acquire_nowait(self) -> Buffer:
+        """Takes a free buffer.
+
+        Raises:
+            anyio.WouldBlock: None is free.
+        """
+        self._available.acquire_nowait()
+        return self._free.popleft()
+
+    def release(self, buffer: Buffer) -> None:
+        """Gives a buffer back; no thread may still write to it."""
+        self._free.append(buffer)
+        self._available.release()
+
+    def statistics(self) -> BufferPoolStatistics:
+        return BufferPoolStatistics(self._num_buffers, len(self._free), self._available.statistics().tasks_waiting)
+
+    def close(self) -> None:
+        """Frees the memory of the buffers that were given back."""
+        while self._free:
+            self._free.popleft().close()

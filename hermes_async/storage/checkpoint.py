@@ -1,0 +1,413 @@
+"""A checkpoint on disk: its config and, for every tensor, which bytes of which file hold it.
+
+Only safetensors is read, in place; nothing here reads weights. Whatever a file claims is checked before it is
+believed, because a checkpoint may come from anywhere.
+
+Source: https://github.com/huggingface/safetensors#format
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch
+from math import prod
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
+
+_INDEX_NAME = "model.safetensors.index.json"
+_MAX_CONFIG_BYTES = 16 * 2**20
+_MAX_INDEX_BYTES = 256 * 2**20
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_MAX_INT64 = 2**63 - 1  # the most that a file offset or a torch size can be
+
+_DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+}
+
+_OTHER_FORMATS = (
+    *("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf"),
+    *("tf_model*.h5", "flax_model*.msgpack"),
+)
+_ONLY_SAFETENSORS = (
+    "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with "
+    "transformers: AutoModel.from_pretrained(...).save_pretrained(directory) writes safetensors"
+)
+
+_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
+_HUB_WANTED = (
+    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
+    *("*.model", "preprocessor_config.json", "processor_config.json"),
+    *("modules.json", "*_Pooling/config.json", "sentence_bert_config.json"),
+)
+# "tokenizer*" also fits code and pickles; "consolidated" is a second copy of the weights, by other names.
+_HUB_UNWANTED = (
+    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py", "*.h5", "*.msgpack", "*.gguf"),
+    "consolidated*.safetensors",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies.
+
+    Attributes:
+        name: As the file has it.
+        offset: Of its first byte, from the start of the file.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def rows(self, start: int, stop: int) -> TensorSpec:
+        """Return the spec of the rows `start` to `stop` (exclusive) of the first dimension.
+
+        Raises:
+            ValueError: The tensor has no such rows.
+        """
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"tensor {self.name!r} of shape {self.shape} has no rows {start}:{stop}")
+        row_bytes = self.dtype.itemsize * prod(self.shape[1:])
+        return replace(
+            self,
+            name=f"{self.name}[{start}:{stop}]",
+            offset=self.offset + start * row_bytes,
+            nbytes=(stop - start) * row_bytes,
+            shape=(stop - start, *self.shape[1:]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of one file that is read in one go."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def merge_extents(specs: Iterable[TensorSpec], *, max_gap: int = 65536) -> list[Extent]:
+    """Merge the bytes of `specs` into few reads, sorted by file and offset.
+
+    Tensors of one file that lie at most `max_gap` bytes apart are read together, gap included. A tensor
+    without elements has nothing to read and adds no extent.
+    """
+    extents: list[Extent] = []
+    for spec in sorted((spec for spec in specs if spec.nbytes), key=lambda spec: (spec.file, spec.offset)):
+        last = extents[-1] if extents else None
+        if last and last.file == spec.file and spec.offset - (last.offset + last.nbytes) <= max_gap:
+            end = max(last.offset + last.nbytes, spec.offset + spec.nbytes)
+            extents[-1] = Extent(last.file, last.offset, end - last.offset)
+        else:
+            extents.append(Extent(spec.file, spec.offset, spec.nbytes))
+    return extents
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A directory of `config.json` and safetensors shards whose headers hold true.
+
+    Attributes:
+        path: The directory, resolved.
+        config: What `config.json` holds.
+        tensors: By the names that the files use; within a shard in the order of their bytes.
+    """
+
+    path: Path
+    config: dict[str, Any] = field(repr=False)
+    tensors: dict[str, TensorSpec] = field(repr=False)
+
+    @property
+    def total_bytes(self) -> int:
+        """The bytes of all tensors."""
+        return sum(spec.nbytes for spec in self.tensors.values())
+
+    @classmethod
+    def open(
+        cls,
+        source: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+    ) -> Checkpoint:
+        """Open a directory in place, or a hub id after its download. Blocks: call it in a worker thread.
+
+        Args:
+            source: A directory, or, where there is none of that name and it is a str, a hub id ("org/name").
+            revision: A branch, tag or commit; this and what follows is for hub ids only.
+            cache_dir: Where downloads are kept, instead of the hub's default cache.
+            token: For the hub, instead of the one that is logged in.
+            local_files_only: Take what the cache holds and do not ask the hub.
+
+        Raises:
+            UnsupportedModelError: The weights are there, but not as safetensors.
+            MissingTensorError: The index names tensors that its shards do not hold.
+            CorruptShardError: A shard or the index is not what its format says.
+            CheckpointError: There is no such checkpoint, or a part of it is missing or unreadable.
+        """
+        path = Path(source)
+        if os.path.isdir(source):
+            path = path.resolve()
+        elif os.path.exists(source):
+            raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
+        elif isinstance(source, str) and _HUB_ID.fullmatch(source):
+            path = _download(
+                source, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
+            ).resolve()
+        else:
+            raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
+
+        # First the weights: where they are in another format, config.json is often missing too.
+        tensors = _read_tensors(path)
+        # Keys may repeat here: transformers lets the last one count.
+        config = _read_json(path / "config.json", _MAX_CONFIG_BYTES, CheckpointError, unique=False)
+        return cls(path, config, tensors)
+
+
+def _download(repo_id: str, revision: str | None, **options: Any) -> Path:
+    """Bring a model's safetensors, config and tokenizer files into the hub's cache; return its snapshot."""
+    # Imported here: a checkpoint on disk needs no HTTP client.
+    from huggingface_hub import errors, snapshot_download
+
+    wanted, unwanted = list(_HUB_WANTED), list(_HUB_UNWANTED)
+    try:
+        return Path(
+            snapshot_download(
+                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, **options
+            )
+        )
+    # Every kind, since the hub's client lets the errors of its HTTP library through, and that has changed.
+    except Exception as error:
+        match error:
+            case errors.GatedRepoError():
+                reason = "is gated: accept its terms on the hub, then log in (`hf auth login`) or pass token="
+            case errors.RepositoryNotFoundError():
+                reason = "is neither a directory here nor a model on the hub; if it is private, pass token="
+            case errors.RevisionNotFoundError():
+                reason = "is not on the hub, though the model is"
+            case errors.LocalEntryNotFoundError():
+                reason = (
+                    "is no directory here and not complete in the hub's cache, and the hub is out of reach; "
+                    "go online (local_files_only=False, HF_HUB_OFFLINE unset) or give a directory"
+                )
+            case errors.HFValidationError():
+                reason = "is neither a directory here nor a hub id"
+            case _:
+                reason = f"could not be downloaded from the hub ({type(error).__name__}: {error})"
+        asked = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+        raise CheckpointError(f"{asked} {reason}") from error
+
+
+def _read_tensors(directory: Path) -> dict[str, TensorSpec]:
+    """Find a directory's shards and read their headers."""
+    try:
+        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+    except OSError as error:
+        raise CheckpointError(f"{directory} cannot be listed: {error.strerror}", path=directory) from error
+    if _INDEX_NAME in names:
+        return _read_indexed_shards(directory)
+    shards = [name for name in names if name.endswith(".safetensors")]
+    if "model.safetensors" in shards:
+        shards = ["model.safetensors"]
+    if not shards:
+        others = [name for name in names if any(fnmatch(name, pattern) for pattern in _OTHER_FORMATS)]
+        if others:
+            message = f"{directory} has its weights in {others[0]!r}; {_ONLY_SAFETENSORS}"
+            raise UnsupportedModelError(message, path=directory)
+        missing = "no *.safetensors" if "config.json" in names else "no config.json and no *.safetensors"
+        message = f"{directory} is not a checkpoint directory: {missing}; {_ONLY_SAFETENSORS}"
+        raise CheckpointError(message, path=directory)
+
+    tensors: dict[str, TensorSpec] = {}
+    for shard in shards:
+        for name, spec in _read_header(directory / shard).items():
+            if name in tensors:
+                both = f"{tensors[name].file.name!r} and {shard!r}"
+                raise _corrupt(directory, f"no {_INDEX_NAME}, and tensor {name!r} is in both {both}")
+            tensors[name] = spec
+    return tensors
+
+
+def _read_indexed_shards(directory: Path) -> dict[str, TensorSpec]:
+    """Read the tensors that the index lists, each from the shard that it names; others are left out."""
+    index = directory / _INDEX_NAME
+    weight_map = _read_json(index, _MAX_INDEX_BYTES, CorruptShardError, unique=True).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise _corrupt(index, "no object `weight_map`")
+    names_by_shard: dict[str, list[str]] = {}
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or not _is_plain_name(shard):
+            raise _corrupt(index, f"puts tensor {name!r} in {shard!r}, not a *.safetensors of this directory")
+        names_by_shard.setdefault(shard, []).append(name)
+
+    tensors: dict[str, TensorSpec] = {}
+    for shard, names in sorted(names_by_shard.items()):
+        path = directory / shard
+        header = _read_header(path)
+        missing = tuple(name for name in names if name not in header)
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            message = f"{path} lacks tensor {missing[0]!r}{more}, which {_INDEX_NAME} places there"
+            raise MissingTensorError(message, path=path, names=missing)
+        wanted = set(names)
+        tensors |= {name: spec for name, spec in header.items() if name in wanted}
+    return tensors
+
+
+def _is_plain_name(name: str) -> bool:
+    """Whether a shard's name stays inside its directory, on every platform.
+
+    The name is judged, not what it leads to: in the hub's cache every shard is a link out of its snapshot.
+    """
+    plain = name.endswith(".safetensors") and name.isprintable() and "\\" not in name and ":" not in name
+    return plain and not any(part in ("", ".", "..") for part in name.split("/"))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file, yield it with its size, and map the operating system's errors."""
+    try:
+        # Asked before it is opened, since opening a named pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a regular file", path=path)
+        with path.open("rb") as file:
+            yield file, os.fstat(file.fileno()).st_size
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
+
+
+def _read_json(path: Path, max_bytes: int, mapped: type[CheckpointError], *, unique: bool) -> dict[str, Any]:
+    with _opened(path) as (file, size):
+        if size > max_bytes:
+            raise mapped(f"{path}: {size} bytes, more than the {max_bytes} that are read", path=path)
+        return _parse_object(path, file.read(max_bytes), mapped, unique=unique)
+
+
+def _parse_object(path: Path, text: bytes, mapped: type[CheckpointError], *, unique: bool) -> dict[str, Any]:
+    try:
+        parsed = json.loads(text.decode(), object_pairs_hook=_unique if unique else None)
+    except (ValueError, RecursionError) as error:
+        raise mapped(f"{path}: not valid JSON: {error!s:.1000}", path=path) from error
+    if not isinstance(parsed, dict):
+        raise mapped(f"{path}: a JSON {type(parsed).__name__}, not an object", path=path)
+    return parsed
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        raise ValueError(f"duplicate key {Counter(key for key, _ in pairs).most_common(1)[0][0]!r}")
+    return entries
+
+
+def _corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
+    # Cut, since it may quote what the file holds, at any length.
+    return CorruptShardError(f"{path}: {message:.1000}", path=path, **numbers)
+
+
+def _read_header(path: Path) -> dict[str, TensorSpec]:
+    """Read and check a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
+    with _opened(path) as (file, size):
+        prefix = file.read(8)
+        if len(prefix) < 8:
+            raise _corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
+        if prefix == b"version ":
+            raise _corrupt(path, "a Git LFS pointer in place of the weights; run `git lfs pull`")
+        header_bytes = int.from_bytes(prefix, "little")
+        limit = min(_MAX_HEADER_BYTES, size - 8)
+        if header_bytes > limit:
+            message = f"a header of {header_bytes} bytes, where at most {limit} can be"
+            raise _corrupt(path, message, expected=header_bytes, actual=limit)
+        header = file.read(header_bytes)
+    if not header.startswith(b"{"):
+        raise _corrupt(path, "the header does not begin with '{'")
+    entries = _parse_object(path, header, CorruptShardError, unique=True)
+    metadata = entries.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise _corrupt(path, "`__metadata__` is not an object of strings")
+
+    data_offset = 8 + header_bytes
+    specs = [_parse_entry(path, name, entry, data_offset) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_layout(path, specs, data_offset, size)
+    return {spec.name: spec for spec in specs}
+
+
+def _parse_entry(path: Path, name: str, entry: object, data_offset: int) -> TensorSpec:
+    match entry:
+        case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [begin, end], **other}:
+            pass
+        case _:
+            raise _corrupt(path, f"tensor {name!r} lacks one of `dtype`, `shape` and two `data_offsets`")
+    if other:
+        raise _corrupt(path, f"tensor {name!r} has unknown entries: {', '.join(map(repr, other))}")
+    numbers = (*shape, begin, end)
+    if not all(type(number) is int and 0 <= number <= _MAX_INT64 for number in numbers) or begin > end:
+        raise _corrupt(path, f"tensor {name!r} has an impossible shape or range")
+    dtype = _DTYPES.get(dtype_name)
+    if dtype is None:
+        raise _corrupt(path, f"tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(_DTYPES)}")
+    num_elements = 1
+    for size in shape:
+        num_elements *= size
+        if num_elements > _MAX_INT64:  # at each step: a long shape must not multiply up to a huge number
+            raise _corrupt(path, f"tensor {name!r} has too many elements: shape {shape}")
+    nbytes = num_elements * dtype.itemsize
+    if nbytes != end - begin:
+        message = f"tensor {name!r} has {end - begin} bytes, where {dtype_name} {shape} takes {nbytes}"
+        raise _corrupt(path, message, expected=nbytes, actual=end - begin)
+    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape))
+
+
+def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_size: int) -> None:
+    """Check that `specs`, in the order of their bytes, fill the file from `data_offset` on, each byte once.
+
+    The reference implementation refuses holes and trailing bytes too: they could hide another file.
+    """
+    end, previous = data_offset, ""
+    for spec in specs:
+        if spec.offset < end:
+            raise _corrupt(path, f"tensors {previous!r} and {spec.name!r} overlap")
+        if spec.offset > end:
+            message = f"{spec.offset - end} bytes before tensor {spec.name!r} belong to no tensor"
+            raise _corrupt(path, message, expected=end, actual=spec.offset)
+        end, previous = spec.offset + spec.nbytes, spec.name
+    if end > file_size:
+        message = f"truncated: {file_size} bytes, where the header needs {end}"
+        raise _corrupt(path, message, expected=end, actual=file_size)
+    if end < file_size:
+        message = f"{file_size - end} bytes after the last tensor belong to no tensor"
+        raise _corrupt(path, message, expected=end, actual=file_size)

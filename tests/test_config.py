@@ -1,0 +1,199 @@
+"""Byte sizes and SamplingParams: what is accepted, what is refused, and with which words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hermes_async.config import SamplingParams, format_bytes, parse_bytes
+from hermes_async.errors import ConfigError, HermesError, RequestError
+
+# Byte sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "num_bytes"),
+    [
+        (1, 1),
+        (4096, 4096),
+        ("1", 1),
+        ("12B", 12),
+        ("3GiB", 3 * 2**30),
+        ("512 MiB", 512 * 2**20),
+        ("1.5GB", 1_500_000_000),
+        ("800M", 800 * 2**20),
+        ("2k", 2048),
+        ("2kb", 2000),
+        (" 1 TiB ", 2**40),
+        ("0.5KiB", 512),
+        ("1.1KB", 1100),
+        ("0.1GB", 100_000_000),
+        ("9007199254740993", 2**53 + 1),  # one more than a float can tell apart
+        ("1" + 400 * "0", 10**400),
+    ],
+)
+def test_parse_bytes(size: int | str, num_bytes: int) -> None:
+    assert parse_bytes(size) == num_bytes
+
+
+@pytest.mark.parametrize(
+    "size",
+    [
+        "",
+        "GiB",
+        "3 GiBs",
+        "3XB",
+        "-3GiB",
+        "1e9",
+        "1,5GB",
+        "3 4",
+        "1.GiB",
+        0,
+        -1,
+        "0",
+        "0.1",
+        True,
+        None,
+        1.5,
+        b"1",
+    ],
+)
+def test_parse_bytes_refuses(size: Any) -> None:
+    with pytest.raises(ConfigError):
+        parse_bytes(size)
+
+
+@pytest.mark.parametrize(
+    ("num_bytes", "text"),
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.00 KiB"),
+        (1536 * 2**20, "1.50 GiB"),
+        (int(9.996 * 2**20), "10.0 MiB"),
+        (int(99.96 * 2**10), "100 KiB"),
+        (int(999.7 * 2**20), "1000 MiB"),
+        (2**30 - 1, "1.00 GiB"),
+        (340 * 2**20, "340 MiB"),
+        (5000 * 2**40, "5000 TiB"),
+        (-1536, "-1.50 KiB"),
+    ],
+)
+def test_format_bytes(num_bytes: int, text: str) -> None:
+    assert format_bytes(num_bytes) == text
+
+
+@given(st.integers(1, 2**50))
+def test_formatted_bytes_parse_to_nearly_the_same(num_bytes: int) -> None:
+    assert parse_bytes(format_bytes(num_bytes)) == pytest.approx(num_bytes, rel=0.0051)
+
+
+# SamplingParams
+
+
+def test_defaults_are_vllms() -> None:
+    assert dataclasses.asdict(SamplingParams()) == {
+        "max_tokens": 16,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": None,
+        "stop": (),
+        "stop_token_ids": (),
+        "ignore_eos": False,
+        "min_tokens": 0,
+        "logprobs": None,
+        "logit_bias": None,
+        "skip_special_tokens": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"max_tokens": None},
+        {"max_tokens": 1, "min_tokens": 1},
+        {"max_tokens": None, "min_tokens": 1000},
+        {"temperature": 0},
+        {"temperature": 100.0},
+        {"top_p": 1},
+        {"top_p": 1e-9},
+        {"top_k": -1},
+        {"min_p": 0},
+        {"min_p": 1},
+        {"repetition_penalty": 0.01},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"seed": 0},
+        {"seed": 2**64 - 1},
+        {"logprobs": 0},
+        {"logit_bias": {}},
+        {"logit_bias": {3: -100}},
+    ],
+)
+def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) -> None:
+    accepted = SamplingParams(**params)
+    assert {name: getattr(accepted, name) for name in params} == params
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("max_tokens", value) for value in (0, -1, 1.5, "16", True)],
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None, True, 10**400)],
+        *[("top_p", value) for value in (0, -0.5, 1.01, math.nan, None)],
+        *[("top_k", value) for value in (-2, 1.0, None, False)],
+        *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
+        *[("repetition_penalty", value) for value in (0, -1.0, math.inf)],
+        *[("presence_penalty", value) for value in (-2.1, 2.1, math.nan)],
+        *[("frequency_penalty", value) for value in (-2.1, 2.1, "0")],
+        *[("seed", value) for value in (-1, 2**64, 1.0, True)],
+        *[("stop", value) for value in ("", ["a", ""], [1], 5, None, b"a", [None])],
+        *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5, None)],
+        *[("ignore_eos", value) for value in ("false", 1, None)],
+        *[("min_tokens", value) for value in (-1, 1.0, None, 17)],
+        *[("logprobs", value) for value in (-1, 1.0, True)],
+        *[("logit_bias", value) for value in ([1, 2], {"1": 1.0}, {True: 1.0}, 5)],
+        *[("logit_bias", {1: bias}) for bias in (math.nan, math.inf, "1", None, 10**400)],
+        *[("skip_special_tokens", value) for value in ("no", 0, None)],
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(RequestError, match=name) as caught:
+        SamplingParams(**{name: value})
+    assert isinstance(caught.value, ValueError)
+    assert isinstance(caught.value, HermesError)
+
+
+def test_min_tokens_must_fit_into_max_tokens() -> None:
+    with pytest.raises(RequestError, match="min_tokens must be at most max_tokens, not 5"):
+        SamplingParams(max_tokens=4, min_tokens=5)
+
+
+def test_one_stop_text_is_one_text() -> None:
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(stop=["END", "\n"]).stop == ("END", "\n")
+
+
+def test_later_changes_of_what_was_passed_do_not_reach_the_params() -> None:
+    stop, stop_token_ids, logit_bias = ["END"], [1], {1: 1.0}
+    params = SamplingParams(stop=stop, stop_token_ids=stop_token_ids, logit_bias=logit_bias)
+    stop.append("")
+    stop_token_ids.append(-1)
+    logit_bias[1] = math.nan
+    assert (params.stop, params.stop_token_ids, params.logit_bias) == (("END",), (1,), {1: 1.0})
+
+
+def test_params_are_frozen_and_keyword_only() -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        SamplingParams().temperature = 0.5  # type: ignore[misc]
+    with pytest.raises(TypeError):
+        SamplingParams(16)  # type: ignore[misc]
