@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any
 
 from hermes_async.errors import ConfigError, RequestError
 
@@ -145,13 +145,13 @@ def _is_finite_number(value: object) -> bool:
 
 def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     try:
-        values = tuple(values)
+        items = tuple(values)
     except TypeError:
         raise RequestError(f"{name} must be a sequence of {kind.__name__}, not {values!r}") from None
-    for value in values:
+    for value in items:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise RequestError(f"{name} must hold only {kind.__name__} values, not {value!r}")
-    return values
+    return items
 
 
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
@@ -171,7 +171,7 @@ class EngineConfig:
         max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
             chooses.
         max_sequences: Most sequences in one sweep; further requests wait.
-        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB"; None sets aside a tenth of the budget.
+        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB"; None: a tenth of the budget.
         direct_io: Read past the page cache where the file system allows it.
 
     Raises:

@@ -196,4 +196,4 @@ def test_params_are_frozen_and_keyword_only() -> None:
     with pytest.raises(dataclasses.FrozenInstanceError):
         SamplingParams().temperature = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
-        SamplingParams(16)  # type: ignore[misc]
+        SamplingParams(16)  # type: ignore[call-arg]

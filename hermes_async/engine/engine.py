@@ -442,6 +442,8 @@ class Engine:
         if request.kv is None or request.aborted:
             return
         request.kv.length += outcome.num_tokens
+        if outcome.error is not None:
+            self._finish(request, outcome.error)
         if outcome.sampled is None:
             return
         self._tokens_generated += 1

@@ -16,13 +16,17 @@ from hermes_async.modeling.activations import workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.probe import Probe, probe
+from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, weight_bytes
 from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
 from hermes_async.pipeload.planner import ModelSizes, Plan, plan
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.rows import RowReader
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+_TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
+    *("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +68,9 @@ def open_model(source: str | os.PathLike[str], memory_budget: int | str, config:
     tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
     attention = PackedAttention()
     try:
-        skeleton = build_skeleton(checkpoint, load_config(checkpoint), attention.name)
+        model_config = load_config(checkpoint)
+        skeleton = build_skeleton(checkpoint, model_config, attention.name)
+        check_packing(model_config, attention)
         seen = probe(skeleton, attention)
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
@@ -81,7 +87,7 @@ def open_model(source: str | os.PathLike[str], memory_budget: int | str, config:
 
 def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
     activations = workspace_bytes(skeleton, seen)
-    embedding = skeleton.tensors[_embedding_name(skeleton)]
+    embedding = skeleton.tensors[skeleton.embedding_name]
 
     def workspace(tokens: int, sequences: int, kv_bytes: int) -> int:
         rows = RowReader.buffer_bytes(embedding, tokens) + tokens * embedding.nbytes // embedding.shape[0]
@@ -94,11 +100,6 @@ def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
         context_length=skeleton.context_length,
         workspace_bytes=workspace,
     )
-
-
-def _embedding_name(skeleton: Skeleton) -> str:
-    embedding = skeleton.model.get_input_embeddings()
-    return next(f"{name}.weight" for name, module in skeleton.model.named_modules() if module is embedding)
 
 
 def _layer_bytes(skeleton: Skeleton) -> Sequence[int]:

@@ -118,8 +118,8 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
     context = opened.skeleton.context_length
     if context is not None and num_prompt_tokens >= context:
         raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens; the model's context is {context}, of which one must be left to "
-            "generate",
+            f"the prompt has {num_prompt_tokens} tokens; the model's context is {context}, of which one must be left "
+            "to generate",
             context_length=context,
             num_tokens=num_prompt_tokens,
         )
@@ -135,8 +135,8 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
     if needed > plan.kv_bytes:
         minimum = plan.memory_budget + needed - plan.kv_bytes
         raise MemoryBudgetError(
-            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves {format_bytes(plan.kv_bytes)} "
-            f"for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for fewer tokens, or give the engine "
+            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves "
+            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for fewer tokens, or give the engine "
             f"kv_budget={needed} or a memory_budget of at least {minimum} bytes ({format_bytes(minimum)})",
             requested_bytes=needed,
             budget_bytes=plan.kv_bytes,

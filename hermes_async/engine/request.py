@@ -47,7 +47,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds since the request was made: until it was admitted, its first token, its end; and tokens/s after the first."""
+    """Seconds since the request was made, until its admission, its first token and its end; tokens/s after the first."""
 
     queued_s: float
     first_token_s: float

@@ -10,6 +10,7 @@ import torch
 
 from hermes_async.engine.request import FinishReason, Request
 from hermes_async.engine.scheduler import Scheduled
+from hermes_async.errors import RequestError
 from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.sampling import SampledToken
@@ -27,6 +28,7 @@ class Outcome:
         sampled: The next token; None after a chunk of a prompt that goes on.
         text: The text that this token makes certain, with the rest of it where the request ends.
         finish_reason: Where the request ends with this token.
+        error: Why no token could be chosen for this request.
     """
 
     request: Request
@@ -34,6 +36,7 @@ class Outcome:
     sampled: SampledToken | None = None
     text: str = ""
     finish_reason: FinishReason | None = None
+    error: RequestError | None = None
 
 
 class SweepRunner:
@@ -116,7 +119,10 @@ class SweepRunner:
         request = item.request
         if logits is None:
             return Outcome(request, len(item.token_ids))
-        sampled = request.prepared.sampler.sample(logits)
+        try:
+            sampled = request.prepared.sampler.sample(logits)
+        except RequestError as error:
+            return Outcome(request, len(item.token_ids), error=error)
         params = request.params
         num_output = request.num_output_tokens + 1
         ends = sampled.token_id in params.stop_token_ids or (

@@ -9,8 +9,8 @@ from typing import cast
 from transformers import PreTrainedTokenizerBase
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-# A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. Held back can be
-# more: tokens that each end one character and begin the next.
+# A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. More can be
+# held back: tokens that each end one character and begin the next.
 _MAX_INCOMPLETE_TOKENS = 3
 _MAX_HELD_TOKENS = 8
 _NUM_CONTEXT_TOKENS = 6
@@ -28,10 +28,10 @@ class TextDelta:
 class TextStream:
     """Gives out a request's text as its tokens come.
 
-    The deltas together are what `tokenizer.decode` adds for the output to what it gives for the prompt. Text is
-    held back while it may end within a character, or within a stop text. Of several stop texts, the one that is
-    complete first ends the text (the longest, if several are complete at once), so that the text does not depend
-    on how it was cut into tokens.
+    The deltas together are what `tokenizer.decode` adds for the output to what it gives for the prompt. Text
+    is held back while it may end within a character, or within a stop text. Of several stop texts, the one
+    that is complete first ends the text (the longest, if several are complete at once): so how the text was
+    cut into tokens does not matter.
 
     A token costs the decoding of a few tokens, however long the output is.
 
@@ -93,15 +93,12 @@ class TextStream:
 class _Decoder:
     """Decodes a window over the last few tokens; those before `_read` are only context.
 
-    State: `_window`, token ids; `_text`, what they decode to; `_given`, the beginning of `_text` that is given
-    out.
+    State: `_window`, token ids; `_text`, what they decode to; `_given`, the start of it that is given out.
     """
 
-    def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip_special: bool
-    ) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip: bool) -> None:
         self._tokenizer = tokenizer
-        self._skip_special = skip_special
+        self._skip_special = skip
         self._window: list[int] = []
         self._text = self._given = ""
         self._read = 0
@@ -111,9 +108,7 @@ class _Decoder:
         """Returns the text that is certain now: none while the last character may be incomplete."""
         text = self._decode([*self._window, token_id])
         if text == self._text and not self._decode([token_id, token_id]):
-            return (
-                ""  # A skipped special token. Twice, because one "▁" that comes first shows nothing either.
-            )
+            return ""  # A skipped special token. Twice, as one "▁" that comes first shows nothing either.
         # Bytes that byte fallback showed one by one became one character, which may be U+FFFD itself.
         completed = len(text) < len(self._text) or not text.endswith(_REPLACEMENT)
         self._window.append(token_id)
@@ -147,8 +142,8 @@ class _Decoder:
         # The prompt ended within a character, and the output completes it.
         self._given = self._given.rstrip(_REPLACEMENT)
         if not self._text.startswith(self._given):
-            # Byte fallback shows all of a run of byte tokens as invalid while its last character is incomplete.
-            # Byte tokens need no context.
+            # Byte fallback shows all of a run of byte tokens as invalid while its last character is
+            # incomplete. Byte tokens need no context.
             self._window = self._window[self._read :]
             self._text, self._given, self._read = self._decode(self._window), "", 0
 
@@ -179,6 +174,5 @@ def _first_stop(text: str, stop: Sequence[str]) -> int | None:
 
 def _num_held(text: str, stop: Sequence[str]) -> int:
     """Returns the length of the longest end of `text` that a stop text begins with."""
-    return max(
-        (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n])), default=0
-    )
+    lengths = (n for s in stop for n in range(1, min(len(s), len(text) + 1)) if text.endswith(s[:n]))
+    return max(lengths, default=0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import nn
 
 from hermes_async.modeling.probe import Probe
@@ -18,7 +17,7 @@ def workspace_bytes(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int]
     dtype (norms and softmax compute in float32), and logits in the model's dtype, joined, and in float32 twice.
     """
     model, config = skeleton.model, skeleton.model.config.get_text_config()
-    head = model.get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     widest = max(
         (_features(layer) for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module),
         default=_features(model),
@@ -63,4 +62,4 @@ def _out_features(head: nn.Module) -> int:
     features = getattr(head, "out_features", None)
     if isinstance(features, int):
         return features
-    return max((max(parameter.shape) for parameter in head.parameters() if isinstance(parameter, torch.Tensor)), default=1)
+    return max((max(parameter.shape) for parameter in head.parameters()), default=1)

@@ -99,7 +99,7 @@ class Segment:
         return self.end - self.start
 
 
-class PackedCache(Cache):  # type: ignore[misc]
+class PackedCache(Cache):
     """What transformers sees as `past_key_values`: writes each segment's keys and values to its own sequence.
 
     Args:

@@ -63,9 +63,10 @@ def forward_packed(model: PreTrainedModel, attention: PackedAttention, batch: Pa
         return (args[0].index_select(1, batch.logits_positions), *args[1:])
 
     packed = supports_packed_attention(type(model))
+    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     attention.cache = PackedCache(batch.segments, concatenate=not packed)
     try:
-        with model.get_output_embeddings().register_forward_pre_hook(select_outputs), torch.inference_mode():
+        with head.register_forward_pre_hook(select_outputs), torch.inference_mode():
             output = model(
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 
 from torch import nn
 
 from hermes_async.modeling.probe import Probe
-from hermes_async.modeling.skeleton import Skeleton
+from hermes_async.modeling.skeleton import Skeleton, weight_bytes
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.checkpoint import TensorSpec
 
@@ -47,20 +50,21 @@ def partition(skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None = Non
 
 
 class _Cutter:
+    """State: the parameters not yet given to a stage's list, and the lists so far."""
+
     def __init__(self, skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None) -> None:
         self.model = skeleton.model
         self.seen = seen
         self.limit = max_stage_bytes
+        self.dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
         self.base: list[str] = []
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}
         self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in seen.unused}
         self.streamed_embedding: TensorSpec | None = None
-        embedding = next(
-            f"{name}.weight" for name, module in self.model.named_modules() if module is self.model.get_input_embeddings()
-        )
         if max_stage_bytes is not None and seen.embeds_input_ids:
-            self.streamed_embedding = self.tensors.pop(embedding)
+            self.streamed_embedding = self.tensors.pop(skeleton.embedding_name)
+        self.sorted_names = sorted(self.tensors)
 
     def cut(self) -> Partition:
         self._walk("", self.model, in_list=False)
@@ -88,8 +92,7 @@ class _Cutter:
         names = self._names_under(path)
         if not names:
             return
-        nbytes = sum({(s.file, s.offset): s.nbytes for s in (self.tensors[name] for name in names)}.values())
-        fits = self.limit is None or nbytes <= self.limit
+        fits = self.limit is None or weight_bytes(names, self.tensors) <= self.limit
         visited = path in self.seen.visits
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
@@ -112,8 +115,7 @@ class _Cutter:
         if path in self.seen.visits:
             return True
         children = [(f"{path}.{name}", child) for name, child in module.named_children()]
-        own = {f"{path}.{name}" for name, _ in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))}
-        if own & self.tensors.keys():
+        if any(name.rpartition(".")[0] == path for name in self._names_under(path)):
             return False
         return all(self._callable(*child) for child in children if self._names_under(child[0]))
 
@@ -128,21 +130,23 @@ class _Cutter:
         row_bytes = sum(spec.nbytes for spec in specs.values()) // num_rows
         num_blocks = min(num_rows, -(-num_rows * row_bytes // max(self.limit, row_bytes)))
         bounds = [num_rows * idx // num_blocks for idx in range(num_blocks + 1)]
-        self.linear_blocks[path] = tuple(end - start for start, end in zip(bounds, bounds[1:], strict=False))
-        for idx, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        self.linear_blocks[path] = tuple(end - start for start, end in pairwise(bounds))
+        for idx, (start, end) in enumerate(pairwise(bounds)):
             block = f"{path}.blocks.{idx}"
             tensors = [(f"{block}.{leaf}", spec.rows(start, end)) for leaf, spec in specs.items()]
+            self.dtypes.update((f"{block}.{leaf}", self.dtypes[f"{path}.{leaf}"]) for leaf in specs)
             self.stages.append((self.seen.visits[path], block, tensors))
 
     def _names_under(self, path: str) -> list[str]:
-        prefix = f"{path}." if path else ""
-        return [name for name in self.tensors if name.startswith(prefix)]
+        if not path:
+            return self.sorted_names
+        # "/" is the character after ".", so these bounds hold exactly the names that begin with the path and a dot.
+        start, end = bisect_left(self.sorted_names, f"{path}."), bisect_left(self.sorted_names, f"{path}/")
+        return self.sorted_names[start:end]
 
     def _cast_bytes(self, layout: StageLayout) -> int:
-        expected = self.model.state_dict()
-        total = 0
-        for placement in layout.placements:
-            tensor = expected.get(placement.name)
-            if tensor is not None and tensor.dtype != placement.dtype:
-                total += tensor.nbytes
-        return total
+        return sum(
+            math.prod(placement.shape) * self.dtypes[placement.name].itemsize
+            for placement in layout.placements
+            if self.dtypes[placement.name] != placement.dtype
+        )

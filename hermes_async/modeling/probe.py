@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
@@ -19,7 +20,7 @@ from hermes_async.modeling.packed import PackedBatch, check_forward_signature, f
 from hermes_async.modeling.skeleton import Skeleton, get_tensor, set_tensor
 from hermes_async.storage.buffers import Buffer
 
-_NUM_TOKENS = 2
+_NUM_TOKENS = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,27 +61,28 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
     Raises:
         UnsupportedModelError: The model's forward does not run on a packed row.
     """
-    check_forward_signature(skeleton.model)
     names = list(skeleton.model.state_dict())
-    first = _run(skeleton, attention, names)
+    first = probe_model(skeleton.model, attention, names, skeleton.vocab_size)
     idle = frozenset(name for name in names if name.rpartition(".")[0] not in first.visits)
     if not idle:
         return first
     try:
         # Parameters of a module that was not called may still be used by the module around it.
-        second = _run(skeleton, attention, [name for name in names if name not in idle])
+        needed = [name for name in names if name not in idle]
+        second = probe_model(skeleton.model, attention, needed, skeleton.vocab_size)
     except UnsupportedModelError:
         return first
     return Probe(second.visits, second.kv, second.embeds_input_ids, idle)
 
 
-def _run(skeleton: Skeleton, attention: PackedAttention, names: list[str]) -> Probe:
-    model = skeleton.model
+def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[str], vocab_size: int) -> Probe:
+    """Runs `model` with zeros for the parameters in `names`; the others stay on the meta device."""
+    check_forward_signature(model)
     unloaded = {name: get_tensor(model, name) for name in names}
     zeros = Buffer(max(tensor.nbytes for tensor in unloaded.values()))
     visits: dict[str, int] = {}
     embedded: list[bool] = []
-    input_ids = torch.arange(_NUM_TOKENS)[None] % skeleton.vocab_size
+    input_ids = torch.arange(_NUM_TOKENS)[None] % vocab_size
 
     def record(name: str) -> Any:
         def visited(module: nn.Module, args: Any) -> None:

@@ -66,9 +66,7 @@ class Sampler:
         self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
         self._biases = torch.tensor(list(bias.values()), dtype=torch.float32)
         # A checkpoint's configuration may name an end-of-sequence token that its head has no row for.
-        end_ids = {token_id for token_id in eos_token_ids if 0 <= token_id < vocab_size} | set(
-            params.stop_token_ids
-        )
+        end_ids = {*params.stop_token_ids, *(eos_id for eos_id in eos_token_ids if 0 <= eos_id < vocab_size)}
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
 
         self._repetition: LogitsProcessor | None = None
@@ -100,9 +98,7 @@ class Sampler:
         """
         scores = self._penalize(logits)
         if not scores.max() > -math.inf:  # also true of NaN
-            raise RequestError(
-                "no token can be chosen: the logits are not numbers, or every token is suppressed"
-            )
+            raise RequestError("no token can be chosen: logits are not numbers, or every token is suppressed")
         token_id = int(scores.argmax()) if self._generator is None else self._draw(scores, self._generator)
         self._num_output_tokens += 1
         if self._counts is not None:
@@ -133,8 +129,8 @@ class Sampler:
         for warper in self._warpers:
             warped = warper(None, warped)
         probs = warped[0].softmax(-1)
-        # Over the whole vocabulary, not only over what top_k and top_p left: so each token keeps its own random
-        # number, and rounding that moves the edge of that set (another batch) does not change the draw.
+        # Over the whole vocabulary, not only over what top_k and top_p left: so each token keeps its own
+        # random number, and rounding that moves the edge of that set does not change the draw.
         return int(torch.multinomial(probs, num_samples=1, generator=generator))
 
     def _report(self, logits: torch.Tensor, token_id: int) -> SampledToken:
@@ -151,8 +147,8 @@ class Sampler:
 class TopPWarper(LogitsProcessor):
     """What transformers' `TopPLogitsWarper` does, without its sort of the whole vocabulary.
 
-    All tokens of at most `(1 - top_p) / vocab_size` together have at most `1 - top_p`, so they never stay; only
-    the others (of 256k, most often few) are sorted.
+    All tokens of at most `(1 - top_p) / vocab_size` together have at most `1 - top_p`, so they never stay;
+    only the others (of 256k, most often few) are sorted.
     """
 
     def __init__(self, top_p: float) -> None:
@@ -205,16 +201,10 @@ def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
 
 
 def _check_vocabulary(params: SamplingParams, prompt_ids: Sequence[int], vocab_size: int) -> None:
-    named_ids = {
-        "logit_bias": params.logit_bias or {},
-        "stop_token_ids": params.stop_token_ids,
-        "prompt": prompt_ids,
-    }
-    for name, token_ids in named_ids.items():
+    named_ids = [("logit_bias", params.logit_bias or {}), ("stop_token_ids", params.stop_token_ids)]
+    for name, token_ids in [*named_ids, ("prompt", prompt_ids)]:
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"{name}: token id {token_id} is out of range of a vocabulary of {vocab_size} tokens"
-                )
+                raise RequestError(f"{name}: token id {token_id} is not one of the {vocab_size} tokens")
     if params.logprobs is not None and params.logprobs > vocab_size:
         raise RequestError(f"logprobs: {params.logprobs} is more than the vocabulary's {vocab_size} tokens")

@@ -41,6 +41,12 @@ class Skeleton:
         assert isinstance(size, int)
         return size
 
+    @property
+    def embedding_name(self) -> str:
+        """The parameter that is the input embedding."""
+        embedding = self.model.get_input_embeddings()
+        return next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
+
     def __repr__(self) -> str:
         return f"<Skeleton {type(self.model).__name__} {self.dtype}: {len(self.tensors)} tensors>"
 
@@ -49,7 +55,7 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     """Reads the model's configuration; code from the checkpoint is never run.
 
     Raises:
-        UnsupportedModelError: transformers does not know the architecture, it is quantized, or no causal language model.
+        UnsupportedModelError: transformers does not know the architecture, or the checkpoint is quantized.
     """
     path = checkpoint.path
     model_type = checkpoint.config.get("model_type")
@@ -62,9 +68,10 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
             f"{path} is quantized ({method}); fp32, bf16 and fp16 checkpoints are supported", path=path
         )
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        needs_code = " and would need code from the checkpoint, which is never run" if "auto_map" in checkpoint.config else ""
+        custom = "auto_map" in checkpoint.config
+        needs_code = " and would need code from the checkpoint, which is never run" if custom else ""
         raise UnsupportedModelError(
             f"{path}: transformers cannot read the configuration of model_type {model_type!r}{needs_code}: "
             f"{_first_line(error)}",
@@ -90,24 +97,33 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     return Skeleton(model, tensors, dtype, _eos_token_ids(checkpoint, config), _context_length(config))
 
 
-def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, *, where: str) -> PreTrainedModel:
-    """Makes the model of `config` on the meta device, in eval mode, with real non-persistent buffers."""
+def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, *, where: str) -> PreTrainedModel:
+    """Makes the model of `config` on the meta device, in eval mode, with real non-persistent buffers.
+
+    Args:
+        attention: The attention function for models that let it be chosen; None, and all others, use transformers'
+            plain one.
+        where: Begins the error messages.
+
+    Raises:
+        UnsupportedModelError: `config` is no causal language model's, or transformers cannot build it.
+    """
     try:
-        model_class = AutoModelForCausalLM._model_mapping[type(config)]
+        model_class: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
     except KeyError:
         architectures = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(f"{where}: {architectures} is not a causal language model") from None
-    implementation = attention if supports_packed_attention(model_class) else "eager"
+    implementation = attention if attention and supports_packed_attention(model_class) else "eager"
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
             )
     except Exception as error:
         raise UnsupportedModelError(
             f"{where}: transformers cannot build {model_class.__name__} from config.json: {_first_line(error)}"
         ) from error
-    model.eval()
+    model.eval()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     _cast_kept_in_float32(model, dtype)
@@ -116,8 +132,9 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str, *,
         if name not in persistent:
             module, leaf = _owner(model, name)
             module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
-    model.initialize_weights()
-    if model.get_output_embeddings() is None or model.get_input_embeddings() is None:
+    model.initialize_weights()  # type: ignore[no-untyped-call]
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    if None in embeddings:
         raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
     return model
 

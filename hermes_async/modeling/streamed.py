@@ -87,11 +87,13 @@ class StreamedModel:
             self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
             if not stage.resident:
                 self._hooks.append(module.register_forward_hook(self._leaving(stage)))
-        self._streamed_embedding = model.get_input_embeddings() if streamed_embedding else None
-        if self._streamed_embedding is not None:
-            self._streamed_embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
-            self._unloaded_embedding = self._streamed_embedding.weight
-            self._hooks.append(self._streamed_embedding.register_forward_pre_hook(self._embed_rows))
+        self._streamed_embedding: nn.Embedding | None = None
+        if streamed_embedding:
+            embedding = model.get_input_embeddings()
+            assert isinstance(embedding, nn.Embedding)
+            embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
+            self._streamed_embedding, self._unloaded_embedding = embedding, embedding.weight
+            self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
 
     def bind_resident(self) -> None:
         """Binds the stages that stay; they must be loaded."""

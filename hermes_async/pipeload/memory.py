@@ -68,8 +68,7 @@ def _cgroup_rooms(root: Path) -> list[int | None]:
             continue
         parts = [part for part in path.split("/") if part]
         # A container sees its own group at the mount's root, under whatever path the host has for it.
-        for depth in range(len(parts), -1, -1):
-            rooms.append(_room(base.joinpath(*parts[:depth]), limit, used, cache))
+        rooms += [_room(base.joinpath(*parts[:depth]), limit, used, cache) for depth in range(len(parts) + 1)]
     return rooms
 
 
@@ -81,7 +80,7 @@ def _room(group: Path, limit: str, used: str, cache: str) -> int | None:
         reclaimable = 0
         for line in (group / "memory.stat").read_text().splitlines():
             if line.startswith(f"{cache} "):
-                reclaimable = int(line.split()[1])
+                reclaimable = int(line.split()[1])  # page cache that the kernel would give up
         return int(text) - int((group / used).read_text()) + reclaimable
     except (OSError, ValueError):
         return None

@@ -15,8 +15,8 @@ from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
 
-_READ_OVERHEAD_BYTES = 512 * 1024
-"""What starting one read costs, told in bytes that could have been read: half a millisecond at 1 GiB/s."""
+_READ_OVERHEAD_BYTES = 2 * 1024 * 1024
+"""What starting one read costs, told in bytes that could have been read: a millisecond at 2 GiB/s."""
 
 _MIN_KV_TOKENS = 256
 _SWEEP_TOKENS = (512, 256, 128, 64, 32, 16, 8)
@@ -135,8 +135,8 @@ class Plan:
         return "\n".join((
             f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
             f"smallest that works is {format_bytes(self.minimum_budget)}",
-            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, and "
-            f"{format_bytes(self.partition.base.weight_bytes)} outside of them",
+            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, "
+            f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
             ring,
             f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together",
             f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "

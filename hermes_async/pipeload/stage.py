@@ -82,7 +82,7 @@ class StageState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Stage:
-    """One stage at run time. Event-loop side only, but for reads of `state`, `buffer` and `error` by the compute thread.
+    """One stage at run time. Event-loop side only, but the compute thread reads `state`, `buffer` and `error`.
 
     Attributes:
         idx: Its place in the model's list of stages.

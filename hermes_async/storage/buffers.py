@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mmap
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import dataclass
 
 import anyio
@@ -16,10 +15,12 @@ ALIGNMENT = 4096
 
 
 def align_up(num_bytes: int) -> int:
+    """The next multiple of `ALIGNMENT`."""
     return -(-num_bytes // ALIGNMENT) * ALIGNMENT
 
 
 def align_down(num_bytes: int) -> int:
+    """The multiple of `ALIGNMENT` before."""
     return num_bytes // ALIGNMENT * ALIGNMENT
 
 
@@ -37,11 +38,11 @@ class Buffer:
         if pinned:
             tensor = torch.empty(self.nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
             start = -tensor.data_ptr() % ALIGNMENT
-            self.view = memoryview(tensor.numpy())[start : start + self.nbytes]
+            self.view = memoryview(tensor.numpy().data)[start : start + self.nbytes]
         else:
             self._map = mmap.mmap(-1, self.nbytes, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
             if hasattr(mmap, "MADV_HUGEPAGE"):
-                with _ignored_advice():
+                with suppress(OSError):  # kernels without transparent huge pages refuse; nothing depends on them
                     self._map.madvise(mmap.MADV_HUGEPAGE)
             self.view = memoryview(self._map)
 
@@ -58,15 +59,6 @@ class Buffer:
         """Gives the pages back to the system at once, even while a tensor view is still alive somewhere."""
         if self._map is not None:
             self._map.madvise(mmap.MADV_DONTNEED)
-
-
-@contextmanager
-def _ignored_advice() -> Iterator[None]:
-    """Kernels without transparent huge pages refuse the advice; nothing depends on it."""
-    try:
-        yield
-    except OSError:
-        pass
 
 
 @dataclass(frozen=True, slots=True)

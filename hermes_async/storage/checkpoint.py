@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -24,6 +23,7 @@ from typing import Any, BinaryIO
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
+from hermes_async.storage.hub import download, is_hub_id
 
 _INDEX_NAME = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
@@ -57,20 +57,6 @@ _ONLY_SAFETENSORS = (
     "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with "
     "transformers: AutoModel.from_pretrained(...).save_pretrained(directory) writes safetensors"
 )
-
-_HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
-_HUB_WANTED = (
-    *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
-    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
-    *("*.model", "preprocessor_config.json", "processor_config.json"),
-    *("modules.json", "*_Pooling/config.json", "sentence_bert_config.json"),
-)
-# "tokenizer*" also fits code and pickles; "consolidated" is a second copy of the weights, by other names.
-_HUB_UNWANTED = (
-    *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py", "*.h5", "*.msgpack", "*.gguf"),
-    "consolidated*.safetensors",
-)
-
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
@@ -177,12 +163,12 @@ class Checkpoint:
             CheckpointError: There is no such checkpoint, or a part of it is missing or unreadable.
         """
         path = Path(source)
-        if os.path.isdir(source):
+        if path.is_dir():
             path = path.resolve()
-        elif os.path.exists(source):
+        elif path.exists():
             raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
-        elif isinstance(source, str) and _HUB_ID.fullmatch(source):
-            path = _download(
+        elif isinstance(source, str) and is_hub_id(source):
+            path = download(
                 source, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
             ).resolve()
         else:
@@ -195,44 +181,10 @@ class Checkpoint:
         return cls(path, config, tensors)
 
 
-def _download(repo_id: str, revision: str | None, **options: Any) -> Path:
-    """Bring a model's safetensors, config and tokenizer files into the hub's cache; return its snapshot."""
-    # Imported here: a checkpoint on disk needs no HTTP client.
-    from huggingface_hub import errors, snapshot_download
-
-    wanted, unwanted = list(_HUB_WANTED), list(_HUB_UNWANTED)
-    try:
-        return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, **options
-            )
-        )
-    # Every kind, since the hub's client lets the errors of its HTTP library through, and that has changed.
-    except Exception as error:
-        match error:
-            case errors.GatedRepoError():
-                reason = "is gated: accept its terms on the hub, then log in (`hf auth login`) or pass token="
-            case errors.RepositoryNotFoundError():
-                reason = "is neither a directory here nor a model on the hub; if it is private, pass token="
-            case errors.RevisionNotFoundError():
-                reason = "is not on the hub, though the model is"
-            case errors.LocalEntryNotFoundError():
-                reason = (
-                    "is no directory here and not complete in the hub's cache, and the hub is out of reach; "
-                    "go online (local_files_only=False, HF_HUB_OFFLINE unset) or give a directory"
-                )
-            case errors.HFValidationError():
-                reason = "is neither a directory here nor a hub id"
-            case _:
-                reason = f"could not be downloaded from the hub ({type(error).__name__}: {error})"
-        asked = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
-        raise CheckpointError(f"{asked} {reason}") from error
-
-
 def _read_tensors(directory: Path) -> dict[str, TensorSpec]:
     """Find a directory's shards and read their headers."""
     try:
-        names = sorted(name for name in os.listdir(directory) if not name.startswith("."))
+        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be listed: {error.strerror}", path=directory) from error
     if _INDEX_NAME in names:

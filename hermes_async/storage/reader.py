@@ -21,7 +21,7 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from hermes_async.errors import ReadError, ShortReadError
-from hermes_async.storage.buffers import ALIGNMENT, align_down, align_up
+from hermes_async.storage.buffers import align_down, align_up
 
 _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 
@@ -30,7 +30,7 @@ _O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 class ReadRange:
     """`nbytes` bytes of `file` from `offset`, to be found at `position` of a buffer after the read.
 
-    `offset` and `position` are equal modulo `ALIGNMENT`, so a direct read can start at the block before.
+    `offset` and `position` are equal modulo 4096 (`ALIGNMENT`), so a direct read can start at the block before.
     """
 
     file: Path

@@ -29,7 +29,8 @@ class RowReader:
     def buffer_bytes(spec: TensorSpec, max_rows: int) -> int:
         """Memory for `max_rows` rows, each with the blocks around it and the gap to the one before."""
         row_bytes = spec.nbytes // spec.shape[0]
-        return min(max_rows * (align_up(row_bytes) + 2 * ALIGNMENT + _MAX_GAP_BYTES), align_up(spec.nbytes) + 2 * ALIGNMENT)
+        spread = max_rows * (align_up(row_bytes) + 2 * ALIGNMENT + _MAX_GAP_BYTES)
+        return min(spread, align_up(spec.nbytes) + 2 * ALIGNMENT)
 
     async def read(self, rows: Sequence[int]) -> list[torch.Tensor]:
         """Reads `rows` (sorted, each once); returns views `[columns]` that the next call overwrites.

@@ -31,11 +31,13 @@ def byte_level_tokenizer() -> PreTrainedTokenizerBase:
         vocab_size=400, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(CORPUS, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>"
+    )
 
 
 def metaspace_tokenizer() -> PreTrainedTokenizerBase:
-    """As Llama 2's and Mistral's: "▁" for a space, the first stripped; unknown characters as bytes, "<0xE2>"."""
+    """As Llama 2's and Mistral's: "▁" for a space, the first stripped; unknown characters as bytes."""
     pieces = ["<unk>", *SPECIAL, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *"abcdehilmnoprstuvwyOST."]
     merges = [
         ("▁", "t"),
@@ -55,7 +57,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerBase:
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
     tokenizer.add_special_tokens(SPECIAL)
-    return PreTrainedTokenizerFast(
+    return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         bos_token="<s>",
         eos_token="</s>",
@@ -66,9 +68,7 @@ def metaspace_tokenizer() -> PreTrainedTokenizerBase:
 
 BYTE_LEVEL = byte_level_tokenizer()
 METASPACE = metaspace_tokenizer()
-both_tokenizers = pytest.mark.parametrize(
-    "tokenizer", [BYTE_LEVEL, METASPACE], ids=["byte_level", "metaspace"]
-)
+both_tokenizers = pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, METASPACE], ids=["bytes", "metaspace"])
 
 
 def token(tokenizer: PreTrainedTokenizerBase, piece: str) -> int:
@@ -82,9 +82,8 @@ def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def decode(tokenizer: PreTrainedTokenizerBase, token_ids: Sequence[int], *, skip: bool = True) -> str:
-    return str(
-        tokenizer.decode(list(token_ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
-    )
+    text = tokenizer.decode(list(token_ids), skip_special_tokens=skip, clean_up_tokenization_spaces=False)
+    return str(text)
 
 
 def in_context(
@@ -101,9 +100,7 @@ def byte_token(tokenizer: PreTrainedTokenizerBase, byte: int) -> int:
         return token(tokenizer, f"<0x{byte:02X}>")
     byte_chars = sorted(pre_tokenizers.ByteLevel.alphabet())
     printable = [b for b in range(256) if chr(b) in byte_chars]
-    others = [
-        b for b in range(256) if b not in printable
-    ]  # GPT-2's table: the others, in order, from U+0100 on
+    others = [b for b in range(256) if b not in printable]  # in GPT-2's table from U+0100 on, in order
     char = chr(byte) if byte in printable else chr(256 + others.index(byte))
     return token(tokenizer, char)
 
@@ -187,7 +184,7 @@ def test_deltas_of_any_metaspace_tokens_are_the_whole_decoded_at_once(
 @given(output=st.lists(st.integers(0, len(METASPACE) - 1), max_size=60))
 @settings(max_examples=300, deadline=None)
 def test_bytes_that_are_no_utf8_cost_no_other_text(output: list[int]) -> None:
-    """The tokenizer shows a run of byte tokens with one invalid byte as invalid throughout, the stream not."""
+    """The tokenizer shows a run of byte tokens with one invalid byte as invalid throughout."""
     text = "".join(stream_all(TextStream(METASPACE, prompt_ids=[]), output))
     whole = decode(METASPACE, output)
     if "\ufffd" not in whole:
@@ -209,9 +206,8 @@ def test_leading_space_of_the_first_token_depends_on_the_prompt(special_tail: in
 def test_space_token_after_skipped_special_tokens_keeps_its_space() -> None:
     user, space, the = (token(METASPACE, piece) for piece in ("<|user|>", "▁", "▁the"))
     for prompt in ([], [user]):
-        assert (
-            "".join(stream_all(TextStream(METASPACE, prompt_ids=prompt), [user, space, user, the])) == " the"
-        )
+        stream = TextStream(METASPACE, prompt_ids=prompt)
+        assert "".join(stream_all(stream, [user, space, user, the])) == " the"
 
 
 @both_tokenizers

@@ -1,0 +1,1 @@
+"""Timings, each against its physical limit. `python -m benchmarks.NAME`; one JSON object is the last line printed."""

@@ -1,0 +1,86 @@
+"""Checkpoints in true shapes with random weights, made on the spot and deleted after."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
+
+from hermes_async import format_bytes
+
+_SHARD_BYTES = 1 << 30
+
+
+def llama_config(num_bytes: int, dtype: torch.dtype) -> LlamaConfig:
+    """Llama 3.2's 3B layer (192 MiB in bf16), as many as come closest to `num_bytes` in all."""
+    hidden, intermediate, vocab_size = 3072, 8192, 32000
+    layer = 2 * hidden * hidden + 2 * hidden * (hidden // 3) + 3 * hidden * intermediate + 2 * hidden
+    num_layers = round((num_bytes / dtype.itemsize - vocab_size * hidden) / layer)
+    return LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=max(1, num_layers),
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=vocab_size,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        dtype=dtype,
+    )
+
+
+@contextmanager
+def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path | None = None) -> Iterator[Path]:
+    """Writes a sharded checkpoint of `config` into a temporary directory in `folder`, and deletes it at the end."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
+    num_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
+    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
+    try:
+        free = shutil.disk_usage(path).free
+        if free < 1.2 * num_bytes:
+            raise SystemExit(f"{path} has {format_bytes(free)} free; the checkpoint takes {format_bytes(num_bytes)}")
+        _write(path, shapes, dtype)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _write(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 24, generator=generator).mul_(0.02).to(dtype)
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        size += shape.numel() * dtype.itemsize
+        if size > _SHARD_BYTES and shards[-1]:
+            shards.append([])
+            size = shape.numel() * dtype.itemsize
+        shards[-1].append(name)
+    weight_map = {}
+    for number, names in enumerate(shards, start=1):
+        file = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        tensors = {}
+        for name in names:
+            shape = shapes[name]
+            if len(shape) == 1:
+                tensors[name] = torch.ones(shape, dtype=dtype)
+            else:
+                shift = int(torch.randint(noise.numel(), (1,), generator=generator))
+                repeats = -(-shape.numel() // noise.numel())
+                tensors[name] = noise.roll(shift).repeat(repeats)[: shape.numel()].view(shape)
+            weight_map[name] = file
+        save_file(tensors, path / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -1,0 +1,102 @@
+"""The disk's own rate, a steady limit on it, and a cold page cache."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from hermes_async.storage.buffers import align_down, align_up
+from hermes_async.storage.reader import ReadRange
+
+_CGROUPS = Path("/sys/fs/cgroup")
+
+
+def read_directly(groups: Sequence[Sequence[ReadRange]], num_threads: int) -> float:
+    """Reads each group of ranges with plain direct `preadv`, `num_threads` groups at once; returns seconds."""
+    files = {item.file for group in groups for item in group}
+    with contextlib.ExitStack() as exits:
+        handles = {}
+        for file in files:
+            handles[file] = os.open(file, os.O_RDONLY | os.O_DIRECT)
+            exits.callback(os.close, handles[file])
+        largest = max(align_up(item.nbytes) + 8192 for group in groups for item in group)
+        buffers = [mmap.mmap(-1, largest, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(num_threads)]
+        for buffer in buffers:
+            buffer.write(bytes(largest))  # page faults are not the disk's
+        free = list(buffers)
+
+        def read(group: Sequence[ReadRange]) -> None:
+            buffer = free.pop()
+            for item in group:
+                offset = align_down(item.offset)
+                wanted = item.offset + item.nbytes - offset
+                done = 0
+                while done < wanted:
+                    done += os.preadv(handles[item.file], [memoryview(buffer)[done : align_up(wanted)]], offset + done)
+            free.append(buffer)
+
+        started = time.perf_counter()
+        with ThreadPoolExecutor(num_threads) as pool:
+            list(pool.map(read, groups))
+        return time.perf_counter() - started
+
+
+@contextlib.contextmanager
+def limited_disk(path: Path, bytes_per_second: int | None) -> Iterator[str | None]:
+    """Holds this process's reads from the disk under `path` to a rate, by a cgroup (v1 or v2; needs root).
+
+    Yields None, or why there is no limit.
+    """
+    if bytes_per_second is None:
+        yield "not asked for"
+        return
+    name = f"hermes-benchmark-{os.getpid()}"
+    device = _block_device(path)
+    v1, v2 = _CGROUPS / "blkio", _CGROUPS
+    try:
+        if (v1 / "cgroup.procs").exists():
+            group, home = v1 / name, v1
+            group.mkdir()
+            (group / "blkio.throttle.read_bps_device").write_text(f"{device} {bytes_per_second}")
+        elif "io" in (v2 / "cgroup.controllers").read_text().split():
+            group, home = v2 / name, v2
+            (v2 / "cgroup.subtree_control").write_text("+io")
+            group.mkdir()
+            (group / "io.max").write_text(f"{device} rbps={bytes_per_second}")
+        else:
+            yield "no io controller among the cgroups"
+            return
+    except OSError as error:
+        yield f"cgroup limits are not to be had: {error}"
+        return
+    (group / "cgroup.procs").write_text(str(os.getpid()))
+    try:
+        yield None
+    finally:
+        (home / "cgroup.procs").write_text(str(os.getpid()))
+        group.rmdir()
+
+
+def _block_device(path: Path) -> str:
+    """major:minor of the whole disk under `path`; limits are kept by disks, not by partitions."""
+    number = path.stat().st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    partition = Path(f"/sys/dev/block/{device}").resolve()
+    if (partition / "partition").exists():
+        return (partition.parent / "dev").read_text().strip()
+    return device
+
+
+def drop_caches() -> bool:
+    """Empties the page cache; False where this process may not."""
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3")
+    except OSError:
+        return False
+    return True

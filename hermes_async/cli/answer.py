@@ -1,0 +1,65 @@
+"""One answer of the engine as a command collects it, and the line of statistics after it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from hermes_async.cli.running import Interrupts
+from hermes_async.config import SamplingParams, format_bytes
+from hermes_async.engine.engine import Engine, EngineStatistics
+from hermes_async.engine.prompt import Prompt
+from hermes_async.engine.request import FinishReason
+
+
+@dataclass
+class Answer:
+    """What came of one request so far; times in seconds since it was made."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+    def __str__(self) -> str:
+        num_tokens = len(self.token_ids)
+        line = f"{num_tokens} {'token' if num_tokens == 1 else 'tokens'} in {self.total_s:.2f} s"
+        decoding = self.total_s - self.first_token_s
+        if num_tokens > 1 and decoding > 0:
+            line += f" (the first after {self.first_token_s:.2f} s, then {(num_tokens - 1) / decoding:.1f} a second)"
+        return line + (", stopped" if self.finish_reason == "abort" else "")
+
+
+async def stream_answer(
+    engine: Engine,
+    prompt: Prompt,
+    params: SamplingParams,
+    interrupts: Interrupts,
+    write: Callable[[str], object],
+) -> Answer:
+    """Gives each piece of text to `write` as it comes. Ctrl-C ends the answer: its `finish_reason` is then "abort"."""
+    answer = Answer()
+    started_at = time.perf_counter()
+    with interrupts.scope():
+        async with aclosing(engine.generate(prompt, params)) as chunks:
+            async for chunk in chunks:
+                if not answer.token_ids:
+                    answer.first_token_s = time.perf_counter() - started_at
+                answer.token_ids += chunk.token_ids
+                answer.text += chunk.text
+                answer.finish_reason = chunk.finish_reason
+                if chunk.text:
+                    write(chunk.text)
+    answer.total_s = time.perf_counter() - started_at
+    answer.finish_reason = answer.finish_reason or "abort"
+    return answer
+
+
+def statistics_line(statistics: EngineStatistics) -> str:
+    return (
+        f"{statistics.sweeps} sweeps, {format_bytes(statistics.bytes_read)} read; "
+        f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"
+    )

@@ -1,0 +1,95 @@
+"""`hermes-async chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+
+from hermes_async.cli import options
+from hermes_async.cli.answer import Answer, stream_answer
+from hermes_async.cli.lines import LineReader
+from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
+from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.engine.engine import Engine
+from hermes_async.errors import ContextLengthError, MemoryBudgetError
+
+_HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
+
+
+def chat(
+    model: options.Model,
+    memory: options.Memory = "auto",
+    max_tokens: options.MaxTokens = 512,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
+    loading_agents: options.LoadingAgents = None,
+    max_resident_layers: options.MaxResidentLayers = None,
+) -> None:
+    """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
+    with errors_in_one_line():
+        params = SamplingParams(
+            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
+        config = options.engine_config(loading_agents, max_resident_layers)
+        path = find_checkpoint(model)
+
+        async def work(interrupts: Interrupts) -> None:
+            await _converse(path, memory, config, params, interrupts)
+
+        run(work)
+
+
+async def _converse(
+    path: Path, memory: str, config: EngineConfig, params: SamplingParams, interrupts: Interrupts
+) -> None:
+    at_terminal = sys.stdin.isatty()
+    console = Console(highlight=False)
+    lines = LineReader(sys.stdin.fileno())
+    messages: list[dict[str, str]] = []
+    async with Engine(path, memory_budget=memory, config=config) as engine:
+        if at_terminal:
+            console.print(_HELP, style="dim")
+        while True:
+            if at_terminal:
+                console.print("[bold]>[/] ", end="")
+            line: str | None = None
+            with interrupts.scope():
+                line = await lines.read()
+            if line is None and at_terminal:
+                console.print()
+            if line is None or line.strip() == "/exit":
+                return
+            if line.strip() == "/reset":
+                messages.clear()
+            elif line.strip():
+                await _take_turn(engine, line, messages, params, interrupts, at_terminal=at_terminal)
+
+
+async def _take_turn(
+    engine: Engine,
+    line: str,
+    messages: list[dict[str, str]],
+    params: SamplingParams,
+    interrupts: Interrupts,
+    *,
+    at_terminal: bool,
+) -> None:
+    """Asks and shows the answer; both then belong to the conversation, a stopped answer as far as it came."""
+    asked = [*messages, {"role": "user", "content": line}]
+    try:
+        answer: Answer = await stream_answer(
+            engine, asked, params, interrupts, lambda text: print(text, end="", flush=True)
+        )
+    except (ContextLengthError, MemoryBudgetError) as error:
+        print_error(error)
+        print("/reset forgets the conversation, which makes room again", file=sys.stderr)
+        return
+    print(flush=True)
+    if at_terminal:
+        print(answer, file=sys.stderr)
+    if answer.token_ids:
+        messages[:] = [*asked, {"role": "assistant", "content": answer.text}]

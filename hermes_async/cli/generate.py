@@ -1,0 +1,149 @@
+"""`hermes-async generate`: one prompt, its text as it comes."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hermes_async.cli import options
+from hermes_async.cli.answer import statistics_line, stream_answer
+from hermes_async.cli.running import INTERRUPTED, Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.engine.engine import Engine
+from hermes_async.engine.prompt import Prompt
+from hermes_async.engine.request import Completion, Timings, Usage
+
+_REQUEST_ID = "generate"
+
+
+def generate(
+    model: options.Model,
+    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    memory: options.Memory = "auto",
+    max_tokens: options.MaxTokens = 128,
+    temperature: options.Temperature = 0.0,
+    top_p: options.TopP = 1.0,
+    top_k: options.TopK = 0,
+    seed: options.Seed = None,
+    stop: Annotated[
+        list[str] | None,
+        typer.Option(help="End before this text; may be given more than once.", show_default=False),
+    ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")
+    ] = False,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Send PROMPT as a message, through the checkpoint's chat template.")
+    ] = False,
+    token_ids: Annotated[
+        bool, typer.Option("--token-ids", help="PROMPT is token ids, separated by commas or spaces.")
+    ] = False,
+    loading_agents: options.LoadingAgents = None,
+    max_resident_layers: options.MaxResidentLayers = None,
+    json_output: options.Json = False,
+) -> None:
+    """Generate text from a prompt. Ctrl-C stops and keeps what there is."""
+    if chat and token_ids:
+        raise typer.BadParameter("--chat and --token-ids exclude each other")
+    with errors_in_one_line():
+        asked = _read_prompt(prompt, chat=chat, token_ids=token_ids)
+        params = SamplingParams(
+            max_tokens=max_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            seed=seed,
+            stop=tuple(stop or ()),
+            ignore_eos=ignore_eos,
+        )
+        config = options.engine_config(loading_agents, max_resident_layers)
+        path = find_checkpoint(model)
+
+        async def work(interrupts: Interrupts) -> None:
+            command = _to_json if json_output else _to_terminal
+            await command(path, memory, config, asked, params, interrupts)
+
+        run(work)
+
+
+def _read_prompt(prompt: str, *, chat: bool, token_ids: bool) -> Prompt:
+    if prompt == "-":
+        try:
+            prompt = typer.get_binary_stream("stdin").read().decode()
+        except UnicodeDecodeError as error:
+            raise typer.BadParameter(f"standard input is not UTF-8: {error}", param_hint="PROMPT") from None
+    if chat:
+        return [{"role": "user", "content": prompt}]
+    if not token_ids:
+        return prompt
+    try:
+        return [int(token_id) for token_id in re.split(r"[,\s]+", prompt.strip(", \t\r\n")) if token_id]
+    except ValueError as error:
+        raise typer.BadParameter(f"not a token id: {error}", param_hint="PROMPT") from None
+
+
+async def _to_terminal(
+    path: Path,
+    memory: str,
+    config: EngineConfig,
+    prompt: Prompt,
+    params: SamplingParams,
+    interrupts: Interrupts,
+) -> None:
+    async with Engine(path, memory_budget=memory, config=config) as engine:
+        answer = await stream_answer(engine, prompt, params, interrupts, _write)
+        statistics = engine.statistics()
+    # Without a tokenizer there is no text; then the token ids are the answer.
+    print("" if answer.text else " ".join(map(str, answer.token_ids)), flush=True)
+    print(f"{answer}; {statistics_line(statistics)}", file=sys.stderr)
+    if answer.finish_reason == "abort":
+        raise typer.Exit(INTERRUPTED)
+
+
+async def _to_json(
+    path: Path,
+    memory: str,
+    config: EngineConfig,
+    prompt: Prompt,
+    params: SamplingParams,
+    interrupts: Interrupts,
+) -> None:
+    async with Engine(path, memory_budget=memory, config=config) as engine:
+        completion = await _complete(engine, prompt, params, interrupts)
+        plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
+    record: dict[str, Any] = {
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "finish_reason": completion.finish_reason,
+        "usage": asdict(completion.usage),
+        "timings": asdict(completion.timings),
+        "plan": plan,
+        "statistics": statistics,
+    }
+    print(json.dumps(record), flush=True)
+    if completion.finish_reason == "abort":
+        raise typer.Exit(INTERRUPTED)
+
+
+async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, interrupts: Interrupts) -> Completion:
+    """Ctrl-C aborts the request, which then completes with what it has."""
+    completion = Completion(_REQUEST_ID, "", (), "abort", Usage(0, 0), Timings(0.0, 0.0, 0.0, 0.0))
+    with interrupts.scope() as scope:
+
+        async def stop() -> None:
+            if not await engine.abort(_REQUEST_ID):  # it is still being tokenized
+                scope.cancel()
+
+        with interrupts.calling(stop):
+            completion = await engine.complete(prompt, params, request_id=_REQUEST_ID)
+    return completion
+
+
+def _write(text: str) -> None:
+    print(text, end="", flush=True)

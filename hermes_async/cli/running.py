@@ -1,0 +1,107 @@
+"""How a command runs: its event loop, Ctrl-C, and what a user sees of an error."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+
+import anyio
+import typer
+
+from hermes_async.errors import HermesError
+from hermes_async.storage.checkpoint import Checkpoint
+
+INTERRUPTED = 130
+"""The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
+
+
+class Interrupts:
+    """Ctrl-C as an event: each one goes to the innermost block that is open, and to no other.
+
+    So a command decides what it ends: one answer, or everything.
+    """
+
+    def __init__(self) -> None:
+        self._actions: list[Callable[[], Awaitable[None]]] = []
+
+    @contextmanager
+    def scope(self) -> Iterator[anyio.CancelScope]:
+        """Ctrl-C cancels this block; its `cancel_called` tells so afterwards."""
+        with anyio.CancelScope() as scope:
+
+            async def cancel() -> None:
+                scope.cancel()
+
+            with self.calling(cancel):
+                yield scope
+
+    @contextmanager
+    def calling(self, action: Callable[[], Awaitable[None]]) -> Iterator[None]:
+        """Ctrl-C awaits `action` while this block is open."""
+        self._actions.append(action)
+        try:
+            yield
+        finally:
+            self._actions.remove(action)
+
+    async def watch(self, signals: AsyncIterator[signal.Signals]) -> None:
+        async for _ in signals:
+            if self._actions:
+                await self._actions[-1]()
+
+
+def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
+    """Runs `work` in an event loop, uvloop's where it is installed.
+
+    Raises:
+        HermesError: As `work` raised it, never in a group.
+        KeyboardInterrupt: Ctrl-C came while `work` had no block of its own open.
+    """
+    anyio.run(_interruptible, work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
+
+
+async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
+    interrupts = Interrupts()
+    failure: Exception | None = None
+    async with anyio.create_task_group() as tasks:
+        with anyio.open_signal_receiver(signal.SIGINT) as signals:
+            tasks.start_soon(interrupts.watch, signals)
+            with interrupts.scope() as everything:
+                try:
+                    await work(interrupts)
+                except Exception as error:  # raised again below: here the task group would put it in a group
+                    failure = error
+            tasks.cancel_scope.cancel()
+    if failure is not None:
+        raise failure
+    if everything.cancelled_caught:
+        raise KeyboardInterrupt
+
+
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Ends the command on an error of ours with one line and exit code 1, on Ctrl-C with exit code 130."""
+    try:
+        yield
+    except HermesError as error:
+        print_error(error)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        print("hermes-async: stopped", file=sys.stderr)
+        raise typer.Exit(INTERRUPTED) from None
+
+
+def print_error(error: HermesError) -> None:
+    print(f"hermes-async: error: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def find_checkpoint(model: str) -> Path:
+    """Returns the model's directory; a model on the hub is downloaded first.
+
+    The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
+    """
+    return Checkpoint.open(model).path

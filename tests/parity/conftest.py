@@ -1,0 +1,151 @@
+"""What transformers generates, what the engine generates, and the comparison of the two."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+import hermes_async
+from hermes_async.engine.opening import open_model
+
+NUM_TOKENS = 24
+TOP_LOGPROBS = 5
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What transformers generates from one prompt alone.
+
+    Attributes:
+        logprobs: [tokens, vocab] float32, of each generated token's distribution.
+    """
+
+    prompt: list[int]
+    token_ids: list[int]
+    logprobs: torch.Tensor
+
+
+@pytest.fixture(scope="session")
+def prompts() -> list[list[int]]:
+    """Of different lengths, longer than the windows of the models here and than the smallest budget's sweeps."""
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 300, (length,), generator=generator).tolist() for length in (5, 1, 40, 17)]
+
+
+@pytest.fixture(scope="session")
+def greedy_reference() -> Callable[..., list[Expected]]:
+    """Runs `model.generate` for each prompt alone, with transformers' default attention."""
+
+    def reference(
+        path: Path,
+        prompts: Sequence[list[int]],
+        *,
+        dtype: torch.dtype = torch.float32,
+        num_tokens: int = NUM_TOKENS,
+    ) -> list[Expected]:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        # Without end-of-sequence tokens: the requests ignore them.
+        model.generation_config = GenerationConfig(pad_token_id=0)
+        expected = []
+        for prompt in prompts:
+            input_ids = torch.tensor([prompt])
+            output = model.generate(
+                input_ids,
+                attention_mask=torch.ones_like(input_ids),
+                max_new_tokens=num_tokens,
+                do_sample=False,
+                return_dict_in_generate=True,
+                output_logits=True,
+            )
+            token_ids = output.sequences[0, len(prompt) :].tolist()
+            logits = torch.cat(output.logits).float()
+            expected.append(Expected(prompt, token_ids, logits.log_softmax(-1)))
+        return expected
+
+    return reference
+
+
+@pytest.fixture(scope="session")
+def greedy() -> hermes_async.SamplingParams:
+    return hermes_async.SamplingParams(
+        max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP_LOGPROBS
+    )
+
+
+@pytest.fixture(scope="session")
+def complete_all(greedy: hermes_async.SamplingParams) -> Callable[..., Any]:
+    """Submits all prompts at once; returns the completions in the prompts' order."""
+
+    async def complete(
+        engine: hermes_async.Engine, prompts: Sequence[list[int]]
+    ) -> list[hermes_async.Completion]:
+        completions: dict[int, hermes_async.Completion] = {}
+
+        async def one(idx: int) -> None:
+            completions[idx] = await engine.complete(prompts[idx], greedy)
+
+        async with anyio.create_task_group() as tasks:
+            for idx in range(len(prompts)):
+                tasks.start_soon(one, idx)
+        return [completions[idx] for idx in range(len(prompts))]
+
+    return complete
+
+
+@pytest.fixture(scope="session")
+def assert_parity() -> Callable[..., None]:
+    """Tokens equal, and log-probabilities of the likeliest ones within `atol`."""
+
+    def check(completions: Sequence[hermes_async.Completion], expected: Sequence[Expected], *, atol: float) -> None:
+        assert [list(completion.token_ids) for completion in completions] == [item.token_ids for item in expected]
+        for completion, item in zip(completions, expected, strict=True):
+            assert len(completion.logprobs) == len(item.token_ids)
+            for sampled, logprobs in zip(completion.logprobs, item.logprobs, strict=True):
+                assert sampled.top_logprobs is not None
+                top = torch.tensor(list(sampled.top_logprobs))
+                given = torch.tensor(list(sampled.top_logprobs.values()))
+                torch.testing.assert_close(given, logprobs[top], atol=atol, rtol=0)
+                torch.testing.assert_close(given[:TOP_LOGPROBS], logprobs.topk(TOP_LOGPROBS).values, atol=atol, rtol=0)
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def minimum_budget() -> Callable[[Path], int]:
+    """The smallest budget, as the error of one that is too small names it."""
+
+    def minimum(path: Path) -> int:
+        with pytest.raises(hermes_async.MemoryBudgetError) as raised:
+            open_model(path, 1, hermes_async.EngineConfig())
+        assert raised.value.minimum_bytes is not None
+        return raised.value.minimum_bytes
+
+    return minimum
+
+
+@pytest.fixture(scope="session")
+def middle_budget() -> Callable[[Path, int], int]:
+    """A budget in which some stages are resident and some are not."""
+
+    def middle(path: Path, minimum: int) -> int:
+        low, high = minimum, 64 * 1024 * 1024
+        while high - low > 4096:
+            budget = (low + high) // 2
+            opened = open_model(path, budget, hermes_async.EngineConfig())
+            opened.close()
+            if opened.plan.num_buffers == 0:
+                high = budget
+            elif not opened.plan.resident:
+                low = budget
+            else:
+                return budget
+        raise AssertionError(f"no budget between {minimum} and 64 MiB keeps only some stages of {path} resident")
+
+    return middle
