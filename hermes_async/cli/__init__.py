@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
 import sys
 import warnings
 from typing import Annotated
 
-import transformers
 import typer
-from huggingface_hub.utils import logging as hub_logging
 
 from hermes_async import __version__
-from hermes_async.cli.chat import chat
-from hermes_async.cli.demo import demo
-from hermes_async.cli.generate import generate
-from hermes_async.cli.plan import plan
+from hermes_async.cli import chat, demo, generate, plan
 
-app = typer.Typer(
-    name="hermes-async", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
-)
-for _command in (generate, chat, plan, demo):
+app = typer.Typer(name="hermes-async", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+for _command in (generate.generate, chat.chat, plan.plan, demo.demo):
     app.command()(_command)
 
 
@@ -43,9 +37,8 @@ def main() -> None:
     """Runs the command line of this process. Only here are the libraries below made quiet, never for importers."""
     if not sys.warnoptions:
         warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    hub_logging.set_verbosity_error()
+    for name in ("transformers", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that cannot show a character must not end the program

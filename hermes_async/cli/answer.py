@@ -59,6 +59,7 @@ async def stream_answer(
 
 
 def statistics_line(statistics: EngineStatistics) -> str:
+    """What the engine did for it, in short."""
     return (
         f"{statistics.sweeps} sweeps, {format_bytes(statistics.bytes_read)} read; "
         f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"

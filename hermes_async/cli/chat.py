@@ -31,9 +31,7 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
-        params = SamplingParams(
-            max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
-        )
+        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = options.engine_config(loading_agents, max_resident_layers)
         path = find_checkpoint(model)
 

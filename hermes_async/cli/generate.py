@@ -35,9 +35,7 @@ def generate(
         list[str] | None,
         typer.Option(help="End before this text; may be given more than once.", show_default=False),
     ] = None,
-    ignore_eos: Annotated[
-        bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")
-    ] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")] = False,
     chat: Annotated[
         bool, typer.Option("--chat", help="Send PROMPT as a message, through the checkpoint's chat template.")
     ] = False,

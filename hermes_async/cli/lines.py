@@ -12,9 +12,9 @@ import anyio.to_thread
 class LineReader:
     """Reads a terminal, pipe or file line by line; a worker thread waits, and none is left behind by cancellation.
 
-    A thread inside `input()` cannot be woken, and the interpreter would wait for it at its exit. The thread here waits for
-    the input and for a pipe of ours at once. (An event loop cannot wait for every kind of input itself: epoll refuses files,
-    and libuv makes a terminal non-blocking for all its users.)
+    A thread inside `input()` cannot be woken, and the interpreter would wait for it at its exit. The thread here waits
+    for the input and for a pipe of ours at once. (An event loop cannot wait for every kind of input itself: epoll
+    refuses files, and libuv makes a terminal non-blocking for all its users.)
     """
 
     def __init__(self, file_descriptor: int) -> None:

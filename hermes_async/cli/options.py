@@ -64,6 +64,5 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as th
 def engine_config(
     loading_agents: int | None, max_resident_layers: int | None, *, kv_budget: int | None = None
 ) -> EngineConfig:
-    return EngineConfig(
-        num_loading_agents=loading_agents, max_resident_layers=max_resident_layers, kv_budget=kv_budget
-    )
+    """The engine's options, from those of the command."""
+    return EngineConfig(num_loading_agents=loading_agents, max_resident_layers=max_resident_layers, kv_budget=kv_budget)

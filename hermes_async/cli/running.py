@@ -96,6 +96,7 @@ def errors_in_one_line() -> Iterator[None]:
 
 
 def print_error(error: HermesError) -> None:
+    """Tells of an error in one line."""
     print(f"hermes-async: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 

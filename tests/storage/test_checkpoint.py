@@ -561,7 +561,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> Path:
         pytest.fail(f"the hub was asked: {args}")
 
-    monkeypatch.setattr(checkpoint_module, "_download", refuse)
+    monkeypatch.setattr(checkpoint_module, "download", refuse)
 
 
 @pytest.mark.usefixtures("no_hub")
