@@ -163,7 +163,7 @@ class Checkpoint:
             CheckpointError: There is no such checkpoint, or a part of it is missing or unreadable.
         """
         path = Path(source)
-        if path.is_dir():
+        if os.fspath(source) and path.is_dir():
             path = path.resolve()
         elif path.exists():
             raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
