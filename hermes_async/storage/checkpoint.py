@@ -165,7 +165,7 @@ class Checkpoint:
         path = Path(source)
         if os.fspath(source) and path.is_dir():
             path = path.resolve()
-        elif path.exists():
+        elif os.fspath(source) and path.exists():
             raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
         elif isinstance(source, str) and is_hub_id(source):
             path = download(
