@@ -1,10 +1,16 @@
-"""The disk's own rate, a steady limit on it, and a cold page cache."""
+"""The disk's own rate, and a steady limit on it.
+
+As a program it reads `[[[file, offset, nbytes], ...], ...]` and a number of threads from stdin as JSON, and prints
+seconds: measured in a process of its own, the buffers of the measurement are not in the engine's memory.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import mmap
 import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -92,11 +98,11 @@ def _block_device(path: Path) -> str:
     return device
 
 
-def drop_caches() -> bool:
-    """Empties the page cache; False where this process may not."""
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3")
-    except OSError:
-        return False
-    return True
+def main() -> None:
+    asked = json.load(sys.stdin)
+    groups = [[ReadRange(Path(file), offset, nbytes, 0) for file, offset, nbytes in group] for group in asked["groups"]]
+    print(read_directly(groups, asked["num_threads"]))
+
+
+if __name__ == "__main__":
+    main()

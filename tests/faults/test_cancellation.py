@@ -1,0 +1,297 @@
+"""Requests that are cancelled, aborted and left at random moments cost the others nothing, and leave nothing behind."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import aclosing
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import anyio.to_thread
+import pytest
+
+from hermes_async import Engine, EngineConfig, RequestError
+from hermes_async.pipeload.stage import StageState
+
+pytestmark = pytest.mark.anyio
+
+NUM_REQUESTS = 125  # cancelled ones of each engine; four seeds, two event loops: 1,000
+
+
+async def settle(engine: Engine) -> None:
+    """Returns when nobody waits for anything but the next request."""
+    busy = (StageState.LOADING, StageState.SPENT)
+    while True:
+        await anyio.wait_all_tasks_blocked()
+        statistics = engine.statistics()
+        if not statistics.num_running and not statistics.num_waiting:
+            if not any(stage.state in busy for stage in engine._pipeline.stages):
+                return
+        await anyio.lowlevel.checkpoint()
+
+
+async def check_nothing_is_left(engine: Engine) -> None:
+    await settle(engine)
+    statistics = engine.statistics()
+    assert (statistics.num_running, statistics.num_waiting) == (0, 0)
+    assert statistics.holders.keys() == {"resident weights", "ring buffers", "workspace"}
+    assert statistics.num_leases == 3
+    assert statistics.bytes_in_use == sum(statistics.holders.values())
+    assert engine._governor.statistics().num_waiting == 0
+    assert engine._slots.value == engine.plan.max_sequences
+    assert engine._slots.statistics().tasks_waiting == 0
+    assert engine._requests == {}
+    ring = engine._ring.statistics()
+    held = [stage for stage in engine._pipeline.stages if not stage.resident and stage.buffer is not None]
+    num_streamed = sum(not stage.resident for stage in engine._pipeline.stages)
+    assert len(held) == min(ring.num_buffers, num_streamed)  # warm for the next request
+    assert all(stage.state is StageState.READY and stage.error is None for stage in held)
+    assert len({id(stage.buffer) for stage in held}) == len(held)
+
+
+class Crowd:
+    """Users of one engine; each ends its request in a way and at a moment that `random` chooses."""
+
+    def __init__(self, engine: Engine, model: Any, random: random.Random) -> None:
+        self.engine, self.model, self.random = engine, model, random
+        self.num_ended = 0
+        self.wrong: list[Any] = []
+
+    def _check(self, idx: int, token_ids: list[int], *, whole: bool) -> None:
+        reference = self.model.references[idx]
+        if tuple(token_ids) != reference[: len(token_ids)] or (whole and len(token_ids) != len(reference)):
+            self.wrong.append((idx, token_ids))
+
+    async def survivor(self, idx: int) -> None:
+        completion = await self.engine.complete(self.model.prompts[idx], self.model.params)
+        self._check(idx, list(completion.token_ids), whole=True)
+
+    async def breaks_out(self, idx: int, number: int) -> None:
+        token_ids: list[int] = []
+        num_chunks = self.random.randrange(1, 8)
+        async with aclosing(self.engine.generate(self.model.prompts[idx], self.model.params)) as chunks:
+            async for chunk in chunks:
+                token_ids += chunk.token_ids
+                if len(token_ids) >= num_chunks:
+                    break
+        self._check(idx, token_ids, whole=False)
+
+    async def cancels_a_scope(self, idx: int, number: int) -> None:
+        token_ids: list[int] = []
+
+        async def consume() -> None:
+            with scope:
+                async for chunk in self.engine.generate(self.model.prompts[idx], self.model.params):
+                    token_ids.extend(chunk.token_ids)
+
+        scope = anyio.CancelScope()
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume)
+            await self._a_while(token_ids)
+            scope.cancel()
+        self._check(idx, token_ids, whole=False)
+
+    async def aborts(self, idx: int, number: int) -> None:
+        token_ids: list[int] = []
+        reasons = []
+        name = f"r{number}"
+
+        async def consume() -> None:
+            async for chunk in self.engine.generate(self.model.prompts[idx], self.model.params, request_id=name):
+                token_ids.extend(chunk.token_ids)
+                reasons.append(chunk.finish_reason)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume)
+            await self._a_while(token_ids)
+            while not await self.engine.abort(name) and not reasons:
+                await anyio.lowlevel.checkpoint()
+            assert name not in self.engine._requests
+        assert reasons[-1] in ("abort", "length")
+        self._check(idx, token_ids, whole=False)
+
+    async def cancels_and_aborts_at_once(self, idx: int, number: int) -> None:
+        name = f"r{number}"
+        token_ids: list[int] = []
+        scope = anyio.CancelScope()
+
+        async def consume() -> None:
+            with scope:
+                async for chunk in self.engine.generate(self.model.prompts[idx], self.model.params, request_id=name):
+                    token_ids.extend(chunk.token_ids)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume)
+            await self._a_while(token_ids)
+            group.start_soon(self.engine.abort, name)
+            await anyio.lowlevel.checkpoint()
+            scope.cancel()
+
+    async def _a_while(self, token_ids: list[int]) -> None:
+        """A random number of turns of the event loop, or until a random number of tokens came."""
+        if self.random.random() < 0.5:
+            for _ in range(self.random.randrange(40)):
+                await anyio.lowlevel.checkpoint()
+        else:
+            wanted = self.random.randrange(1, 6)
+            while len(token_ids) < wanted:
+                await anyio.lowlevel.checkpoint()
+
+    async def leaver(self, number: int) -> None:
+        ways = (self.breaks_out, self.cancels_a_scope, self.aborts, self.cancels_and_aborts_at_once)
+        await self.random.choice(ways)(self.random.randrange(len(self.model.prompts)), number)
+        self.num_ended += 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> None:
+    chosen = random.Random(seed)
+    config = EngineConfig(
+        num_loading_agents=1 + seed % 2,
+        max_resident_layers=2 + seed % 2,
+        max_tokens_per_sweep=chosen.choice([8, 16, 64]),
+        max_sequences=chosen.choice([3, 8]),
+        kv_budget=16 * 1024 * chosen.choice([4, 12]),
+    )
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
+        # Little KV memory: some requests wait for it.
+        spare = engine._governor.acquire_nowait("spare", engine.plan.kv_bytes - config.kv_budget)
+        crowd = Crowd(engine, tiny_model, chosen)
+        numbers = iter(range(NUM_REQUESTS))
+
+        async def user() -> None:
+            for number in numbers:
+                await crowd.leaver(number)
+
+        async def survivors(idx: int) -> None:
+            while crowd.num_ended < NUM_REQUESTS:
+                await crowd.survivor(idx)
+
+        async with anyio.create_task_group() as group:
+            for idx in (2, 4):
+                group.start_soon(survivors, idx)
+            for _ in range(7):
+                group.start_soon(user)
+        assert crowd.num_ended == NUM_REQUESTS
+        assert crowd.wrong == []
+        spare.release()
+        await check_nothing_is_left(engine)
+        for idx in range(len(tiny_model.prompts)):
+            await crowd.survivor(idx)
+        assert crowd.wrong == []
+
+
+async def hold_sweep(disk: Any) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """From now on reads wait; returns how to wait for the first one, and how to let them all go on."""
+    import threading
+
+    entered, may_pass = threading.Event(), threading.Event()
+
+    def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
+        entered.set()
+        assert may_pass.wait(30)
+        return read()
+
+    disk.on_read = on_read
+
+    async def wait() -> None:
+        assert await anyio.to_thread.run_sync(entered.wait, 30)
+
+    return wait, may_pass.set
+
+
+async def test_aborted_in_the_moment_it_is_admitted(tiny_model: Any, disk: Any) -> None:
+    """A place becomes free and goes to a request that is aborted before it wakes up."""
+    config = EngineConfig(num_loading_agents=1, max_resident_layers=2, max_tokens_per_sweep=16, max_sequences=2)
+    reasons: dict[str, list[str | None]] = {"a": [], "b": [], "c": []}
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
+
+        async def consume(name: str) -> None:
+            async for chunk in engine.generate(tiny_model.prompts[1], tiny_model.params, request_id=name):
+                reasons[name].append(chunk.finish_reason)
+
+        await settle(engine)
+        reading, go_on = await hold_sweep(disk)
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume, "a")
+            await reading()  # a is in a sweep that does not end
+            group.start_soon(consume, "b")  # b has a place and waits for the next sweep
+            while "b" not in engine._requests or engine._requests["b"].kv is None:
+                await anyio.lowlevel.checkpoint()
+            group.start_soon(consume, "c")  # c waits for a place
+            while engine._slots.statistics().tasks_waiting == 0:
+                await anyio.lowlevel.checkpoint()
+            async with anyio.create_task_group() as aborting:
+                aborting.start_soon(engine.abort, "b")
+                aborting.start_soon(engine.abort, "c")
+            go_on()
+        assert reasons["b"] == ["abort"]
+        assert reasons["c"] == ["abort"]
+        assert reasons["a"][-1] == "length"
+        await check_nothing_is_left(engine)
+
+
+async def test_aborted_in_the_moment_its_memory_is_granted(tiny_model: Any, disk: Any) -> None:
+    config = EngineConfig(num_loading_agents=1, max_resident_layers=2, max_tokens_per_sweep=16, max_sequences=4)
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
+        reasons = []
+
+        async def consume() -> None:
+            async for chunk in engine.generate(tiny_model.prompts[1], tiny_model.params, request_id="a"):
+                reasons.append(chunk.finish_reason)
+
+        await settle(engine)
+        spare = engine._governor.acquire_nowait("spare", engine._governor.free_bytes)
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume)
+            while engine._governor.statistics().num_waiting == 0:
+                await anyio.lowlevel.checkpoint()
+            spare.release()
+            assert await engine.abort("a")
+        assert reasons == ["abort"]
+        await check_nothing_is_left(engine)
+
+
+async def test_every_request_of_a_sweep_aborted_while_rows_are_read(tiny_model: Any, disk: Any) -> None:
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        await settle(engine)
+        sweeps = engine.statistics().sweeps
+        reading, go_on = await hold_sweep(disk)  # the ring is full, so the first read is of embedding rows
+        reasons = []
+
+        async def consume() -> None:
+            async for chunk in engine.generate(tiny_model.prompts[1], tiny_model.params, request_id="a"):
+                reasons.append(chunk.finish_reason)
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(consume)
+            await reading()
+            group.start_soon(engine.abort, "a")
+            await anyio.wait_all_tasks_blocked()
+            go_on()
+        assert reasons == ["abort"]
+        await check_nothing_is_left(engine)
+        assert engine.statistics().sweeps == sweeps  # nobody wanted it
+
+
+async def test_cancelled_while_the_prompt_is_prepared(tiny_model: Any) -> None:
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        for turns in range(12):
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(engine.complete, tiny_model.prompts[0], tiny_model.params)
+                    for _ in range(turns):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+        await check_nothing_is_left(engine)
+
+
+async def test_a_refused_request_leaves_nothing(tiny_model: Any) -> None:
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        for _ in range(3):
+            with pytest.raises(RequestError):
+                await engine.complete([], tiny_model.params)
+        await check_nothing_is_left(engine)

@@ -1,0 +1,168 @@
+"""The governor: first come, first served, and never more than the budget."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from hermes_async.errors import MemoryBudgetError
+from hermes_async.pipeload.governor import Lease, MemoryGovernor
+
+pytestmark = pytest.mark.anyio
+
+
+async def test_acquire_takes_and_release_gives_back() -> None:
+    governor = MemoryGovernor(100)
+    with await governor.acquire("a", 60) as lease:
+        assert governor.free_bytes == 40
+        assert (lease.holder, lease.nbytes, lease.released) == ("a", 60, False)
+        assert "a" in repr(lease)
+    assert lease.released
+    assert "released" in repr(lease)
+    assert governor.free_bytes == 100
+
+
+async def test_a_second_release_does_nothing() -> None:
+    governor = MemoryGovernor(100)
+    lease = governor.acquire_nowait("a", 60)
+    lease.release()
+    lease.release()
+    assert governor.free_bytes == 100
+
+
+async def test_statistics() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("a", 10)
+    governor.acquire_nowait("b", 50)
+    governor.acquire_nowait("a", 30)
+    statistics = governor.statistics()
+    assert statistics.holders == {"a": 40, "b": 50}
+    assert (statistics.budget_bytes, statistics.bytes_in_use, statistics.num_leases) == (100, 90, 3)
+    first.release()
+    statistics = governor.statistics()
+    assert (statistics.bytes_in_use, statistics.peak_bytes_in_use, statistics.num_leases) == (80, 90, 2)
+    assert statistics.num_waiting == 0
+
+
+async def test_more_than_the_budget_is_refused_at_once_with_the_holders() -> None:
+    governor = MemoryGovernor(100)
+    governor.acquire_nowait("weights", 70)
+    for refused in (governor.acquire_nowait, governor.acquire):
+        with pytest.raises(MemoryBudgetError, match="KV") as caught:
+            lease = refused("KV", 101)
+            if not isinstance(lease, Lease):
+                await lease
+        assert (caught.value.requested_bytes, caught.value.budget_bytes) == (101, 100)
+        assert caught.value.holders == {"weights": 70}
+    assert governor.statistics().num_waiting == 0
+
+
+async def test_the_whole_budget_can_be_leased() -> None:
+    governor = MemoryGovernor(100)
+    governor.acquire_nowait("a", 100)
+    assert governor.acquire_nowait("nothing", 0).nbytes == 0
+    with pytest.raises(anyio.WouldBlock):
+        governor.acquire_nowait("b", 1)
+
+
+class Queue:
+    """Starts waiters one after another and tells in which order they were served."""
+
+    def __init__(self, governor: MemoryGovernor, group: Any) -> None:
+        self.governor, self.group = governor, group
+        self.served: list[str] = []
+        self.leases: dict[str, Lease] = {}
+        self.scopes: dict[str, anyio.CancelScope] = {}
+
+    async def add(self, name: str, nbytes: int) -> None:
+        async def wait() -> None:
+            with anyio.CancelScope() as self.scopes[name]:
+                self.leases[name] = await self.governor.acquire(name, nbytes)
+                self.served.append(name)
+
+        self.group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+
+
+async def test_a_large_request_is_not_overtaken() -> None:
+    governor = MemoryGovernor(100)
+    half, rest = governor.acquire_nowait("x", 50), governor.acquire_nowait("y", 50)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("large", 80)
+        await queue.add("small", 10)
+        await queue.add("smaller", 5)
+        assert governor.statistics().num_waiting == 3
+        half.release()
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == []
+        with pytest.raises(anyio.WouldBlock):
+            governor.acquire_nowait("pushing in", 1)
+        rest.release()
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["large", "small", "smaller"]
+    assert governor.free_bytes == 5
+
+
+async def test_a_cancelled_waiter_holds_nothing_and_lets_the_next_one_on() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("x", 90)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("large", 100)
+        await queue.add("small", 10)
+        queue.scopes["large"].cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["small"]
+    first.release()
+    assert governor.statistics().num_waiting == 0
+    assert governor.free_bytes == 90
+
+
+async def test_cancelled_in_the_moment_it_is_served() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("x", 100)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("a", 100)
+        await queue.add("b", 100)
+        first.release()
+        queue.scopes["a"].cancel()
+        await anyio.wait_all_tasks_blocked()
+        # Served or not: nothing is lost, and b is served in the end.
+        if "a" in queue.leases:
+            queue.leases["a"].release()
+            await anyio.wait_all_tasks_blocked()
+        assert queue.served[-1] == "b"
+        queue.leases["b"].release()
+    assert governor.free_bytes == 100
+    assert governor.statistics().num_leases == 0
+
+
+async def test_released_between_grant_and_wake_up_nobody_pushes_in() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("x", 100)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("a", 60)
+        first.release()
+        with pytest.raises(anyio.WouldBlock):  # a has not run yet, but it is its turn
+            governor.acquire_nowait("b", 60)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["a"]
+        assert governor.acquire_nowait("b", 40)
+    assert governor.statistics().peak_bytes_in_use == 100
+
+
+async def test_a_cancelled_call_takes_nothing() -> None:
+    governor = MemoryGovernor(100)
+    governor.acquire_nowait("x", 100)
+    with anyio.CancelScope() as scope:
+        scope.cancel()
+        await governor.acquire("a", 10)
+    assert scope.cancelled_caught
+    assert governor.statistics().num_waiting == 0
+    assert governor.statistics().num_leases == 1

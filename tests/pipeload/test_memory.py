@@ -1,0 +1,149 @@
+"""What the machine would still give, read from trees of files as the kernel has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hermes_async.errors import ConfigError
+from hermes_async.pipeload.memory import automatic_budget, process_peak_rss_bytes, process_rss_bytes
+
+MIB = 2**20
+
+
+class Machine:
+    """A root directory with /proc and /sys/fs/cgroup."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def write(self, path: str, text: str) -> None:
+        file = self.root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+
+    def available(self, num_bytes: int) -> None:
+        self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemFree: 5 kB\nMemAvailable: {num_bytes // 1024} kB\n")
+
+    def v2(self, group: str, limit: str | int, used: int, inactive_file: int = 0) -> None:
+        base = f"sys/fs/cgroup/{group}"
+        self.write(f"{base}/memory.max", f"{limit}\n")
+        self.write(f"{base}/memory.current", f"{used}\n")
+        self.write(f"{base}/memory.stat", f"anon 12345\ninactive_file {inactive_file}\nactive_file 777\n")
+
+    def v1(self, group: str, limit: int, used: int, inactive_file: int = 0) -> None:
+        base = f"sys/fs/cgroup/memory/{group}"
+        self.write(f"{base}/memory.limit_in_bytes", f"{limit}\n")
+        self.write(f"{base}/memory.usage_in_bytes", f"{used}\n")
+        self.write(f"{base}/memory.stat", f"cache 1\ninactive_file 5\ntotal_inactive_file {inactive_file}\n")
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def less_headroom(num_bytes: int) -> int:
+    return int(num_bytes * 0.9)
+
+
+def test_without_cgroups_it_is_the_memory_available(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(1000 * MIB)
+
+
+def test_v2_limit_less_use(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 500 * MIB, 200 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(300 * MIB)
+
+
+def test_v2_page_cache_can_be_reclaimed(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 500 * MIB, 400 * MIB, inactive_file=300 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(400 * MIB)
+
+
+def test_v2_a_group_above_is_tighter(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/slice/service\n")
+    machine.v2("slice/service", "max", 50 * MIB)
+    machine.v2("slice", 100 * MIB, 60 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(40 * MIB)
+
+
+def test_v2_no_limit(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/\n")
+    machine.v2("", "max", 50 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(1000 * MIB)
+
+
+def test_v2_the_memory_available_is_tighter(machine: Machine) -> None:
+    machine.available(100 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 500 * MIB, 0)
+    assert automatic_budget(machine.root) == less_headroom(100 * MIB)
+
+
+V1_GROUPS = "11:cpu,cpuacct:/docker/abc\n9:memory:/docker/abc\n1:name=systemd:/docker/abc\n"
+
+
+def test_v1_limit_less_use(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", V1_GROUPS)
+    machine.v1("docker/abc", 500 * MIB, 450 * MIB, inactive_file=50 * MIB)
+    machine.v1("", 2**63 - 4096, 800 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(100 * MIB)
+
+
+def test_v1_in_a_container_the_group_is_at_the_mount_s_root(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", V1_GROUPS)
+    machine.v1("", 300 * MIB, 100 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(200 * MIB)
+
+
+def test_v1_memory_with_other_controllers_in_one_line(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "3:cpu,memory:/x\n")
+    machine.v1("x", 300 * MIB, 100 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(200 * MIB)
+
+
+def test_v1_and_v2_together(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "9:memory:/x\n0::/y\n")
+    machine.v1("x", 300 * MIB, 100 * MIB)
+    machine.v2("y", 150 * MIB, 0)
+    assert automatic_budget(machine.root) == less_headroom(150 * MIB)
+
+
+def test_more_used_than_allowed_leaves_nothing(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 100 * MIB, 200 * MIB)
+    assert automatic_budget(machine.root) == 0
+
+
+@pytest.mark.parametrize("text", ["", "no number\n"])
+def test_files_that_say_nothing_are_passed_over(machine: Machine, text: str) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 500 * MIB, 200 * MIB)
+    machine.write("sys/fs/cgroup/service/memory.max", text)
+    assert automatic_budget(machine.root) == less_headroom(1000 * MIB)
+
+
+def test_a_system_that_tells_nothing(machine: Machine) -> None:
+    with pytest.raises(ConfigError, match="auto"):
+        automatic_budget(machine.root)
+
+
+def test_this_machine() -> None:
+    assert automatic_budget() >= 0
+    assert 0 < process_rss_bytes()
+    assert 0 < process_peak_rss_bytes()

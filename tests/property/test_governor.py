@@ -1,0 +1,121 @@
+"""Whatever is acquired, released and cancelled, in whatever order: the budget holds, and the queue is in order."""
+
+from __future__ import annotations
+
+import anyio
+import anyio.lowlevel
+import hypothesis.strategies as st
+from anyio.from_thread import BlockingPortal, start_blocking_portal
+from hypothesis import settings
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+
+from hermes_async.pipeload.governor import Lease, MemoryGovernor
+
+BUDGET = 100
+
+
+class Governed(RuleBasedStateMachine):
+    """The model: `held`, the bytes leased; `queue`, who waits for how many, in order."""
+
+    waiters = Bundle("waiters")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._starting = start_blocking_portal()
+        self._portal: BlockingPortal = self._starting.__enter__()
+        self.governor = self._portal.call(_new_governor)
+        self.num_waiters = 0
+        self.held: dict[str, int] = {}
+        self.queue: list[tuple[str, int]] = []
+        self.granted: dict[str, Lease] = {}
+        self.scopes: dict[str, anyio.CancelScope] = {}
+
+    def teardown(self) -> None:
+        self._portal.call(self._cancel_all)
+        self._starting.__exit__(None, None, None)
+
+    async def _cancel_all(self) -> None:
+        for scope in self.scopes.values():
+            scope.cancel()
+        await anyio.wait_all_tasks_blocked()
+        for lease in self.granted.values():
+            lease.release()
+        statistics = self.governor.statistics()
+        assert (statistics.num_waiting, statistics.num_leases, statistics.bytes_in_use) == (0, 0, 0)
+
+    def _serve_model(self) -> None:
+        while self.queue and self.queue[0][1] <= BUDGET - sum(self.held.values()):
+            name, nbytes = self.queue.pop(0)
+            self.held[name] = nbytes
+
+    async def _wait(self, name: str, nbytes: int) -> None:
+        with anyio.CancelScope() as self.scopes[name]:
+            self.granted[name] = await self.governor.acquire(name, nbytes)
+
+    @rule(target=waiters, nbytes=st.integers(0, BUDGET))
+    def acquire(self, nbytes: int) -> str:
+        name = f"w{self.num_waiters}"
+        self.num_waiters += 1
+        self._portal.start_task_soon(self._wait, name, nbytes)
+        self._portal.call(_settle)
+        self.queue.append((name, nbytes))
+        self._serve_model()
+        return name
+
+    @rule(nbytes=st.integers(0, BUDGET))
+    def acquire_nowait(self, nbytes: int) -> None:
+        name = f"w{self.num_waiters}"
+        self.num_waiters += 1
+
+        async def attempt() -> Lease | None:
+            try:
+                return self.governor.acquire_nowait(name, nbytes)
+            except anyio.WouldBlock:
+                return None
+
+        lease = self._portal.call(attempt)
+        possible = not self.queue and nbytes <= BUDGET - sum(self.held.values())
+        assert (lease is not None) == possible
+        if lease is not None:
+            self.granted[name] = lease
+            self.held[name] = nbytes
+
+    @rule(name=consumes(waiters))
+    def end(self, name: str) -> None:
+        """Releases what was granted; cancels who waits."""
+
+        async def end() -> None:
+            lease = self.granted.pop(name, None)
+            if lease is not None:
+                lease.release()
+            else:
+                self.scopes[name].cancel()
+            await _settle()
+
+        self._portal.call(end)
+        self.held.pop(name, None)
+        self.queue = [waiter for waiter in self.queue if waiter[0] != name]
+        self._serve_model()
+
+    @invariant()
+    def the_governor_is_as_the_model(self) -> None:
+        statistics = self.governor.statistics()
+        assert statistics.bytes_in_use == sum(self.held.values()) <= BUDGET
+        assert statistics.peak_bytes_in_use <= BUDGET
+        assert statistics.num_leases == len(self.held) == len(self.granted)
+        assert statistics.num_waiting == len(self.queue)
+        assert statistics.holders == self.held
+        assert self.granted.keys() == self.held.keys()
+
+
+async def _new_governor() -> MemoryGovernor:
+    return MemoryGovernor(BUDGET)
+
+
+async def _settle() -> None:
+    for _ in range(10):
+        await anyio.lowlevel.checkpoint()
+
+
+Governed.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+test_governor = Governed.TestCase
