@@ -101,7 +101,7 @@ async def _run_stories(
             f"in {format_bytes(plan.memory_budget)} of memory\n",
             highlight=False,
         )
-        console.print(plan, "", highlight=False, soft_wrap=True, sep="\n")
+        console.print(f"{plan}\n", markup=False, highlight=False, soft_wrap=True)
         with (
             Live(SideBySide(stories), console=console, refresh_per_second=12) if live else nullcontext(),
             interrupts.scope() as writing,

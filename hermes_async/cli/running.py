@@ -66,14 +66,15 @@ def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
 
 async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
     interrupts = Interrupts()
-    failure: Exception | None = None
+    failure: Exception | SystemExit | None = None
     async with anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGINT) as signals:
             tasks.start_soon(interrupts.watch, signals)
             with interrupts.scope() as everything:
                 try:
                     await work(interrupts)
-                except Exception as error:  # raised again below: here the task group would put it in a group
+                # Raised again below: here the task group would put it in a group. rich exits on a broken pipe.
+                except (Exception, SystemExit) as error:
                     failure = error
             tasks.cancel_scope.cancel()
     if failure is not None:

@@ -269,6 +269,8 @@ class Engine:
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         created_at = time.perf_counter()
+        assert self._pipeline is not None
+        self._pipeline.start_streaming()
         prepared = await anyio.to_thread.run_sync(prepare, opened, prompt, params)
         self._model()
         request_id = request_id or uuid.uuid4().hex

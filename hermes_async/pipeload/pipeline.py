@@ -78,6 +78,7 @@ class Pipeline:
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._cycle = 0  # counts the rewinds, so that an agent sees that what it claimed is out of date
         self._abandoned = False
+        self._first_request = anyio.Event()
         self._cancelled_class: type[BaseException] = CancelledError
         self._wait_scope: anyio.CancelScope | None = None
 
@@ -136,6 +137,7 @@ class Pipeline:
 
     async def _loading_agent(self, reader: Reader) -> None:
         """Reads the next stage of the cycle whenever a buffer is free; only free buffers hold it back."""
+        await self._first_request.wait()
         while True:
             buffer = await self._ring.acquire()
             try:
@@ -185,6 +187,7 @@ class Pipeline:
 
         Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
         """
+        self.start_streaming()
         self._abandoned = False
         self._cancelled_class = anyio.get_cancelled_exc_class()
         if any(stage.error is not None for stage in self._order):
@@ -209,6 +212,10 @@ class Pipeline:
                 self._rewind(0)
         self.statistics.sweeps += 1
         return result
+
+    def start_streaming(self) -> None:
+        """Lets the loading agents begin to fill the ring, ahead of the first sweep; from then on they never stop."""
+        self._first_request.set()
 
     def abandon(self) -> None:
         """Ends the running sweep at its next stage."""

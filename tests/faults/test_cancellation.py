@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,19 @@ async def check_nothing_is_left(engine: Engine) -> None:
     assert len({id(stage.buffer) for stage in held}) == len(held)
 
 
+class Tokens(list[int]):
+    """A request's tokens as they come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = anyio.Event()
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        super().extend(token_ids)
+        self.more.set()
+        self.more = anyio.Event()
+
+
 class Crowd:
     """Users of one engine; each ends its request in a way and at a moment that `random` chooses."""
 
@@ -80,7 +94,7 @@ class Crowd:
         self._check(idx, token_ids, whole=False)
 
     async def cancels_a_scope(self, idx: int, number: int) -> None:
-        token_ids: list[int] = []
+        token_ids = Tokens()
 
         async def consume() -> None:
             with scope:
@@ -95,7 +109,7 @@ class Crowd:
         self._check(idx, token_ids, whole=False)
 
     async def aborts(self, idx: int, number: int) -> None:
-        token_ids: list[int] = []
+        token_ids = Tokens()
         reasons = []
         name = f"r{number}"
 
@@ -115,7 +129,7 @@ class Crowd:
 
     async def cancels_and_aborts_at_once(self, idx: int, number: int) -> None:
         name = f"r{number}"
-        token_ids: list[int] = []
+        token_ids = Tokens()
         scope = anyio.CancelScope()
 
         async def consume() -> None:
@@ -130,7 +144,7 @@ class Crowd:
             await anyio.lowlevel.checkpoint()
             scope.cancel()
 
-    async def _a_while(self, token_ids: list[int]) -> None:
+    async def _a_while(self, token_ids: Tokens) -> None:
         """A random number of turns of the event loop, or until a random number of tokens came."""
         if self.random.random() < 0.5:
             for _ in range(self.random.randrange(40)):
@@ -138,7 +152,7 @@ class Crowd:
         else:
             wanted = self.random.randrange(1, 6)
             while len(token_ids) < wanted:
-                await anyio.lowlevel.checkpoint()
+                await token_ids.more.wait()
 
     async def leaver(self, number: int) -> None:
         ways = (self.breaks_out, self.cancels_a_scope, self.aborts, self.cancels_and_aborts_at_once)
@@ -173,7 +187,7 @@ async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> No
         async with anyio.create_task_group() as group:
             for idx in (2, 4):
                 group.start_soon(survivors, idx)
-            for _ in range(7):
+            for _ in range(10):
                 group.start_soon(user)
         assert crowd.num_ended == NUM_REQUESTS
         assert crowd.wrong == []
@@ -184,10 +198,8 @@ async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> No
         assert crowd.wrong == []
 
 
-async def hold_sweep(disk: Any) -> tuple[Callable[[], Any], Callable[[], None]]:
+def hold_reads(disk: Any) -> tuple[Callable[[], Any], Callable[[], None]]:
     """From now on reads wait; returns how to wait for the first one, and how to let them all go on."""
-    import threading
-
     entered, may_pass = threading.Event(), threading.Event()
 
     def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
@@ -214,7 +226,7 @@ async def test_aborted_in_the_moment_it_is_admitted(tiny_model: Any, disk: Any) 
                 reasons[name].append(chunk.finish_reason)
 
         await settle(engine)
-        reading, go_on = await hold_sweep(disk)
+        reading, go_on = hold_reads(disk)
         async with anyio.create_task_group() as group:
             group.start_soon(consume, "a")
             await reading()  # a is in a sweep that does not end
@@ -259,7 +271,7 @@ async def test_every_request_of_a_sweep_aborted_while_rows_are_read(tiny_model: 
     async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
         await settle(engine)
         sweeps = engine.statistics().sweeps
-        reading, go_on = await hold_sweep(disk)  # the ring is full, so the first read is of embedding rows
+        reading, go_on = hold_reads(disk)  # the ring is full, so the first read is of embedding rows
         reasons = []
 
         async def consume() -> None:
