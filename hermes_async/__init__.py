@@ -1,8 +1,9 @@
 """Runs Transformer models larger than the memory they are given, inside an asyncio program."""
 
 from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
-from hermes_async.engine.engine import Engine, EngineStatistics
+from hermes_async.engine.engine import Engine
 from hermes_async.engine.request import Chunk, Completion, Timings, Usage
+from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     CheckpointError,
     ConfigError,

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes_async.config import format_bytes
-from hermes_async.engine.engine import EngineStatistics
 from hermes_async.engine.request import Chunk, FinishReason
+from hermes_async.engine.statistics import EngineStatistics
 
 _LINES = range(4, 16)
 """Of text that one panel shows."""
@@ -33,9 +33,10 @@ class Story:
 
     @property
     def state(self) -> str:
-        if self.finish_reason is not None:
-            return f"{len(self.token_ids)} tokens, {self.finish_reason}"
-        return f"{len(self.token_ids)} tokens" if self.token_ids else "waiting"
+        if not self.token_ids and self.finish_reason is None:
+            return "waiting"
+        count = "1 token" if len(self.token_ids) == 1 else f"{len(self.token_ids)} tokens"
+        return count if self.finish_reason is None else f"{count}, {self.finish_reason}"
 
     def as_text(self) -> Text:
         return Text.assemble((self.prompt, "bold"), self.text)
@@ -50,6 +51,7 @@ class SideBySide:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns = min(len(self.stories), max(1, options.max_width // 36))
         rows = -(-len(self.stories) // columns)
+        columns = -(-len(self.stories) // rows)
         num_lines = max(_LINES.start, min(_LINES.stop - 1, console.height // rows - 3))
         grid = Table.grid(expand=True)
         for _ in range(columns):
@@ -72,7 +74,7 @@ class SideBySide:
 def print_stories(console: Console, stories: list[Story]) -> None:
     """Prints each session's whole text in turn, plainly."""
     for number, story in enumerate(stories, start=1):
-        console.print(f"--- session {number}: {story.state}", markup=False, highlight=False)
+        console.print(f"--- session {number}: {story.state}", markup=False, highlight=False, soft_wrap=True)
         console.print(story.as_text(), soft_wrap=True)
         console.print()
 

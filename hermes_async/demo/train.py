@@ -157,9 +157,7 @@ def schedule(steps: int) -> Callable[[int], float]:
     return factor
 
 
-def train(
-    model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, openings: Tensor, args: argparse.Namespace
-) -> int:
+def train(model: LlamaForCausalLM, ids: Tensor, held_out: Tensor, openings: Tensor, args: argparse.Namespace) -> int:
     """Train in place, leave the weights of the best epoch in the model, and return that epoch."""
     matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1]
     gains = [parameter for parameter in model.parameters() if parameter.dim() == 1]
@@ -199,13 +197,9 @@ def main() -> None:
     """Train, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description="Train the demo model on a text of plays.")
     parser.add_argument("text", type=Path, help="the text to train on, UTF-8")
-    parser.add_argument(
-        "--output", type=Path, default=MODEL_PATH, help="the folder to write (default: %(default)s)"
-    )
+    parser.add_argument("--output", type=Path, default=MODEL_PATH, help="the folder to write (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=12, help="passes over the text (default: %(default)s)")
-    parser.add_argument(
-        "--learning-rate", type=float, default=1.5e-3, help="at its peak (default: %(default)s)"
-    )
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3, help="at its peak (default: %(default)s)")
     parser.add_argument("--dropout", type=float, default=0.15, help="default: %(default)s")
     parser.add_argument("--vocab-size", type=int, default=2048, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -219,9 +213,7 @@ def main() -> None:
     newlines = torch.eq(ids, encode(tokenizer, "\n"))
     openings = (newlines[:-2] & newlines[1:-1]).nonzero().flatten() + 2
     model = build_model(len(tokenizer))
-    print(
-        f"{model.num_parameters():,} parameters, {len(ids):,} tokens, {len(held_out):,} held out", flush=True
-    )
+    print(f"{model.num_parameters():,} parameters, {len(ids):,} tokens, {len(held_out):,} held out", flush=True)
     best_epoch = train(model, ids, held_out, openings, args)
 
     model.bfloat16().save_pretrained(args.output)

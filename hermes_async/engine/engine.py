@@ -7,22 +7,21 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import anyio
 import anyio.abc
 import anyio.to_thread
 
 from hermes_async.config import EngineConfig, SamplingParams
-from hermes_async.engine.opening import OpenedModel, open_model
+from hermes_async.engine.opening import open_model
 from hermes_async.engine.prompt import Prompt, prepare
 from hermes_async.engine.request import Chunk, Completion, Request
 from hermes_async.engine.runner import Outcome, SweepRunner
+from hermes_async.engine.running import RunningModel, running_model
 from hermes_async.engine.scheduler import Scheduler
+from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     ConfigError,
     EngineClosedError,
@@ -31,62 +30,9 @@ from hermes_async.errors import (
     RequestError,
 )
 from hermes_async.modeling.kv_cache import SequenceKV
-from hermes_async.modeling.packed import PackedBatch
-from hermes_async.modeling.streamed import StreamedModel, replace_linears
-from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.memory import process_peak_rss_bytes
-from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
+from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.planner import Plan
-from hermes_async.pipeload.stage import Stage
-from hermes_async.storage.buffers import BufferPool
-from hermes_async.storage.reader import Reader, ReadStatistics
-from hermes_async.storage.rows import RowReader
-
-
-@dataclass(frozen=True, slots=True)
-class EngineStatistics:
-    """Counts since the engine opened; bytes and seconds.
-
-    Attributes:
-        bytes_read: From disk, resident weights and embedding rows included.
-        bytes_resident: Weights that stay in memory.
-        bytes_in_use: Leased from the budget now: weights, ring, workspace, KV caches.
-        peak_bytes_in_use: The most that was ever leased.
-        memory_budget: What may be leased.
-        baseline_bytes: Resident memory of the process before any weight was read; the budget comes on top.
-        process_peak_rss_bytes: The most resident memory this process ever had.
-        sweeps: Passes over the weights.
-        tokens_generated: By all requests.
-        read_seconds: Of all loading agents together; they overlap.
-        compute_seconds: Of sweeps, without stalls.
-        stall_seconds: That sweeps waited for a stage to be read.
-        num_running: Requests that take part in sweeps.
-        num_waiting: Requests that wait for memory or a place.
-        num_leases: Leases out, by anyone.
-        num_free_buffers: Of the ring.
-        holders: Bytes leased, by holder.
-    """
-
-    bytes_read: int
-    bytes_resident: int
-    bytes_in_use: int
-    peak_bytes_in_use: int
-    memory_budget: int
-    baseline_bytes: int
-    process_peak_rss_bytes: int
-    sweeps: int
-    tokens_generated: int
-    read_seconds: float
-    compute_seconds: float
-    stall_seconds: float
-    num_running: int
-    num_waiting: int
-    num_leases: int
-    num_free_buffers: int
-    holders: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Engine:
@@ -125,15 +71,11 @@ class Engine:
         self._source = source
         self._memory_budget = memory_budget
         self._config = config or EngineConfig()
-        # All mutable state. `_opened` to `_runner` are there while the engine is open; `_requests` holds every request
-        # that has not ended, `_slots` the places in a sweep; `_work` wakes the sweeps.
+        # All mutable state. `_running` is there from the loading of the resident stages on, and stays for its counts;
+        # `_requests` holds every request that has not ended, `_slots` the places in a sweep; `_work` wakes the sweeps.
         self._tasks: anyio.abc.TaskGroup | None = None
-        self._opened: OpenedModel | None = None
-        self._governor = MemoryGovernor(0)
-        self._pipeline: Pipeline | None = None
-        self._ring: BufferPool | None = None
-        self._scheduler: Scheduler | None = None
-        self._runner: SweepRunner | None = None
+        self._running: RunningModel | None = None
+        self._scheduler = Scheduler(0)
         self._slots = anyio.Semaphore(0)
         self._requests: dict[str, Request] = {}
         self._work = anyio.Event()
@@ -169,30 +111,30 @@ class Engine:
     @property
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
-        return self._model().plan
+        return self._model().opened.plan
 
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened; also after it was left."""
-        if self._opened is None or self._pipeline is None or self._ring is None:
+        if self._running is None:
             raise EngineClosedError("the engine was never entered")
-        memory, pipeline = self._governor.statistics(), self._pipeline
+        memory, pipeline = self._running.governor.statistics(), self._running.pipeline
         return EngineStatistics(
             bytes_read=pipeline.read_statistics.bytes_read,
-            bytes_resident=self._opened.plan.resident_bytes,
+            bytes_resident=self._running.opened.plan.resident_bytes,
             bytes_in_use=memory.bytes_in_use,
             peak_bytes_in_use=memory.peak_bytes_in_use,
             memory_budget=memory.budget_bytes,
-            baseline_bytes=self._opened.baseline_bytes,
+            baseline_bytes=self._running.opened.baseline_bytes,
             process_peak_rss_bytes=process_peak_rss_bytes(),
             sweeps=pipeline.statistics.sweeps,
             tokens_generated=self._tokens_generated,
             read_seconds=pipeline.read_statistics.seconds,
             compute_seconds=pipeline.statistics.compute_seconds,
             stall_seconds=pipeline.statistics.stall_seconds,
-            num_running=len(self._scheduler.running) if self._scheduler else 0,
+            num_running=len(self._scheduler.running),
             num_waiting=sum(request.kv is None for request in self._requests.values()),
             num_leases=memory.num_leases,
-            num_free_buffers=self._ring.statistics().num_free,
+            num_free_buffers=self._running.ring.statistics().num_free,
             holders=memory.holders,
         )
 
@@ -264,14 +206,13 @@ class Engine:
     # --- a request's way: made, admitted, running, finished ---
 
     async def _make_request(self, prompt: Prompt, params: SamplingParams | None, request_id: str | None) -> Request:
-        opened = self._model()
+        running = self._model()
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         created_at = time.perf_counter()
-        assert self._pipeline is not None
-        self._pipeline.start_streaming()
-        prepared = await anyio.to_thread.run_sync(prepare, opened, prompt, params)
+        running.pipeline.start_streaming()
+        prepared = await anyio.to_thread.run_sync(prepare, running.opened, prompt, params)
         self._model()
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._requests:
@@ -283,15 +224,15 @@ class Engine:
 
     async def _admit(self, request: Request) -> None:
         """Waits for a place in the sweeps and for the request's KV memory, first come, first served."""
-        opened = self._model()
+        running = self._model()
+        kv_layout = running.opened.seen.kv
         with request.waiting:
             await self._slots.acquire()
             request.has_slot = True
-            nbytes = opened.seen.kv.nbytes(request.prepared.capacity)
-            request.lease = await self._governor.acquire(f"KV of request {request.request_id}", nbytes)
-            request.kv = SequenceKV(opened.seen.kv, request.prepared.capacity)
+            nbytes = kv_layout.nbytes(request.prepared.capacity)
+            request.lease = await running.governor.acquire(f"KV of request {request.request_id}", nbytes)
+            request.kv = SequenceKV(kv_layout, request.prepared.capacity)
             request.admitted_at = time.perf_counter()
-            assert self._scheduler is not None
             self._scheduler.add(request)
             self._work.set()
 
@@ -311,15 +252,14 @@ class Engine:
     def _abort(self, request: Request) -> None:
         if request.request_id in self._requests:
             request.aborted = True
-            if self._runner is None or not self._runner.abort(request):
+            if self._running is None or not self._running.runner.abort(request):
                 self._finish(request)
 
     def _finish(self, request: Request, error: HermesError | None = None) -> None:
         """Gives back all that the request holds and ends its stream. No sweep may still use its KV."""
         if self._requests.pop(request.request_id, None) is None:
             return
-        if self._scheduler is not None:
-            self._scheduler.remove(request)
+        self._scheduler.remove(request)
         if request.kv is not None:
             request.kv.close()
         if request.lease is not None:
@@ -344,11 +284,15 @@ class Engine:
     async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            async with self._running_pipeline():
-                task_status.started()
-                await self._run_sweeps()
+            opened = await anyio.to_thread.run_sync(open_model, self._source, self._memory_budget, self._config)
+            with contextlib.closing(opened):
+                async with running_model(opened, self._config, self._finish) as self._running:
+                    self._scheduler = Scheduler(opened.plan.max_tokens_per_sweep)
+                    self._slots = anyio.Semaphore(opened.plan.max_sequences)
+                    task_status.started()
+                    await self._run_sweeps(self._running.runner)
         except Exception as error:
-            if self._runner is None:
+            if self._running is None:
                 raise
             self._failure = error
         finally:
@@ -356,69 +300,7 @@ class Engine:
                 ended = EngineClosedError("the engine was left while the request was running")
                 self._finish(request, self._failed() if self._failure is not None else ended)
 
-    @asynccontextmanager
-    async def _running_pipeline(self) -> AsyncGenerator[None, None]:
-        """Takes the plan's memory, loads what is resident, starts the agents; undoes all of it in reverse order."""
-        with contextlib.ExitStack() as exits:
-            opened = await anyio.to_thread.run_sync(open_model, self._source, self._memory_budget, self._config)
-            exits.callback(opened.close)
-            plan, partition = opened.plan, opened.partition
-            self._governor = MemoryGovernor(plan.memory_budget)
-            for holder, nbytes in (
-                ("resident weights", plan.resident_bytes),
-                ("ring buffers", plan.ring_bytes),
-                ("workspace", plan.workspace_bytes),
-            ):
-                exits.enter_context(self._governor.acquire_nowait(holder, nbytes))
-            stages = [Stage(0, partition.base, resident=True)] if partition.base.placements else []
-            offset = len(stages)
-            stages += [
-                Stage(idx + offset, layout, resident=idx in plan.resident) for idx, layout in enumerate(plan.stages)
-            ]
-            read_statistics = ReadStatistics()
-            self._ring = BufferPool(plan.num_buffers, plan.slot_bytes)
-            pipeline = Pipeline(
-                stages,
-                num_loading_agents=plan.num_loading_agents,
-                ring=self._ring,
-                statistics=read_statistics,
-                direct=self._config.direct_io,
-            )
-            replace_linears(opened.skeleton.model, partition.linear_blocks)
-            model = StreamedModel(
-                opened.skeleton.model,
-                opened.attention,
-                stages,
-                streamed_embedding=partition.streamed_embedding is not None,
-                gate=pipeline,
-                on_stage=self._drop_aborted,
-            )
-            exits.callback(model.close)
-            self._opened, self._pipeline = opened, pipeline
-            async with AsyncExitStack() as async_exits:
-                await async_exits.enter_async_context(pipeline.running())
-                model.bind_resident()
-                rows = None
-                if partition.streamed_embedding is not None:
-                    executor = async_exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
-                    reader = Reader(executor, read_statistics, direct=self._config.direct_io)
-                    await async_exits.enter_async_context(reader)
-                    await reader.open([partition.streamed_embedding.file])
-                    rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
-                    async_exits.callback(rows.close)
-                self._scheduler = Scheduler(plan.max_tokens_per_sweep)
-                self._slots = anyio.Semaphore(plan.max_sequences)
-                self._runner = SweepRunner(
-                    model, pipeline, rows, eos_token_ids=opened.skeleton.eos_token_ids, release=self._finish
-                )
-                yield
-
-    def _drop_aborted(self, batch: PackedBatch) -> None:
-        assert self._runner is not None
-        self._runner.drop_aborted(batch)
-
-    async def _run_sweeps(self) -> None:
-        assert self._scheduler is not None and self._runner is not None
+    async def _run_sweeps(self, runner: SweepRunner) -> None:
         while True:
             sweep = self._scheduler.schedule()
             if not sweep:
@@ -428,7 +310,7 @@ class Engine:
             outcomes: list[Outcome] = []
             error: HermesError | None = None
             try:
-                outcomes = await self._runner.run(sweep)
+                outcomes = await runner.run(sweep)
             except SweepAbandoned:
                 pass
             except HermesError as read_error:
@@ -457,14 +339,14 @@ class Engine:
         if outcome.finish_reason is not None:
             self._finish(request)
 
-    def _model(self) -> OpenedModel:
+    def _model(self) -> RunningModel:
         if self._failure is not None:
             raise self._failed()
         if self._closed:
             raise EngineClosedError("the engine was left")
-        if self._opened is None or self._runner is None:
+        if self._running is None:
             raise EngineClosedError("the engine is not entered; use it with `async with`")
-        return self._opened
+        return self._running
 
     def _failed(self) -> EngineFailedError:
         error = EngineFailedError(f"the engine stopped: {type(self._failure).__name__}: {self._failure}")

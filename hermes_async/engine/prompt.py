@@ -136,8 +136,9 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         minimum = plan.memory_budget + needed - plan.kv_bytes
         raise MemoryBudgetError(
             f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves "
-            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for fewer tokens, or give the engine "
-            f"kv_budget={needed} or a memory_budget of at least {minimum} bytes ({format_bytes(minimum)})",
+            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for "
+            f"fewer tokens, or give the engine kv_budget={needed} or a memory_budget of at least {minimum} bytes "
+            f"({format_bytes(minimum)})",
             requested_bytes=needed,
             budget_bytes=plan.kv_bytes,
             minimum_bytes=minimum,

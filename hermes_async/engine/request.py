@@ -47,7 +47,7 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds since the request was made, until its admission, its first token and its end; tokens/s after the first."""
+    """Seconds from the request to its admission, its first token and its end; tokens/s after the first token."""
 
     queued_s: float
     first_token_s: float

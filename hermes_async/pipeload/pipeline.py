@@ -6,9 +6,9 @@ Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Eng
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -96,22 +96,23 @@ class Pipeline:
                 for _ in range(self._num_loading_agents)
             ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
+            exits.callback(self._free_later.close)
+            exits.callback(self._to_free.close)
             exits.callback(self._ring.close)
             exits.callback(self._close_resident)
             for reader in readers:
                 await reader.open(files)
             await self._load_resident(readers)
-            async with anyio.create_task_group() as agents:
-                agents.start_soon(self._daemon_agent, name="hermes daemon agent")
-                if self._order:
-                    for idx, reader in enumerate(readers):
-                        agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
-                try:
-                    yield
-                finally:
-                    agents.cancel_scope.cancel()
-            self._free_later.close()
-            self._to_free.close()
+            with _ungrouped():
+                async with anyio.create_task_group() as agents:
+                    agents.start_soon(self._daemon_agent, name="hermes daemon agent")
+                    if self._order:
+                        for idx, reader in enumerate(readers):
+                            agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
+                    try:
+                        yield
+                    finally:
+                        agents.cancel_scope.cancel()
 
     # --- Loading Agents and Daemon Agent: tasks on the event loop ---
 
@@ -125,15 +126,10 @@ class Pipeline:
                 await reader.read(stage.layout.ranges, buffer.view)
                 stage.set_ready(buffer, None)
 
-        try:
+        with _ungrouped():
             async with anyio.create_task_group() as group:
                 for reader in readers:
                     group.start_soon(load, reader)
-        except BaseExceptionGroup as errors:
-            failed = errors.subgroup(ReadError)
-            if failed is not None:
-                raise _first_error(failed) from None
-            raise
 
     async def _loading_agent(self, reader: Reader) -> None:
         """Reads the next stage of the cycle whenever a buffer is free; only free buffers hold it back."""
@@ -304,9 +300,13 @@ class Pipeline:
                 stage.clear().close()
 
 
-def _first_error(group: BaseExceptionGroup[BaseException]) -> BaseException:
-    """The first error inside, so that no bare group reaches a user."""
-    error: BaseException = group
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
+@contextmanager
+def _ungrouped() -> Iterator[None]:
+    """Raises the first error of a group by itself: no bare group reaches a user."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup):
+            error = error.exceptions[0]
+        raise error from error.__cause__

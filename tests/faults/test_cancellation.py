@@ -23,13 +23,14 @@ NUM_REQUESTS = 125  # cancelled ones of each engine; four seeds, two event loops
 
 
 async def settle(engine: Engine) -> None:
-    """Returns when nobody waits for anything but the next request."""
+    """Returns when the ring is full and nobody waits for anything but the next request."""
+    engine._running.pipeline.start_streaming()  # as the first request does
     busy = (StageState.LOADING, StageState.SPENT)
     while True:
         await anyio.wait_all_tasks_blocked()
         statistics = engine.statistics()
         if not statistics.num_running and not statistics.num_waiting:
-            if not any(stage.state in busy for stage in engine._pipeline.stages):
+            if not any(stage.state in busy for stage in engine._running.pipeline.stages):
                 return
         await anyio.lowlevel.checkpoint()
 
@@ -41,13 +42,13 @@ async def check_nothing_is_left(engine: Engine) -> None:
     assert statistics.holders.keys() == {"resident weights", "ring buffers", "workspace"}
     assert statistics.num_leases == 3
     assert statistics.bytes_in_use == sum(statistics.holders.values())
-    assert engine._governor.statistics().num_waiting == 0
+    assert engine._running.governor.statistics().num_waiting == 0
     assert engine._slots.value == engine.plan.max_sequences
     assert engine._slots.statistics().tasks_waiting == 0
     assert engine._requests == {}
-    ring = engine._ring.statistics()
-    held = [stage for stage in engine._pipeline.stages if not stage.resident and stage.buffer is not None]
-    num_streamed = sum(not stage.resident for stage in engine._pipeline.stages)
+    ring = engine._running.ring.statistics()
+    held = [stage for stage in engine._running.pipeline.stages if not stage.resident and stage.buffer is not None]
+    num_streamed = sum(not stage.resident for stage in engine._running.pipeline.stages)
     assert len(held) == min(ring.num_buffers, num_streamed)  # warm for the next request
     assert all(stage.state is StageState.READY and stage.error is None for stage in held)
     assert len({id(stage.buffer) for stage in held}) == len(held)
@@ -172,7 +173,7 @@ async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> No
     )
     async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
         # Little KV memory: some requests wait for it.
-        spare = engine._governor.acquire_nowait("spare", engine.plan.kv_bytes - config.kv_budget)
+        spare = engine._running.governor.acquire_nowait("spare", engine.plan.kv_bytes - config.kv_budget)
         crowd = Crowd(engine, tiny_model, chosen)
         numbers = iter(range(NUM_REQUESTS))
 
@@ -256,10 +257,10 @@ async def test_aborted_in_the_moment_its_memory_is_granted(tiny_model: Any, disk
                 reasons.append(chunk.finish_reason)
 
         await settle(engine)
-        spare = engine._governor.acquire_nowait("spare", engine._governor.free_bytes)
+        spare = engine._running.governor.acquire_nowait("spare", engine._running.governor.free_bytes)
         async with anyio.create_task_group() as group:
             group.start_soon(consume)
-            while engine._governor.statistics().num_waiting == 0:
+            while engine._running.governor.statistics().num_waiting == 0:
                 await anyio.lowlevel.checkpoint()
             spare.release()
             assert await engine.abort("a")

@@ -70,7 +70,7 @@ async def test_running_and_waiting_requests_are_told(tiny_model: Any) -> None:
         statistics = engine.statistics()
         assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 0)
     assert errors == [EngineClosedError] * 5
-    assert all(stage.state is StageState.EMPTY and stage.buffer is None for stage in engine._pipeline.stages)
+    assert all(stage.state is StageState.EMPTY and stage.buffer is None for stage in engine._running.pipeline.stages)
     with pytest.raises(EngineClosedError, match="left"):
         await engine.complete([5])
     left.check_nothing()

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.anyio
 async def settle(engine: Engine) -> None:
     busy = (StageState.LOADING, StageState.SPENT)
     await anyio.wait_all_tasks_blocked()
-    while any(stage.state in busy for stage in engine._pipeline.stages):
+    while any(stage.state in busy for stage in engine._running.pipeline.stages):
         await anyio.lowlevel.checkpoint()
         await anyio.wait_all_tasks_blocked()
 

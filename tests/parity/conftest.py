@@ -73,23 +73,19 @@ def greedy_reference() -> Callable[..., list[Expected]]:
 
 
 @pytest.fixture(scope="session")
-def greedy() -> hermes_async.SamplingParams:
-    return hermes_async.SamplingParams(
-        max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, logprobs=TOP_LOGPROBS
-    )
-
-
-@pytest.fixture(scope="session")
-def complete_all(greedy: hermes_async.SamplingParams) -> Callable[..., Any]:
+def complete_all() -> Callable[..., Any]:
     """Submits all prompts at once; returns the completions in the prompts' order."""
 
     async def complete(
-        engine: hermes_async.Engine, prompts: Sequence[list[int]]
+        engine: hermes_async.Engine, prompts: Sequence[list[int]], *, num_tokens: int = NUM_TOKENS
     ) -> list[hermes_async.Completion]:
+        params = hermes_async.SamplingParams(
+            max_tokens=num_tokens, temperature=0.0, ignore_eos=True, logprobs=TOP_LOGPROBS
+        )
         completions: dict[int, hermes_async.Completion] = {}
 
         async def one(idx: int) -> None:
-            completions[idx] = await engine.complete(prompts[idx], greedy)
+            completions[idx] = await engine.complete(prompts[idx], params)
 
         async with anyio.create_task_group() as tasks:
             for idx in range(len(prompts)):
@@ -140,10 +136,10 @@ def middle_budget() -> Callable[[Path, int], int]:
             budget = (low + high) // 2
             opened = open_model(path, budget, hermes_async.EngineConfig())
             opened.close()
-            if opened.plan.num_buffers == 0:
-                high = budget
-            elif not opened.plan.resident:
+            if not opened.plan.resident:
                 low = budget
+            elif len(opened.plan.resident) == len(opened.plan.stages):
+                high = budget
             else:
                 return budget
         raise AssertionError(f"no budget between {minimum} and 64 MiB keeps only some stages of {path} resident")

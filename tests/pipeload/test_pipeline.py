@@ -50,6 +50,7 @@ async def test_the_ring_is_full_while_idle_and_goes_on_into_the_next_sweep(make_
     rig = make_rig(agents=2)
     statistics = rig.pipeline.read_statistics
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         await rig.settle()
         assert rig.states() == ["ready"] * 3 + ["empty"] * 3
         for sweeps in range(1, 4):
@@ -59,6 +60,15 @@ async def test_the_ring_is_full_while_idle_and_goes_on_into_the_next_sweep(make_
             assert rig.ring.statistics().num_free == 0
             assert statistics.num_reads == 3 + 6 * sweeps  # nothing is read twice
             assert statistics.bytes_read == sum(map(len, rig.expected * sweeps + rig.expected[:3]))
+
+
+async def test_before_the_first_request_only_resident_stages_are_read(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(agents=2, resident=(1, 4))
+    async with rig.pipeline.running():
+        await rig.settle()
+        assert rig.states() == ["empty", "ready", "empty", "empty", "ready", "empty"]
+        assert rig.pipeline.read_statistics.num_reads == 2
+        assert all(await rig.pipeline.sweep(rig.compute()))
 
 
 async def test_resident_stages_are_read_once(make_rig: Callable[..., Any]) -> None:
@@ -89,6 +99,7 @@ async def test_no_more_than_the_agents_read_at_once(make_rig: Callable[..., Any]
 
     disk.on_read = on_read
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         await rig.settle()
     assert most == 2
 
@@ -142,6 +153,7 @@ async def test_a_failure_in_the_idle_ring_is_no_failure_of_the_next_sweep(
 
     disk.on_read = on_read
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         await rig.settle()
         assert [stage.error is not None for stage in rig.stages] == [True] * 3 + [False] * 3
         fail = False
@@ -276,6 +288,7 @@ async def test_the_model_skips_to_a_stage_that_is_being_loaded(
     rig = make_rig(agents=2)
     held = gate(rig.stages[2])
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         await held.wait_entered()
         async with sweeping(rig, [0, 2, 1, 3, 4, 5]) as result:
             while rig.stages[0].state is not StageState.EMPTY and not rig.stages[2].stale:
@@ -293,6 +306,7 @@ async def test_abandoned_while_it_waits_for_a_stage(
     rig = make_rig(agents=1)
     held = gate(rig.stages[0])
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         async with sweeping(rig) as result:
             await held.wait_entered()
             await anyio.wait_all_tasks_blocked()
@@ -367,6 +381,7 @@ async def test_a_sweep_cancelled_while_it_waits_for_a_stage(
     rig = make_rig(agents=1)
     held = gate(rig.stages[0])
     async with rig.pipeline.running():
+        rig.pipeline.start_streaming()
         await held.wait_entered()
         with anyio.CancelScope() as scope:
             async with sweeping(rig):

@@ -1,0 +1,101 @@
+"""A planned model brought to life: memory leased, resident stages loaded, agents at work."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from hermes_async.config import EngineConfig
+from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.request import Request
+from hermes_async.engine.runner import SweepRunner
+from hermes_async.modeling.packed import PackedBatch
+from hermes_async.modeling.streamed import StreamedModel, replace_linears
+from hermes_async.pipeload.governor import MemoryGovernor
+from hermes_async.pipeload.pipeline import Pipeline
+from hermes_async.pipeload.stage import Stage
+from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.rows import RowReader
+
+
+@dataclass(frozen=True, slots=True)
+class RunningModel:
+    """What an open engine holds."""
+
+    opened: OpenedModel
+    governor: MemoryGovernor
+    ring: BufferPool
+    pipeline: Pipeline
+    runner: SweepRunner
+
+
+@asynccontextmanager
+async def running_model(
+    opened: OpenedModel, config: EngineConfig, release: Callable[[Request], None]
+) -> AsyncGenerator[RunningModel, None]:
+    """Takes the plan's memory, loads what is resident and starts the agents; undoes all of it in reverse order.
+
+    Args:
+        release: Gives an aborted request's memory back; called on the event loop.
+
+    Raises:
+        ReadError: Weights could not be read.
+    """
+    plan, partition = opened.plan, opened.partition
+    governor = MemoryGovernor(plan.memory_budget)
+    async with AsyncExitStack() as exits:
+        for holder, nbytes in (
+            ("resident weights", plan.resident_bytes),
+            ("ring buffers", plan.ring_bytes),
+            ("workspace", plan.workspace_bytes),
+        ):
+            exits.enter_context(governor.acquire_nowait(holder, nbytes))
+        read_statistics = ReadStatistics()
+        ring = BufferPool(plan.num_buffers, plan.slot_bytes)
+        stages = _stages(opened)
+        pipeline = Pipeline(
+            stages,
+            num_loading_agents=plan.num_loading_agents,
+            ring=ring,
+            statistics=read_statistics,
+            direct=config.direct_io,
+        )
+        replace_linears(opened.skeleton.model, partition.linear_blocks)
+        runner: SweepRunner | None = None
+
+        def on_stage(batch: PackedBatch) -> None:
+            assert runner is not None
+            runner.drop_aborted(batch)
+
+        model = StreamedModel(
+            opened.skeleton.model,
+            opened.attention,
+            stages,
+            streamed_embedding=partition.streamed_embedding is not None,
+            gate=pipeline,
+            on_stage=on_stage,
+        )
+        exits.callback(model.close)
+        await exits.enter_async_context(pipeline.running())
+        model.bind_resident()
+        rows = None
+        if partition.streamed_embedding is not None:
+            executor = exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
+            reader = await exits.enter_async_context(Reader(executor, read_statistics, direct=config.direct_io))
+            await reader.open([partition.streamed_embedding.file])
+            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
+            exits.callback(rows.close)
+        runner = SweepRunner(model, pipeline, rows, eos_token_ids=opened.skeleton.eos_token_ids, release=release)
+        yield RunningModel(opened, governor, ring, pipeline, runner)
+
+
+def _stages(opened: OpenedModel) -> list[Stage]:
+    """The base, if anything is in it, and then the plan's stages."""
+    base, plan = opened.partition.base, opened.plan
+    stages = [Stage(0, base, resident=True)] if base.placements else []
+    for idx, layout in enumerate(plan.stages):
+        stages.append(Stage(len(stages), layout, resident=idx in plan.resident))
+    return stages

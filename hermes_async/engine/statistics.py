@@ -1,0 +1,52 @@
+"""What an engine has done so far."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatistics:
+    """Counts since the engine opened; bytes and seconds.
+
+    Attributes:
+        bytes_read: From disk, resident weights and embedding rows included.
+        bytes_resident: Weights that stay in memory.
+        bytes_in_use: Leased from the budget now: weights, ring, workspace, KV caches.
+        peak_bytes_in_use: The most that was ever leased.
+        memory_budget: What may be leased.
+        baseline_bytes: Resident memory of the process before any weight was read; the budget comes on top.
+        process_peak_rss_bytes: The most resident memory this process ever had.
+        sweeps: Passes over the weights.
+        tokens_generated: By all requests.
+        read_seconds: Of all loading agents together; they overlap.
+        compute_seconds: Of sweeps, without stalls.
+        stall_seconds: That sweeps waited for a stage to be read.
+        num_running: Requests that take part in sweeps.
+        num_waiting: Requests that wait for memory or a place.
+        num_leases: Leases out, by anyone.
+        num_free_buffers: Of the ring.
+        holders: Bytes leased, by holder.
+    """
+
+    bytes_read: int
+    bytes_resident: int
+    bytes_in_use: int
+    peak_bytes_in_use: int
+    memory_budget: int
+    baseline_bytes: int
+    process_peak_rss_bytes: int
+    sweeps: int
+    tokens_generated: int
+    read_seconds: float
+    compute_seconds: float
+    stall_seconds: float
+    num_running: int
+    num_waiting: int
+    num_leases: int
+    num_free_buffers: int
+    holders: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)

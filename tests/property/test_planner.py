@@ -1,0 +1,202 @@
+"""Any model and any budget: a plan that fits, or an error with the smallest budget that does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hermes_async.config import EngineConfig
+from hermes_async.errors import MemoryBudgetError
+from hermes_async.pipeload.planner import ModelSizes, Plan, plan, spread
+from hermes_async.pipeload.stage import StageLayout
+from hermes_async.storage.buffers import align_up
+from hermes_async.storage.checkpoint import TensorSpec
+
+KIB = 1024
+relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
+@dataclass(frozen=True)
+class FakePartition:
+    base: StageLayout
+    stages: tuple[StageLayout, ...]
+    cast_bytes: int
+
+
+def layout(name: str, nbytes: int, offset: int = 0) -> StageLayout:
+    spec = TensorSpec(name, Path("w"), offset, nbytes, torch.uint8, (nbytes,))
+    return StageLayout.of(name, [("weight", spec)])
+
+
+@dataclass(frozen=True)
+class FakeModel:
+    """Layers, a head and an embedding; workspace grows with tokens, sequences and KV bytes."""
+
+    layers: tuple[int, ...]
+    head: int
+    base: int
+    kv_bytes_per_token: int
+    context_length: int | None
+    per_token: int
+    per_sequence: int
+    kv_share: int  # workspace is the KV bytes divided by this; 0 for none
+
+    @property
+    def sizes(self) -> ModelSizes:
+        def workspace(tokens: int, sequences: int, kv_bytes: int) -> int:
+            kv = kv_bytes // self.kv_share if self.kv_share else 0
+            return tokens * self.per_token + sequences * self.per_sequence + kv
+
+        weights = self.base + sum(self.layers) + self.head
+        return ModelSizes(max(self.layers), weights, self.kv_bytes_per_token, self.context_length, workspace)
+
+    def cut(self, limit: int | None) -> FakePartition:
+        stages = []
+        offset = 100
+        for idx, nbytes in enumerate((*self.layers, self.head)):
+            parts = 1 if limit is None else -(-nbytes // limit)
+            bounds = [nbytes * part // parts for part in range(parts + 1)]
+            for part in range(parts):
+                size = bounds[part + 1] - bounds[part]
+                stages.append(layout(f"{idx}.{part}", size, offset))
+                offset += size
+        return FakePartition(layout("", self.base), tuple(stages), 0)
+
+    def plan(self, budget: int, config: EngineConfig | None = None) -> Plan:
+        return plan(budget, lru_cache(maxsize=None)(self.cut), self.sizes, config or EngineConfig())
+
+    def minimum(self, config: EngineConfig | None = None) -> int:
+        try:
+            return self.plan(1, config).minimum_budget
+        except MemoryBudgetError as error:
+            assert error.minimum_bytes is not None
+            return error.minimum_bytes
+
+
+models = st.builds(
+    FakeModel,
+    layers=st.lists(st.integers(KIB, 900 * KIB), min_size=1, max_size=8).map(tuple),
+    head=st.integers(KIB, 2000 * KIB),
+    base=st.integers(1, 20 * KIB),
+    kv_bytes_per_token=st.integers(8, 4 * KIB),
+    context_length=st.sampled_from([None, 16, 128, 4096]),
+    per_token=st.integers(16, 8 * KIB),
+    per_sequence=st.integers(16, 64 * KIB),
+    kv_share=st.sampled_from([0, 0, 1, 10]),
+)
+configs = st.builds(
+    EngineConfig,
+    num_loading_agents=st.sampled_from([None, None, 1, 2, 4]),
+    max_resident_layers=st.sampled_from([None, None, 1, 2, 3, 100]),
+    max_tokens_per_sweep=st.sampled_from([None, None, 1, 32]),
+    max_sequences=st.sampled_from([1, 64]),
+    kv_budget=st.sampled_from([None, None, "1KiB", "300KiB"]),
+)
+
+
+def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> None:
+    parts = chosen.resident_bytes + chosen.ring_bytes + chosen.kv_bytes + chosen.workspace_bytes
+    assert parts <= budget == chosen.memory_budget
+    workspace = model.sizes.workspace_bytes(chosen.max_tokens_per_sweep, chosen.max_sequences, chosen.kv_bytes)
+    assert workspace <= chosen.workspace_bytes
+    assert chosen.max_sequences <= min(config.max_sequences, chosen.max_tokens_per_sweep)
+    assert chosen.minimum_budget <= budget
+    streamed = set(range(len(chosen.stages))) - chosen.resident
+    if streamed:
+        assert chosen.num_buffers >= 1
+        assert all(chosen.stages[idx].slot_bytes <= chosen.slot_bytes for idx in streamed)
+        assert chosen.num_buffers <= chosen.num_loading_agents + 1
+    if config.max_resident_layers is not None:
+        assert len(chosen.resident) + chosen.num_buffers <= max(config.max_resident_layers, chosen.num_buffers)
+    if config.num_loading_agents is not None:
+        assert chosen.num_loading_agents == config.num_loading_agents
+    if config.kv_budget is not None:
+        assert isinstance(config.kv_budget, int)
+        assert chosen.kv_bytes >= config.kv_budget
+    context = min(model.context_length or 256, 256)
+    assert chosen.kv_bytes >= context * model.kv_bytes_per_token  # one sequence of some length fits
+    assert chosen.bytes_per_sweep == sum(chosen.stages[idx].read_bytes for idx in streamed)
+    assert str(chosen)
+    assert chosen.as_dict()["memory_budget"] == budget
+
+
+@relaxed
+@given(models, configs, st.integers(0, 4000 * KIB))
+def test_a_plan_never_passes_its_budget(model: FakeModel, config: EngineConfig, more: int) -> None:
+    budget = model.minimum(config) + more
+    check(model.plan(budget, config), model, config, budget)
+
+
+@relaxed
+@given(models, configs)
+def test_the_minimum_works_and_one_byte_less_does_not(model: FakeModel, config: EngineConfig) -> None:
+    minimum = model.minimum(config)
+    chosen = model.plan(minimum, config)
+    check(chosen, model, config, minimum)
+    assert chosen.minimum_budget == minimum
+    with pytest.raises(MemoryBudgetError) as caught:
+        model.plan(minimum - 1, config)
+    assert caught.value.minimum_bytes == minimum
+    assert (caught.value.requested_bytes, caught.value.budget_bytes) == (minimum, minimum - 1)
+
+
+@relaxed
+@given(models)
+def test_with_enough_memory_everything_is_resident(model: FakeModel) -> None:
+    chosen = model.plan(10**9)
+    assert chosen.resident == frozenset(range(len(chosen.stages)))
+    assert (chosen.num_buffers, chosen.bytes_per_sweep, chosen.ring_bytes) == (0, 0, 0)
+
+
+@relaxed
+@given(models, st.integers(0, 3000 * KIB), st.integers(1, 3000 * KIB))
+def test_more_memory_never_reads_much_more(model: FakeModel, first: int, more: int) -> None:
+    minimum = model.minimum()
+    less, rich = model.plan(minimum + first), model.plan(minimum + first + 4 * more + 8000 * KIB)
+    assert rich.bytes_per_sweep <= less.bytes_per_sweep
+
+
+def test_a_gpt_of_equal_layers_is_spread_evenly() -> None:
+    stages = tuple(layout(f"{idx}", 100 * KIB, 4096 * 25 * idx) for idx in range(24))
+    resident = spread(stages, 12 * stages[0].slot_bytes, 24)
+    assert len(resident) == 12
+    # No two streamed stages follow each other: each has a resident one to hide its read behind.
+    assert all(idx in resident or idx + 1 in resident for idx in range(23))
+    third = spread(stages, 8 * stages[0].slot_bytes, 24)
+    gaps = [second - first for first, second in zip(sorted(third), sorted(third)[1:], strict=False)]
+    assert set(gaps) == {3}
+
+
+@relaxed
+@given(st.lists(st.integers(1, 300 * KIB), max_size=30), st.integers(0, 3000 * KIB), st.integers(0, 30))
+def test_spread_keeps_within_room_and_number(sizes: list[int], room: int, most: int) -> None:
+    stages = tuple(layout(f"{idx}", nbytes) for idx, nbytes in enumerate(sizes))
+    resident = spread(stages, room, most)
+    taken = sum(stages[idx].slot_bytes for idx in resident)
+    assert taken <= room
+    assert len(resident) <= most
+    if len(resident) < most:  # nothing that would still fit is left out
+        assert all(taken + stages[idx].slot_bytes > room for idx in set(range(len(stages))) - resident)
+
+
+def test_max_resident_layers_is_the_paper_s_pipeload() -> None:
+    model = FakeModel((100 * KIB,) * 12, 50 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
+    config = EngineConfig(num_loading_agents=3, max_resident_layers=4)
+    chosen = model.plan(100_000 * KIB, config)
+    assert chosen.resident == frozenset()
+    assert (chosen.num_loading_agents, chosen.num_buffers, len(chosen.stages)) == (3, 4, 13)
+    assert chosen.ring_bytes == 4 * align_up(100 * KIB + 4096)
+    some = model.plan(100_000 * KIB, EngineConfig(num_loading_agents=1, max_resident_layers=6))
+    assert (len(some.resident), some.num_buffers) == (4, 2)
+
+
+def test_the_error_says_what_the_minimum_is_made_of() -> None:
+    model = FakeModel((100 * KIB,) * 12, 50 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
+    with pytest.raises(MemoryBudgetError, match=r"too small.*always stay.*buffers of.*KV.*workspace"):
+        model.plan(1000)

@@ -1,0 +1,147 @@
+"""Page-aligned memory, views of it, and the ring that hands it out in order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferPool, align_down, align_up
+
+pytestmark = pytest.mark.anyio
+
+
+@pytest.fixture(params=["asyncio", "uvloop"])
+def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+    return "asyncio", {"use_uvloop": request.param == "uvloop"}
+
+
+@pytest.mark.parametrize(("number", "up", "down"), [(0, 0, 0), (1, 4096, 0), (4096, 4096, 4096), (4097, 8192, 4096)])
+def test_alignment(number: int, up: int, down: int) -> None:
+    assert (align_up(number), align_down(number)) == (up, down)
+
+
+@pytest.mark.parametrize("nbytes", [1, 4095, 4096, 4097, 3 * 2**20 + 1])
+def test_a_buffer_is_whole_pages_at_a_page(nbytes: int) -> None:
+    buffer = Buffer(nbytes)
+    assert buffer.nbytes == len(buffer.view) == align_up(nbytes)
+    assert buffer.tensor(0, torch.uint8, (1,)).data_ptr() % ALIGNMENT == 0
+    assert not buffer.view.readonly
+
+
+def test_a_tensor_is_a_view_and_no_copy() -> None:
+    buffer = Buffer(8192)
+    tensor = buffer.tensor(4096 - 8, torch.float32, (2, 3))
+    tensor.copy_(torch.arange(6).view(2, 3))
+    assert bytes(buffer.view[4088 : 4088 + 24]) == torch.arange(6, dtype=torch.float32).numpy().tobytes()
+    assert tensor.data_ptr() == buffer.tensor(0, torch.uint8, (1,)).data_ptr() + 4088
+    buffer.view[4088:4092] = torch.tensor([7.0]).numpy().tobytes()
+    assert tensor[0, 0] == 7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.uint8, torch.bool])
+def test_every_dtype(dtype: torch.dtype) -> None:
+    tensor = Buffer(100).tensor(16, dtype, (3,))
+    assert (tensor.dtype, tensor.shape) == (dtype, (3,))
+
+
+def test_scalars_and_tensors_without_elements() -> None:
+    buffer = Buffer(4096)
+    assert buffer.tensor(8, torch.float32, ()).shape == ()
+    assert buffer.tensor(4096, torch.float32, (0, 5)).shape == (0, 5)
+
+
+def test_a_tensor_past_the_end_is_refused() -> None:
+    with pytest.raises(ValueError, match="buffer"):
+        Buffer(4096).tensor(4090, torch.float32, (2,))
+
+
+def test_a_view_outlives_its_buffer() -> None:
+    tensor = Buffer(4096).tensor(0, torch.int64, (512,))
+    tensor.fill_(5)
+    assert tensor.sum() == 5 * 512
+
+
+def test_close_gives_the_pages_back_under_a_living_view() -> None:
+    buffer = Buffer(2 * 4096)
+    tensor = buffer.tensor(0, torch.uint8, (8192,))
+    tensor.fill_(1)
+    buffer.close()
+    assert tensor.sum() == 0  # the memory is private and anonymous: what was given back reads as zeros
+    buffer.close()
+
+
+async def test_the_pool_gives_every_buffer_once() -> None:
+    pool = BufferPool(3, 5000)
+    buffers = [await pool.acquire(), pool.acquire_nowait(), await pool.acquire()]
+    assert len({id(buffer) for buffer in buffers}) == 3
+    assert all(buffer.nbytes == 8192 for buffer in buffers)
+    statistics = pool.statistics()
+    assert (statistics.num_buffers, statistics.num_free, statistics.num_waiting) == (3, 0, 0)
+    with pytest.raises(anyio.WouldBlock):
+        pool.acquire_nowait()
+    for buffer in buffers:
+        pool.release(buffer)
+    assert pool.statistics().num_free == 3
+
+
+async def test_one_buffer_too_many_is_refused() -> None:
+    pool = BufferPool(1, 4096)
+    with pytest.raises(ValueError, match="released"):
+        pool.release(Buffer(4096))
+
+
+async def test_waiters_are_served_in_order_and_a_cancelled_one_takes_nothing() -> None:
+    pool = BufferPool(1, 4096)
+    buffer = pool.acquire_nowait()
+    served = []
+    scopes = [anyio.CancelScope() for _ in range(4)]
+
+    async def wait(idx: int) -> None:
+        with scopes[idx]:
+            got = await pool.acquire()
+            served.append(idx)
+            pool.release(got)
+
+    async with anyio.create_task_group() as group:
+        for idx in range(4):
+            group.start_soon(wait, idx)
+            await anyio.wait_all_tasks_blocked()
+        assert pool.statistics().num_waiting == 4
+        scopes[1].cancel()
+        await anyio.wait_all_tasks_blocked()
+        assert pool.statistics().num_waiting == 3
+        pool.release(buffer)
+    assert served == [0, 2, 3]
+    assert (pool.statistics().num_free, pool.statistics().num_waiting) == (1, 0)
+
+
+async def test_cancelled_in_the_moment_it_is_served() -> None:
+    pool = BufferPool(1, 4096)
+    buffer = pool.acquire_nowait()
+    got = []
+
+    async def wait() -> None:
+        with scope:
+            got.append(await pool.acquire())
+
+    scope = anyio.CancelScope()
+    async with anyio.create_task_group() as group:
+        group.start_soon(wait)
+        await anyio.wait_all_tasks_blocked()
+        pool.release(buffer)
+        scope.cancel()
+    for taken in got:
+        pool.release(taken)
+    assert pool.acquire_nowait() is buffer
+
+
+async def test_close_frees_what_is_there() -> None:
+    pool = BufferPool(2, 4096)
+    out = pool.acquire_nowait()
+    out.view[0] = 1
+    pool.close()
+    assert pool.statistics().num_free == 0
+    assert out.view[0] == 1

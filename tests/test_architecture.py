@@ -1,0 +1,87 @@
+"""The order of the rooms: imports go one way, and each foreign library is known where it belongs."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import hermes_async
+
+PACKAGE = Path(hermes_async.__file__).parent
+MODULES = sorted(PACKAGE.rglob("*.py"))
+ROOMS = ("storage", "pipeload", "modeling", "engine")
+MAX_LINES = 450
+
+
+def imported(path: Path) -> set[str]:
+    """Every module that `path` imports, wherever in it; of `from a import b` also `a.b`."""
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+    return names
+
+
+def roots(path: Path) -> set[str]:
+    return {name.partition(".")[0] for name in imported(path)}
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0]
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_imports_go_one_way(path: Path) -> None:
+    room = room_of(path)
+    if room in ROOMS:
+        allowed = {*ROOMS[: ROOMS.index(room) + 1], "config", "errors"}
+    elif room == "errors.py":
+        allowed = set()
+    elif room == "config.py":
+        allowed = {"errors"}
+    else:  # what stands on the engine
+        return
+    for name in imported(path):
+        root, *rest = name.split(".")
+        if root == "hermes_async":
+            assert rest, f"{path} imports the whole package"
+            assert rest[0] in allowed, f"{path} imports {name}"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_each_room_knows_only_its_libraries(path: Path) -> None:
+    room, libraries = room_of(path), roots(path)
+    if room in ("storage", "pipeload", "errors.py", "config.py"):
+        assert not libraries & {"transformers", "tokenizers", "jinja2"}
+    if room == "modeling":
+        assert not libraries & {"asyncio", "anyio", "aiofiles", "uvloop"}
+    if room == "engine" and path.name == "scheduler.py":
+        assert not libraries & {"asyncio", "anyio", "os", "pathlib", "torch"}
+    assert not libraries & {"trio", "utils", "pytest", "hypothesis"}
+
+
+def test_aiofiles_is_known_to_the_reader_alone() -> None:
+    assert [ids(path) for path in MODULES if "aiofiles" in roots(path)] == ["storage/reader.py"]
+
+
+def test_nothing_is_unpickled() -> None:
+    assert [ids(path) for path in MODULES if roots(path) & {"pickle", "dill", "joblib"}] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_modules_are_of_a_size_to_be_read(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+    assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+
+
+def test_every_module_says_what_it_is() -> None:
+    assert [ids(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))] == []

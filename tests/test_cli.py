@@ -1,0 +1,453 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner, Result
+
+import hermes_async
+from hermes_async.cli import app
+from hermes_async.cli import chat as chat_module
+from hermes_async.cli import generate as generate_module
+from hermes_async.cli.lines import LineReader
+from hermes_async.cli.running import Interrupts, run
+from hermes_async.demo import MODEL_PATH
+from hermes_async.engine.engine import Engine
+from hermes_async.errors import ConfigError
+
+BUDGET = "6MiB"
+
+
+def hermes(*args: object, stdin: str | bytes | None = None) -> Result:
+    return CliRunner().invoke(app, [str(arg) for arg in args], input=stdin)
+
+
+def last_json(result: Result) -> dict[str, Any]:
+    record: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
+    return record
+
+
+def start(*args: object, **kwargs: Any) -> subprocess.Popen[bytes]:
+    command = [sys.executable, "-m", "hermes_async", *(str(arg) for arg in args)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def bare_model(random_model: Callable[..., Any], save_model: Callable[..., Path]) -> Path:
+    """A checkpoint without a tokenizer."""
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=128,
+    )
+    return save_model(random_model(config))
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pieces of text as `generate` streams them."""
+    pieces: list[str] = []
+    monkeypatch.setattr(generate_module, "_write", pieces.append)
+    return pieces
+
+
+def interrupt(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+# --- help, version ---
+
+
+def test_version() -> None:
+    result = hermes("--version")
+    assert (result.exit_code, result.stdout) == (0, f"hermes-async {hermes_async.__version__}\n")
+
+
+@pytest.mark.parametrize("command", ["generate", "chat", "plan", "demo"])
+def test_help(command: str) -> None:
+    assert command in hermes("--help").stdout
+    assert hermes(command, "--help").exit_code == 0
+
+
+# --- generate ---
+
+
+def test_generate_streams_text_then_a_line_of_statistics(written: list[str]) -> None:
+    result = hermes("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 8)
+    assert result.exit_code == 0
+    assert len(written) > 1
+    assert re.fullmatch(
+        r"8 tokens in .* s \(the first after .* s, then .* a second\); 8 sweeps, .* MiB read; peak .* of 6.00 MiB\n",
+        result.stderr,
+    )
+
+
+def test_generate_prints_the_same_text_as_json() -> None:
+    args = ("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 8)
+    plain, record = hermes(*args), last_json(hermes(*args, "--json"))
+    assert plain.stdout == record["text"] + "\n"
+    assert set(record) == {"text", "token_ids", "finish_reason", "usage", "timings", "plan", "statistics"}
+    assert len(record["token_ids"]) == 8
+    assert record["finish_reason"] == "length"
+    assert record["usage"]["completion_tokens"] == 8
+    assert record["plan"]["memory_budget"] == record["statistics"]["memory_budget"] == 6 * 2**20
+    assert record["statistics"]["peak_bytes_in_use"] <= 6 * 2**20
+
+
+def test_generate_json_prints_one_line_and_nothing_else() -> None:
+    result = hermes("generate", MODEL_PATH, "A", "--max-tokens", 2, "--json")
+    assert len(result.stdout.splitlines()) == 1
+    assert result.stderr == ""
+
+
+def test_generate_samples_by_seed() -> None:
+    def token_ids(*args: object) -> list[int]:
+        options = ("--max-tokens", 8, "--temperature", 1.5, "--top-p", 0.95, "--top-k", 500, "--json")
+        result: list[int] = last_json(hermes("generate", MODEL_PATH, "ROMEO:\n", *options, *args))["token_ids"]
+        return result
+
+    assert token_ids("--seed", 1) == token_ids("--seed", 1) != token_ids("--seed", 2)
+
+
+def test_generate_reads_the_prompt_from_standard_input() -> None:
+    args = ("--max-tokens", 4, "--json")
+    given = last_json(hermes("generate", MODEL_PATH, "O Roméo,", *args))
+    read = last_json(hermes("generate", MODEL_PATH, "-", *args, stdin="O Roméo,"))
+    assert read["token_ids"] == given["token_ids"]
+    assert read["usage"] == given["usage"]
+
+
+def test_generate_refuses_standard_input_that_is_no_text() -> None:
+    result = hermes("generate", MODEL_PATH, "-", stdin=b"\xff\xfe")
+    assert result.exit_code == 2
+    assert "UTF-8" in result.stderr
+
+
+def test_generate_ends_at_a_stop_text() -> None:
+    args = ("generate", MODEL_PATH, "ROMEO:\n", "--max-tokens", 12, "--json")
+    text = last_json(hermes(*args))["text"]
+    stop = text[len(text) // 2 :][:3]
+    record = last_json(hermes(*args, "--stop", "never to be found", "--stop", stop))
+    assert record["text"] == text[: text.index(stop)]
+    assert record["finish_reason"] == "stop"
+
+
+def test_generate_sends_a_chat_message() -> None:
+    args = ("--max-tokens", 2, "--json")
+    raw = last_json(hermes("generate", MODEL_PATH, "What news?", *args))
+    chat = last_json(hermes("generate", MODEL_PATH, "What news?", "--chat", *args))
+    assert chat["usage"]["prompt_tokens"] > raw["usage"]["prompt_tokens"]
+
+
+@pytest.mark.parametrize("prompt", ["3,1,4", "3 1 4", "3, 1,\n4,"])
+def test_generate_takes_and_prints_token_ids(bare_model: Path, prompt: str) -> None:
+    args = ("--token-ids", "--memory", "4MiB", "--max-tokens", 3)
+    record = last_json(hermes("generate", bare_model, prompt, *args, "--json"))
+    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 3}
+    assert record["text"] == ""
+    printed = hermes("generate", bare_model, prompt, *args).stdout
+    assert printed == " ".join(map(str, record["token_ids"])) + "\n"
+
+
+# --- errors ---
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (("generate", "no/such/place", "A"), "no such directory"),
+        (("generate", MODEL_PATH, ""), "the prompt is empty"),
+        (("generate", MODEL_PATH, "A", "--memory", "100KiB"), "the smallest that works is"),
+        (("generate", MODEL_PATH, "99999", "--token-ids"), "99999"),
+        (("generate", MODEL_PATH, "", "--token-ids"), "the prompt is empty"),
+        (("generate", MODEL_PATH, "A", "--top-p", 0), "top_p"),
+        (("plan", MODEL_PATH, "--memory", "100KiB"), "the smallest that works is"),
+        (("plan", "no/such/place"), "no such directory"),
+        (("chat", "no/such/place"), "no such directory"),
+        (("demo", "--memory", "100KiB"), "the smallest that works is"),
+    ],
+)
+def test_an_error_is_one_line_and_exit_code_1(args: tuple[object, ...], message: str) -> None:
+    result = hermes(*args)
+    assert result.exit_code == 1
+    assert result.stderr.startswith("hermes-async: error: ")
+    assert message in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_text_for_a_model_without_a_tokenizer(bare_model: Path) -> None:
+    result = hermes("generate", bare_model, "A")
+    assert result.exit_code == 1
+    assert "token ids" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (),
+        ("frobnicate",),
+        ("generate", MODEL_PATH),
+        ("generate", MODEL_PATH, "A", "--memory", "much"),
+        ("generate", MODEL_PATH, "A", "--max-tokens", 0),
+        ("generate", MODEL_PATH, "A", "--temperature", -1),
+        ("generate", MODEL_PATH, "1 x", "--token-ids"),
+        ("generate", MODEL_PATH, "1", "--token-ids", "--chat"),
+        ("plan", MODEL_PATH, "--loading-agents", 0),
+        ("demo", "--sessions", 0),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(args: tuple[object, ...]) -> None:
+    assert hermes(*args).exit_code == 2
+
+
+def test_errors_leave_the_event_loop_bare() -> None:
+    async def work(interrupts: Interrupts) -> None:
+        raise ConfigError("as it is")
+
+    with pytest.raises(ConfigError, match="as it is"):
+        run(work)
+
+
+# --- plan ---
+
+
+def test_plan_is_printed_and_as_json() -> None:
+    args = ("plan", MODEL_PATH, "--memory", BUDGET, "--loading-agents", 1)
+    assert re.search(
+        r"^resident .*^ring .* 1 loading agent.*^each sweep ", hermes(*args).stdout, re.DOTALL | re.MULTILINE
+    )
+    record = last_json(hermes(*args, "--json"))
+    assert record["memory_budget"] == 6 * 2**20
+    assert record["num_loading_agents"] == 1
+    assert 0 < record["num_resident_stages"] < record["num_stages"]
+
+
+def test_plan_keeps_to_the_most_resident_layers() -> None:
+    record = last_json(hermes("plan", MODEL_PATH, "--memory", BUDGET, "--max-resident-layers", 3, "--json"))
+    assert record["num_resident_stages"] + record["num_buffers"] <= 3
+
+
+# --- Ctrl-C ---
+
+
+def test_ctrl_c_keeps_what_was_generated(monkeypatch: pytest.MonkeyPatch, written: list[str]) -> None:
+    def write(text: str) -> None:
+        written.append(text)
+        interrupt()
+
+    monkeypatch.setattr(generate_module, "_write", write)
+    result = hermes("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos")
+    assert result.exit_code == 130
+    assert written
+    assert "stopped; " in result.stderr
+    assert "sweep" in result.stderr
+
+
+def test_ctrl_c_with_json_is_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at_token(monkeypatch, 3)
+    result = hermes(
+        "generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos", "--json"
+    )
+    assert result.exit_code == 130
+    record = last_json(result)
+    assert record["finish_reason"] == "abort"
+    assert 3 <= len(record["token_ids"]) == record["usage"]["completion_tokens"] < 250
+    assert record["text"]
+
+
+def interrupt_at_token(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    deliver = Engine._deliver
+    num_delivered = 0
+
+    def deliver_then_interrupt(engine: Engine, *args: Any) -> None:
+        nonlocal num_delivered
+        deliver(engine, *args)
+        num_delivered += 1
+        if num_delivered == number:
+            interrupt()
+
+    monkeypatch.setattr(Engine, "_deliver", deliver_then_interrupt)
+
+
+@pytest.mark.parametrize("flags", [(), ("--json",)])
+def test_ctrl_c_before_the_request_is_made(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
+    make_request = Engine._make_request
+
+    async def interrupted(engine: Engine, *args: Any) -> Any:
+        interrupt()
+        await anyio.sleep_forever()
+        return await make_request(engine, *args)
+
+    monkeypatch.setattr(Engine, "_make_request", interrupted)
+    result = hermes("generate", MODEL_PATH, "A", "--memory", BUDGET, *flags)
+    assert result.exit_code == 130
+    if flags:
+        assert last_json(result)["finish_reason"] == "abort"
+
+
+def test_ctrl_c_while_the_model_opens(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def interrupted(engine: Engine) -> Engine:
+        interrupt()
+        await anyio.sleep_forever()
+        return engine
+
+    monkeypatch.setattr(Engine, "__aenter__", interrupted)
+    result = hermes("generate", MODEL_PATH, "A")
+    assert (result.exit_code, result.stdout, result.stderr) == (130, "", "hermes-async: stopped\n")
+
+
+def test_ctrl_c_in_a_process_of_its_own() -> None:
+    args = ("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos")
+    with start(*args) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.send_signal(signal.SIGINT)
+        _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert b"stopped; " in stderr
+    assert b"Traceback" not in stderr
+
+
+@pytest.mark.parametrize("command", [("generate", MODEL_PATH, "A", "--max-tokens", 250, "--ignore-eos"), ("demo",)])
+def test_a_reader_that_goes_away_ends_it_quietly(command: tuple[object, ...]) -> None:
+    with start(*command) as process:
+        assert process.stdout is not None
+        assert process.stdout.read(1)
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+    assert process.returncode == 1
+
+
+# --- chat ---
+
+
+@pytest.fixture
+def keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Makes standard input a pipe; what is written to this file descriptor is typed."""
+    reader, writer = os.pipe()
+    with os.fdopen(reader) as stdin, os.fdopen(writer, "wb", buffering=0):
+        monkeypatch.setattr(sys, "stdin", stdin)
+        yield writer
+
+
+@pytest.fixture
+def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What `chat` sends to the engine."""
+    seen: list[Any] = []
+    stream_answer = chat_module.stream_answer
+
+    async def seeing(engine: Engine, prompt: Any, *args: Any) -> Any:
+        seen.append(prompt)
+        return await stream_answer(engine, prompt, *args)
+
+    monkeypatch.setattr(chat_module, "stream_answer", seeing)
+    return seen
+
+
+def chat(*args: object) -> int | None:
+    code: int | None = app(["chat", str(MODEL_PATH), "--memory", BUDGET, *map(str, args)], standalone_mode=False)
+    return code
+
+
+def test_chat_keeps_the_conversation(keyboard: int, prompts: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    os.write(keyboard, "What news?\r\n\n  \nAnd thén?\n/reset\nWho is there?\n/exit\nnot read\n".encode())
+    assert not chat("--max-tokens", 6)
+    assert [[message["role"] for message in prompt] for prompt in prompts] == [
+        ["user"],
+        ["user", "assistant", "user"],
+        ["user"],
+    ]
+    assert prompts[1][0]["content"] == "What news?"
+    assert prompts[1][2]["content"] == "And thén?"
+    output = capsys.readouterr().out
+    assert output.startswith(prompts[1][1]["content"])
+    assert "\x1b" not in output
+
+
+def test_chat_ends_with_its_input(monkeypatch: pytest.MonkeyPatch, prompts: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    path.write_text("What news?")
+    with path.open() as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert not chat("--max-tokens", 2)
+    assert len(prompts) == 1
+
+
+def test_chat_goes_on_after_a_question_that_is_too_long(
+    keyboard: int, prompts: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.write(keyboard, b"news " * 1200 + b"\nWhat news?\n/exit\n")
+    assert not chat("--max-tokens", 2)
+    assert [len(prompt) for prompt in prompts] == [1, 1]
+    assert "/reset" in capsys.readouterr().err
+
+
+def test_ctrl_c_stops_only_the_answer(keyboard: int, prompts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_at_token(monkeypatch, 4)
+    os.write(keyboard, b"What news?\nAnd then?\n/exit\n")
+    assert not chat("--max-tokens", 200)
+    assert [message["role"] for message in prompts[1]] == ["user", "assistant", "user"]
+
+
+def test_ctrl_c_at_the_prompt_ends(keyboard: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    wait_and_read = LineReader._wait_and_read
+
+    def interrupted(reader: LineReader, wake: int) -> bytes | None:
+        interrupt()
+        return wait_and_read(reader, wake)
+
+    monkeypatch.setattr(LineReader, "_wait_and_read", interrupted)
+    assert not chat()
+
+
+def test_chat_at_a_terminal() -> None:
+    terminal, its_end = os.openpty()
+    try:
+        with start(
+            *("chat", MODEL_PATH, "--memory", BUDGET, "--max-tokens", 3), stdin=its_end, start_new_session=True
+        ) as process:
+            os.write(terminal, b"What news?\n\x04")
+            stdout, stderr = process.communicate()
+    finally:
+        os.close(terminal)
+        os.close(its_end)
+    assert process.returncode == 0
+    assert b"/reset" in stdout
+    assert stdout.count(b"> ") == 2
+    assert b"3 tokens in " in stderr
+
+
+@pytest.mark.anyio
+async def test_a_cancelled_line_reader_loses_nothing() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0), os.fdopen(writer, "wb", buffering=0):
+        lines = LineReader(reader)
+        os.write(writer, b"one\ntw")
+        assert await lines.read() == "one"
+        with anyio.move_on_after(0.001) as scope:
+            await lines.read()
+        assert scope.cancelled_caught
+        os.write(writer, b"o\nthree")
+        assert await lines.read() == "two"
+
+
+@pytest.mark.anyio
+async def test_a_last_line_without_an_end_is_a_line() -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb", buffering=0):
+        os.write(writer, b"\nlast\xff")
+        os.close(writer)
+        lines = LineReader(reader)
+        assert [await lines.read() for _ in range(4)] == ["", "last\ufffd", None, None]
