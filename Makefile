@@ -1,35 +1,40 @@
-# Each target sets up what it needs and can be run again at once: `make demo`, `make test`.
+# Each target sets up what it needs, and can be run again at once: see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint bench setup
+.PHONY: help setup demo test lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
 VENV := $(or $(VIRTUAL_ENV),.venv)
-STAMP := $(VENV)/.hermes-async-dev
-export VIRTUAL_ENV_DISABLE_PROMPT := 1
+INSTALLED := $(VENV)/.hermes-async-dev
+BENCH ?= sweep
 
 help:
-	@echo "make demo    run the model that comes with the library, in less memory than it has weights"
-	@echo "make test    run the tests with coverage"
+	@echo "make demo    run the model that comes with the library in less memory than it has weights"
+	@echo "make test    run the tests, with coverage"
 	@echo "make lint    check style and types"
-	@echo "make bench   run the benchmarks; BENCH=name runs one"
+	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
+	@echo "make setup   only make the virtual environment and install what development needs"
 
-setup: $(STAMP)
+setup: $(INSTALLED)
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(STAMP): pyproject.toml constraints-dev.txt | $(VENV)/bin/python
+$(INSTALLED): pyproject.toml constraints-dev.txt | $(VENV)/bin/python
+	@echo "installing into $(VENV); this takes some minutes the first time"
 	$(VENV)/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt -e ".[dev]"
-	touch $@
+	@touch $@
 
-demo: $(STAMP)
+demo: $(INSTALLED)
 	$(VENV)/bin/hermes-async demo
 
-test: $(STAMP)
+test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest --cov --cov-fail-under=90
 
-lint: $(STAMP)
+lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+
+bench: $(INSTALLED)
+	$(VENV)/bin/python -m benchmarks.$(BENCH) $(ARGS)

@@ -255,7 +255,7 @@ def test_ctrl_c_keeps_what_was_generated(monkeypatch: pytest.MonkeyPatch, writte
 
 
 def test_ctrl_c_with_json_is_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at_token(monkeypatch, 3)
+    interrupt_every(monkeypatch, 3)
     result = hermes(
         "generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos", "--json"
     )
@@ -266,7 +266,8 @@ def test_ctrl_c_with_json_is_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
     assert record["text"]
 
 
-def interrupt_at_token(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Presses Ctrl-C after every so many tokens."""
     deliver = Engine._deliver
     num_delivered = 0
 
@@ -274,7 +275,7 @@ def interrupt_at_token(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         nonlocal num_delivered
         deliver(engine, *args)
         num_delivered += 1
-        if num_delivered == number:
+        if num_delivered % number == 0:
             interrupt()
 
     monkeypatch.setattr(Engine, "_deliver", deliver_then_interrupt)
@@ -395,10 +396,11 @@ def test_chat_goes_on_after_a_question_that_is_too_long(
 
 
 def test_ctrl_c_stops_only_the_answer(keyboard: int, prompts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    interrupt_at_token(monkeypatch, 4)
+    interrupt_every(monkeypatch, 4)
     os.write(keyboard, b"What news?\nAnd then?\n/exit\n")
     assert not chat("--max-tokens", 200)
     assert [message["role"] for message in prompts[1]] == ["user", "assistant", "user"]
+    assert prompts[1][1]["content"]
 
 
 def test_ctrl_c_at_the_prompt_ends(keyboard: int, monkeypatch: pytest.MonkeyPatch) -> None:

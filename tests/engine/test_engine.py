@@ -223,12 +223,16 @@ async def test_a_request_joins_at_the_next_sweep(tiny_model: Any) -> None:
         answers = []
 
         async def user() -> None:
-            completion = await engine.complete(tiny_model.prompts[1], dataclasses.replace(tiny_model.params, max_tokens=2))
+            completion = await engine.complete(
+                tiny_model.prompts[1], dataclasses.replace(tiny_model.params, max_tokens=2)
+            )
             answers.append(completion.token_ids)
 
         num_chunks = 0
         async with anyio.create_task_group() as group:
-            async for _ in engine.generate(tiny_model.prompts[2], dataclasses.replace(tiny_model.params, max_tokens=40)):
+            async for _ in engine.generate(
+                tiny_model.prompts[2], dataclasses.replace(tiny_model.params, max_tokens=40)
+            ):
                 num_chunks += 1
                 if num_chunks == 2:
                     group.start_soon(user)

@@ -100,7 +100,9 @@ async def test_a_request_that_can_never_fit_tells_the_numbers(tiny_model: Any, t
     # A model with a long context and the smallest budget: 256 tokens of KV memory.
     path = Path(shutil.copytree(tiny_model.path, tmp_path / "long"))
     config = (path / "config.json").read_text()
-    (path / "config.json").write_text(config.replace('"max_position_embeddings": 64', '"max_position_embeddings": 4096'))
+    (path / "config.json").write_text(
+        config.replace('"max_position_embeddings": 64', '"max_position_embeddings": 4096')
+    )
     with pytest.raises(MemoryBudgetError) as small:
         async with Engine(path, memory_budget=1):
             pytest.fail("entered")

@@ -29,9 +29,9 @@ async def settle(engine: Engine) -> None:
     while True:
         await anyio.wait_all_tasks_blocked()
         statistics = engine.statistics()
-        if not statistics.num_running and not statistics.num_waiting:
-            if not any(stage.state in busy for stage in engine._running.pipeline.stages):
-                return
+        loading = any(stage.state in busy for stage in engine._running.pipeline.stages)
+        if not (statistics.num_running or statistics.num_waiting or loading):
+            return
         await anyio.lowlevel.checkpoint()
 
 

@@ -47,8 +47,6 @@ class Left:
         assert set(AttentionInterface._global_mapping) == self.attention
 
 
-
-
 async def test_running_and_waiting_requests_are_told(tiny_model: Any) -> None:
     left = Left()
     config = EngineConfig(num_loading_agents=2, max_resident_layers=3, max_tokens_per_sweep=16, max_sequences=2)

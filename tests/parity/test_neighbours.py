@@ -9,7 +9,7 @@ from pathlib import Path
 import anyio
 import pytest
 import torch
-from transformers import GemmaConfig, GPTJConfig, LlamaConfig, MistralConfig, PreTrainedConfig
+from transformers import GPTJConfig, LlamaConfig, MistralConfig, PreTrainedConfig
 
 import hermes_async
 
@@ -31,16 +31,14 @@ SMALL = {
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**SMALL),
     "mistral-window": MistralConfig(**SMALL, sliding_window=8),
-    "gemma-tied": GemmaConfig(**SMALL),
     "gptj": GPTJConfig(vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=256, rotary_dim=8),
 }
 NUM_REQUESTS = 8
+MAX_PROMPT_TOKENS, MAX_TOKENS = 32, 16
 
 
 @pytest.fixture(scope="module", params=CONFIGS)
-def path(
-    request: pytest.FixtureRequest, random_model: Callable[..., object], save_model: Callable[..., Path]
-) -> Path:
+def path(request: pytest.FixtureRequest, random_model: Callable[..., object], save_model: Callable[..., Path]) -> Path:
     return save_model(random_model(CONFIGS[request.param]))
 
 
@@ -49,7 +47,8 @@ def requests() -> list[tuple[list[int], hermes_async.SamplingParams]]:
     generator = torch.Generator().manual_seed(2)
     made = []
     for idx in range(NUM_REQUESTS):
-        length, max_tokens = torch.randint(1, 33, (2,), generator=generator).tolist()
+        length = int(torch.randint(1, MAX_PROMPT_TOKENS + 1, (), generator=generator))
+        max_tokens = int(torch.randint(1, MAX_TOKENS + 1, (), generator=generator))
         prompt = torch.randint(3, 300, (length,), generator=generator).tolist()
         chance = {"temperature": 0.8, "top_p": 0.9, "seed": 100 + idx} if idx % 2 else {"temperature": 0.0}
         made.append((prompt, hermes_async.SamplingParams(max_tokens=max_tokens, ignore_eos=True, **chance)))

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 import transformers as t
 from transformers import AutoModelForCausalLM, PreTrainedConfig
@@ -63,9 +64,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     # Rotary embeddings that scale; windows; masks that are not plainly causal.
     "llama-rope-llama3": lambda: t.LlamaConfig(
         **GROUPED,
-        **rope(
-            "llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
-        ),
+        **rope("llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
     ),
     "llama-rope-linear": lambda: t.LlamaConfig(**GROUPED, **rope("linear", factor=4.0)),
     "llama-rope-yarn": lambda: t.LlamaConfig(
@@ -74,12 +73,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-rope-dynamic": lambda: t.LlamaConfig(**GROUPED, **rope("dynamic", factor=4.0)),
     "llama-rope-dynamic-passed": lambda: t.LlamaConfig(
         **GROUPED, **rope("dynamic", factor=4.0, original_max_position_embeddings=16)
-    ),
-    "phi3-longrope-passed": lambda: t.Phi3Config(
-        **SMALL,
-        num_key_value_heads=2,
-        original_max_position_embeddings=32,
-        **rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0 + i for i in range(8)], factor=4.0),
     ),
     "qwen2-mixed-windows": lambda: t.Qwen2Config(
         **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
@@ -388,3 +381,43 @@ async def test_refused_by_name_or_right(
     async with hermes_async.Engine(path, memory_budget=minimum) as engine:
         completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)
     assert_parity(completions, expected, atol=ATOL)
+
+
+async def test_longrope_past_its_original_context_is_refused_or_right(
+    random_model: Callable[..., Any],
+    save_model: Callable[..., Path],
+    greedy_reference: Callable[..., list[Any]],
+    prompts: list[list[int]],
+    minimum_budget: Callable[[Path], int],
+) -> None:
+    """There transformers turns to other frequencies, by the longest sequence in the row."""
+    config = t.Phi3Config(
+        **SMALL,
+        num_key_value_heads=2,
+        original_max_position_embeddings=32,
+        **rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0 + i for i in range(8)], factor=4.0),
+    )
+    path = save_model(random_model(config))
+    expected = greedy_reference(path, prompts)
+    assert max(len(item.prompt) for item in expected) > 32
+    params = hermes_async.SamplingParams(max_tokens=len(expected[0].token_ids), temperature=0.0, ignore_eos=True)
+    completed: list[int] = []
+
+    async def one(idx: int) -> None:
+        try:
+            completion = await engine.complete(prompts[idx], params)
+        except hermes_async.ContextLengthError:
+            assert len(prompts[idx]) >= 32
+            return
+        # A context of 32 tokens may also end a sequence.
+        assert len(completion.token_ids) >= min(params.max_tokens or 0, 32 - len(prompts[idx]))
+        assert list(completion.token_ids) == expected[idx].token_ids[: len(completion.token_ids)]
+        completed.append(idx)
+
+    async with (
+        hermes_async.Engine(path, memory_budget=minimum_budget(path)) as engine,
+        anyio.create_task_group() as tasks,
+    ):
+        for idx in range(len(prompts)):
+            tasks.start_soon(one, idx)
+    assert len(completed) >= 3

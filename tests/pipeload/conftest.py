@@ -92,9 +92,7 @@ class Rig:
         self.stages = [Stage(idx, layout, resident=idx in resident) for idx, layout in enumerate(layouts)]
         self.ring = BufferPool(num_buffers, max(layout.slot_bytes for layout in layouts))
         self.buffers = tuple(self.ring._free)
-        self.pipeline = Pipeline(
-            self.stages, num_loading_agents=agents, ring=self.ring, statistics=ReadStatistics()
-        )
+        self.pipeline = Pipeline(self.stages, num_loading_agents=agents, ring=self.ring, statistics=ReadStatistics())
 
     def compute(
         self, order: Sequence[int] | None = None, on_stage: Callable[[int], None] = lambda idx: None

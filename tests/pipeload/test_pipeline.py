@@ -269,7 +269,14 @@ async def test_another_order_is_learned(make_rig: Callable[..., Any], kwargs: di
 async def test_orders_that_change_from_sweep_to_sweep(make_rig: Callable[..., Any]) -> None:
     rig = make_rig(agents=2)
     async with rig.pipeline.running():
-        for order in ([0, 1, 2, 3, 4, 5], [5, 3, 1], [0, 1, 2, 3, 4, 5], [2, 2, 2], [4, 1, 4, 1, 0], [0, 1, 2, 3, 4, 5]):
+        for order in (
+            [0, 1, 2, 3, 4, 5],
+            [5, 3, 1],
+            [0, 1, 2, 3, 4, 5],
+            [2, 2, 2],
+            [4, 1, 4, 1, 0],
+            [0, 1, 2, 3, 4, 5],
+        ):
             assert await rig.pipeline.sweep(rig.compute(order)) == [True] * len(order)
 
 

@@ -182,7 +182,7 @@ async def test_a_file_that_ends_early(
     error = caught.value
     assert (error.path, error.offset, error.expected, error.actual) == (file, offset, nbytes, actual)
     assert all(str(number) in str(error) for number in (file, offset, nbytes, actual))
-    file.write_bytes(DATA)
+    file.write_bytes(DATA)  # noqa: ASYNC240
     assert await reading.read((file, offset, nbytes)) == [DATA[offset : offset + nbytes]]
 
 
@@ -197,7 +197,7 @@ async def test_a_missing_file(reading: Reading, tmp_path: Path) -> None:
 
 async def test_a_file_removed_after_it_was_opened(reading: Reading, file: Path) -> None:
     await reading.reader.open([file])
-    file.unlink()
+    file.unlink()  # noqa: ASYNC240
     assert await reading.read((file, 77, 1000)) == [DATA[77:1077]]
 
 
@@ -246,7 +246,7 @@ async def test_a_buffered_read_that_is_refused_is_an_error(reading: Reading, dis
 async def test_refused_when_the_file_was_removed_meanwhile(reading: Reading, disk: Disk, file: Path) -> None:
     """It cannot be opened again without direct I/O; that is an error of ours, each time."""
     await reading.reader.open([file])
-    file.unlink()
+    file.unlink()  # noqa: ASYNC240
 
     def refuse(direct: bool, read: Callable[[int | None], int]) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")

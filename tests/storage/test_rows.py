@@ -27,7 +27,9 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
-def matrix(directory: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, TensorSpec]:
+def matrix(
+    directory: Path, rows: int, columns: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, TensorSpec]:
     tensor = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns).to(dtype)
     path = directory / "rows.safetensors"
     save_file({"before": torch.zeros(13, dtype=torch.uint8), "weight": tensor}, path)
