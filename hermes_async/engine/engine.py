@@ -125,7 +125,8 @@ class Engine:
             peak_bytes_in_use=memory.peak_bytes_in_use,
             memory_budget=memory.budget_bytes,
             baseline_bytes=self._running.opened.baseline_bytes,
-            process_peak_rss_bytes=process_peak_rss_bytes(),
+            # Linux brings the peak up to date only now and then, and the baseline may be above it.
+            process_peak_rss_bytes=max(process_peak_rss_bytes(), self._running.opened.baseline_bytes),
             sweeps=pipeline.statistics.sweeps,
             tokens_generated=self._tokens_generated,
             read_seconds=pipeline.read_statistics.seconds,
@@ -228,9 +229,16 @@ class Engine:
         kv_layout = running.opened.seen.kv
         with request.waiting:
             await self._slots.acquire()
+            if request.released.is_set():  # it was ended while its place was on the way
+                self._slots.release()
+                return
             request.has_slot = True
             nbytes = kv_layout.nbytes(request.prepared.capacity)
-            request.lease = await running.governor.acquire(f"KV of request {request.request_id}", nbytes)
+            lease = await running.governor.acquire(f"KV of request {request.request_id}", nbytes)
+            if request.released.is_set():
+                lease.release()
+                return
+            request.lease = lease
             request.kv = SequenceKV(kv_layout, request.prepared.capacity)
             request.admitted_at = time.perf_counter()
             self._scheduler.add(request)

@@ -15,7 +15,7 @@ from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.sampling import SampledToken
 from hermes_async.modeling.streamed import StreamedModel
-from hermes_async.pipeload.pipeline import Pipeline
+from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
 from hermes_async.storage.rows import RowReader
 
 
@@ -78,6 +78,8 @@ class SweepRunner:
             token_ids = [token_id for item in sweep for token_id in item.token_ids]
             needed = sorted(set(token_ids))
             rows = None if self._rows is None else await self._rows.read(needed)
+            if all(item.request.aborted for item in sweep):  # `abandon` came before the pipeline's sweep began
+                raise SweepAbandoned
             return await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
         finally:
             self.sweep = ()

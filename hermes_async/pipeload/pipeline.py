@@ -78,6 +78,8 @@ class Pipeline:
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._cycle = 0  # counts the rewinds, so that an agent sees that what it claimed is out of date
         self._abandoned = False
+        # A limiter of our own: the application may have given all of the common worker threads away.
+        self._compute_limiter = anyio.CapacityLimiter(1)
         self._first_request = anyio.Event()
         self._cancelled_class: type[BaseException] = CancelledError
         self._wait_scope: anyio.CancelScope | None = None
@@ -90,14 +92,14 @@ class Pipeline:
             ReadError: A resident stage could not be read.
         """
         async with AsyncExitStack() as exits:
+            exits.callback(self._free_later.close)
+            exits.callback(self._to_free.close)
             executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
             readers = [
                 await exits.enter_async_context(Reader(executor, self.read_statistics, direct=self._direct))
                 for _ in range(self._num_loading_agents)
             ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
-            exits.callback(self._free_later.close)
-            exits.callback(self._to_free.close)
             exits.callback(self._ring.close)
             exits.callback(self._close_resident)
             for reader in readers:
@@ -123,7 +125,11 @@ class Pipeline:
             for stage in waiting:
                 buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
                 stage.start_loading()
-                await reader.read(stage.layout.ranges, buffer.view)
+                try:
+                    await reader.read(stage.layout.ranges, buffer.view)
+                except BaseException:
+                    stage.drop()
+                    raise
                 stage.set_ready(buffer, None)
 
         with _ungrouped():
@@ -136,19 +142,25 @@ class Pipeline:
         await self._first_request.wait()
         while True:
             buffer = await self._ring.acquire()
+            stage: Stage | None = None
+            error: ReadError | None = None
             try:
                 stage = await self._claim()
-                error: ReadError | None = None
-                try:
-                    await reader.read(stage.layout.ranges, buffer.view)
-                except ReadError as read_error:
-                    error = read_error
+                await reader.read(stage.layout.ranges, buffer.view)
+            except ReadError as read_error:
+                error = read_error
             except BaseException:
                 self._ring.release(buffer)
+                if stage is not None:
+                    stage.drop()
                 raise
-            stage.set_ready(buffer, error)
+            assert stage is not None
             if stage.stale:
-                self._free(stage)
+                # Never READY, not even for a moment: the compute thread would take the buffer.
+                self._ring.release(buffer)
+                stage.drop()
+            else:
+                stage.set_ready(buffer, error)
 
     async def _claim(self) -> Stage:
         """Takes the next stage of the cycle to load, once it is EMPTY, and marks it LOADING."""
@@ -193,7 +205,7 @@ class Pipeline:
         stalled_before = self.statistics.stall_seconds
         complete = False
         try:
-            result = await anyio.to_thread.run_sync(compute)
+            result = await anyio.to_thread.run_sync(compute, limiter=self._compute_limiter)
             complete = True
         except SweepAbandoned:
             await anyio.lowlevel.checkpoint_if_cancelled()
@@ -203,7 +215,7 @@ class Pipeline:
             self.statistics.compute_seconds += time.perf_counter() - started - stalled
             if not complete:
                 self._rewind(0)
-            elif self._next_compute < len(self._order):
+            elif 0 < self._next_compute < len(self._order):
                 del self._order[self._next_compute :]  # the model did not visit these
                 self._rewind(0)
         self.statistics.sweeps += 1
@@ -267,7 +279,7 @@ class Pipeline:
         if not self._is_next(stage):
             self._reorder(stage)
         with anyio.CancelScope() as self._wait_scope:
-            if not self._abandoned:
+            while not self._abandoned and stage.state is not StageState.READY:
                 await stage.ready.wait()
         self._wait_scope = None
         if self._abandoned:

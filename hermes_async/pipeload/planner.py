@@ -6,8 +6,10 @@ keeps R of S bytes in memory reads S - R bytes each time round, and no other cho
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Protocol
 
 from hermes_async.config import EngineConfig, format_bytes
@@ -159,7 +161,7 @@ def plan(
     """
     whole = cut(None)
     choices = _Choices(budget, sizes, config)
-    minimum, smallest = choices.minimum(cut)
+    minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
     everything = choices.all_resident(whole, minimum)
     if everything is not None:
         return everything
@@ -201,8 +203,8 @@ class _Choices:
         for limit in self.limits():
             partition = cut(limit)
             slot = _slot_bytes(partition.stages)
-            workspace = self._workspace(partition, tokens, sequences, self.min_kv)
-            kv = max(self.min_kv, self._kv_asked())
+            workspace = self._workspace(partition, tokens, sequences, self._least_kv())
+            kv = self._least_kv()
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
             if best is None or total < best[0]:
                 best = total, (
@@ -212,15 +214,26 @@ class _Choices:
         assert best is not None
         return best
 
+    def minimum_resident(self, partition: Partitioned) -> tuple[int, str]:
+        """As `minimum`, with all of the model in memory; huge where that is not allowed."""
+        if self._capped(partition):
+            return sys.maxsize, ""
+        weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
+        kv = self._least_kv()
+        workspace = self._workspace(partition, *self._smallest_sweep(), kv)
+        return weights + kv + workspace, (
+            f"{format_bytes(weights)} of weights, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
+        )
+
     def all_resident(self, partition: Partitioned, minimum: int) -> Plan | None:
         """The plan that reads everything once, if it fits."""
-        if self.config.max_resident_layers is not None and self.config.max_resident_layers < len(partition.stages):
+        if self._capped(partition):
             return None
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
-        kv = max(self.min_kv, self._kv_asked())
-        for tokens, sequences in self._sweeps():
-            workspace = self._workspace(partition, tokens, sequences, max(kv, self.budget - weights - kv))
-            if weights + kv + workspace <= self.budget:
+        least = self._least_kv()
+        for (tokens, sequences), most in product(self._sweeps(), (self.budget - weights - least, least)):
+            workspace = self._workspace(partition, tokens, sequences, max(least, most))
+            if weights + least + workspace <= self.budget:
                 return Plan(
                     self.budget,
                     partition,
@@ -228,11 +241,11 @@ class _Choices:
                     num_loading_agents=self._agents()[0],
                     num_buffers=0,
                     slot_bytes=0,
-                    kv_bytes=self.budget - weights - workspace,
+                    kv_bytes=min(max(least, most), self.budget - weights - workspace),
                     workspace_bytes=workspace,
                     max_tokens_per_sweep=tokens,
                     max_sequences=sequences,
-                    minimum_budget=min(minimum, weights + kv + workspace),
+                    minimum_budget=minimum,
                 )
         return None
 
@@ -257,8 +270,9 @@ class _Choices:
         slot = _slot_bytes(partition.stages)
         buffers = self._num_buffers(agents)
         fixed = partition.base.slot_bytes + buffers * slot
-        kv = max(self.min_kv, self._kv_asked() or self._kv_share(fixed))
-        for tokens, sequences in self._sweeps():
+        least = self._least_kv()
+        shares = (least,) if self._kv_asked() else (max(least, self._kv_share(fixed)), least)
+        for kv, (tokens, sequences) in product(shares, self._sweeps()):
             workspace = self._workspace(partition, tokens, sequences, kv)
             room = self.budget - fixed - kv - workspace
             smallest = (tokens, sequences) == self._smallest_sweep()
@@ -271,6 +285,10 @@ class _Choices:
         )
         resident = spread(partition.stages, room, max(0, most))
         left = room - sum(partition.stages[idx].slot_bytes for idx in resident)
+        # More KV can need more workspace, which is taken from what is left too.
+        grown = self._workspace(partition, tokens, sequences, kv + left)
+        if grown - workspace <= left:
+            kv, workspace = kv + left - (grown - workspace), grown
         return Plan(
             self.budget,
             partition,
@@ -278,7 +296,7 @@ class _Choices:
             num_loading_agents=agents,
             num_buffers=buffers,
             slot_bytes=slot,
-            kv_bytes=kv + left,
+            kv_bytes=kv,
             workspace_bytes=workspace,
             max_tokens_per_sweep=tokens,
             max_sequences=sequences,
@@ -293,6 +311,13 @@ class _Choices:
     def _num_buffers(self, agents: int) -> int:
         """One being computed and one for each agent to fill, unless fewer layers may be in memory."""
         return min(agents + 1, self.config.max_resident_layers or agents + 1)
+
+    def _capped(self, partition: Partitioned) -> bool:
+        most = self.config.max_resident_layers
+        return most is not None and most < len(partition.stages)
+
+    def _least_kv(self) -> int:
+        return max(self.min_kv, align_up(self._kv_asked()))
 
     def _kv_asked(self) -> int:
         assert not isinstance(self.config.kv_budget, str)

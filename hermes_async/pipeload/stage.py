@@ -51,23 +51,25 @@ class StageLayout:
     def of(cls, name: str, tensors: Iterable[tuple[str, TensorSpec]]) -> StageLayout:
         """Lays out the tensors, each under the parameter name it is for. Two names may share one tensor."""
         tensors = list(tensors)
+        distinct = {(spec.file, spec.offset, spec.nbytes): spec for _, spec in tensors}
         ranges = []
         end = 0
-        for extent in merge_extents({(spec.file, spec.offset): spec for _, spec in tensors}.values()):
+        for extent in merge_extents(distinct.values()):
             position = end + extent.offset % ALIGNMENT
             ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
             end = align_up(position + extent.nbytes)
         placements = []
         for parameter, spec in tensors:
-            position = next(
+            within = (
                 item.position + spec.offset - item.offset
                 for item in ranges
                 if item.file == spec.file
                 and item.offset <= spec.offset
                 and spec.offset + spec.nbytes <= item.offset + item.nbytes
             )
+            position = next(within) if spec.nbytes else 0
             placements.append(Placement(parameter, position, spec.dtype, spec.shape))
-        weight_bytes = sum({(spec.file, spec.offset): spec.nbytes for _, spec in tensors}.values())
+        weight_bytes = sum(spec.nbytes for spec in distinct.values())
         return cls(name, tuple(placements), tuple(ranges), end, weight_bytes)
 
 
@@ -115,6 +117,14 @@ class Stage:
         self.buffer, self.error = buffer, error
         self.state = StageState.READY
         self.ready.set()
+
+    def drop(self) -> None:
+        """Makes a LOADING stage EMPTY again, because its bytes are no longer wanted or its load was cancelled."""
+        ready, self.ready = self.ready, anyio.Event()
+        self.error, self.stale = None, False
+        self.state = StageState.EMPTY
+        self.emptied.set()
+        ready.set()  # whoever waits looks again
 
     def clear(self) -> Buffer:
         """Makes the stage EMPTY and returns the buffer that must be given back."""

@@ -70,6 +70,7 @@ class Reader:
         self._statistics = statistics
         self._direct = direct and bool(_O_DIRECT)
         self._handles: dict[Path, _Handle] = {}
+        self._advice_limiter = anyio.CapacityLimiter(1)
 
     async def __aenter__(self) -> Self:
         return self
@@ -153,12 +154,15 @@ class Reader:
         except OSError as error:
             if not handle.direct or error.errno != errno.EINVAL:
                 raise
-            await handle.file.close()
-            await self._open_file(handle, direct=False)
+            refused = handle.file
+            await self._open_file(handle, direct=False)  # may fail: the file may have been removed
+            await refused.close()
             return await self._read_once(handle, offset, target)
         handle.position = offset + count
         if not handle.direct and hasattr(os, "posix_fadvise"):
-            await anyio.to_thread.run_sync(_drop_cache, handle.file.fileno, offset, count)
+            await anyio.to_thread.run_sync(
+                _drop_cache, handle.file.fileno, offset, count, limiter=self._advice_limiter
+            )
         return count
 
     async def _open(self, path: Path) -> _Handle:
