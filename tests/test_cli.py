@@ -198,17 +198,29 @@ def test_text_for_a_model_without_a_tokenizer(bare_model: Path) -> None:
         (),
         ("frobnicate",),
         ("generate", MODEL_PATH),
-        ("generate", MODEL_PATH, "A", "--memory", "much"),
-        ("generate", MODEL_PATH, "A", "--max-tokens", 0),
-        ("generate", MODEL_PATH, "A", "--temperature", -1),
         ("generate", MODEL_PATH, "1 x", "--token-ids"),
         ("generate", MODEL_PATH, "1", "--token-ids", "--chat"),
-        ("plan", MODEL_PATH, "--loading-agents", 0),
         ("demo", "--sessions", 0),
     ],
 )
 def test_wrong_usage_is_exit_code_2(args: tuple[object, ...]) -> None:
     assert hermes(*args).exit_code == 2
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (("generate", MODEL_PATH, "A", "--memory", "much"), "much"),
+        (("generate", MODEL_PATH, "A", "--max-tokens", 0), "max_tokens"),
+        (("generate", MODEL_PATH, "A", "--temperature", -1), "temperature"),
+        (("plan", MODEL_PATH, "--loading-agents", 0), "num_loading_agents"),
+    ],
+)
+def test_a_value_out_of_range_is_told_in_one_line(args: tuple[object, ...], named: str) -> None:
+    result = hermes(*args)
+    assert result.exit_code == 1
+    assert named in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_errors_leave_the_event_loop_bare() -> None:

@@ -13,7 +13,13 @@ import typer
 from hermes_async import __version__
 from hermes_async.cli import chat, demo, generate, plan
 
-app = typer.Typer(name="hermes-async", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="hermes-async",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # errors in plain lines
+)
 for _command in (generate.generate, chat.chat, plan.plan, demo.demo):
     app.command()(_command)
 

@@ -6,17 +6,7 @@ from typing import Annotated
 
 import typer
 
-from hermes_async.config import EngineConfig, parse_bytes
-from hermes_async.errors import ConfigError
-
-
-def _check_memory(size: str | None) -> str | None:
-    if size is not None and size != "auto":
-        try:
-            parse_bytes(size)
-        except ConfigError as error:
-            raise typer.BadParameter(str(error)) from None
-    return size
+from hermes_async.config import EngineConfig
 
 
 Model = Annotated[
@@ -27,7 +17,6 @@ Memory = Annotated[
     str,
     typer.Option(
         metavar="SIZE",
-        callback=_check_memory,
         help="Budget for weights, buffers, KV caches and workspace together: 3GiB, 512MiB, or auto.",
     ),
 ]
@@ -35,28 +24,25 @@ OptionalMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        callback=_check_memory,
         help="Budget, such as 6MiB; without it, one that is smaller than the weights.",
         show_default=False,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(min=1, help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(min=0, help="0 takes the likeliest token; more is more varied.")]
-TopP = Annotated[
-    float, typer.Option(min=0, max=1, help="Sample from the likeliest tokens that make up this probability.")
-]
-TopK = Annotated[int, typer.Option(min=-1, help="Sample from this many likeliest tokens; 0 is all.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more varied.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this probability.")]
+TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")]
 Seed = Annotated[
     int | None,
-    typer.Option(min=0, help="The same seed samples the same tokens again.", show_default=False),
+    typer.Option(help="The same seed samples the same tokens again.", show_default=False),
 ]
 LoadingAgents = Annotated[
     int | None,
-    typer.Option(min=1, max=64, help="Stages that are read at once; chosen if not given.", show_default=False),
+    typer.Option(help="Stages that are read at once; chosen if not given.", show_default=False),
 ]
 MaxResidentLayers = Annotated[
     int | None,
-    typer.Option(min=1, help="Most layers in memory at once; the budget decides if not given.", show_default=False),
+    typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
 

@@ -94,9 +94,7 @@ class PackedAttention:
         return output, None
 
 
-def _causal_mask(
-    segment: Segment, start: int, sliding_window: int | None, device: torch.device
-) -> torch.Tensor | None:
+def _causal_mask(segment: Segment, start: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
     """Which of the keys from `start` on each query may see, [tokens, keys] bool; None where plain causality does."""
     length = segment.kv.length
     if segment.num_tokens == 1:

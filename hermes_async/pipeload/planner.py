@@ -147,9 +147,7 @@ class Plan:
         ))  # fmt: skip
 
 
-def plan(
-    budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSizes, config: EngineConfig
-) -> Plan:
+def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSizes, config: EngineConfig) -> Plan:
     """Chooses how to run a model in `budget` bytes.
 
     Args:
@@ -207,9 +205,12 @@ class _Choices:
             kv = self._least_kv()
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
             if best is None or total < best[0]:
-                best = total, (
-                    f"{format_bytes(partition.base.slot_bytes)} of weights that always stay, {buffers} buffers of "
-                    f"{format_bytes(slot)}, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
+                best = (
+                    total,
+                    (
+                        f"{format_bytes(partition.base.slot_bytes)} of weights that always stay, {buffers} buffers of "
+                        f"{format_bytes(slot)}, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
+                    ),
                 )
         assert best is not None
         return best
@@ -280,8 +281,10 @@ class _Choices:
                 break
         else:
             return None
-        most = len(partition.stages) if self.config.max_resident_layers is None else (
-            self.config.max_resident_layers - buffers
+        most = (
+            len(partition.stages)
+            if self.config.max_resident_layers is None
+            else (self.config.max_resident_layers - buffers)
         )
         resident = spread(partition.stages, room, max(0, most))
         left = room - sum(partition.stages[idx].slot_bytes for idx in resident)

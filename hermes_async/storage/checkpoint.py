@@ -58,6 +58,7 @@ _ONLY_SAFETENSORS = (
     "transformers: AutoModel.from_pretrained(...).save_pretrained(directory) writes safetensors"
 )
 
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Where one tensor lies.

@@ -39,9 +39,7 @@ def download(repo_id: str, revision: str | None, **options: Any) -> Path:
     wanted, unwanted = list(_WANTED), list(_UNWANTED)
     try:
         return Path(
-            snapshot_download(
-                repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, **options
-            )
+            snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, **options)
         )
     # Every kind, since the hub's client lets the errors of its HTTP library through, and that has changed.
     except Exception as error:

@@ -160,9 +160,7 @@ class Reader:
             return await self._read_once(handle, offset, target)
         handle.position = offset + count
         if not handle.direct and hasattr(os, "posix_fadvise"):
-            await anyio.to_thread.run_sync(
-                _drop_cache, handle.file.fileno, offset, count, limiter=self._advice_limiter
-            )
+            await anyio.to_thread.run_sync(_drop_cache, handle.file.fileno, offset, count, limiter=self._advice_limiter)
         return count
 
     async def _open(self, path: Path) -> _Handle:

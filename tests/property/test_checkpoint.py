@@ -49,9 +49,7 @@ def test_extents_cover_tensors_exactly(tensors: list[TensorSpec], max_gap: int) 
         assert len(inside) == 1 or not tensor.nbytes
 
     assert extents == sorted(extents, key=lambda extent: (extent.file, extent.offset))
-    for (
-        extent
-    ) in extents:  # what is read and not needed are gaps of at most max_gap, and no extent begins with one
+    for extent in extents:  # what is read and not needed are gaps of at most max_gap, and no extent begins with one
         gap = 0
         for byte in range(extent.offset, extent.offset + extent.nbytes):
             gap = 0 if (extent.file, byte) in needed else gap + 1
@@ -97,9 +95,7 @@ def reference_accepts(shard: bytes) -> bool:
     return True
 
 
-GOOD = save(
-    {"a": torch.zeros(3, 2), "b": torch.ones(4, dtype=torch.int8), "c": torch.zeros(0)}, {"format": "pt"}
-)
+GOOD = save({"a": torch.zeros(3, 2), "b": torch.ones(4, dtype=torch.int8), "c": torch.zeros(0)}, {"format": "pt"})
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
@@ -155,11 +151,7 @@ def test_random_configs(config: bytes) -> None:
 
 
 @no_deadline
-@given(
-    st.dictionaries(
-        st.text(max_size=3), st.text(max_size=3).map(lambda name: name + ".safetensors") | json_values
-    )
-)
+@given(st.dictionaries(st.text(max_size=3), st.text(max_size=3).map(lambda name: name + ".safetensors") | json_values))
 @example({"a": "\ud800.safetensors"})
 @example({"\ud800": "one.safetensors"})
 def test_random_indexes(weight_map: dict[str, Any]) -> None:

@@ -348,9 +348,7 @@ def test_a_missing_config(directory: Path) -> None:
     assert caught.value.path == directory / "config.json"
 
 
-@pytest.mark.parametrize(
-    "text", [b"", b"[1]", b"null", b"{", b"\xff\xfe", b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000]
-)
+@pytest.mark.parametrize("text", [b"", b"[1]", b"null", b"{", b"\xff\xfe", b'{"a":' * 100_000, b'{"a": ' + b"9" * 5000])
 def test_an_invalid_config(directory: Path, text: bytes) -> None:
     write_shard(directory / "model.safetensors", {})
     (directory / "config.json").write_bytes(text)
@@ -643,9 +641,7 @@ class Hub:
         for repo_id, files in self.files.items():
             commit = self.commit(repo_id)
             if path == f"/api/models/{repo_id}/revision/main":
-                return self.json(
-                    {"id": repo_id, "sha": commit, "siblings": [{"rfilename": f} for f in files]}
-                )
+                return self.json({"id": repo_id, "sha": commit, "siblings": [{"rfilename": f} for f in files]})
             if path == f"/api/models/{repo_id}/tree/{commit}":
                 return self.json(
                     [
