@@ -29,10 +29,12 @@ class PackedAttention:
 
     Attributes:
         cache: Of the sweep that is running, which also knows its segments; None between sweeps.
+        windows: The sliding window that each layer last asked for, by `layer_idx`.
     """
 
     def __init__(self) -> None:
         self.cache: PackedCache | None = None
+        self.windows: dict[int, int | None] = {}
         self.name = f"hermes_async_{id(self):x}"
         AttentionInterface.register(self.name, self)
 
@@ -62,6 +64,9 @@ class PackedAttention:
         name = type(module).__name__
         if cache is None or cache.layer_idx is None or cache.returned_keys is not key:
             raise UnsupportedModelError(f"{name} attends to keys that did not come from its KV cache")
+        if cache.returned_values is not value:
+            raise UnsupportedModelError(f"{name} attends to values that did not come from its KV cache")
+        self.windows[cache.layer_idx] = sliding_window
         for kwarg, given in kwargs.items():
             if given is not None and kwarg not in _WITHOUT_MEANING_HERE and not isinstance(given, bool):
                 raise UnsupportedModelError(f"{name} attends with {kwarg!r}, which is not supported")

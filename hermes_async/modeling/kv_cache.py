@@ -115,6 +115,7 @@ class PackedCache(Cache):
         self._concatenate = concatenate
         self.layer_idx: int | None = None
         self.returned_keys: torch.Tensor | None = None
+        self.returned_values: torch.Tensor | None = None
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -126,7 +127,7 @@ class PackedCache(Cache):
                 segment.kv.write(layer_idx, key_states[0, :, part], value_states[0, :, part])
         if self._concatenate:
             key_states, value_states = self._all(layer_idx, key_states, value_states)
-        self.layer_idx, self.returned_keys = layer_idx, key_states
+        self.layer_idx, self.returned_keys, self.returned_values = layer_idx, key_states, value_states
         return key_states, value_states
 
     def _all(

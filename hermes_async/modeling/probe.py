@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
@@ -62,7 +63,16 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
         UnsupportedModelError: The model's forward does not run on a packed row.
     """
     names = list(skeleton.model.state_dict())
+    attention.windows.clear()
     first = probe_model(skeleton.model, attention, names, skeleton.vocab_size)
+    _check_windows(skeleton, attention, first.kv)
+    num_layers = getattr(skeleton.model.config.get_text_config(), "num_hidden_layers", None)
+    stateless = [] if num_layers is None else [idx for idx in range(num_layers) if idx not in first.kv.layers]
+    if stateless:
+        raise UnsupportedModelError(
+            f"{type(skeleton.model).__name__}: layers {stateless} keep no keys and values in the KV cache; what they keep "
+            "instead cannot be told apart by sequence"
+        )
     idle = frozenset(name for name in names if name.rpartition(".")[0] not in first.visits)
     if not idle:
         return first
@@ -73,6 +83,18 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
     except UnsupportedModelError:
         return first
     return Probe(second.visits, second.kv, second.embeds_input_ids, idle)
+
+
+def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout) -> None:
+    """transformers' own cache forgets what a window has left, also where the attention is not told of the window."""
+    for layer_idx, layer in enumerate(DynamicCache(config=skeleton.model.config).layers):
+        if not layer.is_sliding or layer_idx not in kv.layers or attention.windows.get(layer_idx) is not None:
+            continue
+        if skeleton.context_length is None or layer.sliding_window < skeleton.context_length:
+            raise UnsupportedModelError(
+                f"{type(skeleton.model).__name__} keeps {layer.sliding_window} tokens in the cache of layer {layer_idx}, "
+                "but gives its attention no such window; the engine would attend to more"
+            )
 
 
 def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[str], vocab_size: int) -> Probe:

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 _VOCAB_SIZE = 64
 _WINDOW = 3
+_WINDOW_NAMES = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
 _INTERMEDIATE_SIZE = 256
 _TOLERANCE = 1e-3
 _MAX_NOISE_BYTES = 1 << 30
@@ -81,8 +82,9 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if hasattr(text, name):
                 setattr(text, name, None)
-        if getattr(text, "sliding_window", None):
-            text.sliding_window = _WINDOW
+        for name in _WINDOW_NAMES:
+            if isinstance(getattr(text, name, None), int):
+                setattr(text, name, _WINDOW)
     except Exception as error:
         logger.debug("self-check of %s cannot shrink it: %s", config.model_type, error)
         return None
@@ -140,7 +142,9 @@ def _noise(model: PreTrainedModel) -> Iterator[None]:
         raise MemoryError(f"the largest matrix has {largest} elements")
     generator = torch.Generator().manual_seed(0)
     places = 997
-    period = torch.randn(1 << 16, generator=generator).mul_(0.02)
+    # By the width, so that attention is neither flat nor saturated, and a wrong mask shows.
+    width = model.get_input_embeddings().weight.shape[-1]
+    period = torch.randn(1 << 16, generator=generator).mul_(0.8 / width**0.5)
     block = period.repeat(-(-(largest + places) // period.numel()))
     unloaded = {name: get_tensor(model, name) for name in names}
     try:

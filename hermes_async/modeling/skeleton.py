@@ -270,6 +270,12 @@ def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozense
 
 def _context_length(config: PreTrainedConfig) -> int | None:
     text = config.get_text_config()
+    rope = getattr(text, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Past this, transformers changes the frequencies of all positions at once, of neighbours in a packed row too.
+        names = ("original_max_position_embeddings", "max_position_embeddings")
+        limits = [rope.get(names[0]), *(getattr(text, name, None) for name in names)]
+        return min((limit for limit in limits if isinstance(limit, int)), default=None)
     for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
         length = getattr(text, name, None)
         if isinstance(length, int) and length > 0:

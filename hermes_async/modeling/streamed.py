@@ -157,5 +157,5 @@ class StreamedModel:
     def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         batch = self._batch
         assert batch is not None and batch.embedding_rows is not None and batch.embedding_index is not None
-        set_tensor(module, "weight", batch.embedding_rows)
+        set_tensor(module, "weight", batch.embedding_rows.to(get_tensor(module, "weight").dtype))
         return (batch.embedding_index, *args[1:])

@@ -34,7 +34,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=128),
     "bert": BertConfig(**SMALL, is_decoder=True),
 }
-NUM_TOKENS = 12
+NUM_TOKENS = 8
 
 Tensors = dict[str, torch.Tensor]
 

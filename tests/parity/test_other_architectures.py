@@ -348,7 +348,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
 }
 # Where it is not AutoModelForCausalLM.
 SAVED_FROM = {"llava": t.LlavaForConditionalGeneration, "t5": t.T5ForConditionalGeneration, "vit": t.ViTModel}
-NUM_TOKENS = 12
+NUM_TOKENS = 10
 
 
 @pytest.fixture
