@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=3.0, help="GiB of weights (default 3)")
     parser.add_argument("--budget", type=float, default=0.4, help="share of the weights given as budget (default 0.4)")
     parser.add_argument("--limit", type=int, default=500, help="MiB/s that the disk is held at (default 500)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of each comparison (default 5)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of each comparison (default 3)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoint: the disk to measure")
     parser.add_argument("--checkpoint", type=Path, default=None, help="use this one instead of making one")
     parser.add_argument("--child", choices=["streamed", "resident"], help=argparse.SUPPRESS)
@@ -109,12 +109,14 @@ def child(args: argparse.Namespace) -> None:
         print(json.dumps(anyio.run(measure_resident, path, budget, args.rounds)))
         return
     with limited_disk(path, args.held * MIB if args.held else None) as error:
-        result = anyio.run(measure_streamed, path, budget, args.rounds, backend_options={"use_uvloop": True})
+        result = anyio.run(
+            measure_streamed, path, budget, args.rounds, bool(args.held), backend_options={"use_uvloop": True}
+        )
     result["limit_error"] = error if args.held else None
     print(json.dumps(result))
 
 
-async def measure_streamed(path: Path, budget: int, rounds: int) -> dict[str, Any]:
+async def measure_streamed(path: Path, budget: int, rounds: int, held: bool) -> dict[str, Any]:
     async with Engine(path, memory_budget=budget) as engine:
         plan = engine.plan
         groups = [stage.ranges for idx, stage in enumerate(plan.stages) if idx not in plan.resident]
@@ -133,7 +135,7 @@ async def measure_streamed(path: Path, budget: int, rounds: int) -> dict[str, An
             print(f"  sweep {step:.3f} s, disk {seconds:.3f} and {again:.3f} s, share {shares[-1]:.3f}", flush=True)
             seconds = again
         sweeps, times = [], []
-        for _ in range(max(1, rounds // 2)):
+        for _ in range(1 if held else max(1, rounds // 2)):
             one, eight = await session_cost(engine, 1), await session_cost(engine, 8)
             sweeps.append(eight[0] / one[0])
             times.append(eight[1] / one[1])
@@ -175,7 +177,7 @@ async def decode_step(engine: Engine, num_steps: int) -> float:
 
 async def session_cost(engine: Engine, num_sessions: int) -> tuple[int, float]:
     """Sweeps and seconds of so many sessions of equal length, started together."""
-    params = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
+    params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     before, started = engine.statistics().sweeps, time.perf_counter()
     async with anyio.create_task_group() as group:
         for idx in range(num_sessions):

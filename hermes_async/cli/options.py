@@ -8,7 +8,6 @@ import typer
 
 from hermes_async.config import EngineConfig
 
-
 Model = Annotated[
     str,
     typer.Argument(help="A checkpoint's directory, or an id on the Hugging Face hub.", show_default=False),

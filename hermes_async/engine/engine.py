@@ -12,6 +12,7 @@ from typing import Self
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 import anyio.to_thread
 
 from hermes_async.config import EngineConfig, SamplingParams
@@ -72,12 +73,14 @@ class Engine:
         self._memory_budget = memory_budget
         self._config = config or EngineConfig()
         # All mutable state. `_running` is there from the loading of the resident stages on, and stays for its counts;
-        # `_requests` holds every request that has not ended, `_slots` the places in a sweep; `_work` wakes the sweeps.
+        # `_requests` holds every request that has not ended, `_preparing` those whose prompt is still tokenized, `_slots`
+        # the places in a sweep; `_work` wakes the sweeps.
         self._tasks: anyio.abc.TaskGroup | None = None
         self._running: RunningModel | None = None
         self._scheduler = Scheduler(0)
         self._slots = anyio.Semaphore(0)
         self._requests: dict[str, Request] = {}
+        self._preparing: set[anyio.Event] = set()
         self._work = anyio.Event()
         self._tokens_generated = 0
         self._closed = False
@@ -213,7 +216,13 @@ class Engine:
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         created_at = time.perf_counter()
         running.pipeline.start_streaming()
-        prepared = await anyio.to_thread.run_sync(prepare, running.opened, prompt, params)
+        ready = anyio.Event()
+        self._preparing.add(ready)
+        try:
+            prepared = await anyio.to_thread.run_sync(prepare, running.opened, prompt, params)
+        finally:
+            self._preparing.remove(ready)
+            ready.set()
         self._model()
         request_id = request_id or uuid.uuid4().hex
         if request_id in self._requests:
@@ -314,6 +323,9 @@ class Engine:
             if not sweep:
                 self._work = anyio.Event()
                 await self._work.wait()
+                for ready in tuple(self._preparing):  # requests made at the same time share the first sweep too
+                    await ready.wait()
+                await anyio.lowlevel.checkpoint()
                 continue
             outcomes: list[Outcome] = []
             error: HermesError | None = None

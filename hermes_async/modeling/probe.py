@@ -88,11 +88,12 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
 def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout) -> None:
     """transformers' own cache forgets what a window has left, also where the attention is not told of the window."""
     for layer_idx, layer in enumerate(DynamicCache(config=skeleton.model.config).layers):
-        if not layer.is_sliding or layer_idx not in kv.layers or attention.windows.get(layer_idx) is not None:
+        if layer_idx not in kv.layers or attention.windows.get(layer_idx) is not None:
             continue
-        if skeleton.context_length is None or layer.sliding_window < skeleton.context_length:
+        window = getattr(layer, "sliding_window", None)
+        if window is not None and (skeleton.context_length is None or window < skeleton.context_length):
             raise UnsupportedModelError(
-                f"{type(skeleton.model).__name__} keeps {layer.sliding_window} tokens in the cache of layer {layer_idx}, "
+                f"{type(skeleton.model).__name__} keeps {window} tokens in the cache of layer {layer_idx}, "
                 "but gives its attention no such window; the engine would attend to more"
             )
 

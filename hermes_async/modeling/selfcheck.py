@@ -143,7 +143,9 @@ def _noise(model: PreTrainedModel) -> Iterator[None]:
     generator = torch.Generator().manual_seed(0)
     places = 997
     # By the width, so that attention is neither flat nor saturated, and a wrong mask shows.
-    width = model.get_input_embeddings().weight.shape[-1]
+    embedding = model.get_input_embeddings()
+    assert isinstance(embedding, nn.Embedding)
+    width = embedding.embedding_dim
     period = torch.randn(1 << 16, generator=generator).mul_(0.8 / width**0.5)
     block = period.repeat(-(-(largest + places) // period.numel()))
     unloaded = {name: get_tensor(model, name) for name in names}

@@ -277,7 +277,7 @@ class _Choices:
             workspace = self._workspace(partition, tokens, sequences, kv)
             room = self.budget - fixed - kv - workspace
             smallest = (tokens, sequences) == self._smallest_sweep()
-            if room >= 0 and (smallest or workspace <= self.budget // 10):
+            if room >= 0 and (smallest or workspace <= self.budget // 20):
                 break
         else:
             return None
