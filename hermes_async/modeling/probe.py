@@ -70,8 +70,8 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
     stateless = [] if num_layers is None else [idx for idx in range(num_layers) if idx not in first.kv.layers]
     if stateless:
         raise UnsupportedModelError(
-            f"{type(skeleton.model).__name__}: layers {stateless} keep no keys and values in the KV cache; what they keep "
-            "instead cannot be told apart by sequence"
+            f"{type(skeleton.model).__name__}: layers {stateless} keep no keys and values in the KV cache; "
+            "what they keep instead cannot be told apart by sequence"
         )
     idle = frozenset(name for name in names if name.rpartition(".")[0] not in first.visits)
     if not idle:
