@@ -73,7 +73,7 @@ class Engine:
         self._memory_budget = memory_budget
         self._config = config or EngineConfig()
         # All mutable state. `_running` is there from the loading of the resident stages on, and stays for its counts;
-        # `_requests` holds every request that has not ended; `_preparing` an event for each prompt that is tokenized just
+        # `_requests` holds every request that has not ended; `_preparing` an event for each prompt tokenized just
         # now; `_slots` are the places in a sweep; `_work` wakes the sweeps.
         self._tasks: anyio.abc.TaskGroup | None = None
         self._running: RunningModel | None = None
