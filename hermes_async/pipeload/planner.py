@@ -277,7 +277,9 @@ class _Choices:
             workspace = self._workspace(partition, tokens, sequences, kv)
             room = self.budget - fixed - kv - workspace
             smallest = (tokens, sequences) == self._smallest_sweep()
-            if room >= 0 and (smallest or workspace <= self.budget // 20):
+            # Short prompts should go in few sweeps; for longer chunks, resident weights are worth more.
+            share = 8 if tokens <= 64 else 16
+            if room >= 0 and (smallest or workspace <= self.budget // share):
                 break
         else:
             return None

@@ -10,7 +10,8 @@ from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.checkpoint import TensorSpec, merge_extents
 from hermes_async.storage.reader import Reader, ReadRange
 
-_MAX_GAP_BYTES = 16 * 1024
+# A gap of up to two blocks takes no more room than the blocks at the edges of two reads.
+_MAX_GAP_BYTES = 2 * ALIGNMENT
 
 
 class RowReader:
@@ -27,9 +28,9 @@ class RowReader:
 
     @staticmethod
     def buffer_bytes(spec: TensorSpec, max_rows: int) -> int:
-        """Memory for `max_rows` rows, each with the blocks around it and the gap to the one before."""
+        """Memory for `max_rows` rows, each with the blocks around it."""
         row_bytes = spec.nbytes // spec.shape[0]
-        spread = max_rows * (align_up(row_bytes) + 2 * ALIGNMENT + _MAX_GAP_BYTES)
+        spread = max_rows * (align_up(row_bytes) + 2 * ALIGNMENT)
         return min(spread, align_up(spec.nbytes) + 2 * ALIGNMENT)
 
     async def read(self, rows: Sequence[int]) -> list[torch.Tensor]:
