@@ -33,6 +33,7 @@ def read_directly(groups: Sequence[Sequence[ReadRange]], num_threads: int) -> fl
         largest = max(align_up(item.nbytes) + 8192 for group in groups for item in group)
         buffers = [mmap.mmap(-1, largest, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(num_threads)]
         for buffer in buffers:
+            buffer.madvise(mmap.MADV_HUGEPAGE)  # as the engine's own
             buffer.write(bytes(largest))  # page faults are not the disk's
         free = list(buffers)
 
