@@ -33,11 +33,6 @@ class Partition:
     streamed_embedding: TensorSpec | None
     cast_bytes: int
 
-    @property
-    def weight_bytes(self) -> int:
-        """Bytes of weights that a sweep computes with, without the rows of a streamed embedding."""
-        return self.base.weight_bytes + sum(stage.weight_bytes for stage in self.stages)
-
 
 def partition(skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None = None) -> Partition:
     """Cuts the model.

@@ -201,8 +201,8 @@ class _Choices:
         for limit in self.limits():
             partition = cut(limit)
             slot = _slot_bytes(partition.stages)
-            workspace = self._workspace(partition, tokens, sequences, self._least_kv())
             kv = self._least_kv()
+            workspace = self._workspace(partition, tokens, sequences, kv)
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
             if best is None or total < best[0]:
                 best = (
