@@ -2,19 +2,23 @@
 
 from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
 from hermes_async.engine.engine import Engine
+from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.request import Chunk, Completion, Timings, Usage
+from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     CheckpointError,
     ConfigError,
     ContextLengthError,
     CorruptShardError,
+    DeadlineExceededError,
     EngineClosedError,
     EngineError,
     EngineFailedError,
     HermesError,
     MemoryBudgetError,
     MissingTensorError,
+    ParkingError,
     QueueFullError,
     ReadError,
     RequestError,
@@ -34,6 +38,7 @@ __all__ = [
     "ConfigError",
     "ContextLengthError",
     "CorruptShardError",
+    "DeadlineExceededError",
     "Engine",
     "EngineClosedError",
     "EngineConfig",
@@ -43,12 +48,15 @@ __all__ = [
     "HermesError",
     "MemoryBudgetError",
     "MissingTensorError",
+    "ParkingError",
     "Plan",
     "QueueFullError",
     "ReadError",
     "RequestError",
+    "RequestEvent",
     "SampledToken",
     "SamplingParams",
+    "Session",
     "SessionClosedError",
     "ShortReadError",
     "Timings",

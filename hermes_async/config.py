@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -171,7 +172,13 @@ class EngineConfig:
         max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
             chooses.
         max_sequences: Most sequences in one sweep; further requests wait.
-        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB"; None: a tenth of the budget.
+        max_waiting: Most requests that may wait; past it `QueueFullError`. None for no limit.
+        max_buffered_chunks: Chunks that a request's user may leave untaken before the request pauses.
+        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: a tenth of the budget, and
+            what no stage fits into; more where everything is resident.
+        share_prefixes: Let requests that begin with the same tokens share what is computed for them.
+        prompt_lookup: Draft tokens from the sequence itself, where that is expected to pay.
+        parking_dir: Where idle sessions' KV is parked, on a disk; None: /var/tmp, or the system's temporary directory.
         direct_io: Read past the page cache where the file system allows it.
 
     Raises:
@@ -182,19 +189,28 @@ class EngineConfig:
     max_resident_layers: int | None = None
     max_tokens_per_sweep: int | None = None
     max_sequences: int = 64
+    max_waiting: int | None = 1024
+    max_buffered_chunks: int = 64
     kv_budget: int | str | None = None
+    share_prefixes: bool = True
+    prompt_lookup: bool = True
+    parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_sequences"):
-            value = getattr(self, name)
-            if value is None and name != "max_sequences":
+        optional = ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_waiting")
+        for name in (*optional, "max_sequences", "max_buffered_chunks"):
+            value, least = getattr(self, name), 0 if name == "max_waiting" else 1
+            if value is None and name in optional:
                 continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ConfigError(f"{name} must be an int of at least 1, not {value!r}")
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"{name} must be an int of at least {least}, not {value!r}")
         if self.num_loading_agents is not None and self.num_loading_agents > 64:
             raise ConfigError(f"num_loading_agents must be at most 64, not {self.num_loading_agents}")
-        if not isinstance(self.direct_io, bool):
-            raise ConfigError(f"direct_io must be True or False, not {self.direct_io!r}")
+        for name in ("share_prefixes", "prompt_lookup", "direct_io"):
+            if not isinstance(getattr(self, name), bool):
+                raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.parking_dir is not None and not isinstance(self.parking_dir, (str, os.PathLike)):
+            raise ConfigError(f"parking_dir must be a path or None, not {self.parking_dir!r}")
         if self.kv_budget is not None:
             object.__setattr__(self, "kv_budget", parse_bytes(self.kv_budget))

@@ -8,10 +8,12 @@ HermesError
 │   └── CorruptShardError
 ├── ReadError                  a shard, while it is read
 │   └── ShortReadError
+├── ParkingError               idle KV, while it is written to disk or read back
 ├── MemoryBudgetError          with the numbers: asked, smallest that works, largest holders
 ├── RequestError               one request; the engine goes on (also a ValueError)
 │   ├── ContextLengthError
 │   ├── QueueFullError
+│   ├── DeadlineExceededError
 │   └── SessionClosedError
 └── EngineError
     ├── EngineClosedError
@@ -108,6 +110,20 @@ class ShortReadError(ReadError):
         self.actual = actual
 
 
+class ParkingError(HermesError):
+    """Idle KV could not be written to disk or read back.
+
+    Attributes:
+        path: The folder of the file.
+        errno: The operating system's error number, where it gave one.
+    """
+
+    def __init__(self, message: str, *, path: Path, errno: int | None = None) -> None:
+        super().__init__(message)
+        self.path = path
+        self.errno = errno
+
+
 class MemoryBudgetError(HermesError):
     """More memory was asked for than the budget can ever give.
 
@@ -154,6 +170,10 @@ class ContextLengthError(RequestError):
 
 class QueueFullError(RequestError):
     """More requests wait than the engine was told to let wait."""
+
+
+class DeadlineExceededError(RequestError):
+    """A request that did not end before its deadline."""
 
 
 class SessionClosedError(RequestError):

@@ -14,6 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.modeling.activations import workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.probe import Probe, probe
 from hermes_async.modeling.selfcheck import check_packing
@@ -89,9 +90,9 @@ def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
     activations = workspace_bytes(skeleton, seen)
     embedding = skeleton.tensors[skeleton.embedding_name]
 
-    def workspace(tokens: int, sequences: int, kv_bytes: int) -> int:
+    def workspace(tokens: int, outputs: int, kv_bytes: int) -> int:
         rows = RowReader.buffer_bytes(embedding, tokens) + tokens * embedding.nbytes // embedding.shape[0]
-        return activations(tokens, sequences, kv_bytes) + rows
+        return activations(tokens, outputs, kv_bytes) + rows
 
     return ModelSizes(
         largest_layer_bytes=max(_layer_bytes(skeleton), default=weight_bytes(skeleton.tensors, skeleton.tensors)),
@@ -99,6 +100,7 @@ def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
         kv_bytes_per_token=seen.kv.bytes_per_token,
         context_length=skeleton.context_length,
         workspace_bytes=workspace,
+        kv_block_tokens=BLOCK_TOKENS,
     )
 
 

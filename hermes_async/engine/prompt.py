@@ -10,8 +10,10 @@ import numpy as np
 
 from hermes_async.config import SamplingParams, format_bytes
 from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
 from hermes_async.engine.text import TextStream
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
+from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.sampling import Sampler
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -26,23 +28,32 @@ class PreparedPrompt:
         token_ids: At least one.
         capacity: Most tokens that the sequence may come to have.
         text_stream: None without a tokenizer.
+        lookup: Drafts from the sequence itself; None where that is switched off.
+        acceptance: How often its drafts were right.
     """
 
     token_ids: list[int]
     capacity: int
     sampler: Sampler
     text_stream: TextStream | None
+    lookup: PromptLookup | None
+    acceptance: AcceptanceRates
 
 
-def prepare(opened: OpenedModel, prompt: Prompt, params: SamplingParams) -> PreparedPrompt:
-    """Tokenizes `prompt` and checks it, and `params`, against the model.
+def prepare(
+    opened: OpenedModel, token_ids: list[int], params: SamplingParams, *, prompt_lookup: bool, prior: AcceptanceRates
+) -> PreparedPrompt:
+    """Checks a prompt, and `params`, against the model.
+
+    Args:
+        prompt_lookup: Draft tokens from the sequence itself.
+        prior: How often the engine's drafts were right.
 
     Raises:
-        RequestError: The prompt is empty or of a wrong kind, or a token id is out of the vocabulary.
+        RequestError: A token id is out of the vocabulary, or a parameter cannot be used with this model.
         ContextLengthError: The prompt leaves no room for a token.
         MemoryBudgetError: More KV memory than the plan leaves for all requests together.
     """
-    token_ids = encode(opened, prompt)
     sampler = Sampler(
         params, token_ids, eos_token_ids=opened.skeleton.eos_token_ids, vocab_size=opened.skeleton.vocab_size
     )
@@ -56,7 +67,9 @@ def prepare(opened: OpenedModel, prompt: Prompt, params: SamplingParams) -> Prep
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
-    return PreparedPrompt(token_ids, _capacity(opened, len(token_ids), params.max_tokens), sampler, text_stream)
+    capacity = _capacity(opened, len(token_ids), params.max_tokens)
+    lookup = PromptLookup(token_ids) if prompt_lookup else None
+    return PreparedPrompt(token_ids, capacity, sampler, text_stream, lookup, AcceptanceRates(prior))
 
 
 def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
@@ -82,6 +95,22 @@ def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
     raise RequestError("a prompt is text, a sequence of int token ids, or a sequence of chat messages")
 
 
+def continue_text(opened: OpenedModel, text: str) -> list[int]:
+    """The token ids of a text that goes on from others, so without a beginning of its own.
+
+    Raises:
+        RequestError: It is empty, or there is no tokenizer.
+    """
+    if not text:
+        raise RequestError("the prompt is empty")
+    return _tokenize(opened, text, add_special_tokens=False)
+
+
+def has_chat_template(opened: OpenedModel) -> bool:
+    """Whether chat messages can be a prompt."""
+    return bool(getattr(opened.tokenizer, "chat_template", None))
+
+
 def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
     if opened.tokenizer is None:
         raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
@@ -95,7 +124,7 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise RequestError(f"chat messages need a tokenizer: {opened.tokenizer_error}")
-    if not getattr(tokenizer, "chat_template", None):
+    if not has_chat_template(opened):
         raise RequestError("chat messages need a chat template, and the checkpoint's tokenizer has none; give text")
     for message in messages:
         if not isinstance(message.get("role"), str) or "content" not in message:
@@ -125,7 +154,7 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         )
     kv, plan = opened.seen.kv, opened.plan
     if max_tokens is None:
-        affordable = plan.kv_bytes // kv.bytes_per_token
+        affordable = plan.kv_bytes // kv.block_bytes * BLOCK_TOKENS
         capacity = affordable if context is None else min(context, affordable)
         capacity = max(capacity, num_prompt_tokens + 1)
     else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 
 import anyio.from_thread
 import torch
 
 from hermes_async.engine.request import FinishReason, Request
 from hermes_async.engine.scheduler import Scheduled
+from hermes_async.engine.timing import SweepTimes
 from hermes_async.errors import RequestError
 from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
@@ -24,16 +26,16 @@ class Outcome:
     """What a sweep did for one request.
 
     Attributes:
-        num_tokens: Tokens whose keys and values are now cached.
-        sampled: The next token; None after a chunk of a prompt that goes on.
-        text: The text that this token makes certain, with the rest of it where the request ends.
-        finish_reason: Where the request ends with this token.
+        length: Tokens of the sequence whose keys and values are there to stay now.
+        sampled: The next tokens: none after a chunk of a prompt that goes on, more than one where drafts were right.
+        text: The text that these tokens make certain, with the rest of it where the request ends.
+        finish_reason: Where the request ends with the last of them.
         error: Why no token could be chosen for this request.
     """
 
-    request: Request
-    num_tokens: int
-    sampled: SampledToken | None = None
+    item: Scheduled
+    length: int
+    sampled: tuple[SampledToken, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
@@ -44,6 +46,8 @@ class SweepRunner:
 
     Args:
         rows: Reads the input embedding's rows; None where it is resident.
+        bytes_per_sweep: Weights that a sweep reads from disk.
+        times: Told of each sweep.
         eos_token_ids: The model's end-of-sequence tokens.
         release: Gives an aborted request's memory back; called on the event loop.
     """
@@ -54,15 +58,21 @@ class SweepRunner:
         pipeline: Pipeline,
         rows: RowReader | None,
         *,
+        bytes_per_sweep: int,
+        times: SweepTimes,
         eos_token_ids: frozenset[int],
         release: Callable[[Request], None],
     ) -> None:
         self._model = model
         self._pipeline = pipeline
         self._rows = rows
+        self._bytes_per_sweep = bytes_per_sweep
+        self._times = times
         self._eos_token_ids = eos_token_ids
         self._release = release
+        # All mutable state: the running sweep, and how much was read, in how long, when its rate was last taken.
         self.sweep: Sequence[Scheduled] = ()
+        self._read_before = (0, 0.0)
 
     async def run(self, sweep: Sequence[Scheduled]) -> list[Outcome]:
         """Computes one sweep. Requests that are aborted meanwhile are dropped at the next stage, and have no outcome.
@@ -80,9 +90,23 @@ class SweepRunner:
             rows = None if self._rows is None else await self._rows.read(needed)
             if all(item.request.aborted for item in sweep):  # `abandon` came before the pipeline's sweep began
                 raise SweepAbandoned
-            return await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
+            before = self._pipeline.statistics.compute_seconds
+            outcomes = await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
+            self._times.record(len(token_ids), self._pipeline.statistics.compute_seconds - before)
+            self._record_read()
+            return outcomes
         finally:
             self.sweep = ()
+
+    def _record_read(self) -> None:
+        """What a sweep's reads take at the rate since the last sweep; a read under way counts when it has ended."""
+        read = self._pipeline.read_statistics
+        nbytes, seconds = read.bytes_read - self._read_before[0], read.busy_seconds - self._read_before[1]
+        if self._bytes_per_sweep == 0:
+            self._times.record_read(0.0)
+        elif nbytes and seconds:
+            self._times.record_read(self._bytes_per_sweep * seconds / nbytes)
+            self._read_before = read.bytes_read, read.busy_seconds
 
     def abort(self, request: Request) -> bool:
         """Tells the running sweep of an aborted request; False if it is not in it."""
@@ -95,7 +119,7 @@ class SweepRunner:
     def drop_aborted(self, batch: PackedBatch) -> None:
         """Called by the compute thread before each stage."""
         for item, segment in zip(self.sweep, batch.segments, strict=True):
-            if item.request.aborted and not segment.dropped:
+            if item.request.aborted and not segment.dropped and not item.needed:
                 segment.dropped = True
                 anyio.from_thread.run_sync(self._release, item.request)
 
@@ -104,44 +128,57 @@ class SweepRunner:
         sweep: Sequence[Scheduled],
         token_ids: list[int],
         needed: list[int],
-        rows: list[torch.Tensor] | None,
+        embedding_rows: list[torch.Tensor] | None,
     ) -> list[Outcome]:
         with torch.inference_mode():
-            batch = _pack(sweep, token_ids, needed, rows)
+            batch = _pack(sweep, token_ids, needed, embedding_rows)
             logits = self._model.forward(batch)
             outcomes = []
             next_logits = iter(logits)
             for item, segment in zip(sweep, batch.segments, strict=True):
-                row = next(next_logits) if item.samples else None
-                if not item.request.aborted and not segment.dropped:
-                    outcomes.append(self._outcome(item, row))
+                rows = list(islice(next_logits, item.num_outputs))
+                if not segment.dropped:
+                    outcomes.append(self._outcome(item, rows))
             return outcomes
 
-    def _outcome(self, item: Scheduled, logits: torch.Tensor | None) -> Outcome:
+    def _outcome(self, item: Scheduled, logits: list[torch.Tensor]) -> Outcome:
+        """Chooses tokens for as long as they are what was drafted.
+
+        A token is chosen as it would be without drafts, by the request's own sampler; a draft only foresees it. So
+        greedy tokens are the same, and sampled ones too: the sampler draws once for each token, in the same order.
+        This is rejection sampling (Leviathan et al., arXiv 2211.17192) for a draft that is certain of its tokens.
+        """
         request = item.request
-        if logits is None:
-            return Outcome(request, len(item.token_ids))
-        try:
-            sampled = request.prepared.sampler.sample(logits)
-        except RequestError as error:
-            return Outcome(request, len(item.token_ids), error=error)
-        params = request.params
-        num_output = request.num_output_tokens + 1
-        ends = sampled.token_id in params.stop_token_ids or (
-            sampled.token_id in self._eos_token_ids and not params.ignore_eos
-        )
-        reason: FinishReason | None = "stop" if ends else None
-        if reason is None and (
-            num_output == params.max_tokens or len(request.token_ids) + 1 >= request.prepared.capacity
-        ):
-            reason = "length"
+        length = item.past + len(item.token_ids)
+        if not logits or request.aborted:
+            return Outcome(item, length - item.num_drafted)
+        length -= item.num_drafted
+        drafted = item.token_ids[len(item.token_ids) - item.num_drafted :]
+        sampled: list[SampledToken] = []
         text = ""
-        if request.prepared.text_stream is not None:
-            delta = request.prepared.text_stream.push(sampled.token_id, final=reason is not None)
-            text = delta.text
-            if delta.stopped:
-                reason = "stop"
-        return Outcome(request, len(item.token_ids), sampled, text, reason)
+        reason: FinishReason | None = None
+        for row, draft in zip_longest(logits, drafted):
+            try:
+                sampled.append(request.prepared.sampler.sample(row))
+            except RequestError as error:
+                return Outcome(item, length + len(sampled), tuple(sampled), text, error=error)
+            delta, reason = self._after(request, sampled)
+            text += delta
+            if reason is not None or sampled[-1].token_id != draft:
+                break
+        return Outcome(item, length + len(sampled) - 1, tuple(sampled), text, reason)
+
+    def _after(self, request: Request, sampled: Sequence[SampledToken]) -> tuple[str, FinishReason | None]:
+        """The text that the last token makes certain, and whether the request ends with it."""
+        token_id, params = sampled[-1].token_id, request.params
+        ends = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        reason: FinishReason | None = "stop" if ends else None
+        if reason is None and len(sampled) == request.num_left:
+            reason = "length"
+        if request.prepared.text_stream is None:
+            return "", reason
+        delta = request.prepared.text_stream.push(token_id, final=reason is not None)
+        return delta.text, "stop" if delta.stopped else reason
 
 
 def _pack(
@@ -151,12 +188,10 @@ def _pack(
     position_ids: list[int] = []
     logits_positions: list[int] = []
     for item in sweep:
-        assert item.request.kv is not None
-        start, length = len(position_ids), item.request.kv.length
-        position_ids += range(length, length + len(item.token_ids))
-        segments.append(Segment(start, len(position_ids), item.request.kv))
-        if item.samples:
-            logits_positions.append(len(position_ids) - 1)
+        start, end = len(position_ids), len(position_ids) + len(item.token_ids)
+        position_ids += range(item.past, item.past + len(item.token_ids))
+        segments.append(Segment(start, end, item.request.kv, item.past))
+        logits_positions += range(end - item.num_outputs, end)
     batch = PackedBatch(
         input_ids=torch.tensor([token_ids]),
         position_ids=torch.tensor([position_ids]),

@@ -6,17 +6,22 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hermes_async.config import EngineConfig
+from hermes_async.engine.kv_blocks import KVBlocks
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.request import Request
 from hermes_async.engine.runner import SweepRunner
+from hermes_async.engine.timing import SweepTimes
+from hermes_async.modeling.kv_cache import KVPool
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import RowReader
 
@@ -30,6 +35,9 @@ class RunningModel:
     ring: BufferPool
     pipeline: Pipeline
     runner: SweepRunner
+    blocks: KVBlocks
+    parking: ParkingFile
+    times: SweepTimes
 
 
 @asynccontextmanager
@@ -53,6 +61,11 @@ async def running_model(
             ("workspace", plan.workspace_bytes),
         ):
             exits.enter_context(governor.acquire_nowait(holder, nbytes))
+        blocks = KVBlocks(KVPool(opened.seen.kv, plan.kv_bytes), governor, share=config.share_prefixes)
+        exits.callback(blocks.close)
+        folder = None if config.parking_dir is None else Path(config.parking_dir)
+        parking = ParkingFile(folder, opened.seen.kv.block_bytes, direct=config.direct_io)
+        exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()
         ring = BufferPool(plan.num_buffers, plan.slot_bytes)
         stages = _stages(opened)
@@ -88,8 +101,17 @@ async def running_model(
             await reader.open([partition.streamed_embedding.file])
             rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
             exits.callback(rows.close)
-        runner = SweepRunner(model, pipeline, rows, eos_token_ids=opened.skeleton.eos_token_ids, release=release)
-        yield RunningModel(opened, governor, ring, pipeline, runner)
+        times = SweepTimes()
+        runner = SweepRunner(
+            model,
+            pipeline,
+            rows,
+            bytes_per_sweep=plan.bytes_per_sweep,
+            times=times,
+            eos_token_ids=opened.skeleton.eos_token_ids,
+            release=release,
+        )
+        yield RunningModel(opened, governor, ring, pipeline, runner, blocks, parking, times)
 
 
 def _stages(opened: OpenedModel) -> list[Stage]:

@@ -2,39 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from hermes_async.engine.kv_blocks import Reservation, SharedBlock
 from hermes_async.engine.request import Request
+from hermes_async.engine.speculation import allocate
+from hermes_async.engine.timing import SweepTimes
+from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Scheduled:
     """One request's share of a sweep.
 
     Attributes:
-        token_ids: A chunk of the prompt, or the last token.
-        samples: Whether these are all its pending tokens, so that the next one can be chosen.
+        past: Tokens of the sequence that lie in its KV before these, or are put there by this sweep for another.
+        token_ids: A chunk of the prompt, or the last token, with drafted tokens behind it.
+        num_drafted: How many of them are drafted.
+        match_length: What the draft was found by.
+        samples: Whether the next token can be chosen after these.
+        needed: Another request of this sweep uses the blocks that this one computes.
     """
 
     request: Request
+    past: int
     token_ids: list[int]
     samples: bool
+    num_drafted: int = 0
+    match_length: int = 0
+    needed: bool = False
+
+    @property
+    def num_outputs(self) -> int:
+        """Positions whose logits are wanted."""
+        return 1 + self.num_drafted if self.samples else 0
 
 
 class Scheduler:
     """Packs prompts and decodes together: every decoding sequence first, then prompts in the order they came.
 
+    Of more than `max_sequences` requests the first to be admitted take part; those whose user does not take their
+    chunks are left out. A prompt goes in chunks: beside decoding sequences it gets as many tokens as keep the sweep's
+    compute within its read time, or, where less is read, within twice the compute of the decodes alone. What is left
+    goes to drafted tokens, as far as these are expected to pay.
+
     Args:
         max_tokens: Most tokens of a sweep.
+        max_sequences: Most requests in a sweep.
+        max_outputs: Most positions of a sweep whose logits are wanted.
+        times: What sweeps take.
+        skip_computed: Moves a sequence's length over shared blocks that were computed meanwhile.
     """
 
-    def __init__(self, max_tokens: int) -> None:
+    def __init__(
+        self,
+        max_tokens: int,
+        max_sequences: int,
+        max_outputs: int,
+        times: SweepTimes,
+        skip_computed: Callable[[Reservation, int], None],
+    ) -> None:
         self.max_tokens = max_tokens
+        self.max_sequences = max_sequences
+        self.max_outputs = max_outputs
+        self._times = times
+        self._skip_computed = skip_computed
         self._running: list[Request] = []
 
     @property
     def running(self) -> tuple[Request, ...]:
         return tuple(self._running)
+
+    @property
+    def num_active(self) -> int:
+        """Requests that are not paused."""
+        return sum(not request.paused for request in self._running)
 
     def add(self, request: Request) -> None:
         self._running.append(request)
@@ -46,13 +89,77 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next sweep; empty when there is nothing to do."""
-        room = self.max_tokens
-        sweep: list[Scheduled] = []
-        pending = [(request, request.pending) for request in self._running]
-        for request, token_ids in sorted(pending, key=lambda item: len(item[1]) > 1):
-            chunk = list(token_ids[:room])
-            if not chunk:
-                break
-            sweep.append(Scheduled(request, chunk, samples=len(chunk) == len(token_ids)))
-            room -= len(chunk)
+        runnable = [request for request in self._running if not request.paused][: self.max_sequences]
+        for request in runnable:
+            assert request.reservation is not None
+            self._skip_computed(request.reservation, len(request.token_ids) - 1)
+        decoding = [request for request in runnable if len(request.token_ids) - request.kv.length == 1]
+        decoding = decoding[: self.max_tokens]
+        sweep = [Scheduled(request, request.kv.length, request.token_ids[-1:], samples=True) for request in decoding]
+        prompts = [request for request in runnable if len(request.token_ids) - request.kv.length > 1]
+        sweep += self._chunks(prompts, len(decoding))
+        self._draft(sweep)
         return sweep
+
+    def _chunks(self, prompts: list[Request], num_decoding: int) -> list[Scheduled]:
+        room = self.max_tokens - num_decoding
+        if prompts and num_decoding:
+            alone = self._times.compute_seconds(num_decoding) or 0.0
+            seconds = max(self._times.read_seconds or 0.0, 2 * alone)
+            within = self._times.tokens_within(seconds, self.max_tokens) - num_decoding
+            room = min(room, max(within, BLOCK_TOKENS))
+        chunks: list[Scheduled] = []
+        computing: dict[SharedBlock, Scheduled] = {}
+        for request in prompts:
+            if room <= 0:
+                break
+            past = _past(request, computing)
+            token_ids = request.token_ids[past : past + room]
+            chunk = Scheduled(request, past, token_ids, samples=past + len(token_ids) == len(request.token_ids))
+            chunks.append(chunk)
+            room -= len(token_ids)
+            assert request.reservation is not None
+            for block in request.reservation.shared[past // BLOCK_TOKENS : (past + len(token_ids)) // BLOCK_TOKENS]:
+                computing.setdefault(block, chunk)
+        return chunks
+
+    def _draft(self, sweep: list[Scheduled]) -> None:
+        """Adds drafted tokens behind the last token of sequences that have none but this to compute."""
+        num_tokens = sum(len(item.token_ids) for item in sweep)
+        num_outputs = sum(item.samples for item in sweep)
+        most = min(self.max_tokens - num_tokens, self.max_outputs - num_outputs)
+        drafts = []
+        for item in sweep if most > 0 else ():
+            lookup = item.request.prepared.lookup
+            if lookup is not None and item.samples and item.past + 1 == len(item.request.token_ids):
+                draft = lookup.propose(min(most, item.request.num_left - 1))
+                if draft is not None:
+                    drafts.append((item, draft))
+        if not drafts:
+            return
+        counts = allocate(
+            [item.request.prepared.acceptance.rate(draft.match_length) for item, draft in drafts],
+            [len(draft.token_ids) for _, draft in drafts],
+            num_tokens=num_tokens,
+            num_outputs=num_outputs,
+            most=most,
+            sweep_seconds=self._times.sweep_seconds,
+        )
+        for (item, draft), count in zip(drafts, counts, strict=True):
+            item.token_ids += draft.token_ids[:count]
+            item.num_drafted, item.match_length = count, draft.match_length
+            if count == 0:
+                item.request.prepared.acceptance.passed(draft.match_length)
+
+
+def _past(request: Request, computing: dict[SharedBlock, Scheduled]) -> int:
+    """Where a prompt's next chunk begins: behind the blocks that other chunks of this sweep compute."""
+    assert request.reservation is not None
+    past = request.kv.length
+    for block in request.reservation.shared[past // BLOCK_TOKENS :]:
+        end = (past // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+        if block not in computing or end >= len(request.token_ids):
+            break
+        computing[block].needed = True
+        past = end
+    return past

@@ -20,11 +20,22 @@ class EngineStatistics:
         process_peak_rss_bytes: The most resident memory this process ever had.
         sweeps: Passes over the weights.
         tokens_generated: By all requests.
+        drafted_tokens: Drafted and verified.
+        accepted_tokens: Of those, the ones that were right.
+        tokens_per_sweep: Generated, on average.
         read_seconds: Of all loading agents together; they overlap.
         compute_seconds: Of sweeps, without stalls.
         stall_seconds: That sweeps waited for a stage to be read.
-        num_running: Requests that take part in sweeps.
+        num_running: Requests that have their KV, paused ones included.
+        num_paused: Of these, the ones whose user does not take what is there.
         num_waiting: Requests that wait for memory or a place.
+        num_sessions: Chat sessions that are open.
+        num_parked: Of these, the ones whose KV is on disk.
+        num_parkings: How often one was written there.
+        kv_bytes: Keys and values in memory, kept prefixes included.
+        prefix_bytes: Of these, prefixes that no request or session uses now, kept while there is room.
+        prefix_hits: Requests that began with a prefix that was there.
+        prefix_tokens: Tokens that these did not compute.
         num_leases: Leases out, by anyone.
         num_free_buffers: Of the ring.
         holders: Bytes leased, by holder.
@@ -39,11 +50,22 @@ class EngineStatistics:
     process_peak_rss_bytes: int
     sweeps: int
     tokens_generated: int
+    drafted_tokens: int
+    accepted_tokens: int
+    tokens_per_sweep: float
     read_seconds: float
     compute_seconds: float
     stall_seconds: float
     num_running: int
+    num_paused: int
     num_waiting: int
+    num_sessions: int
+    num_parked: int
+    num_parkings: int
+    kv_bytes: int
+    prefix_bytes: int
+    prefix_hits: int
+    prefix_tokens: int
     num_leases: int
     num_free_buffers: int
     holders: dict[str, int]

@@ -78,36 +78,46 @@ class PackedAttention:
             if segment.dropped:
                 output[:, part] = 0
                 continue
-            end = segment.kv.length + segment.num_tokens
-            start = 0 if sliding_window is None else max(0, segment.kv.length + 1 - sliding_window)
+            end = segment.past + segment.num_tokens
+            start = 0 if sliding_window is None else max(0, segment.past + 1 - sliding_window)
             keys, values = segment.kv.read(cache.layer_idx, start, end)
             mask = _causal_mask(segment, start, sliding_window, query.device)
             queries = query[:, :, part]
             if softcap is None and s_aux is None:
-                attended = F.scaled_dot_product_attention(
-                    queries,
-                    keys,
-                    values,
-                    attn_mask=mask,
-                    is_causal=mask is None and segment.num_tokens > 1,
-                    scale=scaling,
-                    enable_gqa=queries.shape[1] != keys.shape[1],
-                )
+                attended = _grouped_attention(queries, keys, values, mask, scaling)
             else:
-                attended = _eager_attention(queries, keys, values, mask, segment, scaling, softcap, s_aux)
+                attended = _eager_attention(queries, keys, values, mask, scaling, softcap, s_aux)
             output[:, part] = attended.transpose(1, 2)
         return output, None
 
 
+def _grouped_attention(
+    queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
+) -> torch.Tensor:
+    """Attention [1, num_heads, tokens, dim], the query heads of one key head taken as rows of one matrix.
+
+    torch's own `enable_gqa` gives the same to the last bit and copies keys and values for each query head first: ten
+    times slower for one token after a thousand, on a CPU.
+    """
+    _, num_heads, num_tokens, dim = queries.shape
+    groups = num_heads // keys.shape[1]
+    attended = F.scaled_dot_product_attention(
+        queries.reshape(1, keys.shape[1], groups * num_tokens, dim),
+        keys,
+        values,
+        attn_mask=None if mask is None else mask.repeat(groups, 1),
+        scale=scaling,
+    )
+    return attended.reshape(1, num_heads, num_tokens, values.shape[-1])
+
+
 def _causal_mask(segment: Segment, start: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which of the keys from `start` on each query may see, [tokens, keys] bool; None where plain causality does."""
-    length = segment.kv.length
+    """Which of the keys from `start` on each query may see, [tokens, keys] bool; None where all may be seen."""
     if segment.num_tokens == 1:
         return None
-    if length == 0 and (sliding_window is None or sliding_window >= segment.num_tokens):
-        return None
-    queries = torch.arange(length, length + segment.num_tokens, device=device)[:, None]
-    keys = torch.arange(start, length + segment.num_tokens, device=device)[None, :]
+    end = segment.past + segment.num_tokens
+    queries = torch.arange(segment.past, end, device=device)[:, None]
+    keys = torch.arange(start, end, device=device)[None, :]
     mask = keys <= queries
     if sliding_window is not None:
         mask &= keys > queries - sliding_window
@@ -119,7 +129,6 @@ def _eager_attention(
     keys: torch.Tensor,
     values: torch.Tensor,
     mask: torch.Tensor | None,
-    segment: Segment,
     scaling: float | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
@@ -130,8 +139,6 @@ def _eager_attention(
     scores = queries @ keys.transpose(2, 3) * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    if mask is None and segment.num_tokens > 1:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
     if sinks is not None:
@@ -145,11 +152,11 @@ def _eager_attention(
 def block_diagonal_mask(segments: Sequence[Segment], dtype: torch.dtype) -> torch.Tensor:
     """The additive mask of a packed row over all segments' keys, laid one after another: [1, 1, tokens, keys]."""
     num_tokens = sum(segment.num_tokens for segment in segments)
-    num_keys = sum(segment.kv.length + segment.num_tokens for segment in segments)
+    num_keys = sum(segment.past + segment.num_tokens for segment in segments)
     mask = torch.full((1, 1, num_tokens, num_keys), torch.finfo(dtype).min, dtype=dtype)
     offset = 0
     for segment in segments:
-        length = segment.kv.length
+        length = segment.past
         for i in range(segment.num_tokens):
             mask[0, 0, segment.start + i, offset : offset + length + i + 1] = 0
         offset += length + segment.num_tokens

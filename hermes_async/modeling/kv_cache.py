@@ -1,15 +1,25 @@
-"""Keys and values of one sequence, and the transformers cache through which a packed batch writes them."""
+"""Keys and values in blocks of a few tokens, and the transformers cache through which a packed batch writes them.
+
+Source: block tables as in PagedAttention (Kwon et al., SOSP 2023, arXiv 2309.06180).
+"""
 
 from __future__ import annotations
 
+import mmap
+import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers.cache_utils import Cache
 
-from hermes_async.storage.buffers import Buffer
+from hermes_async.storage.buffers import align_up
+
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has a name for it from 3.13 on
+
+BLOCK_TOKENS = 16
+"""Tokens of one block: what sequences can share, and the most that is computed again after an edit of a history."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,64 +44,133 @@ class KVLayout:
     dtype: torch.dtype
 
     @property
+    def block_bytes(self) -> int:
+        """What `BLOCK_TOKENS` tokens take in all layers, in whole pages."""
+        numel = sum(shape.numel_per_token for shape in self.layers.values()) * BLOCK_TOKENS
+        return align_up(max(1, numel * self.dtype.itemsize))
+
+    @property
     def bytes_per_token(self) -> int:
-        return sum(shape.numel_per_token for shape in self.layers.values()) * self.dtype.itemsize
+        return self.block_bytes // BLOCK_TOKENS
 
     def nbytes(self, capacity: int) -> int:
-        """What a sequence of `capacity` tokens takes, in whole pages."""
-        return -(-max(1, capacity * self.bytes_per_token) // 4096) * 4096
+        """What a sequence of `capacity` tokens takes, in whole blocks."""
+        return num_blocks(capacity) * self.block_bytes
 
 
-class SequenceKV:
-    """Keys and values of one sequence for all layers, allocated at once for `capacity` tokens.
+def num_blocks(num_tokens: int) -> int:
+    """The blocks that so many tokens take."""
+    return -(-num_tokens // BLOCK_TOKENS)
 
-    Attributes:
-        length: Tokens that are there to stay; a sweep writes behind them and the scheduler then advances it.
+
+class KVPool:
+    """The memory of all KV blocks: one mapping, of which only blocks in use take memory.
+
+    Args:
+        nbytes: As many whole blocks as fit.
     """
 
-    def __init__(self, layout: KVLayout, capacity: int) -> None:
-        self.capacity = capacity
-        self.length = 0
-        self.nbytes = layout.nbytes(capacity)
-        self._buffer = Buffer(self.nbytes)
+    def __init__(self, layout: KVLayout, nbytes: int) -> None:
+        self.layout = layout
+        self.num_blocks = nbytes // layout.block_bytes
+        # Reserved for the most there can ever be, so without swap being set aside for it.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        self._map = mmap.mmap(-1, max(1, self.num_blocks) * layout.block_bytes, flags=flags)
+        # All mutable state: blocks given back, and the first that was never used.
+        self._free: list[int] = []
+        self._unused = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        memory = torch.frombuffer(self._map, dtype=layout.dtype)
+        stride = layout.block_bytes // layout.dtype.itemsize
         position = 0
         for layer_idx, shape in layout.layers.items():
-            keys = self._buffer.tensor(position, layout.dtype, (shape.num_heads, capacity, shape.key_dim))
-            position += keys.nbytes
-            values = self._buffer.tensor(position, layout.dtype, (shape.value_num_heads, capacity, shape.value_dim))
-            position += values.nbytes
-            self._layers[layer_idx] = (keys, values)
+            views = []
+            for num_heads, dim in ((shape.num_heads, shape.key_dim), (shape.value_num_heads, shape.value_dim)):
+                size = (self.num_blocks, BLOCK_TOKENS, num_heads, dim)
+                views.append(memory.as_strided(size, (stride, num_heads * dim, dim, 1), position))
+                position += BLOCK_TOKENS * num_heads * dim
+            self._layers[layer_idx] = (views[0], views[1])
 
-    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
-        """Writes `[num_heads, tokens, dim]` behind the sequence's `length` tokens."""
+    @property
+    def num_used(self) -> int:
+        return self._unused - len(self._free)
+
+    def write(
+        self, layer_idx: int, blocks: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
+        """Writes keys and values `[tokens, num_heads, dim]`, each token to its place in its block."""
         stored_keys, stored_values = self._layers[layer_idx]
-        end = self.length + keys.shape[1]
-        stored_keys[:, self.length : end] = keys
-        stored_values[:, self.length : end] = values
+        stored_keys[blocks, offsets] = keys
+        stored_values[blocks, offsets] = values
 
-    def read(self, layer_idx: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of keys and values `[1, num_heads, end - start, dim]` of tokens `start` to `end`."""
+    def gather(self, layer_idx: int, blocks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the blocks' keys and values `[tokens, num_heads, dim]`, one block after another."""
+        chosen = torch.tensor(blocks)
         keys, values = self._layers[layer_idx]
-        return keys[None, :, start:end], values[None, :, start:end]
+        return keys.index_select(0, chosen).flatten(0, 1), values.index_select(0, chosen).flatten(0, 1)
+
+    def block(self, idx: int) -> memoryview:
+        """A block's bytes, of all layers."""
+        nbytes = self.layout.block_bytes
+        return memoryview(self._map)[idx * nbytes : (idx + 1) * nbytes]
+
+    def allocate(self, count: int) -> list[int]:
+        """Takes blocks, whose contents mean nothing; the caller holds a lease for them."""
+        if count > self.num_blocks - self.num_used:
+            raise MemoryError(f"{count} KV blocks asked for, {self.num_blocks - self.num_used} left")
+        taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        self._unused += count - len(taken)
+        return taken + list(range(self._unused - (count - len(taken)), self._unused))
+
+    def free(self, blocks: Sequence[int]) -> None:
+        """Gives blocks back, and their memory to the system."""
+        nbytes = self.layout.block_bytes
+        for idx in blocks:
+            self._map.madvise(mmap.MADV_DONTNEED, idx * nbytes, nbytes)
+        self._free += blocks
 
     def close(self) -> None:
-        """Gives the memory back at once."""
-        self._layers.clear()
-        self._buffer.close()
+        """Gives all memory back, even while a view is still alive somewhere."""
+        self._map.madvise(mmap.MADV_DONTNEED)
+
+
+@dataclass(eq=False, slots=True)
+class SequenceKV:
+    """One sequence's block table: token `i` lies in `blocks[i // BLOCK_TOKENS]`.
+
+    Attributes:
+        length: Tokens that are there to stay; a sweep writes behind them, and only then it is advanced.
+    """
+
+    pool: KVPool
+    blocks: list[int] = field(default_factory=list)
+    length: int = 0
+
+    @property
+    def capacity(self) -> int:
+        return len(self.blocks) * BLOCK_TOKENS
+
+    def read(self, layer_idx: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of keys and values `[1, num_heads, end - start, dim]` of tokens `start` to `end`."""
+        first = start // BLOCK_TOKENS
+        wanted = slice(start - first * BLOCK_TOKENS, end - first * BLOCK_TOKENS)
+        keys, values = self.pool.gather(layer_idx, self.blocks[first : num_blocks(end)])
+        return keys[wanted].transpose(0, 1)[None], values[wanted].transpose(0, 1)[None]
 
 
 @dataclass(slots=True)
 class Segment:
-    """One sequence's tokens in a packed row: `start` to `end` of it, behind `kv.length` tokens already cached.
+    """One sequence's tokens in a packed row: `start` to `end` of it, behind `past` tokens already cached.
 
     Attributes:
+        past: Also counts tokens that a segment before this one writes in the same sweep, into blocks that both have.
         dropped: Set by the compute thread when the sequence was aborted during the sweep; its output is zeros.
     """
 
     start: int
     end: int
     kv: SequenceKV
+    past: int
     dropped: bool = False
 
     @property
@@ -113,6 +192,7 @@ class PackedCache(Cache):
         super().__init__(layers=[])
         self.segments = segments
         self._concatenate = concatenate
+        self._destination: _Destination | None = None
         self.layer_idx: int | None = None
         self.returned_keys: torch.Tensor | None = None
         self.returned_values: torch.Tensor | None = None
@@ -121,26 +201,35 @@ class PackedCache(Cache):
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Args: key_states: [1, num_heads, tokens, key_dim]; value_states: [1, num_heads, tokens, value_dim]."""
-        for segment in self.segments:
-            if not segment.dropped:
-                part = slice(segment.start, segment.end)
-                segment.kv.write(layer_idx, key_states[0, :, part], value_states[0, :, part])
+        self._write(layer_idx, key_states, value_states)
         if self._concatenate:
             key_states, value_states = self._all(layer_idx, key_states, value_states)
         self.layer_idx, self.returned_keys, self.returned_values = layer_idx, key_states, value_states
         return key_states, value_states
+
+    def _write(self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        num_dropped = sum(segment.dropped for segment in self.segments)
+        if self._destination is None or self._destination.num_dropped != num_dropped:
+            self._destination = _Destination.of(self.segments)
+        to = self._destination
+        if to.pool is None:
+            return
+        keys, values = key_states[0].transpose(0, 1), value_states[0].transpose(0, 1)
+        if to.tokens is not None:
+            keys, values = keys.index_select(0, to.tokens), values.index_select(0, to.tokens)
+        to.pool.write(layer_idx, to.blocks, to.offsets, keys, values)
 
     def _all(
         self, layer_idx: int, key_states: torch.Tensor, value_states: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = [], []
         for segment in self.segments:
+            length = segment.past + segment.num_tokens
             if segment.dropped:
-                length = segment.kv.length + segment.num_tokens
                 keys.append(key_states.new_zeros(1, key_states.shape[1], length, key_states.shape[3]))
                 values.append(value_states.new_zeros(1, value_states.shape[1], length, value_states.shape[3]))
             else:
-                layer = segment.kv.read(layer_idx, 0, segment.kv.length + segment.num_tokens)
+                layer = segment.kv.read(layer_idx, 0, length)
                 keys.append(layer[0])
                 values.append(layer[1])
         if len(keys) == 1:
@@ -149,7 +238,37 @@ class PackedCache(Cache):
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """The longest sequence's cached tokens; positions are given explicitly and do not come from here."""
-        return max((segment.kv.length for segment in self.segments), default=0)
+        return max((segment.past for segment in self.segments), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        return sum(segment.kv.length + segment.num_tokens for segment in self.segments), 0
+        return sum(segment.past + segment.num_tokens for segment in self.segments), 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Destination:
+    """Where a sweep's tokens go: `blocks` and `offsets` [tokens] int64; `tokens`, where some go nowhere, which do."""
+
+    pool: KVPool | None
+    num_dropped: int
+    blocks: torch.Tensor
+    offsets: torch.Tensor
+    tokens: torch.Tensor | None
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> _Destination:
+        kept = [segment for segment in segments if not segment.dropped]
+        blocks: list[int] = []
+        offsets: list[int] = []
+        tokens: list[int] = []
+        for segment in kept:
+            for idx in range(segment.past, segment.past + segment.num_tokens):
+                blocks.append(segment.kv.blocks[idx // BLOCK_TOKENS])
+                offsets.append(idx % BLOCK_TOKENS)
+            tokens += range(segment.start, segment.end)
+        return cls(
+            kept[0].kv.pool if kept else None,
+            len(segments) - len(kept),
+            torch.tensor(blocks, dtype=torch.long),
+            torch.tensor(offsets, dtype=torch.long),
+            torch.tensor(tokens, dtype=torch.long) if len(kept) < len(segments) else None,
+        )

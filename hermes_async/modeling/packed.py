@@ -52,7 +52,7 @@ def forward_packed(model: PreTrainedModel, attention: PackedAttention, batch: Pa
 
     Args:
         attention: The one whose name the model was built with.
-        batch: Each segment's `kv` is written behind its `length`, which is not advanced.
+        batch: Each segment's `kv` is written behind the segment's `past`; its `length` is not advanced.
 
     Returns:
         Logits [outputs, vocab] at `batch.logits_positions`, in the model's dtype.

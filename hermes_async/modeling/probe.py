@@ -5,7 +5,7 @@ The zeros are one anonymous mapping that is never written to, so they take no me
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers.cache_utils import DynamicCache
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
-from hermes_async.modeling.kv_cache import KVLayout, KVShape, Segment, SequenceKV
+from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, get_tensor, set_tensor
 from hermes_async.storage.buffers import Buffer
@@ -41,19 +41,19 @@ class Probe:
     unused: frozenset[str]
 
 
-class _RecordedKV(SequenceKV):
+class _RecordingPool(KVPool):
     """Keeps whatever each layer writes, and with it the shapes."""
 
     def __init__(self) -> None:
-        self.length = 0
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def write(self, layer_idx: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+    def write(
+        self, layer_idx: int, blocks: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> None:
         self.written[layer_idx] = (keys, values)
 
-    def read(self, layer_idx: int, start: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self.written[layer_idx]
-        return keys[None, :, start:end], values[None, :, start:end]
+    def gather(self, layer_idx: int, blocks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.written[layer_idx]
 
 
 def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
@@ -123,7 +123,7 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
         if any(True for _ in module.parameters()) or any(True for _ in module.buffers())
     ]
     hooks.append(model.get_input_embeddings().register_forward_pre_hook(embedding_called))
-    kv = _RecordedKV()
+    pool = _RecordingPool()
     try:
         for name, tensor in unloaded.items():
             set_tensor(model, name, zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
@@ -133,7 +133,7 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
             PackedBatch(
                 input_ids=input_ids,
                 position_ids=torch.arange(_NUM_TOKENS)[None],
-                segments=[Segment(0, _NUM_TOKENS, kv)],
+                segments=[Segment(0, _NUM_TOKENS, SequenceKV(pool, [0]), past=0)],
                 logits_positions=torch.tensor([_NUM_TOKENS - 1]),
             ),
         )
@@ -150,10 +150,10 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
         for name, tensor in unloaded.items():
             set_tensor(model, name, tensor)
     shapes = {
-        layer_idx: KVShape(keys.shape[0], keys.shape[2], values.shape[0], values.shape[2])
-        for layer_idx, (keys, values) in sorted(kv.written.items())
+        layer_idx: KVShape(*keys.shape[1:], *values.shape[1:])
+        for layer_idx, (keys, values) in sorted(pool.written.items())
     }
     if not shapes:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
-    dtype = next(iter(kv.written.values()))[0].dtype
+    dtype = next(iter(pool.written.values()))[0].dtype
     return Probe(visits, KVLayout(shapes, dtype), embedded == [True], frozenset())

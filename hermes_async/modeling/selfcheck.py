@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
-from hermes_async.modeling.kv_cache import KVLayout, Segment, SequenceKV
+from hermes_async.modeling.kv_cache import KVLayout, KVPool, Segment, SequenceKV, num_blocks
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.probe import probe_model
 from hermes_async.modeling.skeleton import build_model, get_tensor, set_tensor
@@ -103,7 +103,8 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
     model = build_model(config, torch.float32, attention.name, where="self-check")
     names = list(model.state_dict())
     layout: KVLayout = probe_model(model, attention, names, _VOCAB_SIZE).kv
-    sequences = [SequenceKV(layout, len(tokens)) for tokens in _SEQUENCES]
+    pool = KVPool(layout, sum(layout.nbytes(len(tokens)) for tokens in _SEQUENCES))
+    sequences = [SequenceKV(pool, pool.allocate(num_blocks(len(tokens)))) for tokens in _SEQUENCES]
     logits: list[list[torch.Tensor]] = [[] for _ in _SEQUENCES]
     with _noise(model):
         for sweep in _SWEEPS:
@@ -112,7 +113,7 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
             segments = []
             for idx, count in sweep:
                 kv = sequences[idx]
-                segments.append(Segment(len(token_ids), len(token_ids) + count, kv))
+                segments.append(Segment(len(token_ids), len(token_ids) + count, kv, kv.length))
                 token_ids += _SEQUENCES[idx][kv.length : kv.length + count]
                 position_ids += range(kv.length, kv.length + count)
             rows = forward_packed(
@@ -128,8 +129,7 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
             for (idx, count), segment in zip(sweep, segments, strict=True):
                 logits[idx].append(rows[segment.start : segment.end])
                 sequences[idx].length += count
-    for sequence in sequences:
-        sequence.close()
+    pool.close()
     return [torch.cat(parts) for parts in logits]
 
 

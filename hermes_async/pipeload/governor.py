@@ -31,6 +31,28 @@ class Lease:
         if governor is not None:
             governor._release(self)
 
+    def grow_nowait(self, nbytes: int) -> None:
+        """Adds `nbytes` to the lease.
+
+        Raises:
+            anyio.WouldBlock: Not free now, or others wait already; nothing changes.
+        """
+        self._open()._grow(self, nbytes)
+
+    def shrink(self, nbytes: int) -> None:
+        """Gives `nbytes` of the lease back."""
+        self._open()._shrink(self, nbytes)
+
+    def give(self, nbytes: int, other: Lease) -> None:
+        """Makes `nbytes` of this lease part of `other`, of the same governor."""
+        assert self._open() is other._open() and nbytes <= self.nbytes
+        self.nbytes -= nbytes
+        other.nbytes += nbytes
+
+    def _open(self) -> MemoryGovernor:
+        assert self._governor is not None, f"{self!r} was used after its release"
+        return self._governor
+
     def __enter__(self) -> Lease:
         return self
 
@@ -132,6 +154,19 @@ class MemoryGovernor:
         self._in_use += nbytes
         self._peak = max(self._peak, self._in_use)
         return lease
+
+    def _grow(self, lease: Lease, nbytes: int) -> None:
+        if self._waiters or nbytes > self.free_bytes:
+            raise anyio.WouldBlock
+        lease.nbytes += nbytes
+        self._in_use += nbytes
+        self._peak = max(self._peak, self._in_use)
+
+    def _shrink(self, lease: Lease, nbytes: int) -> None:
+        assert nbytes <= lease.nbytes
+        lease.nbytes -= nbytes
+        self._in_use -= nbytes
+        self._wake_first()
 
     def _release(self, lease: Lease) -> None:
         self._leases.remove(lease)

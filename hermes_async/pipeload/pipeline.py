@@ -105,7 +105,7 @@ class Pipeline:
             for reader in readers:
                 await reader.open(files)
             await self._load_resident(readers)
-            with _ungrouped():
+            with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
                     if self._order:
@@ -132,7 +132,7 @@ class Pipeline:
                     raise
                 stage.set_ready(buffer, None)
 
-        with _ungrouped():
+        with ungrouped():
             async with anyio.create_task_group() as group:
                 for reader in readers:
                     group.start_soon(load, reader)
@@ -313,7 +313,7 @@ class Pipeline:
 
 
 @contextmanager
-def _ungrouped() -> Iterator[None]:
+def ungrouped() -> Iterator[None]:
     """Raises the first error of a group by itself: no bare group reaches a user."""
     try:
         yield

@@ -43,8 +43,9 @@ class ModelSizes:
         largest_layer_bytes: Of its transformer layers.
         weight_bytes: All its weights.
         kv_bytes_per_token: Of one sequence.
+        kv_block_tokens: KV memory is given out for so many tokens at a time.
         context_length: Most tokens of a sequence, None without a limit.
-        workspace_bytes: What a sweep's activations take at the most, by its tokens, its sequences and the KV bytes.
+        workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
     """
 
     largest_layer_bytes: int
@@ -52,6 +53,7 @@ class ModelSizes:
     kv_bytes_per_token: int
     context_length: int | None
     workspace_bytes: Callable[[int, int, int], int]
+    kv_block_tokens: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,11 @@ class Plan:
     max_tokens_per_sweep: int
     max_sequences: int
     minimum_budget: int
+
+    @property
+    def max_outputs(self) -> int:
+        """Positions of one sweep whose logits are wanted: a token of each sequence, and as many drafted ones."""
+        return _num_outputs(self.max_tokens_per_sweep, self.max_sequences)
 
     @property
     def stages(self) -> tuple[StageLayout, ...]:
@@ -177,10 +184,16 @@ def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSize
 class _Choices:
     def __init__(self, budget: int, sizes: ModelSizes, config: EngineConfig) -> None:
         self.budget = budget
+        asked = config.kv_budget or 0
+        if isinstance(asked, int) and asked >= budget:
+            raise ConfigError(
+                f"kv_budget={asked} is not less than the whole memory budget of {budget} bytes, of which it is a part"
+            )
         self.sizes = sizes
         self.config = config
         context = sizes.context_length or _MIN_KV_TOKENS
-        self.min_kv = align_up(min(context, _MIN_KV_TOKENS) * sizes.kv_bytes_per_token)
+        block = sizes.kv_block_tokens
+        self.min_kv = align_up(-(-min(context, _MIN_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
 
     def limits(self) -> list[int]:
         """Stage sizes to consider: a whole layer, and halves of that down to where reads get too small."""
@@ -232,7 +245,8 @@ class _Choices:
             return None
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
         least = self._least_kv()
-        for (tokens, sequences), most in product(self._sweeps(), (self.budget - weights - least, least)):
+        shares = (least,) if self._kv_asked() else (self.budget - weights - least, least)
+        for (tokens, sequences), most in product(self._sweeps(), shares):
             workspace = self._workspace(partition, tokens, sequences, max(least, most))
             if weights + least + workspace <= self.budget:
                 return Plan(
@@ -292,7 +306,7 @@ class _Choices:
         left = room - sum(partition.stages[idx].slot_bytes for idx in resident)
         # More KV can need more workspace, which is taken from what is left too.
         grown = self._workspace(partition, tokens, sequences, kv + left)
-        if grown - workspace <= left:
+        if not self._kv_asked() and grown - workspace <= left:
             kv, workspace = kv + left - (grown - workspace), grown
         return Plan(
             self.budget,
@@ -342,7 +356,12 @@ class _Choices:
         return [(tokens, min(tokens, self.config.max_sequences)) for tokens in _SWEEP_TOKENS]
 
     def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
-        return align_up(self.sizes.workspace_bytes(tokens, sequences, kv_bytes) + partition.cast_bytes)
+        outputs = _num_outputs(tokens, sequences)
+        return align_up(self.sizes.workspace_bytes(tokens, outputs, kv_bytes) + partition.cast_bytes)
+
+
+def _num_outputs(tokens: int, sequences: int) -> int:
+    return min(tokens, 2 * sequences)
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:

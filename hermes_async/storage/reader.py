@@ -8,9 +8,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,11 +42,35 @@ class ReadRange:
 
 @dataclass(slots=True)
 class ReadStatistics:
-    """What the readers have read so far; `seconds` adds up the readers' own times, which overlap."""
+    """What the readers have read so far.
+
+    Attributes:
+        seconds: The readers' own times added up, which overlap.
+        busy_seconds: While at least one read was under way.
+    """
 
     bytes_read: int = 0
     num_reads: int = 0
     seconds: float = 0.0
+    busy_seconds: float = 0.0
+    _num_under_way: int = field(default=0, repr=False)
+    _busy_since: float = field(default=0.0, repr=False)
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Counts one read's time."""
+        started = time.perf_counter()
+        if self._num_under_way == 0:
+            self._busy_since = started
+        self._num_under_way += 1
+        try:
+            yield
+        finally:
+            ended = time.perf_counter()
+            self.seconds += ended - started
+            self._num_under_way -= 1
+            if self._num_under_way == 0:
+                self.busy_seconds += ended - self._busy_since
 
 
 class _Handle:
@@ -111,14 +136,14 @@ class Reader:
         for item in ranges:
             with anyio.CancelScope(shield=True):
                 try:
-                    await self._read_range(item, view)
+                    with self._statistics.reading():
+                        await self._read_range(item, view)
                 except OSError as error:
                     raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
             await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _read_range(self, item: ReadRange, view: memoryview) -> None:
         handle = await self._open(item.file)
-        started = time.perf_counter()
         base = align_down(item.offset)
         before = item.offset - base
         start = item.position - before
@@ -142,7 +167,6 @@ class Reader:
             done = align_down(done_now)
         self._statistics.bytes_read += item.nbytes
         self._statistics.num_reads += 1
-        self._statistics.seconds += time.perf_counter() - started
 
     async def _read_once(self, handle: _Handle, offset: int, target: memoryview) -> int:
         """One `readinto` at `offset`; where the file system refuses it as direct I/O, once more without."""

@@ -32,7 +32,7 @@ async def check_idle(engine: Engine) -> None:
     while engine.statistics().num_running:  # a request that was left ends at the next stage
         await anyio.lowlevel.checkpoint()
     statistics = engine.statistics()
-    assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 3)
+    assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 4)
 
 
 # Chunks and completions
@@ -152,7 +152,7 @@ async def test_abort_a_running_request(tiny_model: Any) -> None:
             if len(reasons) == 2:
                 assert await engine.abort("r")
                 assert engine.statistics().num_running == 0
-                assert engine.statistics().num_leases == 3
+                assert engine.statistics().num_leases == 4
         assert reasons[-1] == "abort"
         assert len(reasons) <= 5  # a sweep may have ended meanwhile
         assert not await engine.abort("r")

@@ -40,7 +40,7 @@ async def check_nothing_is_left(engine: Engine) -> None:
     statistics = engine.statistics()
     assert (statistics.num_running, statistics.num_waiting) == (0, 0)
     assert statistics.holders.keys() == {"resident weights", "ring buffers", "workspace"}
-    assert statistics.num_leases == 3
+    assert statistics.num_leases == 4
     assert statistics.bytes_in_use == sum(statistics.holders.values())
     assert engine._running.governor.statistics().num_waiting == 0
     assert engine._slots.value == engine.plan.max_sequences

@@ -34,7 +34,7 @@ async def check_answers(engine: Engine, model: Any) -> None:
         completion = await engine.complete(model.prompts[idx], model.params)
         assert completion.token_ids == model.references[idx]
     statistics = engine.statistics()
-    assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 3)
+    assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 4)
 
 
 async def test_a_shard_truncated_while_running(tiny_model: Any) -> None:

@@ -1,0 +1,578 @@
+"""Hundreds of requests in flight, left in every way a user has of leaving them: nothing may stay, nothing go wrong.
+
+    python -m benchmarks.soak [--minutes 10] [--in-flight 200] [--seed 0] [--checkpoint PATH] [--memory SIZE]
+
+There is KV memory for a tenth of the requests in flight, so they wait, prefixes are dropped and idle chat sessions are
+parked. Users iterate, are slow, cancel their task, break off, abort or set a deadline; others chat, fork and idle. What
+must hold at the end is exact: the engine's own leases and no other, not one task, file or parked byte more than before,
+memory as after the first minute, and for every request the tokens that it gets alone. The weights are computed in
+float32, where the tokens do not depend on who else is in a sweep.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import gc
+import json
+import pickle
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import anyio
+import torch
+from transformers import AutoModelForCausalLM
+
+from hermes_async import DeadlineExceededError, Engine, EngineConfig, SamplingParams, Session, format_bytes
+from hermes_async.demo import MODEL_PATH
+from hermes_async.engine.opening import OpenedModel, open_model
+from hermes_async.engine.prompt import has_chat_template
+from hermes_async.pipeload.memory import process_rss_bytes
+
+_ENGINE_LEASES = 4
+_KV_TOKENS = 2048
+_SWEEP_TOKENS = 64
+_RSS_TOLERANCE = (0.05, 16 * 2**20)
+_DRAIN_SECONDS = 120
+_LINES = 20
+
+_TURN_TOKENS = 40
+_WORDS = (
+    "the",
+    "king",
+    "is",
+    "dead",
+    "and",
+    "we",
+    "shall",
+    "not",
+    "speak",
+    "of",
+    "it",
+    "again",
+    "O",
+    "my",
+    "lord,",
+    "who?",
+)
+
+_MANNERS = {"complete": 4, "iterate": 4, "slow": 3, "break": 2, "drop": 1, "cancel": 2, "abort": 2, "deadline": 2}
+"""How users take their tokens, by weight. `drop` breaks off without closing the iterator, and is not for chats."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A request as it went; its tokens are all of them where it has a `finish_reason` of its own."""
+
+    kind: str
+    prompt: Sequence[Any]
+    params: SamplingParams
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+    @property
+    def asked(self) -> str:
+        """What was asked for: two records that have it in common must have their tokens in common."""
+        return repr((self.prompt, self.params))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.soak", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=10, help="how long (default 10)")
+    parser.add_argument("--in-flight", type=int, default=200, help="requests in flight at all times (default 200)")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn (default 0)")
+    parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="default: the demo model")
+    parser.add_argument("--memory", default=None, help="memory budget (default: half of the weights stay)")
+    parser.add_argument("--check", type=int, default=1000, help="requests to run again alone, at most (default 1000)")
+    args = parser.parse_args()
+    with float32_copy(args.checkpoint) as path, tempfile.TemporaryDirectory(prefix="hermes-soak-") as folder:
+        result, failures = anyio.run(run, args, path, Path(folder), backend_options={"use_uvloop": True})
+    print()
+    for failure in failures[:_LINES]:
+        print(f"FAILED: {failure}")
+    if len(failures) > _LINES:
+        print(f"FAILED: and {len(failures) - _LINES} more")
+    print(json.dumps({"passed": not failures, "failures": failures[:_LINES], **result}))
+    sys.exit(bool(failures))
+
+
+@contextmanager
+def float32_copy(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """The checkpoint in float32, in a temporary directory in `folder` that is deleted at the end."""
+    copied = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
+    try:
+        shutil.copytree(path, copied, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
+        AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(copied)
+        yield copied
+    finally:
+        shutil.rmtree(copied, ignore_errors=True)
+
+
+async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
+    """The soak and, behind it, its check; figures and failures."""
+    parking = folder / "parking"
+    parking.mkdir()
+    opened, config = await anyio.to_thread.run_sync(_configure, path, parking)
+    memory = args.memory or opened.plan.minimum_budget + opened.plan.weight_bytes // 2
+    tasks, files = asyncio.all_tasks(), _open_files()
+    # Records go to a file, so that they do not count as memory.
+    with (folder / "records").open("wb") as records:
+        async with Engine(path, memory_budget=memory, config=config) as engine:
+            print(f"{engine.plan}\n{args.in_flight} requests in flight for {args.minutes:g} minutes", flush=True)
+            soak = Soak(engine, opened, records, seed=args.seed, in_flight=args.in_flight)
+            await soak.run(args.minutes * 60)
+            await soak.check_idle()
+        if soak.engine.statistics().num_leases:
+            soak.failures.append(f"leases after the engine was left: {soak.engine.statistics().holders}")
+    result, failures = soak.result(), soak.failures
+    del soak, engine
+    gc.collect()
+    await anyio.sleep(0.1)
+    left = asyncio.all_tasks() - tasks
+    if left:
+        failures.append(f"{len(left)} tasks are left: {sorted(task.get_name() for task in left)[:5]}")
+    open_files = _open_files() - files
+    open_files.subtract([str(folder / "records")])
+    if +open_files:
+        failures.append(f"files are left open: {dict(+open_files)}")
+    if parked := list(parking.iterdir()):
+        failures.append(f"{len(parked)} parking files are left, {parked[0]} for one")
+    result |= await check_alone(path, folder / "records", args.check, args.seed, failures)
+    return result, failures
+
+
+def _configure(path: Path, parking: Path) -> tuple[OpenedModel, EngineConfig]:
+    """The model without weights, and options: little KV, and few chunks that a slow user may leave."""
+    opened = open_model(path, "1TiB", EngineConfig())
+    opened.close()
+    config = EngineConfig(
+        kv_budget=opened.seen.kv.nbytes(_KV_TOKENS),
+        max_buffered_chunks=4,
+        max_tokens_per_sweep=_SWEEP_TOKENS,
+        parking_dir=parking,
+    )
+    opened = open_model(path, "1TiB", config)
+    opened.close()
+    return opened, config
+
+
+def _open_files() -> Counter[str]:
+    files: Counter[str] = Counter()
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # the directory's own
+            files[str(link.readlink())] += 1
+    return files
+
+
+class Soak:
+    """The users of one engine, and what becomes of them."""
+
+    def __init__(self, engine: Engine, opened: OpenedModel, records: IO[bytes], *, seed: int, in_flight: int) -> None:
+        self.engine = engine
+        self.failures: list[str] = []
+        self._records = records
+        self._seed = seed
+        self._in_flight = in_flight
+        self._vocab_size = opened.skeleton.vocab_size
+        self._has_text = opened.tokenizer is not None
+        self._has_messages = has_chat_template(opened)
+        common = random.Random(f"{seed} prefixes")
+        self._prefixes = [self._tokens(common, 16 * common.randint(1, 12)) for _ in range(8)]
+        # All mutable state. `_ended` is set and made anew whenever a request ends; `_typical` is about how long one
+        # takes.
+        self._asking = 0
+        self._ended = anyio.Event()
+        self._typical = 1.0
+        self._stopping = False
+        self._tried: Counter[str] = Counter()
+        self._cut: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter()
+        self._most: Counter[str] = Counter()
+        self._fewest_asking = sys.maxsize
+        self._rss: list[tuple[float, int]] = []
+        self._rss_checked: dict[str, int] = {}
+
+    def result(self) -> dict[str, Any]:
+        counts = self.engine.statistics()
+        return {
+            "requests": sum(self._tried.values()),
+            "tried": dict(self._tried),
+            "left_early": dict(self._cut),
+            **self._counts,
+            "fewest_in_flight": self._fewest_asking,
+            **{f"most_{name}": self._most[name] for name in sorted(self._most)},
+            "parkings": counts.num_parkings,
+            "prefix_hits": counts.prefix_hits,
+            "prefix_tokens": counts.prefix_tokens,
+            "drafted_tokens": counts.drafted_tokens,
+            "accepted_tokens": counts.accepted_tokens,
+            **self._rss_checked,
+            "statistics": counts.as_dict(),
+        }
+
+    # --- while it runs ---
+
+    async def run(self, seconds: float) -> None:
+        """Keeps the users at work for so long, then lets them end."""
+        async with anyio.create_task_group() as users, anyio.create_task_group() as watching:
+            watching.start_soon(self._watch, seconds)
+            for idx in range(self._in_flight):
+                users.start_soon(self._user, idx)
+            for idx in range(self._in_flight // 5):  # besides, because they idle between their turns
+                users.start_soon(self._chatter, idx)
+            await anyio.sleep(seconds)
+            self._stopping = True
+            watching.cancel_scope.cancel()
+            with anyio.move_on_after(_DRAIN_SECONDS):
+                while self._asking:
+                    await self._ended.wait()
+                return
+            self.failures.append(f"{self._asking} requests did not end in {_DRAIN_SECONDS} s: {self._state()}")
+            users.cancel_scope.cancel()
+
+    async def check_idle(self) -> None:
+        """Nothing runs any more: what is left over?"""
+        for _ in range(200):  # iterators that were dropped are closed by the event loop, when it comes to it
+            if not any(self._state().values()):
+                break
+            await anyio.sleep(0.05)
+        counts = self.engine.statistics()
+        if any(self._state().values()):
+            self.failures.append(f"not idle: {self._state()}")
+        if counts.num_leases != _ENGINE_LEASES:
+            self.failures.append(f"{counts.num_leases} leases instead of {_ENGINE_LEASES}: {counts.holders}")
+        self.engine.drop_prefixes()
+        counts = self.engine.statistics()
+        if counts.prefix_bytes or counts.kv_bytes:
+            self.failures.append(
+                f"{counts.prefix_bytes} bytes of prefixes and {counts.kv_bytes} of KV are left after drop_prefixes()"
+            )
+        if counts.peak_bytes_in_use > counts.memory_budget:
+            self.failures.append(f"{counts.peak_bytes_in_use} bytes were leased of a budget of {counts.memory_budget}")
+        untried = [name for name in ("paused", "waiting", "sessions") if not self._most[name]]
+        tried = ("num_parkings", "prefix_hits", "drafted_tokens", "accepted_tokens")
+        untried += [name for name in tried if not getattr(counts, name)]
+        untried += [name for name in ("turns", "forks", "prefixes_dropped") if not self._counts[name]]
+        untried += [name for name in ("break", "drop", "cancel", "abort", "deadline") if not self._cut[name]]
+        if untried:
+            self.failures.append(f"the soak did not come to try: {', '.join(untried)}")
+        self._check_rss()
+
+    def _state(self) -> dict[str, int]:
+        counts = self.engine.statistics()
+        return {name: getattr(counts, f"num_{name}") for name in ("running", "waiting", "paused", "sessions", "parked")}
+
+    async def _watch(self, seconds: float) -> None:
+        started, prefix_bytes, next_report = time.monotonic(), 0, 60.0
+        while True:
+            await anyio.sleep(0.1)
+            elapsed, counts = time.monotonic() - started, self.engine.statistics()
+            for name, figure in self._state().items():
+                self._most[name] = max(self._most[name], figure)
+            self._fewest_asking = min(self._fewest_asking, self._asking)
+            self._counts["prefixes_dropped"] += counts.prefix_bytes < prefix_bytes
+            prefix_bytes = counts.prefix_bytes
+            if not self._rss or elapsed - self._rss[-1][0] >= min(1.0, seconds / 100):
+                self._rss.append((elapsed, process_rss_bytes()))
+            if elapsed >= next_report:
+                next_report += 60
+                print(
+                    f"  {elapsed / 60:.0f} min: {sum(self._tried.values())} requests, {counts.tokens_generated} tokens "
+                    f"in {counts.sweeps} sweeps, {format_bytes(self._rss[-1][1])} resident; {self._state()}",
+                    flush=True,
+                )
+
+    def _check_rss(self) -> None:
+        end = self._rss[-1][0]
+        minute = min(60.0, end / 4)
+        first = statistics.median(rss for at, rss in self._rss if 0.8 * minute <= at <= 1.2 * minute)
+        last = statistics.median(rss for at, rss in self._rss if at >= end - 0.4 * minute)
+        share, most = _RSS_TOLERANCE
+        self._rss_checked = {"rss_after_first_minute": int(first), "rss_at_end": int(last)}
+        print(
+            f"resident memory: {format_bytes(int(first))} after {minute:.0f} s, {format_bytes(int(last))} at the end "
+            f"(allowed: {share:.0%} and {format_bytes(most)} more)"
+        )
+        if last > first * (1 + share) + most:
+            self.failures.append(f"resident memory grew from {format_bytes(int(first))} to {format_bytes(int(last))}")
+
+    # --- users ---
+
+    async def _user(self, idx: int) -> None:
+        """One request after another, so that so many are always in flight."""
+        chosen = random.Random(f"{self._seed} user {idx}")
+        while not self._stopping:
+            prompt = self._prompt(chosen)
+            await self._ask(self.engine, prompt, prompt, self._params(chosen), chosen)
+
+    async def _chatter(self, idx: int) -> None:
+        chosen = random.Random(f"{self._seed} chat {idx}")
+        while not self._stopping:
+            async with self.engine.session() as chat:
+                in_messages = self._has_messages and chosen.random() < 0.5
+                await self._talk(chat, chosen, chosen.randint(2, 6), in_messages=in_messages)
+
+    async def _talk(self, chat: Session, chosen: random.Random, num_turns: int, *, in_messages: bool) -> None:
+        async with anyio.create_task_group() as branches:
+            for _ in range(num_turns):
+                params = self._params(chosen)
+                assert params.max_tokens is not None
+                if self._stopping or len(chat.token_ids) + _TURN_TOKENS + params.max_tokens > _KV_TOKENS // 4:
+                    return
+                self._counts["turns"] += 1
+                if in_messages:
+                    text = " ".join(chosen.choices(_WORDS, k=chosen.randint(1, 12)))
+                    whole: tuple[Any, ...] = (*chat.messages, {"role": "user", "content": text})
+                    await self._ask(chat, text, whole, params, chosen)
+                else:
+                    tokens = self._tokens(chosen, chosen.randint(1, _TURN_TOKENS))
+                    await self._ask(chat, tokens, (*chat.token_ids, *tokens), params, chosen)
+                if num_turns > 1 and chosen.random() < 0.3:
+                    self._counts["forks"] += 1
+                    branch = random.Random(chosen.random())
+                    branches.start_soon(self._branch, chat.fork(), branch, in_messages)
+                await self._pause(chosen)
+
+    async def _branch(self, chat: Session, chosen: random.Random, in_messages: bool) -> None:
+        try:
+            await self._talk(chat, chosen, 1, in_messages=in_messages)
+        finally:
+            await chat.aclose()
+
+    async def _ask(
+        self,
+        source: Engine | Session,
+        prompt: str | tuple[int, ...],
+        whole: tuple[Any, ...],
+        params: SamplingParams,
+        chosen: random.Random,
+    ) -> None:
+        """One request, taken in one of the manners, and recorded with the `whole` prompt, history included."""
+        (manner,) = chosen.choices(list(_MANNERS), list(_MANNERS.values()))
+        if manner == "drop" and isinstance(source, Session):
+            manner = "break"
+        token_ids: list[int] = []
+        reason: str | None = None
+        started = time.monotonic()
+        self._asking += 1
+        self._tried[manner] += 1
+        try:
+            reason = await self._take(source, prompt, params, manner, chosen, token_ids)
+        except DeadlineExceededError as error:
+            if manner != "deadline":
+                self.failures.append(f"{manner}: {error!r}")
+        except Exception as error:
+            self.failures.append(f"{manner}, prompt of length {len(prompt)} ({len(whole)}), {params}: {error!r}")
+        finally:
+            self._asking -= 1
+            ended, self._ended = self._ended, anyio.Event()
+            ended.set()
+        if reason in ("stop", "length"):
+            self._typical += 0.02 * (time.monotonic() - started - self._typical)
+        else:
+            self._cut[manner] += 1
+            if manner in ("complete", "iterate", "slow"):
+                self.failures.append(f"{manner}: ended with {reason!r} after {len(token_ids)} tokens")
+            reason = None
+        kind = "chat" if isinstance(source, Session) else "request"
+        pickle.dump(Record(f"{kind}, {manner}", whole, params, tuple(token_ids), reason), self._records)
+
+    async def _take(
+        self,
+        source: Engine | Session,
+        prompt: str | tuple[int, ...],
+        params: SamplingParams,
+        manner: str,
+        chosen: random.Random,
+        token_ids: list[int],
+    ) -> str | None:
+        """Adds the tokens that come to `token_ids`; returns the finish reason, None where none came."""
+        patience = chosen.expovariate(1 / self._typical)
+        if manner == "complete":
+            completion = await source.complete(prompt, params)
+            token_ids += completion.token_ids
+            return completion.finish_reason
+        if manner == "cancel":
+            return await self._cancelled(self._iterate(source.generate(prompt, params), token_ids), patience)
+        if manner == "abort":
+            request_id = f"abort {chosen.random()}"
+            async with anyio.create_task_group() as group:
+                group.start_soon(self._abort, request_id, patience)
+                reason = await self._iterate(source.generate(prompt, params, request_id=request_id), token_ids)
+                group.cancel_scope.cancel()
+            return reason
+        if manner == "deadline":
+            deadline = anyio.current_time() + patience
+            return await self._iterate(source.generate(prompt, params, deadline=deadline), token_ids)
+        if manner == "drop":
+            most = chosen.randint(0, 40)
+            async for chunk in source.generate(prompt, params):
+                token_ids += chunk.token_ids
+                if chunk.finish_reason is not None or len(token_ids) > most:
+                    return chunk.finish_reason
+            return None
+        chunks = source.generate(prompt, params)
+        if manner == "break":
+            return await self._iterate(chunks, token_ids, most=chosen.randint(0, 40))
+        return await self._iterate(chunks, token_ids, pauses=chosen if manner == "slow" else None)
+
+    async def _iterate(
+        self,
+        chunks: AsyncIterator[Any],
+        token_ids: list[int],
+        *,
+        most: int = sys.maxsize,
+        pauses: random.Random | None = None,
+    ) -> str | None:
+        reason: str | None = None
+        async with aclosing(chunks):  # type: ignore[type-var]
+            async for chunk in chunks:
+                token_ids += chunk.token_ids
+                reason = chunk.finish_reason
+                if len(token_ids) > most:
+                    break
+                if pauses is not None and pauses.random() < 0.2:
+                    await self._pause(pauses)
+        return reason
+
+    async def _cancelled(self, taking: Any, patience: float) -> str | None:
+        """Runs it in a task that is cancelled after so many seconds."""
+        task = asyncio.ensure_future(taking)
+        try:
+            await asyncio.wait([task], timeout=patience)
+        finally:
+            task.cancel()
+        try:
+            reason: str | None = await task
+        except asyncio.CancelledError:
+            return None
+        return reason
+
+    async def _abort(self, request_id: str, patience: float) -> None:
+        await anyio.sleep(patience)
+        await self.engine.abort(request_id)
+
+    async def _pause(self, chosen: random.Random) -> None:
+        """Does nothing for a while: a short sleep, or until some requests of others have ended."""
+        if chosen.random() < 0.5:
+            await anyio.sleep(chosen.uniform(0, 1))
+            return
+        with anyio.move_on_after(2):
+            for _ in range(chosen.randint(1, 10)):
+                await self._ended.wait()
+
+    # --- what they ask ---
+
+    def _tokens(self, chosen: random.Random, length: int) -> tuple[int, ...]:
+        return tuple(chosen.randrange(self._vocab_size) for _ in range(length))
+
+    def _prompt(self, chosen: random.Random) -> tuple[int, ...]:
+        """Of 1 to 250 tokens: a third of them with a prefix that others have too, a third with repetitions."""
+        tokens = self._tokens(chosen, int(2 ** chosen.uniform(0, 6)))
+        kind = chosen.randrange(3)
+        if kind == 0:
+            return chosen.choice(self._prefixes) + tokens
+        return tokens * chosen.randint(2, 4) if kind == 1 and len(tokens) < 32 else tokens
+
+    def _params(self, chosen: random.Random) -> SamplingParams:
+        options: dict[str, Any] = {"max_tokens": int(2 ** chosen.uniform(0, 6.6)), "ignore_eos": chosen.random() < 0.5}
+        if chosen.random() < 0.5:
+            options["temperature"] = 0
+        else:
+            options |= {"temperature": chosen.uniform(0.3, 1.2), "seed": chosen.randrange(2**32)}
+            options |= chosen.choice([{}, {"top_p": 0.9}, {"top_k": 40}, {"min_p": 0.05}, {"top_p": 0.8, "top_k": 100}])
+        if chosen.random() < 0.2:
+            options |= chosen.choice([
+                {"repetition_penalty": chosen.uniform(1, 1.5)},
+                {"presence_penalty": chosen.uniform(-0.5, 1.5)},
+                {"frequency_penalty": chosen.uniform(0, 1)},
+            ])  # fmt: skip
+        if chosen.random() < 0.2:
+            options["stop_token_ids"] = self._tokens(chosen, 20)
+            options["min_tokens"] = chosen.randint(0, options["max_tokens"])
+        if self._has_text and chosen.random() < 0.1:
+            options["stop"] = chosen.choice(["\n\n", "the", ("I ", ":")])
+        if chosen.random() < 0.1:
+            options["logit_bias"] = dict.fromkeys(self._tokens(chosen, 5), chosen.uniform(-5, 5))
+        if chosen.random() < 0.1:
+            options["logprobs"] = chosen.randint(0, 5)
+        return SamplingParams(**options)
+
+
+async def check_alone(path: Path, records: Path, most: int, seed: int, failures: list[str]) -> dict[str, Any]:
+    """Runs what was asked for again, one at a time and with nothing shared, and compares the tokens."""
+    recorded = await anyio.to_thread.run_sync(_load, records)
+    by_kind: dict[str, list[Record]] = defaultdict(list)
+    for record in recorded:
+        by_kind[record.kind].append(record)
+    num_asked = len({record.asked for record in recorded})
+    chosen = random.Random(f"{seed} check")
+    if num_asked > most:  # as many of every kind
+        recorded = [
+            record
+            for _, of_kind in sorted(by_kind.items())
+            for record in chosen.sample(of_kind, min(len(of_kind), -(-most // len(by_kind))))
+        ]
+    by_asked: dict[Any, list[Record]] = defaultdict(list)
+    for record in recorded:
+        by_asked[record.asked].append(record)
+    print(f"running {len(by_asked)} of {num_asked} different requests again, alone", flush=True)
+    differing, num_checked, num_partial = 0, 0, 0
+    config = EngineConfig(share_prefixes=False, prompt_lookup=False)
+    async with Engine(path, memory_budget="64GiB", config=config) as engine:
+        for same in by_asked.values():
+            completion = await engine.complete(same[0].prompt, same[0].params)
+            for record in same:
+                num_checked += 1
+                num_partial += record.finish_reason is None
+                alone = completion.token_ids
+                if record.finish_reason is None:
+                    right = alone[: len(record.token_ids)] == record.token_ids
+                else:
+                    right = (alone, completion.finish_reason) == (record.token_ids, record.finish_reason)
+                if not right:
+                    differing += 1
+                    failures.append(_difference(record, completion.token_ids))
+    print(f"{num_checked} checked ({num_partial} left early), {differing} with other tokens than alone")
+    return {
+        "different_requests": num_asked,
+        "checked_requests": len(by_asked),
+        "checked_answers": num_checked,
+        "checked_left_early": num_partial,
+        "differing_answers": differing,
+    }
+
+
+def _load(records: Path) -> list[Record]:
+    loaded = []
+    with records.open("rb") as file, contextlib.suppress(EOFError):
+        while True:
+            loaded.append(pickle.load(file))
+    return loaded
+
+
+def _difference(record: Record, alone: tuple[int, ...]) -> str:
+    common = 0
+    for one, other in zip(record.token_ids, alone, strict=False):
+        if one != other:
+            break
+        common += 1
+    return (
+        f"{record.kind}: {len(record.token_ids)} tokens ({record.finish_reason}), alone {len(alone)}, the first "
+        f"{common} equal; prompt of length {len(record.prompt)}, {record.params}"
+    )
+
+
+if __name__ == "__main__":
+    main()

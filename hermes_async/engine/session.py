@@ -1,0 +1,185 @@
+"""A chat session: a conversation whose keys and values stay, so that a turn computes only what is new."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from hermes_async.config import SamplingParams
+from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
+from hermes_async.engine.request import Chunk, Completion
+from hermes_async.engine.session_kv import SessionKV
+from hermes_async.errors import RequestError, SessionClosedError
+
+if TYPE_CHECKING:
+    from hermes_async.engine.engine import Engine
+
+
+class Session:
+    """One conversation; made by `Engine.session`.
+
+        async with engine.session() as chat:
+            async for chunk in chat.generate("Hello"):
+                print(chunk.text, end="", flush=True)
+
+    Where the checkpoint has a chat template, a text is a message of the user, and the conversation is `messages`.
+    Otherwise, and with token ids, a turn goes on from `token_ids`. A turn belongs to the history as far as its tokens
+    were taken; one that ends before its first token leaves the history as it was.
+
+    Answers are those that the whole conversation gets without a session. What the session keeps in memory is moved to
+    disk when KV memory is short, and comes back unchanged.
+    """
+
+    def __init__(
+        self, engine: Engine, kv: SessionKV, messages: Sequence[Mapping[str, Any]] = (), token_ids: Sequence[int] = ()
+    ) -> None:
+        self._engine = engine
+        self._kv = kv
+        # All mutable state: the history, of which `_messages` is empty where turns go on from token ids; the id of
+        # the turn under way.
+        self._messages = [dict(message) for message in messages]
+        self._token_ids = list(token_ids)
+        self._turn: str | None = None
+
+    async def __aenter__(self) -> Self:
+        self._check_open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def messages(self) -> tuple[dict[str, Any], ...]:
+        """The conversation so far; empty where turns go on from token ids."""
+        return tuple(dict(message) for message in self._messages)
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        """The last turn's prompt and answer, as far as it was taken."""
+        return tuple(self._token_ids)
+
+    def edit(
+        self, messages: Sequence[Mapping[str, Any]] | None = None, *, token_ids: Sequence[int] | None = None
+    ) -> None:
+        """Puts another history in place of this one; what both begin with is not computed again.
+
+        Raises:
+            SessionClosedError: The session was closed.
+            RequestError: A turn is under way, or not one of `messages` and `token_ids` is given.
+        """
+        self._check_idle()
+        if (messages is None) == (token_ids is None):
+            raise RequestError("edit takes either messages or token_ids")
+        self._messages = [dict(message) for message in messages or ()]
+        self._token_ids = [int(token_id) for token_id in token_ids or ()]
+
+    def generate(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[Chunk, None]:
+        """Takes a turn; as `Engine.generate`, with `prompt` behind the history.
+
+        Raises:
+            SessionClosedError: The session was closed.
+            RequestError: Another turn is under way, or the prompt does not go with the history.
+        """
+        return self._take_turn(prompt, params, request_id, deadline)
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        deadline: float | None = None,
+    ) -> Completion:
+        """As `generate`, but returns the whole answer at its end."""
+        async with aclosing(self._take_turn(prompt, params, request_id, deadline)) as chunks:
+            return await Completion.collect(chunks)
+
+    def fork(self) -> Session:
+        """Another session with the same history, to go on from here in another way; it must be closed too.
+
+        Both use the same memory for the whole blocks of the history, which neither can change.
+
+        Raises:
+            SessionClosedError: The session was closed.
+            RequestError: A turn is under way.
+        """
+        self._check_idle()
+        return self._engine._open_session(self._kv, self._messages, self._token_ids)
+
+    async def aclose(self) -> None:
+        """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
+        if not self._kv.closed:
+            self._engine._close_session(self._kv)
+            if self._turn is not None:
+                await self._engine.abort(self._turn)
+
+    async def _take_turn(
+        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, deadline: float | None
+    ) -> AsyncGenerator[Chunk, None]:
+        self._check_idle()
+        asked: list[dict[str, Any]] = []
+        prompt_ids: list[int] = []
+        taken: list[Chunk] = []
+
+        def tokenize(opened: OpenedModel) -> list[int]:
+            nonlocal asked
+            asked = self._asked(opened, prompt)
+            prompt_ids[:] = encode(opened, asked) if asked else self._continued(opened, prompt)
+            return prompt_ids
+
+        self._turn = request_id = self._engine._request_id(request_id)
+        try:
+            stream = self._engine._stream(tokenize, params, request_id, deadline, self._kv)
+            async with aclosing(stream) as chunks:
+                async for chunk in chunks:
+                    taken.append(chunk)
+                    yield chunk
+        finally:
+            self._turn = None
+            answer = [token_id for chunk in taken for token_id in chunk.token_ids]
+            if answer:
+                self._token_ids = [*prompt_ids, *answer]
+                if asked:
+                    text = "".join(chunk.text for chunk in taken)
+                    self._messages = [*asked, {"role": "assistant", "content": text}]
+
+    def _asked(self, opened: OpenedModel, prompt: Prompt) -> list[dict[str, Any]]:
+        """The conversation with a new message; empty where the turn goes on from token ids."""
+        new: list[dict[str, Any]] = []
+        if isinstance(prompt, str) and prompt and has_chat_template(opened):
+            new = [{"role": "user", "content": prompt}]
+        elif isinstance(prompt, Sequence):
+            new = [dict(message) for message in prompt if isinstance(message, Mapping)]
+        if not new or (len(new) < len(prompt) and not isinstance(prompt, str)):
+            if self._messages:
+                raise RequestError("this session is a conversation of messages, and does not go on with token ids")
+            return []
+        if self._token_ids and not self._messages:
+            raise RequestError("this session goes on from token ids, and does not take messages")
+        return [*self._messages, *new]
+
+    def _continued(self, opened: OpenedModel, prompt: Prompt) -> list[int]:
+        if isinstance(prompt, str) and self._token_ids:
+            return [*self._token_ids, *continue_text(opened, prompt)]
+        return [*self._token_ids, *encode(opened, prompt)]
+
+    def _check_open(self) -> None:
+        if self._kv.closed:
+            raise SessionClosedError(f"{self._kv.name} was closed")
+
+    def _check_idle(self) -> None:
+        self._check_open()
+        if self._turn is not None:
+            raise RequestError(f"{self._kv.name} has a turn under way; a session takes one turn after another")

@@ -1,0 +1,316 @@
+"""A private file on disk that idle KV waits in: blocks go out to it and come back bit for bit.
+
+The only place that writes KV to disk, and turns an `OSError` of that into one of our errors.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import heapq
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import anyio
+import anyio.from_thread
+import anyio.to_thread
+
+from hermes_async.errors import ParkingError
+from hermes_async.storage.buffers import ALIGNMENT, align_down
+
+_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+_O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
+
+_ON_DISK = Path("/var/tmp")  # noqa: S108 - the file is unlinked and ours alone
+
+# Views of one system call: as many as every POSIX system takes, and few enough bytes that a cancelled call ends soon.
+_MAX_VIEWS_PER_CALL = 1024
+_MAX_BYTES_PER_CALL = 32 * 2**20
+
+_REASONS = {
+    errno.ENOSPC: "the disk is full",
+    errno.EDQUOT: "the disk quota is used up",
+    errno.ENOENT: "there is no such folder",
+    errno.ENOTDIR: "that is no folder",
+    errno.EACCES: "the folder may not be written to",
+    errno.EROFS: "the folder may not be written to",
+}
+
+
+class ParkingFile:
+    """Slots of `slot_bytes` bytes in a temporary file that has no name, so that nothing is left even after a crash.
+
+    Owned with `async with`, or closed with `aclose`. The file is made with the first write, readable by this user
+    alone. It is written and read past the page cache where the file system allows it; elsewhere the cache is dropped
+    behind. One operation runs at a time, on a worker thread; others wait their turn. Event-loop side only.
+
+    The lowest free slots are used first. When all are free, the next write begins by giving the file's whole space
+    back to the disk; until then, and until `aclose`, the file keeps it.
+
+    Args:
+        folder: Where the file lies. None: /var/tmp, which is on disk where /tmp is often memory, or the system's
+            folder for temporary files where that cannot be written to.
+        slot_bytes: A multiple of 4096 (`ALIGNMENT`).
+        direct: Whether to try direct I/O.
+
+    Raises:
+        ValueError: `slot_bytes` is no multiple of 4096.
+    """
+
+    def __init__(self, folder: Path | None, slot_bytes: int, *, direct: bool = True) -> None:
+        if slot_bytes <= 0 or slot_bytes % ALIGNMENT:
+            raise ValueError(f"slot_bytes must be a multiple of {ALIGNMENT}, not {slot_bytes}")
+        self._slot_bytes = slot_bytes
+        self._limiter = anyio.CapacityLimiter(1)
+        # All mutable state. Event loop: every slot is in `_used` (also while it is being written) or in `_free` (a
+        # heap); `_closed` is set once. Worker thread: `_folder` is settled when the file is opened as `_fd`, and
+        # `_direct` is whether it is used past the page cache. `_stale` is set by the loop when all slots are free,
+        # and so no thread writes, and taken back by the thread that has emptied the file.
+        self._used: set[int] = set()
+        self._free: list[int] = []
+        self._closed = False
+        self._folder = folder or _ON_DISK
+        self._folder_is_default = folder is None
+        self._fd: int | None = None
+        self._direct = direct and bool(_O_DIRECT)
+        self._stale = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def num_slots_used(self) -> int:
+        """Slots that hold something or are being written."""
+        return len(self._used)
+
+    @property
+    def bytes_used(self) -> int:
+        return len(self._used) * self._slot_bytes
+
+    async def write(self, views: Sequence[memoryview]) -> list[int]:
+        """Writes each view (`slot_bytes` bytes, page-aligned) into a slot of its own.
+
+        The views are only read, until the call returns.
+
+        Returns:
+            The slots' numbers, in the order of `views`. They are used until `free`.
+
+        Raises:
+            ParkingError: The file could not be made or written, or is closed. No slot is used; what was written
+                before can still be read.
+            ValueError: A view of another size.
+
+        Cancellation: the call returns when its thread is done with the views, after a few system calls at most, and
+        no slot is used.
+        """
+        self._check(views)
+        if not views:
+            return []
+        slots = [heapq.heappop(self._free) for _ in range(min(len(views), len(self._free)))]
+        end = len(self._used) + len(self._free) + len(slots)
+        slots.extend(range(end, end + len(views) - len(slots)))
+        self._used.update(slots)
+        try:
+            await self._run(f"parking {len(views) * self._slot_bytes} bytes", partial(self._write, slots, list(views)))
+        except BaseException:
+            self._give_back(slots)
+            raise
+        return slots
+
+    async def read(self, slots: Sequence[int], views: Sequence[memoryview]) -> None:
+        """Fills each view (`slot_bytes` bytes, page-aligned) from its slot; the slots stay used.
+
+        Raises:
+            ParkingError: The file could not be read, or is closed. The views hold anything.
+            ValueError: A slot that is not in use, or a view of another size.
+
+        Cancellation: as `write`; the views hold anything, the slots what they held.
+        """
+        self._check(views)
+        if len(slots) != len(views) or not self._used.issuperset(slots):
+            raise ValueError(f"slots that are in use, one for each of {len(views)} views, are needed, not {slots}")
+        if views:
+            doing = f"bringing back {len(views) * self._slot_bytes} bytes"
+            await self._run(doing, partial(self._read, list(slots), list(views)))
+
+    def free(self, slots: Sequence[int]) -> None:
+        """Gives slots back for later writes, without any I/O; no read of them may be on its way.
+
+        After `aclose`, when all slots are gone, it does nothing.
+
+        Raises:
+            ValueError: A slot that is not in use, or twice; nothing was given back.
+        """
+        if self._closed:
+            return
+        if len(set(slots)) != len(slots) or not self._used.issuperset(slots):
+            raise ValueError(f"only slots in use can be freed, each once, not {slots}")
+        self._give_back(slots)
+
+    async def aclose(self) -> None:
+        """Closes the file, and so deletes it. A second call does nothing.
+
+        Cancellation: the file is closed all the same, before the call returns.
+        """
+        self._closed = True
+        self._used.clear()
+        self._free.clear()
+        await self._run("closing the file", self._close, shield=True)
+
+    def _check(self, views: Sequence[memoryview]) -> None:
+        self._check_open()
+        for view in views:
+            if not len(view) == view.nbytes == self._slot_bytes:
+                raise ValueError(f"a view must have {self._slot_bytes} bytes, not {view.nbytes}")
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ParkingError(f"the file for idle KV in {self._folder} is closed", path=self._folder)
+
+    def _give_back(self, slots: Sequence[int]) -> None:
+        if self._closed:
+            return
+        self._used.difference_update(slots)
+        if self._used:
+            for slot in slots:
+                heapq.heappush(self._free, slot)
+        else:
+            self._free.clear()
+            self._stale = True
+
+    async def _run(self, doing: str, call: Callable[[], None], *, shield: bool = False) -> None:
+        """Runs `call` on a worker thread, and returns when the thread is done, however the caller is cancelled."""
+        errors: list[Exception] = []
+
+        async def run() -> None:
+            try:
+                with anyio.CancelScope(shield=shield):
+                    await anyio.to_thread.run_sync(call, limiter=self._limiter)
+            except Exception as error:
+                errors.append(error)
+
+        # A task of its own, because a shield does not hold against asyncio's own `Task.cancel` of the caller; a task
+        # group does, and waits for the thread.
+        async with anyio.create_task_group() as group:
+            group.start_soon(run)
+        for error in errors:
+            if isinstance(error, OSError):
+                raise self._error(doing, error) from error
+            raise error
+
+    def _error(self, doing: str, error: OSError) -> ParkingError:
+        reason = error.strerror or str(error)
+        if error.errno in _REASONS:
+            reason = f"{_REASONS[error.errno]} ({reason})"
+        return ParkingError(
+            f"{doing} of idle KV in {self._folder} failed: {reason}", path=self._folder, errno=error.errno
+        )
+
+    # From here on: worker thread, one at a time.
+
+    def _write(self, slots: list[int], views: list[memoryview]) -> None:
+        self._check_open()  # it may have been closed while this waited
+        fd = self._open()
+        if self._stale:
+            os.ftruncate(fd, 0)
+            self._stale = False
+        size = os.fstat(fd).st_size
+        try:
+            for offset, batch in self._batches(slots, views):
+                self._transfer(fd, offset, batch, writing=True)
+        except BaseException:
+            with suppress(OSError):
+                os.ftruncate(fd, size)  # others may need what a full disk gave us last
+            raise
+
+    def _read(self, slots: list[int], views: list[memoryview]) -> None:
+        self._check_open()
+        for offset, batch in self._batches(slots, views):
+            self._transfer(self._open(), offset, batch, writing=False)
+
+    def _batches(self, slots: list[int], views: list[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
+        """Offset and views of each run of consecutive slots, cut where it is too long for one system call."""
+        most = max(1, min(_MAX_VIEWS_PER_CALL, _MAX_BYTES_PER_CALL // self._slot_bytes))
+        start = 0
+        for end in range(1, len(slots) + 1):
+            if end == len(slots) or end - start == most or slots[end] != slots[end - 1] + 1:
+                yield slots[start] * self._slot_bytes, views[start:end]
+                start = end
+
+    def _transfer(self, fd: int, offset: int, views: list[memoryview], *, writing: bool) -> None:
+        """Writes or reads `views`, which is used up, one after another from `offset`."""
+        while views:
+            anyio.from_thread.check_cancelled()
+            try:
+                count = os.pwritev(fd, views, offset) if writing else os.preadv(fd, views, offset)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                self._set_direct(fd, False)
+                continue
+            if count == 0:
+                raise OSError(errno.EIO, "the file ended early")
+            if not self._direct and hasattr(os, "posix_fadvise"):
+                if writing:
+                    os.fdatasync(fd)  # only pages that are on disk are dropped
+                os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+            count = align_down(count) or count  # direct I/O goes on only from a block's beginning
+            offset += count
+            num_done = 0
+            while num_done < len(views) and count >= len(views[num_done]):
+                count -= len(views[num_done])
+                num_done += 1
+            del views[:num_done]
+            if count:
+                views[0] = views[0][count:]
+
+    def _open(self) -> int:
+        if self._fd is None:
+            if self._folder_is_default and not (_ON_DISK.is_dir() and os.access(_ON_DISK, os.W_OK | os.X_OK)):
+                self._folder = Path(tempfile.gettempdir())
+            self._fd = _open_unnamed(self._folder)
+            if self._direct:
+                self._set_direct(self._fd, True)
+        return self._fd
+
+    def _set_direct(self, fd: int, direct: bool) -> None:
+        """Turns direct I/O on, where the file system takes it, or off: a file without a name cannot be reopened."""
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT
+        try:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags | (_O_DIRECT if direct else 0))
+        except OSError as error:
+            if not direct or error.errno != errno.EINVAL:
+                raise
+            direct = False
+        self._direct = direct
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, None
+        if fd is not None:
+            with suppress(OSError):  # what could not be written is not wanted any more
+                os.close(fd)
+
+
+def _open_unnamed(folder: Path) -> int:
+    """Opens a new file in `folder`, for this user alone, that goes when it is closed."""
+    if _O_TMPFILE:
+        with suppress(OSError):  # where it is refused, for whatever reason, the way below says why
+            return os.open(folder, os.O_RDWR | os.O_EXCL | _O_TMPFILE, 0o600)
+    fd, path = tempfile.mkstemp(prefix="hermes-async-", dir=folder)
+    try:
+        Path(path).unlink()
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
