@@ -21,6 +21,7 @@ from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, run
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.engine import Engine
+from hermes_async.engine.serving import Serving
 from hermes_async.errors import ConfigError
 
 BUDGET = "6MiB"
@@ -280,7 +281,7 @@ def test_ctrl_c_with_json_is_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Presses Ctrl-C after every so many tokens."""
-    deliver = Engine._deliver
+    deliver = Serving._deliver
     num_delivered = 0
 
     def deliver_then_interrupt(engine: Engine, *args: Any) -> None:
@@ -290,7 +291,7 @@ def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
         if num_delivered % number == 0:
             interrupt()
 
-    monkeypatch.setattr(Engine, "_deliver", deliver_then_interrupt)
+    monkeypatch.setattr(Serving, "_deliver", deliver_then_interrupt)
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])

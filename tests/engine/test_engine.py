@@ -168,7 +168,7 @@ async def test_abort_a_waiting_request(tiny_model: Any) -> None:
 
         async with anyio.create_task_group() as group:
             async for _ in engine.generate(tiny_model.prompts[1], tiny_model.params):
-                if "waiting" not in engine._requests and not completions:
+                if "waiting" not in engine._serving.requests and not completions:
                     group.start_soon(user)
                     while engine.statistics().num_waiting == 0:
                         await anyio.lowlevel.checkpoint()

@@ -45,7 +45,7 @@ async def check_nothing_is_left(engine: Engine) -> None:
     assert engine._running.governor.statistics().num_waiting == 0
     assert engine._slots.value == engine.plan.max_sequences
     assert engine._slots.statistics().tasks_waiting == 0
-    assert engine._requests == {}
+    assert engine._serving.requests == {}
     ring = engine._running.ring.statistics()
     held = [stage for stage in engine._running.pipeline.stages if not stage.resident and stage.buffer is not None]
     num_streamed = sum(not stage.resident for stage in engine._running.pipeline.stages)
@@ -124,7 +124,7 @@ class Crowd:
             await self._a_while(token_ids)
             while not await self.engine.abort(name) and not reasons:
                 await anyio.lowlevel.checkpoint()
-            assert name not in self.engine._requests
+            assert name not in self.engine._serving.requests
         assert reasons[-1] in ("abort", "length")
         self._check(idx, token_ids, whole=False)
 
@@ -232,7 +232,7 @@ async def test_aborted_in_the_moment_it_is_admitted(tiny_model: Any, disk: Any) 
             group.start_soon(consume, "a")
             await reading()  # a is in a sweep that does not end
             group.start_soon(consume, "b")  # b has a place and waits for the next sweep
-            while "b" not in engine._requests or engine._requests["b"].kv is None:
+            while "b" not in engine._serving.requests or engine._serving.requests["b"].kv is None:
                 await anyio.lowlevel.checkpoint()
             group.start_soon(consume, "c")  # c waits for a place
             while engine._slots.statistics().tasks_waiting == 0:

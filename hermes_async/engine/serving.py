@@ -1,0 +1,225 @@
+"""Between a request that was made and the chunks that its user takes: the queue, the sweeps, the delivery."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import anyio
+import anyio.abc
+import anyio.lowlevel
+
+from hermes_async.config import EngineConfig
+from hermes_async.engine.admission import Admission
+from hermes_async.engine.events import EventKind, RequestEvent
+from hermes_async.engine.request import Chunk, Request
+from hermes_async.engine.runner import Outcome
+from hermes_async.engine.running import RunningModel
+from hermes_async.engine.scheduler import Scheduled, Scheduler
+from hermes_async.engine.speculation import AcceptanceRates
+from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
+from hermes_async.pipeload.pipeline import SweepAbandoned
+
+
+class Serving:
+    """Serves requests with a model that runs. Event-loop side only.
+
+    Args:
+        tasks: Owns the tasks that watch deadlines and park sessions.
+        on_event: Told of each step of each request.
+    """
+
+    def __init__(
+        self,
+        running: RunningModel,
+        tasks: anyio.abc.TaskGroup,
+        config: EngineConfig,
+        on_event: Callable[[RequestEvent], None] | None,
+    ) -> None:
+        plan = running.opened.plan
+        self.running = running
+        self._tasks = tasks
+        self._on_event = on_event
+        # All mutable state. `requests` holds every request that has not ended; `preparing` an event for each prompt
+        # tokenized just now; `_work` wakes the sweeps; `acceptance` is what drafts were worth; and counts.
+        self.requests: dict[str, Request] = {}
+        self.preparing: set[anyio.Event] = set()
+        self.scheduler = Scheduler(
+            plan.max_tokens_per_sweep,
+            plan.max_sequences,
+            plan.max_outputs,
+            running.times,
+            running.blocks.skip_computed,
+        )
+        self.admission = Admission(
+            running.blocks,
+            running.parking,
+            tasks,
+            max_sequences=plan.max_sequences,
+            max_waiting=config.max_waiting,
+            num_active=lambda: self.scheduler.num_active,
+            admitted=self._admitted,
+            ended=self.finish,
+        )
+        self.acceptance = AcceptanceRates()
+        self._work = anyio.Event()
+        self.num_tokens = 0
+        self.num_drafted = 0
+        self.num_accepted = 0
+
+    # --- a request's way: submitted, running, finished ---
+
+    def submit(self, request: Request, deadline: float | None) -> None:
+        self.requests[request.request_id] = request
+        self._tell("queued", request)
+        if deadline is not None:
+            self._tasks.start_soon(self._watch_deadline, request, deadline)
+        try:
+            self.admission.submit(request)
+        except RequestError as error:
+            self.finish(request, error)
+
+    async def _watch_deadline(self, request: Request, deadline: float) -> None:
+        with anyio.move_on_after(deadline - anyio.current_time()):
+            await request.released.wait()
+            return
+        if request.request_id in self.requests:
+            request.error = DeadlineExceededError(
+                f"the request did not end before its deadline; {request.num_output_tokens} tokens came"
+            )
+            self.abort(request)
+
+    def _admitted(self, request: Request) -> None:
+        self.scheduler.add(request)
+        self._work.set()
+        self._tell("admitted", request)
+
+    async def next_chunk(self, request: Request) -> Chunk | None:
+        paused = request.paused
+        try:
+            chunk = await request.receive.receive()
+        except anyio.EndOfStream:
+            if request.error is not None:
+                raise request.error from request.error.__cause__
+            return None
+        if paused and request.request_id in self.requests:
+            self._work.set()
+            self._tell("resumed", request)
+        return chunk
+
+    def leave(self, request: Request) -> None:
+        """Its user is gone."""
+        self.abort(request)
+        request.receive.close()
+
+    def abort(self, request: Request) -> None:
+        if request.request_id in self.requests:
+            request.aborted = True
+            in_use = self.running.runner.abort(request)
+            if not in_use and not self.admission.is_loading(request):
+                self.finish(request)
+
+    def finish(self, request: Request, error: HermesError | None = None) -> None:
+        """Gives back all that the request holds and ends its stream. No thread may still use its KV."""
+        if self.requests.pop(request.request_id, None) is None:
+            return
+        self.scheduler.remove(request)
+        self.admission.give_back(request)
+        request.error = error or request.error
+        request.finished_at = time.perf_counter()
+        if request.finish_reason is None and request.error is None:
+            self._send(request, Chunk("", (), "abort"))
+        self._tell("finished", request)
+        request.send.close()
+        request.released.set()
+        self.admission.pump()
+
+    def _send(self, request: Request, chunk: Chunk) -> None:
+        request.finish_reason = chunk.finish_reason
+        if chunk.finish_reason is not None:
+            chunk = replace(chunk, usage=request.usage(), timings=request.timings())
+        with contextlib.suppress(anyio.BrokenResourceError):  # its user left, and `_leave` sees to the rest
+            request.send.send_nowait(replace(chunk, request_id=request.request_id))
+
+    def _tell(self, kind: EventKind, request: Request) -> None:
+        if self._on_event is not None:
+            self._on_event(
+                RequestEvent(
+                    kind,
+                    request.request_id,
+                    time.perf_counter(),
+                    request.usage(),
+                    request.timings(),
+                    request.finish_reason,
+                    request.error,
+                )
+            )
+
+    # --- the sweeps ---
+
+    async def run_sweeps(self) -> None:
+        """Runs sweeps for as long as there is anything to do, and waits for more; never returns."""
+        runner = self.running.runner
+        while True:
+            sweep = self.scheduler.schedule()
+            if not sweep:
+                self._work = anyio.Event()
+                await self._work.wait()
+                for ready in tuple(self.preparing):  # requests made at the same time share the first sweep too
+                    await ready.wait()
+                await anyio.lowlevel.checkpoint()
+                continue
+            outcomes: list[Outcome] = []
+            error: HermesError | None = None
+            try:
+                outcomes = await runner.run(sweep)
+            except SweepAbandoned:
+                pass
+            except HermesError as read_error:
+                error = read_error
+            for outcome in outcomes:
+                self._deliver(outcome)
+            for item in sweep:
+                if item.request.aborted or error is not None:
+                    self.finish(item.request, None if item.request.aborted else error)
+            self.admission.pump()
+
+    def _deliver(self, outcome: Outcome) -> None:
+        item, request = outcome.item, outcome.item.request
+        if request.reservation is None:
+            return
+        tokens = tuple(sampled.token_id for sampled in outcome.sampled)
+        request.num_sweeps += 1
+        request.token_ids += tokens
+        request.kv.length = outcome.length
+        self.running.blocks.commit(request.reservation, request.token_ids)
+        if item.num_drafted:
+            self._count_drafts(item, max(0, len(tokens) - 1))
+        if outcome.error is not None:
+            self.finish(request, outcome.error)
+        if not tokens or request.aborted:
+            return
+        self.num_tokens += len(tokens)
+        if request.prepared.lookup is not None:
+            request.prepared.lookup.extend(tokens)
+        if request.first_token_at == 0:
+            request.first_token_at = time.perf_counter()
+            self._tell("first_token", request)
+        if outcome.finish_reason is not None:
+            request.finished_at = time.perf_counter()
+        logprobs = outcome.sampled if request.params.logprobs is not None else ()
+        self._send(request, Chunk(outcome.text, tokens, outcome.finish_reason, logprobs))
+        if outcome.finish_reason is not None:
+            self.finish(request)
+        elif request.paused:
+            self._tell("paused", request)
+
+    def _count_drafts(self, item: Scheduled, num_accepted: int) -> None:
+        request = item.request
+        request.num_drafted += item.num_drafted
+        request.num_accepted += num_accepted
+        self.num_drafted += item.num_drafted
+        self.num_accepted += num_accepted
+        request.prepared.acceptance.record(item.match_length, item.num_drafted, num_accepted)
