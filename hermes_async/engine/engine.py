@@ -52,6 +52,8 @@ class Engine:
         source: A checkpoint's directory, or an id on the Hugging Face hub.
         memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, over what the process
             holds anyway; "auto" takes what the machine and its cgroups leave.
+        draft_model: A small model with the same tokenizer, as `source`; it drafts tokens that the model verifies, and
+            is in memory as a whole, in the same budget.
         config: Options.
         on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
             engine.
@@ -69,6 +71,7 @@ class Engine:
         source: str | os.PathLike[str],
         *,
         memory_budget: int | str = "auto",
+        draft_model: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
     ) -> None:
@@ -76,6 +79,7 @@ class Engine:
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
         self._source = source
         self._memory_budget = memory_budget
+        self._draft_model = draft_model
         self._config = config or EngineConfig()
         self._on_event = on_event
         # All mutable state. `_running` is there from the loading of the resident stages on, `_serving` from right after
@@ -308,7 +312,9 @@ class Engine:
     async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            opened = await anyio.to_thread.run_sync(open_model, self._source, self._memory_budget, self._config)
+            opened = await anyio.to_thread.run_sync(
+                open_model, self._source, self._memory_budget, self._config, self._draft_model
+            )
             with contextlib.closing(opened), ungrouped():
                 async with running_model(opened, self._config, self._release) as self._running:
                     try:

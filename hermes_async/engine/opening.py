@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
+from hermes_async.errors import ConfigError
 from hermes_async.modeling.activations import workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
@@ -24,10 +26,36 @@ from hermes_async.pipeload.planner import ModelSizes, Plan, plan
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.rows import RowReader
 
+_DRAFT_TOKENS = 256
+"""Tokens of one pass of a draft model; more are pending only when it sees a prompt for the first time."""
+
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
 )
+
+
+@dataclass(frozen=True, slots=True)
+class OpenedDraft:
+    """A draft model that is not yet loaded; all of it will be in memory.
+
+    Attributes:
+        attention: Registered with transformers until `close`.
+        fixed_bytes: Of its weights and of the workspace for a pass.
+        kv_bytes: What the plan leaves for its KV.
+        max_tokens: Of one pass.
+    """
+
+    skeleton: Skeleton
+    attention: PackedAttention
+    seen: Probe
+    partition: Partition
+    fixed_bytes: int
+    max_tokens: int
+    kv_bytes: int = 0
+
+    def close(self) -> None:
+        self.attention.close()
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +65,7 @@ class OpenedModel:
     Attributes:
         attention: Registered with transformers until `close`.
         partition: The plan's.
+        draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
     """
 
@@ -48,45 +77,89 @@ class OpenedModel:
     plan: Plan
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_error: str | None
+    draft: OpenedDraft | None
     baseline_bytes: int
 
     def close(self) -> None:
         self.attention.close()
+        if self.draft is not None:
+            self.draft.close()
 
 
-def open_model(source: str | os.PathLike[str], memory_budget: int | str, config: EngineConfig) -> OpenedModel:
+def open_model(
+    source: str | os.PathLike[str],
+    memory_budget: int | str,
+    config: EngineConfig,
+    draft_source: str | os.PathLike[str] | None = None,
+) -> OpenedModel:
     """Finds the checkpoint, builds the model without weights, looks at how it runs, and divides the budget.
 
     Args:
         source: A directory, or an id on the Hugging Face hub, which is downloaded first.
         memory_budget: Bytes, a text such as "3GiB", or "auto".
+        draft_source: A draft model's, as `source`.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError, MemoryBudgetError: Each as its class says.
     """
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
-    checkpoint = Checkpoint.open(source)
-    tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
-    attention = PackedAttention()
-    try:
-        model_config = load_config(checkpoint)
-        skeleton = build_skeleton(checkpoint, model_config, attention.name)
-        check_packing(model_config, attention)
-        seen = probe(skeleton, attention)
+    with ExitStack() as on_error:
+        checkpoint = Checkpoint.open(source)
+        tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
+        skeleton, attention, seen = _look_at(checkpoint, on_error)
+        draft = None
+        if draft_source is not None:
+            draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
         cut = lru_cache(maxsize=None)(lambda limit: partition(skeleton, seen, limit))
-        chosen = plan(budget, cut, _sizes(skeleton, seen), config)
+        sizes = _sizes(skeleton, seen, draft)
+        chosen = plan(budget, cut, sizes, config)
+        if draft is not None:
+            own = chosen.kv_bytes * seen.kv.bytes_per_token // sizes.kv_bytes_per_token
+            draft = replace(draft, kv_bytes=chosen.kv_bytes - own)
+            chosen = replace(chosen, kv_bytes=own)
         assert isinstance(chosen.partition, Partition)
-    except BaseException:
-        attention.close()
-        raise
+        on_error.pop_all()
     return OpenedModel(
-        checkpoint, skeleton, attention, seen, chosen.partition, chosen, tokenizer, tokenizer_error, baseline
+        checkpoint, skeleton, attention, seen, chosen.partition, chosen, tokenizer, tokenizer_error, draft, baseline
     )
 
 
-def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
+def _look_at(checkpoint: Checkpoint, on_error: ExitStack) -> tuple[Skeleton, PackedAttention, Probe]:
+    attention = PackedAttention()
+    on_error.callback(attention.close)
+    model_config = load_config(checkpoint)
+    skeleton = build_skeleton(checkpoint, model_config, attention.name)
+    check_packing(model_config, attention)
+    return skeleton, attention, probe(skeleton, attention)
+
+
+def _open_draft(
+    source: str | os.PathLike[str],
+    target: Skeleton,
+    target_tokenizer: PreTrainedTokenizerBase | None,
+    config: EngineConfig,
+    on_error: ExitStack,
+) -> OpenedDraft:
+    checkpoint = Checkpoint.open(source)
+    tokenizer, _ = _load_tokenizer(checkpoint.path)
+    skeleton, attention, seen = _look_at(checkpoint, on_error)
+    if tokenizer is not None and target_tokenizer is not None:
+        same = tokenizer.get_vocab() == target_tokenizer.get_vocab()
+    else:
+        same = skeleton.vocab_size == target.vocab_size
+    if not same:
+        raise ConfigError(
+            f"the draft model in {checkpoint.path} has another tokenizer than the model; it must be the same"
+        )
+    whole = partition(skeleton, seen, None)
+    weights = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + whole.cast_bytes
+    workspace = workspace_bytes(skeleton, seen)(_DRAFT_TOKENS, config.max_sequences, 0)
+    return OpenedDraft(skeleton, attention, seen, whole, weights + workspace, _DRAFT_TOKENS)
+
+
+def _sizes(skeleton: Skeleton, seen: Probe, draft: OpenedDraft | None) -> ModelSizes:
     activations = workspace_bytes(skeleton, seen)
     embedding = skeleton.tensors[skeleton.embedding_name]
 
@@ -97,10 +170,11 @@ def _sizes(skeleton: Skeleton, seen: Probe) -> ModelSizes:
     return ModelSizes(
         largest_layer_bytes=max(_layer_bytes(skeleton), default=weight_bytes(skeleton.tensors, skeleton.tensors)),
         weight_bytes=weight_bytes(skeleton.tensors, skeleton.tensors),
-        kv_bytes_per_token=seen.kv.bytes_per_token,
+        kv_bytes_per_token=seen.kv.bytes_per_token + (0 if draft is None else draft.seen.kv.bytes_per_token),
         context_length=skeleton.context_length,
         workspace_bytes=workspace,
         kv_block_tokens=BLOCK_TOKENS,
+        draft_bytes=0 if draft is None else draft.fixed_bytes,
     )
 
 

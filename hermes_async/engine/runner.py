@@ -9,6 +9,7 @@ from itertools import islice, zip_longest
 import anyio.from_thread
 import torch
 
+from hermes_async.engine.draft_model import DraftModel
 from hermes_async.engine.request import FinishReason, Request
 from hermes_async.engine.scheduler import Scheduled
 from hermes_async.engine.timing import SweepTimes
@@ -48,6 +49,7 @@ class SweepRunner:
         rows: Reads the input embedding's rows; None where it is resident.
         bytes_per_sweep: Weights that a sweep reads from disk.
         times: Told of each sweep.
+        draft_model: Drafts where the scheduler says so.
         eos_token_ids: The model's end-of-sequence tokens.
         release: Gives an aborted request's memory back; called on the event loop.
     """
@@ -60,6 +62,7 @@ class SweepRunner:
         *,
         bytes_per_sweep: int,
         times: SweepTimes,
+        draft_model: DraftModel | None,
         eos_token_ids: frozenset[int],
         release: Callable[[Request], None],
     ) -> None:
@@ -68,6 +71,7 @@ class SweepRunner:
         self._rows = rows
         self._bytes_per_sweep = bytes_per_sweep
         self._times = times
+        self._draft_model = draft_model
         self._eos_token_ids = eos_token_ids
         self._release = release
         # All mutable state: the running sweep, and how much was read, in how long, when its rate was last taken.
@@ -85,6 +89,9 @@ class SweepRunner:
         """
         self.sweep = sweep
         try:
+            drafting = [item for item in sweep if item.from_draft_model]
+            if self._draft_model is not None and drafting:
+                await self._draft_model.draft(drafting)
             token_ids = [token_id for item in sweep for token_id in item.token_ids]
             needed = sorted(set(token_ids))
             rows = None if self._rows is None else await self._rows.read(needed)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_async.config import EngineConfig
+from hermes_async.engine.draft_model import DraftModel, running_draft_model
 from hermes_async.engine.kv_blocks import KVBlocks
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.request import Request
@@ -38,6 +39,7 @@ class RunningModel:
     blocks: KVBlocks
     parking: ParkingFile
     times: SweepTimes
+    draft_model: DraftModel | None
 
 
 @asynccontextmanager
@@ -101,6 +103,17 @@ async def running_model(
             await reader.open([partition.streamed_embedding.file])
             rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
             exits.callback(rows.close)
+        draft_model = None
+        if opened.draft is not None:
+            draft_model = await exits.enter_async_context(
+                running_draft_model(
+                    opened.draft,
+                    governor,
+                    read_statistics,
+                    opened.skeleton.vocab_size,
+                    direct=config.direct_io,
+                )
+            )
         times = SweepTimes()
         runner = SweepRunner(
             model,
@@ -108,10 +121,11 @@ async def running_model(
             rows,
             bytes_per_sweep=plan.bytes_per_sweep,
             times=times,
+            draft_model=draft_model,
             eos_token_ids=opened.skeleton.eos_token_ids,
             release=release,
         )
-        yield RunningModel(opened, governor, ring, pipeline, runner, blocks, parking, times)
+        yield RunningModel(opened, governor, ring, pipeline, runner, blocks, parking, times, draft_model)
 
 
 def _stages(opened: OpenedModel) -> list[Stage]:

@@ -4,15 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 from hermes_async.engine.kv_blocks import Reservation, SharedBlock
 from hermes_async.engine.request import Request
-from hermes_async.engine.speculation import allocate
+from hermes_async.engine.speculation import Draft, allocate
 from hermes_async.engine.timing import SweepTimes
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 
+BY_DRAFT_MODEL = 0
+"""Stands for the draft model where lengths of matches are told apart, which are at least one."""
 
-@dataclass(slots=True)
+
+class Drafter(Protocol):
+    """What the scheduler asks of a draft model."""
+
+    @property
+    def times(self) -> SweepTimes: ...
+    def can_draft(self, request: Request) -> bool: ...
+
+
+@dataclass(eq=False, slots=True)
 class Scheduled:
     """One request's share of a sweep.
 
@@ -20,7 +33,7 @@ class Scheduled:
         past: Tokens of the sequence that lie in its KV before these, or are put there by this sweep for another.
         token_ids: A chunk of the prompt, or the last token, with drafted tokens behind it.
         num_drafted: How many of them are drafted.
-        match_length: What the draft was found by.
+        match_length: What the draft was found by, or `BY_DRAFT_MODEL`.
         samples: Whether the next token can be chosen after these.
         needed: Another request of this sweep uses the blocks that this one computes.
     """
@@ -32,6 +45,11 @@ class Scheduled:
     num_drafted: int = 0
     match_length: int = 0
     needed: bool = False
+
+    @property
+    def from_draft_model(self) -> bool:
+        """Whether its drafted tokens are still to come."""
+        return self.num_drafted > 0 and self.match_length == BY_DRAFT_MODEL
 
     @property
     def num_outputs(self) -> int:
@@ -53,6 +71,7 @@ class Scheduler:
         max_outputs: Most positions of a sweep whose logits are wanted.
         times: What sweeps take.
         skip_computed: Moves a sequence's length over shared blocks that were computed meanwhile.
+        draft_model: Drafts too, where what a sequence's own text has to offer is right less often.
     """
 
     def __init__(
@@ -62,12 +81,14 @@ class Scheduler:
         max_outputs: int,
         times: SweepTimes,
         skip_computed: Callable[[Reservation, int], None],
+        draft_model: Drafter | None = None,
     ) -> None:
         self.max_tokens = max_tokens
         self.max_sequences = max_sequences
         self.max_outputs = max_outputs
         self._times = times
         self._skip_computed = skip_computed
+        self._draft_model = draft_model
         self._running: list[Request] = []
 
     @property
@@ -128,28 +149,82 @@ class Scheduler:
         num_tokens = sum(len(item.token_ids) for item in sweep)
         num_outputs = sum(item.samples for item in sweep)
         most = min(self.max_tokens - num_tokens, self.max_outputs - num_outputs)
-        drafts = []
-        for item in sweep if most > 0 else ():
-            lookup = item.request.prepared.lookup
-            if lookup is not None and item.samples and item.past + 1 == len(item.request.token_ids):
-                draft = lookup.propose(min(most, item.request.num_left - 1))
-                if draft is not None:
-                    drafts.append((item, draft))
-        if not drafts:
+        if most <= 0:
             return
-        counts = allocate(
-            [item.request.prepared.acceptance.rate(draft.match_length) for item, draft in drafts],
-            [len(draft.token_ids) for _, draft in drafts],
-            num_tokens=num_tokens,
-            num_outputs=num_outputs,
-            most=most,
-            sweep_seconds=self._times.sweep_seconds,
-        )
-        for (item, draft), count in zip(drafts, counts, strict=True):
-            item.token_ids += draft.token_ids[:count]
-            item.num_drafted, item.match_length = count, draft.match_length
+        drafts: list[tuple[Scheduled, Draft]] = []
+        modelled: list[Scheduled] = []
+        for item in sweep:
+            left = min(most, item.request.num_left - 1)
+            if left <= 0 or not item.samples or item.past + 1 < len(item.request.token_ids):
+                continue
+            prompt = item.request.prepared
+            draft = None if prompt.lookup is None else prompt.lookup.propose(left)
+            if self._can_draft(item.request) and (
+                draft is None or prompt.acceptance.rate(draft.match_length) < prompt.acceptance.rate(BY_DRAFT_MODEL)
+            ):
+                modelled.append(item)
+            elif draft is not None:
+                drafts.append((item, draft))
+        self._choose(drafts, modelled, num_tokens, num_outputs, most)
+
+    def _choose(
+        self,
+        drafts: list[tuple[Scheduled, Draft]],
+        modelled: list[Scheduled],
+        num_tokens: int,
+        num_outputs: int,
+        most: int,
+    ) -> None:
+        """Gives each sequence as many drafted tokens as are expected to pay.
+
+        A draft model takes a pass for each further token of the longest of its drafts; its depth is tried from none
+        upwards, for as long as one more is not worse.
+        """
+        items = [*(item for item, _ in drafts), *modelled]
+        lengths = [*(draft.match_length for _, draft in drafts), *(BY_DRAFT_MODEL for _ in modelled)]
+        rates = [item.request.prepared.acceptance.rate(length) for item, length in zip(items, lengths, strict=True)]
+        best, best_worth = [0] * len(items), 0.0
+        pass_s = self._drafting_seconds(len(modelled))
+        # While a pass of the draft model was never timed, one token each is enough to learn that.
+        for depth in range(1 + (0 if not modelled else 1 if pass_s is None else most)):
+            sweep_seconds = partial(self._sweep_seconds, drafting_s=depth * (pass_s or 0.0))
+            available = [len(draft.token_ids) for _, draft in drafts]
+            available += [min(depth, item.request.num_left - 1) for item in modelled]
+            counts = allocate(
+                rates,
+                available,
+                num_tokens=num_tokens,
+                num_outputs=num_outputs,
+                most=most,
+                sweep_seconds=sweep_seconds,
+            )
+            outputs = num_outputs + sum(_expected(rate, count) for rate, count in zip(rates, counts, strict=True))
+            worth = outputs / (sweep_seconds(num_tokens + sum(counts)) or 1.0)
+            if worth <= best_worth:
+                break
+            best, best_worth = counts, worth
+        for item, length, count in zip(items, lengths, best, strict=True):
+            item.num_drafted, item.match_length = count, length
             if count == 0:
-                item.request.prepared.acceptance.passed(draft.match_length)
+                item.request.prepared.acceptance.passed(length)
+        for item, draft in drafts:
+            item.token_ids += draft.token_ids[: item.num_drafted]
+
+    def _can_draft(self, request: Request) -> bool:
+        return self._draft_model is not None and self._draft_model.can_draft(request)
+
+    def _drafting_seconds(self, num_sequences: int) -> float | None:
+        """One pass of the draft model."""
+        return None if self._draft_model is None else self._draft_model.times.compute_seconds(num_sequences)
+
+    def _sweep_seconds(self, num_tokens: int, drafting_s: float) -> float | None:
+        seconds = self._times.sweep_seconds(num_tokens)
+        return None if seconds is None else seconds + drafting_s
+
+
+def _expected(rate: float, count: int) -> float:
+    """Tokens expected to be right of a draft of `count`."""
+    return sum(rate**k for k in range(1, count + 1))
 
 
 def _past(request: Request, computing: dict[SharedBlock, Scheduled]) -> int:

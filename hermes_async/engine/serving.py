@@ -52,6 +52,7 @@ class Serving:
             plan.max_outputs,
             running.times,
             running.blocks.skip_computed,
+            running.draft_model,
         )
         self.admission = Admission(
             running.blocks,
@@ -127,6 +128,8 @@ class Serving:
             return
         self.scheduler.remove(request)
         self.admission.give_back(request)
+        if self.running.draft_model is not None:
+            self.running.draft_model.forget(request)
         request.error = error or request.error
         request.finished_at = time.perf_counter()
         if request.finish_reason is None and request.error is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from typing import Protocol
 
@@ -44,6 +44,7 @@ class ModelSizes:
         weight_bytes: All its weights.
         kv_bytes_per_token: Of one sequence.
         kv_block_tokens: KV memory is given out for so many tokens at a time.
+        draft_bytes: Of a draft model, which is in memory beside the model.
         context_length: Most tokens of a sequence, None without a limit.
         workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
     """
@@ -54,6 +55,7 @@ class ModelSizes:
     context_length: int | None
     workspace_bytes: Callable[[int, int, int], int]
     kv_block_tokens: int = 1
+    draft_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,31 +166,33 @@ def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSize
         MemoryBudgetError: The budget is too small; the error has the smallest that works.
         ConfigError: Options contradict each other.
     """
+    if isinstance(config.kv_budget, int) and config.kv_budget >= budget:
+        raise ConfigError(
+            f"kv_budget={config.kv_budget} is not less than the whole memory budget of {budget} bytes, "
+            "of which it is a part"
+        )
     whole = cut(None)
-    choices = _Choices(budget, sizes, config)
+    choices = _Choices(budget - sizes.draft_bytes, sizes, config)
     minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
+    minimum += sizes.draft_bytes
     everything = choices.all_resident(whole, minimum)
     if everything is not None:
-        return everything
+        return replace(everything, memory_budget=budget)
     if minimum > budget:
         raise MemoryBudgetError(
             f"a memory budget of {format_bytes(budget)} is too small for this model: the smallest that works is "
-            f"{minimum} bytes ({format_bytes(minimum)}): {smallest}",
+            f"{minimum} bytes ({format_bytes(minimum)}): {smallest}"
+            + (f", and {format_bytes(sizes.draft_bytes)} for the draft model" if sizes.draft_bytes else ""),
             requested_bytes=minimum,
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    return choices.best_streamed(cut, minimum)
+    return replace(choices.best_streamed(cut, minimum), memory_budget=budget)
 
 
 class _Choices:
     def __init__(self, budget: int, sizes: ModelSizes, config: EngineConfig) -> None:
         self.budget = budget
-        asked = config.kv_budget or 0
-        if isinstance(asked, int) and asked >= budget:
-            raise ConfigError(
-                f"kv_budget={asked} is not less than the whole memory budget of {budget} bytes, of which it is a part"
-            )
         self.sizes = sizes
         self.config = config
         context = sizes.context_length or _MIN_KV_TOKENS
