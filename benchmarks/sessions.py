@@ -21,9 +21,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
+from itertools import pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,7 @@ MIB = 2**20
 _PROMPT_TOKENS = (16, 128)
 _NEWCOMERS = (16, 44, 72, 100, 128)
 _DEMO_SLOWDOWN = 10
+_DEMO_BUDGET = 0.8
 _DEMO_TOKENS = 128
 _DEMO_TEXT = """First Citizen:
 We have no corn, and the gods know it well;
@@ -54,6 +55,7 @@ Good friends, the helms of the state do care for you;
 Go home, go home, and pray for better days.
 
 """
+_RUNS = (1, 2, 4, 6, 9, 16, 32)
 _LOOKUP_NOTE = (
     "with drafts of k tokens, each right with chance p whatever the others are, a sweep gives "
     "(1 - p^(k+1)) / (1 - p) tokens: at most 1.5 for p = 1/3. A third of the drafted tokens gives more only where "
@@ -68,6 +70,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="MiB/s that the disk is held at (default 500)")
     parser.add_argument("--sessions", default="1,2,4,8,16,32,64", help="numbers of sessions (default 1,2,4,...,64)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each session (default 64)")
+    parser.add_argument("--sweep-tokens", type=int, default=512, help="most tokens of a sweep (default 512)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make checkpoints: the disk to measure")
     parser.add_argument("--checkpoint", type=Path, default=None, help="use this one instead of making one")
     parser.add_argument("--plot", type=Path, default=None, help="draw the points into this PNG file (needs matplotlib)")
@@ -163,7 +166,8 @@ def child(args: argparse.Namespace) -> None:
         path = args.checkpoint
         budget = int(_weight_bytes(path) * args.budget)
         with limited_disk(path, args.limit * MIB) as error:
-            result = anyio.run(measure_sessions, path, budget, args.sessions, args.tokens, backend_options=uvloop)
+            asked = (args.sessions, args.tokens, args.sweep_tokens)
+            result = anyio.run(measure_sessions, path, budget, *asked, backend_options=uvloop)
     elif args.child == "demo":
         limit = args.limit * MIB // _DEMO_SLOWDOWN
         with float32_copy(MODEL_PATH, args.folder) as path, limited_disk(path, limit) as error:
@@ -182,9 +186,16 @@ def _weight_bytes(path: Path) -> int:
 # --- many sessions ---
 
 
-async def measure_sessions(path: Path, budget: int, numbers: Sequence[int], num_tokens: int) -> dict[str, Any]:
+async def measure_sessions(
+    path: Path, budget: int, numbers: Sequence[int], num_tokens: int, sweep_tokens: int
+) -> dict[str, Any]:
     vocab_size, kv_bytes = await anyio.to_thread.run_sync(kv_needed, path, numbers, num_tokens)
-    config = EngineConfig(prompt_lookup=False, kv_budget=kv_bytes, max_sequences=max(64, numbers[-1] + 1))
+    config = EngineConfig(
+        prompt_lookup=False,
+        kv_budget=kv_bytes,
+        max_sequences=numbers[-1],
+        max_tokens_per_sweep=max(sweep_tokens, 2 * numbers[-1]),
+    )
     async with Engine(path, memory_budget=budget, config=config) as engine:
         plan = engine.plan
         groups = [stage.ranges for idx, stage in enumerate(plan.stages) if idx not in plan.resident]
@@ -197,8 +208,9 @@ async def measure_sessions(path: Path, budget: int, numbers: Sequence[int], num_
             "their repetitions would be drafted",
             flush=True,
         )
-        unloaded = [await first_token(engine, _prompt(vocab_size, length, "alone")) for length in _NEWCOMERS]
-        alone = statistics.median(unloaded)
+        chunk = plan.max_tokens_per_sweep - plan.max_sequences
+        short = [_prompt(vocab_size, min(length, chunk), f"newcomer {length}") for length in _NEWCOMERS]
+        alone = statistics.median([await first_token(engine, prompt) for prompt in short])
         print(f"first token of one session after {alone:.2f} s", flush=True)
         points: list[dict[str, Any]] = []
         again = [numbers[0]] if len(numbers) > 1 and numbers[0] == 1 else []
@@ -210,7 +222,8 @@ async def measure_sessions(path: Path, budget: int, numbers: Sequence[int], num_
             points.append(_with_limits(point, (before + disk) / 2, alone))
             _print_point(points[-1])
             if number == numbers[-1]:
-                newcomers = await measure_newcomers(engine, prompts, num_tokens, alone, points[-1]["sweep_seconds"])
+                sweep = points[-1]["sweep_seconds"]
+                newcomers = await measure_newcomers(engine, prompts, short, num_tokens, alone, sweep)
         if again:
             points[0] = _median(points[0], points.pop())
         result = {
@@ -304,16 +317,20 @@ async def measure_point(engine: Engine, prompts: Sequence[list[int]], num_tokens
 
 
 async def measure_newcomers(
-    engine: Engine, prompts: Sequence[list[int]], num_tokens: int, alone: float, sweep: float | None
+    engine: Engine,
+    prompts: Sequence[list[int]],
+    short: Sequence[list[int]],
+    num_tokens: int,
+    alone: float,
+    sweep: float | None,
 ) -> list[dict[str, Any]] | None:
-    """Time to the first token of short prompts that come while all but one of the sessions decode.
+    """Time to the first token of prompts of one chunk that come while all but one of the sessions decode.
 
-    They come at different moments of a sweep.
+    They come one after another, at different moments of a sweep, after `prompts` have been computed again.
     """
     if len(prompts) < 2 or sweep is None:
         return None
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
-    vocab_size = 1 + max(map(max, prompts))
     num_decoding = 0
     all_decode = anyio.Event()
 
@@ -331,11 +348,11 @@ async def measure_newcomers(
         for prompt in prompts[1:]:
             group.start_soon(session, prompt)
         await all_decode.wait()
-        for idx, length in enumerate(_NEWCOMERS):
-            await anyio.sleep(sweep * idx / len(_NEWCOMERS))
-            waited = await first_token(engine, _prompt(vocab_size, length, "beside"))
+        for idx, prompt in enumerate(short):
+            await anyio.sleep(sweep * idx / len(short))
+            waited = await first_token(engine, prompt)
             newcomers.append({
-                "prompt_tokens": length,
+                "prompt_tokens": len(prompt),
                 "beside": engine.statistics().num_running,
                 "first_token_s": waited,
                 "sweeps_above": (waited - alone) / sweep,
@@ -378,7 +395,7 @@ def _print_point(point: dict[str, Any]) -> None:
 def _median(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     """The point that was measured twice."""
     return {
-        name: one[name] if one[name] is None or other[name] is None else statistics.median([one[name], other[name]])
+        name: one[name] if one[name] == other[name] or other[name] is None else (one[name] + other[name]) / 2
         for name in one
     }
 
@@ -397,61 +414,81 @@ def _extra_session(points: Sequence[dict[str, Any]]) -> float | None:
 
 async def measure_demo(path: Path) -> dict[str, Any]:
     """The demo model goes on with a text that repeats itself."""
-    budget = int(_weight_bytes(path) * 0.6)
-    prompt = _DEMO_TEXT * 5
+    budget = int(_weight_bytes(path) * _DEMO_BUDGET)
+    prompt = _DEMO_TEXT * 6
     print(
         f"\nprompt lookup, demo model in float32, the disk held at a {_DEMO_SLOWDOWN}th: "
         f"a sweep keeps 1 + a tokens of a session, a of its drafts being right",
         flush=True,
     )
-    off, on = [await measure_answer(path, budget, lookup, [prompt], _DEMO_TOKENS) for lookup in (False, True)]
-    result = _compare(off[0], on[0]) | {"same_tokens": off[0]["token_ids"] == on[0]["token_ids"]}
-    _print_lookup(f"{on[0]['prompt_tokens']} tokens of prompt", result)
+    (off,) = await measure_answers(path, budget, False, [prompt], _DEMO_TOKENS, kv_tokens=512 + _DEMO_TOKENS)
+    (on,) = await measure_answers(path, budget, True, [prompt], _DEMO_TOKENS, kv_tokens=512 + _DEMO_TOKENS)
+    result = _compare(off, on) | {"same_tokens": off["token_ids"] == on["token_ids"]}
+    _print_lookup(f"{on['prompt_tokens']} tokens of prompt", result)
     return result
 
 
 async def measure_copies(path: Path, cycle: Sequence[int], budget: int, num_tokens: int) -> dict[str, Any]:
     """A model that walks a cycle, and prompts that hold the cycle in runs with a wrong token behind each."""
-    runs = (1, 2, 3, 4, 6, 8)
     length = 4 * num_tokens
-    prompts = [copying_prompt(cycle, run, length) for run in runs]
+    chosen = random.Random(0)
+    tasks = {f"runs of {run}": copying_prompt(cycle, repeat(run), length) for run in _RUNS}
+    # The last one is what p stands for in the note.
+    independent = (_geometric(chosen, 1 / 3) for _ in range(length))
+    tasks["each right with chance 1/3"] = copying_prompt(cycle, independent, length)
+    kv_tokens = max(map(len, tasks.values())) + length
     print(f"\nprompt lookup, copying task, {format_bytes(_weight_bytes(path))} in float32\n{_LOOKUP_NOTE}", flush=True)
-    (off,) = await measure_answer(path, budget, False, prompts[:1], num_tokens)
+    prompts = list(tasks.values())
+    (off,) = await measure_answers(path, budget, False, prompts[:1], num_tokens, kv_tokens=kv_tokens)
+    answers = await measure_answers(path, budget, True, prompts, length, kv_tokens=kv_tokens)
     shares = []
-    for run, on in zip(runs, await measure_answer(path, budget, True, prompts, length), strict=True):
+    for name, on in zip(tasks, answers, strict=True):
         right = on["token_ids"] == list(cycle[1 : length + 1]) and off["token_ids"] == on["token_ids"][:num_tokens]
-        shares.append(_compare(off, on) | {"run": run, "same_tokens": right})
-        _print_lookup(f"runs of {run}", shares[-1])
+        shares.append(_compare(off, on) | {"task": name, "same_tokens": right})
+        _print_lookup(name, shares[-1])
     drafted = [item for item in shares if item["share_accepted"] is not None]
     third = min(drafted, key=lambda item: abs(item["share_accepted"] - 1 / 3), default=None)
     if third is not None:
-        print(f"nearest to a third: runs of {third['run']}, {third['share_accepted']:.0%} of the drafted tokens right")
+        print(f"nearest to a third: {third['task']}, {third['share_accepted']:.0%} of the drafted tokens right")
     return {"shares": shares, "third": third, "note": _LOOKUP_NOTE}
 
 
-async def measure_answer(
-    path: Path, budget: int, lookup: bool, prompts: Sequence[str | list[int]], num_tokens: int
+def _geometric(chosen: random.Random, chance: float) -> int:
+    """How often in a row something of that chance comes."""
+    count = 0
+    while chosen.random() < chance:
+        count += 1
+    return count
+
+
+async def measure_answers(
+    path: Path, budget: int, lookup: bool, prompts: Sequence[str | list[int]], num_tokens: int, *, kv_tokens: int
 ) -> list[dict[str, Any]]:
     """The greedy answer to each prompt, one after another, and its decode phase: what comes after the first token."""
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    opened = await anyio.to_thread.run_sync(open_model, path, "1TiB", EngineConfig())
+    opened.close()
+    config = EngineConfig(prompt_lookup=lookup, kv_budget=opened.seen.kv.nbytes(kv_tokens))
     answers = []
-    async with Engine(path, memory_budget=budget, config=EngineConfig(prompt_lookup=lookup)) as engine:
+    async with Engine(path, memory_budget=budget, config=config) as engine:
         if not lookup:
             print(engine.plan, flush=True)
         for prompt in prompts:
-            before = engine.statistics()
-            chunks = [(time.perf_counter(), chunk) async for chunk in engine.generate(prompt, params)]
-            after = engine.statistics()
-            usage = chunks[-1][1].usage
+            token_ids: list[int] = []
+            moments: list[tuple[float, int, EngineStatistics]] = []
+            async for chunk in engine.generate(prompt, params):
+                token_ids += chunk.token_ids
+                moments.append((time.perf_counter(), len(token_ids), engine.statistics()))
+                usage = chunk.usage
             assert usage is not None
-            token_ids = [token_id for _, chunk in chunks for token_id in chunk.token_ids]
-            sweeps, seconds = len(chunks) - 1, chunks[-1][0] - chunks[0][0]
+            (started, num_first, before), (ended, num_all, after) = moments[0], moments[-1]
+            sweeps, seconds = len(moments) - 1, ended - started
             answers.append({
                 "token_ids": token_ids,
                 "prompt_tokens": usage.prompt_tokens,
                 "sweep_seconds": seconds / sweeps,
-                "tokens_per_sweep": (len(token_ids) - len(chunks[0][1].token_ids)) / sweeps,
-                "tokens_per_s": (len(token_ids) - len(chunks[0][1].token_ids)) / seconds,
+                "tokens_per_sweep": (num_all - num_first) / sweeps,
+                "tokens_per_s": (num_all - num_first) / seconds,
                 "compute_seconds": (after.compute_seconds - before.compute_seconds) / (after.sweeps - before.sweeps),
                 "drafted_per_sweep": (after.drafted_tokens - before.drafted_tokens) / sweeps,
                 "accepted_per_sweep": (after.accepted_tokens - before.accepted_tokens) / sweeps,
@@ -491,7 +528,7 @@ def cycling_checkpoint(folder: Path | None) -> Iterator[tuple[Path, list[int]]]:
     alone. Every matrix is in its true shape and has to be read and multiplied all the same.
     """
     config = LlamaConfig(
-        hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=8,
+        hidden_size=1024, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=16, num_key_value_heads=2,
         head_dim=128, vocab_size=4096, max_position_embeddings=4096, tie_word_embeddings=False, dtype=torch.float32,
         bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
@@ -513,18 +550,22 @@ def cycling_checkpoint(folder: Path | None) -> Iterator[tuple[Path, list[int]]]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-def copying_prompt(cycle: Sequence[int], run: int, length: int) -> list[int]:
-    """Pieces of the cycle's first `length` tokens, after each a wrong one, and then the cycle's first token.
+def copying_prompt(cycle: Sequence[int], runs: Iterable[int], length: int) -> list[int]:
+    """Pieces of the cycle's first `length` tokens, a wrong one after each, and then the cycle's first token.
 
     Each piece begins with the last tokens that come before its run, so that what was written so far is found in it, and
-    the draft from there has `run` right tokens and then wrong ones: the next piece begins one token behind its run.
+    the draft from there has the run's right tokens and then wrong ones. The next run begins one token behind it.
     """
     overlap = 4
     prompt: list[int] = []
-    wrong = iter(cycle[-overlap - length :])
-    for start in range(1, length + 1, run + 1):
+    wrong = iter(cycle[length + 1 :])
+    start = 1
+    for run in runs:
         prompt += [cycle[idx] for idx in range(start - overlap, start + run)]
         prompt.append(next(wrong))
+        start += run + 1
+        if start > length:
+            break
     return prompt + [cycle[idx] for idx in range(1 - overlap, 1)]
 
 

@@ -155,7 +155,7 @@ def test_generate_sends_a_chat_message() -> None:
 def test_generate_takes_and_prints_token_ids(bare_model: Path, prompt: str) -> None:
     args = ("--token-ids", "--memory", "4MiB", "--max-tokens", 3)
     record = last_json(hermes("generate", bare_model, prompt, *args, "--json"))
-    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 3}
+    assert record["usage"] == {"prompt_tokens": 3, "completion_tokens": 3, "cached_tokens": 0}
     assert record["text"] == ""
     printed = hermes("generate", bare_model, prompt, *args).stdout
     assert printed == " ".join(map(str, record["token_ids"])) + "\n"
@@ -284,9 +284,9 @@ def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     deliver = Serving._deliver
     num_delivered = 0
 
-    def deliver_then_interrupt(engine: Engine, *args: Any) -> None:
+    def deliver_then_interrupt(serving: Serving, *args: Any) -> None:
         nonlocal num_delivered
-        deliver(engine, *args)
+        deliver(serving, *args)
         num_delivered += 1
         if num_delivered % number == 0:
             interrupt()

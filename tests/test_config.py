@@ -1,16 +1,17 @@
-"""Byte sizes and SamplingParams: what is accepted, what is refused, and with which words."""
+"""Byte sizes, SamplingParams and EngineConfig: what is accepted, what is refused, and with which words."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_async.config import SamplingParams, format_bytes, parse_bytes
+from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
 from hermes_async.errors import ConfigError, HermesError, RequestError
 
 # Byte sizes
@@ -197,3 +198,72 @@ def test_params_are_frozen_and_keyword_only() -> None:
         SamplingParams().temperature = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
         SamplingParams(16)  # type: ignore[call-arg]
+
+
+# EngineConfig
+
+
+def test_the_engine_s_defaults() -> None:
+    assert dataclasses.asdict(EngineConfig()) == {
+        "num_loading_agents": None,
+        "max_resident_layers": None,
+        "max_tokens_per_sweep": None,
+        "max_sequences": 64,
+        "max_waiting": 1024,
+        "max_buffered_chunks": 64,
+        "kv_budget": None,
+        "share_prefixes": True,
+        "prompt_lookup": True,
+        "parking_dir": None,
+        "direct_io": True,
+    }
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_loading_agents": 1},
+        {"num_loading_agents": 64},
+        {"max_resident_layers": 1, "max_tokens_per_sweep": 1, "max_sequences": 1},
+        {"max_waiting": 0},
+        {"max_waiting": None},
+        {"max_buffered_chunks": 1},
+        {"kv_budget": 1},
+        {"share_prefixes": False, "prompt_lookup": False, "direct_io": False},
+        {"parking_dir": "parked"},
+        {"parking_dir": Path("parked")},
+    ],
+)
+def test_options_at_the_edge_of_their_range_are_accepted(options: dict[str, Any]) -> None:
+    accepted = EngineConfig(**options)
+    assert {name: getattr(accepted, name) for name in options} == options
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *[("num_loading_agents", value) for value in (0, -1, 1.0, "2", True, 65)],
+        *[("max_resident_layers", value) for value in (0, 1.5, True)],
+        *[("max_tokens_per_sweep", value) for value in (0, "64", False)],
+        *[("max_sequences", value) for value in (0, None, 64.0, True)],
+        *[("max_waiting", value) for value in (-1, 1.0, "0", False)],
+        *[("max_buffered_chunks", value) for value in (0, None, 1.0, True)],
+        *[("share_prefixes", value) for value in (None, 1, "no")],
+        *[("prompt_lookup", value) for value in (None, 0, "yes")],
+        *[("direct_io", value) for value in (None, 1)],
+        *[("parking_dir", value) for value in (b"parked", 3, False)],
+    ],
+)
+def test_options_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=name):
+        EngineConfig(**{name: value})
+
+
+@pytest.mark.parametrize("value", [0, -1, "", "much", True, 1.5])
+def test_a_kv_budget_is_a_byte_size(value: Any) -> None:
+    with pytest.raises(ConfigError, match="byte size"):
+        EngineConfig(kv_budget=value)
+
+
+def test_a_kv_budget_in_words_becomes_bytes() -> None:
+    assert EngineConfig(kv_budget="512MiB").kv_budget == 512 * 2**20

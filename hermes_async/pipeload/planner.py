@@ -21,7 +21,8 @@ _READ_OVERHEAD_BYTES = 2 * 1024 * 1024
 """What starting one read costs, told in bytes that could have been read: a millisecond at 2 GiB/s."""
 
 _MIN_KV_TOKENS = 256
-_SWEEP_TOKENS = (512, 256, 128, 64, 32, 16, 8)
+_SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16, 8)
+_WORKSPACE_SHARE = 1 / 6
 
 
 class Partitioned(Protocol):
@@ -295,9 +296,8 @@ class _Choices:
             workspace = self._workspace(partition, tokens, sequences, kv)
             room = self.budget - fixed - kv - workspace
             smallest = (tokens, sequences) == self._smallest_sweep()
-            # Short prompts should go in few sweeps; for longer chunks, resident weights are worth more.
-            share = 8 if tokens <= 64 else 16
-            if room >= 0 and (smallest or workspace <= self.budget // share):
+            # Prompts should go in few sweeps; beyond that, resident weights are worth more.
+            if room >= 0 and (smallest or workspace <= self.budget * _WORKSPACE_SHARE):
                 break
         else:
             return None

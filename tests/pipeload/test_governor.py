@@ -68,6 +68,40 @@ async def test_the_whole_budget_can_be_leased() -> None:
         governor.acquire_nowait("b", 1)
 
 
+async def test_a_lease_grows_and_shrinks() -> None:
+    governor = MemoryGovernor(100)
+    lease = governor.acquire_nowait("a", 10)
+    lease.grow_nowait(90)
+    assert (lease.nbytes, governor.free_bytes) == (100, 0)
+    with pytest.raises(anyio.WouldBlock):
+        lease.grow_nowait(1)
+    lease.shrink(70)
+    assert (lease.nbytes, governor.free_bytes) == (30, 70)
+    statistics = governor.statistics()
+    assert (statistics.peak_bytes_in_use, statistics.holders) == (100, {"a": 30})
+    lease.release()
+    assert governor.free_bytes == 100
+
+
+async def test_a_lease_gives_to_another_even_when_nothing_is_free() -> None:
+    governor = MemoryGovernor(100)
+    giver, taker = governor.acquire_nowait("giver", 100), governor.acquire_nowait("taker", 0)
+    giver.give(60, taker)
+    assert governor.statistics().holders == {"taker": 60, "giver": 40}
+    giver.release()
+    assert governor.free_bytes == 40
+
+
+async def test_a_lease_that_was_released_cannot_change() -> None:
+    governor = MemoryGovernor(100)
+    lease, other = governor.acquire_nowait("a", 10), governor.acquire_nowait("b", 10)
+    lease.release()
+    for change in (lambda: lease.grow_nowait(1), lambda: lease.shrink(1), lambda: other.give(1, lease)):
+        with pytest.raises(AssertionError, match="after its release"):
+            change()
+    assert governor.statistics().holders == {"b": 10}
+
+
 class Queue:
     """Starts waiters one after another and tells in which order they were served."""
 
@@ -105,6 +139,25 @@ async def test_a_large_request_is_not_overtaken() -> None:
         await anyio.wait_all_tasks_blocked()
         assert queue.served == ["large", "small", "smaller"]
     assert governor.free_bytes == 5
+
+
+async def test_who_grows_does_not_push_in_and_who_shrinks_lets_the_next_one_on() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("x", 60)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("large", 80)
+        with pytest.raises(anyio.WouldBlock):
+            first.grow_nowait(1)
+        first.shrink(30)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == []
+        first.shrink(10)
+        with pytest.raises(anyio.WouldBlock):  # large has not run yet, but it is its turn
+            first.grow_nowait(1)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["large"]
+    assert governor.free_bytes == 0
 
 
 async def test_a_cancelled_waiter_holds_nothing_and_lets_the_next_one_on() -> None:

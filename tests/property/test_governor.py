@@ -1,4 +1,4 @@
-"""Whatever is acquired, released and cancelled, in whatever order: the budget holds, and the queue is in order."""
+"""Whatever is acquired, changed, released and cancelled, in any order: the budget holds, and the queue is in order."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import anyio.lowlevel
 import hypothesis.strategies as st
 from anyio.from_thread import BlockingPortal, start_blocking_portal
 from hypothesis import settings
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
 
@@ -96,6 +96,54 @@ class Governed(RuleBasedStateMachine):
         self.held.pop(name, None)
         self.queue = [waiter for waiter in self.queue if waiter[0] != name]
         self._serve_model()
+
+    @precondition(lambda self: self.granted)
+    @rule(data=st.data(), nbytes=st.integers(0, BUDGET))
+    def grow(self, data: st.DataObject, nbytes: int) -> None:
+        name = self._one_of_the_granted(data)
+
+        async def attempt() -> bool:
+            try:
+                self.granted[name].grow_nowait(nbytes)
+            except anyio.WouldBlock:
+                return False
+            return True
+
+        possible = not self.queue and nbytes <= BUDGET - sum(self.held.values())
+        assert self._portal.call(attempt) == possible
+        self.held[name] += nbytes if possible else 0
+
+    @precondition(lambda self: self.granted)
+    @rule(data=st.data())
+    def shrink(self, data: st.DataObject) -> None:
+        name = self._one_of_the_granted(data)
+        nbytes = data.draw(st.integers(0, self.held[name]), "nbytes")
+
+        async def shrink() -> None:
+            self.granted[name].shrink(nbytes)
+            await _settle()
+
+        self._portal.call(shrink)
+        self.held[name] -= nbytes
+        self._serve_model()
+
+    @precondition(lambda self: self.granted)
+    @rule(data=st.data())
+    def give(self, data: st.DataObject) -> None:
+        """Nobody can tell from outside: even who waits goes on waiting."""
+        giver, taker = self._one_of_the_granted(data), self._one_of_the_granted(data)
+        nbytes = data.draw(st.integers(0, self.held[giver]), "nbytes")
+
+        async def give() -> None:
+            self.granted[giver].give(nbytes, self.granted[taker])
+            await _settle()
+
+        self._portal.call(give)
+        self.held[giver] -= nbytes
+        self.held[taker] += nbytes
+
+    def _one_of_the_granted(self, data: st.DataObject) -> str:
+        return data.draw(st.sampled_from(sorted(self.granted)), "lease")
 
     @invariant()
     def the_governor_is_as_the_model(self) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hermes_async.config import EngineConfig
-from hermes_async.errors import MemoryBudgetError
+from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.planner import ModelSizes, Plan, plan, spread
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
@@ -36,7 +36,7 @@ def layout(name: str, nbytes: int, offset: int = 0) -> StageLayout:
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Layers, a head and an embedding; workspace grows with tokens, sequences and KV bytes."""
+    """Layers, a head and an embedding; workspace grows with tokens, outputs and KV bytes."""
 
     layers: tuple[int, ...]
     head: int
@@ -44,17 +44,26 @@ class FakeModel:
     kv_bytes_per_token: int
     context_length: int | None
     per_token: int
-    per_sequence: int
+    per_output: int
     kv_share: int  # workspace is the KV bytes divided by this; 0 for none
+    kv_block_tokens: int = 1
+    draft_bytes: int = 0
 
     @property
     def sizes(self) -> ModelSizes:
-        def workspace(tokens: int, sequences: int, kv_bytes: int) -> int:
+        def workspace(tokens: int, outputs: int, kv_bytes: int) -> int:
             kv = kv_bytes // self.kv_share if self.kv_share else 0
-            return tokens * self.per_token + sequences * self.per_sequence + kv
+            return tokens * self.per_token + outputs * self.per_output + kv
 
-        weights = self.base + sum(self.layers) + self.head
-        return ModelSizes(max(self.layers), weights, self.kv_bytes_per_token, self.context_length, workspace)
+        return ModelSizes(
+            largest_layer_bytes=max(self.layers),
+            weight_bytes=self.base + sum(self.layers) + self.head,
+            kv_bytes_per_token=self.kv_bytes_per_token,
+            context_length=self.context_length,
+            workspace_bytes=workspace,
+            kv_block_tokens=self.kv_block_tokens,
+            draft_bytes=self.draft_bytes,
+        )
 
     def cut(self, limit: int | None) -> FakePartition:
         stages = []
@@ -72,8 +81,10 @@ class FakeModel:
         return plan(budget, lru_cache(maxsize=None)(self.cut), self.sizes, config or EngineConfig())
 
     def minimum(self, config: EngineConfig | None = None) -> int:
+        config = config or EngineConfig()
+        assert not isinstance(config.kv_budget, str)
         try:
-            return self.plan(1, config).minimum_budget
+            return self.plan(1 + (config.kv_budget or 0), config).minimum_budget
         except MemoryBudgetError as error:
             assert error.minimum_bytes is not None
             return error.minimum_bytes
@@ -87,8 +98,10 @@ models = st.builds(
     kv_bytes_per_token=st.integers(8, 4 * KIB),
     context_length=st.sampled_from([None, 16, 128, 4096]),
     per_token=st.integers(16, 8 * KIB),
-    per_sequence=st.integers(16, 64 * KIB),
+    per_output=st.integers(16, 64 * KIB),
     kv_share=st.sampled_from([0, 0, 1, 10]),
+    kv_block_tokens=st.sampled_from([1, 16]),
+    draft_bytes=st.sampled_from([0, 0, 100 * KIB]),
 )
 configs = st.builds(
     EngineConfig,
@@ -102,10 +115,11 @@ configs = st.builds(
 
 def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> None:
     parts = chosen.resident_bytes + chosen.ring_bytes + chosen.kv_bytes + chosen.workspace_bytes
-    assert parts <= budget == chosen.memory_budget
-    workspace = model.sizes.workspace_bytes(chosen.max_tokens_per_sweep, chosen.max_sequences, chosen.kv_bytes)
+    assert parts + model.draft_bytes <= budget == chosen.memory_budget
+    workspace = model.sizes.workspace_bytes(chosen.max_tokens_per_sweep, chosen.max_outputs, chosen.kv_bytes)
     assert workspace <= chosen.workspace_bytes
     assert chosen.max_sequences <= min(config.max_sequences, chosen.max_tokens_per_sweep)
+    assert chosen.max_sequences <= chosen.max_outputs <= chosen.max_tokens_per_sweep
     assert chosen.minimum_budget <= budget
     streamed = set(range(len(chosen.stages))) - chosen.resident
     if streamed:
@@ -120,7 +134,8 @@ def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> 
         assert isinstance(config.kv_budget, int)
         assert chosen.kv_bytes >= config.kv_budget
     context = min(model.context_length or 256, 256)
-    assert chosen.kv_bytes >= context * model.kv_bytes_per_token  # one sequence of some length fits
+    blocks = -(-context // model.kv_block_tokens)
+    assert chosen.kv_bytes >= blocks * model.kv_block_tokens * model.kv_bytes_per_token  # one sequence of some length
     assert chosen.bytes_per_sweep == sum(chosen.stages[idx].read_bytes for idx in streamed)
     assert str(chosen)
     assert chosen.as_dict()["memory_budget"] == budget
@@ -200,3 +215,17 @@ def test_the_error_says_what_the_minimum_is_made_of() -> None:
     model = FakeModel((100 * KIB,) * 12, 50 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
     with pytest.raises(MemoryBudgetError, match=r"too small.*always stay.*buffers of.*KV.*workspace"):
         model.plan(1000)
+
+
+@pytest.mark.parametrize("budget", [1, 64 * KIB])
+def test_kv_is_a_part_of_the_budget(budget: int) -> None:
+    model = FakeModel((100 * KIB,) * 12, 50 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
+    with pytest.raises(ConfigError, match="kv_budget=65536"):
+        model.plan(budget, EngineConfig(kv_budget="64KiB"))
+
+
+@relaxed
+@given(models, st.integers(1, 500 * KIB))
+def test_a_draft_model_costs_its_bytes(model: FakeModel, draft_bytes: int) -> None:
+    alone = replace(model, draft_bytes=0)
+    assert replace(model, draft_bytes=draft_bytes).minimum() == alone.minimum() + draft_bytes
