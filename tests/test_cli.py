@@ -22,6 +22,7 @@ from hermes_async.cli.running import Interrupts, run
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.serving import Serving
+from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
 
 BUDGET = "6MiB"
@@ -358,13 +359,13 @@ def keyboard(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
 
 @pytest.fixture
 def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What `chat` sends to the engine."""
+    """The conversations that `chat` asks for an answer to."""
     seen: list[Any] = []
     stream_answer = chat_module.stream_answer
 
-    async def seeing(engine: Engine, prompt: Any, *args: Any) -> Any:
-        seen.append(prompt)
-        return await stream_answer(engine, prompt, *args)
+    async def seeing(session: Session, prompt: Any, *args: Any) -> Any:
+        seen.append([*session.messages, *prompt])
+        return await stream_answer(session, prompt, *args)
 
     monkeypatch.setattr(chat_module, "stream_answer", seeing)
     return seen

@@ -12,6 +12,7 @@ from hermes_async.config import SamplingParams, format_bytes
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.prompt import Prompt
 from hermes_async.engine.request import FinishReason
+from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics
 
 
@@ -35,7 +36,7 @@ class Answer:
 
 
 async def stream_answer(
-    engine: Engine,
+    source: Engine | Session,
     prompt: Prompt,
     params: SamplingParams,
     interrupts: Interrupts,
@@ -45,7 +46,7 @@ async def stream_answer(
     answer = Answer()
     started_at = time.perf_counter()
     with interrupts.scope():
-        async with aclosing(engine.generate(prompt, params)) as chunks:
+        async with aclosing(source.generate(prompt, params)) as chunks:
             async for chunk in chunks:
                 if not answer.token_ids:
                     answer.first_token_s = time.perf_counter() - started_at

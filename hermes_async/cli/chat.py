@@ -13,6 +13,7 @@ from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
 from hermes_async.config import EngineConfig, SamplingParams
 from hermes_async.engine.engine import Engine
+from hermes_async.engine.session import Session
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
 
 _HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
@@ -26,6 +27,7 @@ def chat(
     top_p: options.TopP = 1.0,
     top_k: options.TopK = 0,
     seed: options.Seed = None,
+    draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
 ) -> None:
@@ -34,21 +36,26 @@ def chat(
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = options.engine_config(loading_agents, max_resident_layers)
         path = find_checkpoint(model)
+        draft = None if draft_model is None else find_checkpoint(draft_model)
 
         async def work(interrupts: Interrupts) -> None:
-            await _converse(path, memory, config, params, interrupts)
+            await _converse(path, memory, draft, config, params, interrupts)
 
         run(work)
 
 
 async def _converse(
-    path: Path, memory: str, config: EngineConfig, params: SamplingParams, interrupts: Interrupts
+    path: Path,
+    memory: str,
+    draft: Path | None,
+    config: EngineConfig,
+    params: SamplingParams,
+    interrupts: Interrupts,
 ) -> None:
     at_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     lines = LineReader(sys.stdin.fileno())
-    messages: list[dict[str, str]] = []
-    async with Engine(path, memory_budget=memory, config=config) as engine:
+    async with Engine(path, memory_budget=memory, config=config, draft_model=draft) as engine, engine.session() as chat:
         if at_terminal:
             console.print(_HELP, style="dim")
         while True:
@@ -62,25 +69,19 @@ async def _converse(
             if line is None or line.strip() == "/exit":
                 return
             if line.strip() == "/reset":
-                messages.clear()
+                chat.edit(messages=[])
             elif line.strip():
-                await _take_turn(engine, line, messages, params, interrupts, at_terminal=at_terminal)
+                await _take_turn(chat, line, params, interrupts, at_terminal=at_terminal)
 
 
 async def _take_turn(
-    engine: Engine,
-    line: str,
-    messages: list[dict[str, str]],
-    params: SamplingParams,
-    interrupts: Interrupts,
-    *,
-    at_terminal: bool,
+    chat: Session, line: str, params: SamplingParams, interrupts: Interrupts, *, at_terminal: bool
 ) -> None:
     """Asks and shows the answer; both then belong to the conversation, a stopped answer as far as it came."""
-    asked = [*messages, {"role": "user", "content": line}]
+    message = {"role": "user", "content": line}
     try:
         answer: Answer = await stream_answer(
-            engine, asked, params, interrupts, lambda text: print(text, end="", flush=True)
+            chat, [message], params, interrupts, lambda text: print(text, end="", flush=True)
         )
     except (ContextLengthError, MemoryBudgetError) as error:
         print_error(error)
@@ -89,5 +90,3 @@ async def _take_turn(
     print(flush=True)
     if at_terminal:
         print(answer, file=sys.stderr)
-    if answer.token_ids:
-        messages[:] = [*asked, {"role": "assistant", "content": answer.text}]

@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ import typer
 from hermes_async.cli import options
 from hermes_async.cli.answer import statistics_line, stream_answer
 from hermes_async.cli.running import INTERRUPTED, Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.config import SamplingParams
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.prompt import Prompt
 from hermes_async.engine.request import Completion, Timings, Usage
@@ -42,6 +41,7 @@ def generate(
     token_ids: Annotated[
         bool, typer.Option("--token-ids", help="PROMPT is token ids, separated by commas or spaces.")
     ] = False,
+    draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     json_output: options.Json = False,
@@ -62,10 +62,12 @@ def generate(
         )
         config = options.engine_config(loading_agents, max_resident_layers)
         path = find_checkpoint(model)
+        draft = None if draft_model is None else find_checkpoint(draft_model)
 
         async def work(interrupts: Interrupts) -> None:
             command = _to_json if json_output else _to_terminal
-            await command(path, memory, config, asked, params, interrupts)
+            engine = Engine(path, memory_budget=memory, config=config, draft_model=draft)
+            await command(engine, asked, params, interrupts)
 
         run(work)
 
@@ -87,14 +89,12 @@ def _read_prompt(prompt: str, *, chat: bool, token_ids: bool) -> Prompt:
 
 
 async def _to_terminal(
-    path: Path,
-    memory: str,
-    config: EngineConfig,
+    engine: Engine,
     prompt: Prompt,
     params: SamplingParams,
     interrupts: Interrupts,
 ) -> None:
-    async with Engine(path, memory_budget=memory, config=config) as engine:
+    async with engine:
         answer = await stream_answer(engine, prompt, params, interrupts, _write)
         statistics = engine.statistics()
     # Without a tokenizer there is no text; then the token ids are the answer.
@@ -105,14 +105,12 @@ async def _to_terminal(
 
 
 async def _to_json(
-    path: Path,
-    memory: str,
-    config: EngineConfig,
+    engine: Engine,
     prompt: Prompt,
     params: SamplingParams,
     interrupts: Interrupts,
 ) -> None:
-    async with Engine(path, memory_budget=memory, config=config) as engine:
+    async with engine:
         completion = await _complete(engine, prompt, params, interrupts)
         plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
     record: dict[str, Any] = {

@@ -35,6 +35,14 @@ Seed = Annotated[
     int | None,
     typer.Option(help="The same seed samples the same tokens again.", show_default=False),
 ]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(
+        metavar="MODEL",
+        help="A small model with the same tokenizer, to draft tokens.",
+        show_default=False,
+    ),
+]
 LoadingAgents = Annotated[
     int | None,
     typer.Option(help="Stages that are read at once; chosen if not given.", show_default=False),
