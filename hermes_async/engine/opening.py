@@ -113,7 +113,7 @@ def open_model(
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
         cut = lru_cache(maxsize=None)(lambda limit: partition(skeleton, seen, limit))
-        sizes = _sizes(skeleton, seen, draft)
+        sizes = _sizes(skeleton, attention, seen, draft)
         chosen = plan(budget, cut, sizes, config)
         if draft is not None:
             own = chosen.kv_bytes * seen.kv.bytes_per_token // sizes.kv_bytes_per_token
@@ -155,12 +155,12 @@ def _open_draft(
         )
     whole = partition(skeleton, seen, None)
     weights = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + whole.cast_bytes
-    workspace = workspace_bytes(skeleton, seen)(_DRAFT_TOKENS, config.max_sequences, 0)
+    workspace = workspace_bytes(skeleton, seen, attention)(_DRAFT_TOKENS, config.max_sequences, 0)
     return OpenedDraft(skeleton, attention, seen, whole, weights + workspace, _DRAFT_TOKENS)
 
 
-def _sizes(skeleton: Skeleton, seen: Probe, draft: OpenedDraft | None) -> ModelSizes:
-    activations = workspace_bytes(skeleton, seen)
+def _sizes(skeleton: Skeleton, attention: PackedAttention, seen: Probe, draft: OpenedDraft | None) -> ModelSizes:
+    activations = workspace_bytes(skeleton, seen, attention)
     embedding = skeleton.tensors[skeleton.embedding_name]
 
     def workspace(tokens: int, outputs: int, kv_bytes: int) -> int:

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 from torch import nn
 
+from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton, supports_packed_attention
 
 
-def workspace_bytes(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int], int]:
+def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention) -> Callable[[int, int, int], int]:
     """Returns a bound by tokens, outputs (positions whose logits are wanted) and KV bytes.
 
     Counted as if the outputs of all matrices of the widest layer lived at once, with four more as wide as the widest
@@ -37,9 +38,11 @@ def workspace_bytes(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int]
         if skeleton.context_length is not None:
             kv_tokens = min(kv_tokens, outputs * skeleton.context_length)
         if packed:
-            # A mask, which sdpa turns into floats, and the keys and values of one sequence at a time.
+            # A mask, which sdpa turns into floats, or scores, and the keys and values, of one sequence at a time.
             longest = min(kv_tokens, skeleton.context_length or kv_tokens)
-            return total + tokens * longest * groups * (1 + itemsize) + longest * kv_per_token // num_layers
+            per_score = num_heads * (8 + itemsize) if attention.eager else groups * (1 + itemsize)
+            scores = min(tokens, QUERY_TOKENS) * longest * per_score
+            return total + scores + longest * kv_per_token // num_layers
         # All keys and values of a layer side by side, a mask over them, and scores and weights in float32.
         scores = tokens * kv_tokens * (num_heads * 12 + 2 * itemsize)
         return total + scores + kv_tokens * kv_per_token // num_layers

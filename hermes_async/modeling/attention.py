@@ -16,6 +16,9 @@ from transformers import AttentionInterface
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.kv_cache import PackedCache, Segment
 
+QUERY_TOKENS = 256
+"""Tokens of one sequence that attend at once: masks and scores take memory by their number and that of the keys."""
+
 _WITHOUT_MEANING_HERE = frozenset({
     # Positions were applied to queries and keys before; the rest asks for outputs or repeats what the cache knows.
     "position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value", "use_cache",
@@ -30,11 +33,13 @@ class PackedAttention:
     Attributes:
         cache: Of the sweep that is running, which also knows its segments; None between sweeps.
         windows: The sliding window that each layer last asked for, by `layer_idx`.
+        eager: Whether a layer asked for what only `_eager_attention` does, which takes memory for all scores.
     """
 
     def __init__(self) -> None:
         self.cache: PackedCache | None = None
         self.windows: dict[int, int | None] = {}
+        self.eager = False
         self.name = f"hermes_async_{id(self):x}"
         AttentionInterface.register(self.name, self)
 
@@ -74,20 +79,21 @@ class PackedAttention:
             raise UnsupportedModelError(f"{name} attends under a mask of its own, which is not supported")
         output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[-1])
         for segment in cache.segments:
-            part = slice(segment.start, segment.end)
             if segment.dropped:
-                output[:, part] = 0
+                output[:, segment.start : segment.end] = 0
                 continue
-            end = segment.past + segment.num_tokens
-            start = 0 if sliding_window is None else max(0, segment.past + 1 - sliding_window)
-            keys, values = segment.kv.read(cache.layer_idx, start, end)
-            mask = _causal_mask(segment, start, sliding_window, query.device)
-            queries = query[:, :, part]
-            if softcap is None and s_aux is None:
-                attended = _grouped_attention(queries, keys, values, mask, scaling)
-            else:
-                attended = _eager_attention(queries, keys, values, mask, scaling, softcap, s_aux)
-            output[:, part] = attended.transpose(1, 2)
+            for first in range(segment.past, segment.past + segment.num_tokens, QUERY_TOKENS):
+                last = min(first + QUERY_TOKENS, segment.past + segment.num_tokens)
+                rows = slice(segment.start + first - segment.past, segment.start + last - segment.past)
+                start = 0 if sliding_window is None else max(0, first + 1 - sliding_window)
+                keys, values = segment.kv.read(cache.layer_idx, start, last)
+                mask = _causal_mask(first, last, start, sliding_window, query.device)
+                if softcap is None and s_aux is None:
+                    attended = _grouped_attention(query[:, :, rows], keys, values, mask, scaling)
+                else:
+                    self.eager = True
+                    attended = _eager_attention(query[:, :, rows], keys, values, mask, scaling, softcap, s_aux)
+                output[:, rows] = attended.transpose(1, 2)
         return output, None
 
 
@@ -111,13 +117,14 @@ def _grouped_attention(
     return attended.reshape(1, num_heads, num_tokens, values.shape[-1])
 
 
-def _causal_mask(segment: Segment, start: int, sliding_window: int | None, device: torch.device) -> torch.Tensor | None:
-    """Which of the keys from `start` on each query may see, [tokens, keys] bool; None where all may be seen."""
-    if segment.num_tokens == 1:
+def _causal_mask(
+    first: int, last: int, start: int, sliding_window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """Which keys from `start` on the queries `first` to `last` may see, [tokens, keys] bool; None where all of them."""
+    if last - first == 1:
         return None
-    end = segment.past + segment.num_tokens
-    queries = torch.arange(segment.past, end, device=device)[:, None]
-    keys = torch.arange(start, end, device=device)[None, :]
+    queries = torch.arange(first, last, device=device)[:, None]
+    keys = torch.arange(start, last, device=device)[None, :]
     mask = keys <= queries
     if sliding_window is not None:
         mask &= keys > queries - sliding_window
