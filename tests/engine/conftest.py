@@ -37,7 +37,7 @@ class TinyModel:
         torch.manual_seed(11)
         config = LlamaConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB_SIZE, max_position_embeddings=CONTEXT, initializer_range=0.3, tie_word_embeddings=False,
+            vocab_size=VOCAB_SIZE, max_position_embeddings=self.context, initializer_range=0.3, tie_word_embeddings=False,
             bos_token_id=0, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         self.model = LlamaForCausalLM(config).eval()
@@ -57,11 +57,11 @@ class TinyModel:
         self.references = [self.greedy(prompt) for prompt in self.prompts]
         self.params = SamplingParams(max_tokens=self.num_tokens, temperature=0, ignore_eos=True)
 
-    def greedy(self, prompt: list[int]) -> tuple[int, ...]:
+    def greedy(self, prompt: list[int], num_tokens: int | None = None) -> tuple[int, ...]:
         with torch.inference_mode():
             output = self.model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=self.num_tokens,
-                do_sample=False, eos_token_id=-1, pad_token_id=0,
+                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=num_tokens or self.num_tokens, do_sample=False, eos_token_id=-1, pad_token_id=0,
             )  # fmt: skip
         return tuple(output[0, len(prompt) :].tolist())
 
@@ -72,6 +72,17 @@ class TinyModel:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
     return TinyModel(tmp_path_factory.mktemp("tiny"))
+
+
+class LongModel(TinyModel):
+    """The same weights, for longer texts."""
+
+    context = 512
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> LongModel:
+    return LongModel(tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture
