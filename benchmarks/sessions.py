@@ -71,7 +71,7 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="MiB/s that the disk is held at (default 500)")
     parser.add_argument("--sessions", default="1,2,4,8,16,32,64", help="numbers of sessions (default 1,2,4,...,64)")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens of each session (default 64)")
-    parser.add_argument("--sweep-tokens", type=int, default=512, help="most tokens of a sweep (default 512)")
+    parser.add_argument("--sweep-tokens", type=int, default=None, help="most tokens of a sweep (default: the plan's)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make checkpoints: the disk to measure")
     parser.add_argument("--checkpoint", type=Path, default=None, help="use this one instead of making one")
     parser.add_argument("--plot", type=Path, default=None, help="draw the points into this PNG file (needs matplotlib)")
@@ -130,8 +130,12 @@ def _checks(result: dict[str, Any]) -> dict[str, Check]:
     checks["extra_session_of_sweep"] = (
         "fewer than two points were read-bound" if extra is None else (extra, 0.02, "at most")
     )
+    above = last["first_token_max_sweeps_above"]
+    checks[f"first_token_of_{most}_at_once_sweeps_above"] = (
+        "the prompts took too long: give more --tokens" if above is None else (above, 4, "at most")
+    )
     checks[f"first_token_beside_{most - 1}_sweeps_above"] = (
-        "needs more sessions and tokens"
+        "needs more sessions or tokens"
         if newcomers is None
         else (max(item["sweeps_above"] for item in newcomers), 4, "at most")
     )
@@ -188,14 +192,14 @@ def _weight_bytes(path: Path) -> int:
 
 
 async def measure_sessions(
-    path: Path, budget: int, numbers: Sequence[int], num_tokens: int, sweep_tokens: int
+    path: Path, budget: int, numbers: Sequence[int], num_tokens: int, sweep_tokens: int | None
 ) -> dict[str, Any]:
     vocab_size, kv_bytes = await anyio.to_thread.run_sync(kv_needed, path, numbers, num_tokens)
     config = EngineConfig(
         prompt_lookup=False,
         kv_budget=kv_bytes,
         max_sequences=numbers[-1],
-        max_tokens_per_sweep=max(sweep_tokens, 2 * numbers[-1]),
+        max_tokens_per_sweep=sweep_tokens,
     )
     async with Engine(path, memory_budget=budget, config=config) as engine:
         plan = engine.plan
@@ -209,7 +213,7 @@ async def measure_sessions(
             "their repetitions would be drafted",
             flush=True,
         )
-        chunk = plan.max_tokens_per_sweep - plan.max_sequences
+        chunk = max(1, plan.max_tokens_per_sweep - plan.max_sequences)
         short = [_prompt(vocab_size, min(length, chunk), f"newcomer {length}") for length in _NEWCOMERS]
         alone = statistics.median([await first_token(engine, prompt) for prompt in short])
         print(f"first token of one session after {alone:.2f} s", flush=True)
