@@ -119,6 +119,7 @@ class Request:
         session: The chat session whose turn it is.
         token_ids: The prompt, then what was generated.
         reservation: Its KV; None while it waits.
+        told_paused: The last event of its pauses was its beginning.
         aborted: Nobody wants the rest.
         error: Why it ended, if not by itself.
         released: Set when its KV was given back.
@@ -134,6 +135,7 @@ class Request:
     receive: MemoryObjectReceiveStream[Chunk] = field(init=False)
     token_ids: list[int] = field(init=False)
     reservation: Reservation | None = None
+    told_paused: bool = False
     aborted: bool = False
     finish_reason: FinishReason | None = None
     error: HermesError | None = None

@@ -98,16 +98,18 @@ class Serving:
         self._tell("admitted", request)
 
     async def next_chunk(self, request: Request) -> Chunk | None:
-        paused = request.paused
         try:
             chunk = await request.receive.receive()
         except anyio.EndOfStream:
             if request.error is not None:
                 raise request.error from request.error.__cause__
             return None
-        if paused and request.request_id in self.requests:
-            self._work.set()
-            self._tell("resumed", request)
+        # It may have been passed over while this waited its turn to take the chunk.
+        self._work.set()
+        if request.told_paused and not request.paused:
+            request.told_paused = False
+            if request.request_id in self.requests:
+                self._tell("resumed", request)
         return chunk
 
     def leave(self, request: Request) -> None:
@@ -217,6 +219,7 @@ class Serving:
         if outcome.finish_reason is not None:
             self.finish(request)
         elif request.paused:
+            request.told_paused = True
             self._tell("paused", request)
 
     def _count_drafts(self, item: Scheduled, num_accepted: int) -> None:

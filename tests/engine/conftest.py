@@ -37,8 +37,8 @@ class TinyModel:
         torch.manual_seed(11)
         config = LlamaConfig(
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=VOCAB_SIZE, max_position_embeddings=self.context, initializer_range=0.3, tie_word_embeddings=False,
-            bos_token_id=0, eos_token_id=1, pad_token_id=0,
+            vocab_size=VOCAB_SIZE, max_position_embeddings=self.context, initializer_range=0.3,
+            tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=0,
         )  # fmt: skip
         self.model = LlamaForCausalLM(config).eval()
         self.model.save_pretrained(path)

@@ -387,10 +387,10 @@ async def test_both_turns_at_once(long_model: Any) -> None:
     async with open_engine(long_model) as engine, engine.session() as chat:
         await chat.complete(long_model.prompts[4], long_model.params)
         history = chat.token_ids
-        async with chat.fork() as left, chat.fork() as right, left.fork() as leftmost:
-            async with anyio.create_task_group() as group:
-                for token_id, session in enumerate((chat, left, right, leftmost), start=5):
-                    group.start_soon(go_on, session, token_id)
+        left, right = chat.fork(), chat.fork()
+        async with anyio.create_task_group() as group:
+            for token_id, session in enumerate((chat, left, right, left.fork()), start=5):
+                group.start_soon(go_on, session, token_id)
     assert answers == {token_id: long_model.greedy([*history, token_id]) for token_id in range(5, 9)}
 
 

@@ -9,6 +9,7 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
+import anyio.from_thread
 import anyio.lowlevel
 import pytest
 
@@ -91,7 +92,7 @@ async def test_a_common_beginning_is_held_once(long_model: Any) -> None:
 
         def on_event(event: Any) -> None:
             nonlocal most
-            most = max(most, engine.statistics().kv_bytes)  # noqa: B023
+            most = max(most, engine.statistics().kv_bytes)
 
         config = dataclasses.replace(long_model.config, share_prefixes=share_prefixes)
         async with Engine(long_model.path, memory_budget="8MiB", config=config, on_event=on_event) as engine:
@@ -261,7 +262,7 @@ async def test_followers_compute_what_an_aborted_leader_left(long_model: Any) ->
             async with anyio.create_task_group() as group:
                 for idx, prompt in enumerate(prompts):
                     group.start_soon(users.ask, idx, prompt)
-                await until(lambda: engine.statistics().num_running == 4)  # noqa: B023
+                await until(lambda: engine.statistics().num_running == 4)
                 leader = next(iter(engine._serving.scheduler.running)).request_id
                 await until(lambda: engine.statistics().sweeps >= num_sweeps)  # noqa: B023
                 assert await engine.abort(leader)
@@ -288,6 +289,36 @@ async def test_all_leave_but_the_last_one(long_model: Any) -> None:
         await check_only_prefixes_are_left(engine)
 
 
+@pytest.mark.parametrize("num_stages", range(1, 6))
+async def test_a_leader_is_aborted_in_the_sweep_in_which_others_need_it(long_model: Any, num_stages: int) -> None:
+    """What it computes is still computed, for those whose chunks of the same sweep begin behind it."""
+    prefix = tokens(1, 40)
+    prompts = [[*prefix, *tokens(seed, 5)] for seed in range(2, 5)]
+    async with open_engine(long_model, max_tokens_per_sweep=128) as engine:
+        users = Users(engine, long_model.params)
+        runner = engine._serving.running.runner
+        drop_aborted = runner.drop_aborted
+        leaders: list[str] = []
+        num_calls = 0
+
+        def abort_the_leader(batch: Any) -> None:
+            nonlocal num_calls
+            num_calls += 1
+            if num_calls == num_stages:
+                assert [item.past for item in runner.sweep] == [0, 32, 32]
+                leaders.append(runner.sweep[0].request.request_id)
+                anyio.from_thread.run_sync(engine._serving.abort, runner.sweep[0].request)
+            drop_aborted(batch)
+
+        runner.drop_aborted = abort_the_leader
+        await users.ask_all(prompts)
+        assert users.completions.pop(int(leaders[0])).token_ids == ()
+        assert len(users.completions) == 2
+        for idx, completion in users.completions.items():
+            assert completion.token_ids == long_model.greedy(prompts[idx])
+        await check_only_prefixes_are_left(engine)
+
+
 async def test_what_an_aborted_leader_computed_is_kept(long_model: Any) -> None:
     prompt = tokens(1, 90)
     async with open_engine(long_model, max_tokens_per_sweep=8) as engine:
@@ -298,6 +329,7 @@ async def test_what_an_aborted_leader_computed_is_kept(long_model: Any) -> None:
         assert engine.statistics().prefix_bytes >= 2 * BLOCK_BYTES
         completion = await engine.complete(prompt, long_model.params)
         assert completion.usage.cached_tokens >= 32
+        assert completion.timings.sweeps == -(-(90 - completion.usage.cached_tokens) // 8) + 11  # and no more than that
         assert completion.token_ids == long_model.greedy(prompt)
 
 

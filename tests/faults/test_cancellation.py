@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+from anyio.abc import TaskGroup
 
 from hermes_async import Engine, EngineConfig, RequestError
 from hermes_async.pipeload.stage import StageState
@@ -39,13 +41,13 @@ async def check_nothing_is_left(engine: Engine) -> None:
     await settle(engine)
     statistics = engine.statistics()
     assert (statistics.num_running, statistics.num_waiting) == (0, 0)
-    assert statistics.holders.keys() == {"resident weights", "ring buffers", "workspace"}
+    assert statistics.holders.keys() == {"resident weights", "ring buffers", "workspace", "shared prefixes"}
     assert statistics.num_leases == 4
     assert statistics.bytes_in_use == sum(statistics.holders.values())
-    assert engine._running.governor.statistics().num_waiting == 0
-    assert engine._slots.value == engine.plan.max_sequences
-    assert engine._slots.statistics().tasks_waiting == 0
     assert engine._serving.requests == {}
+    assert statistics.kv_bytes == statistics.prefix_bytes == statistics.holders["shared prefixes"]
+    engine.drop_prefixes()
+    assert engine.statistics().kv_bytes == engine.statistics().holders["shared prefixes"] == 0
     ring = engine._running.ring.statistics()
     held = [stage for stage in engine._running.pipeline.stages if not stage.resident and stage.buffer is not None]
     num_streamed = sum(not stage.resident for stage in engine._running.pipeline.stages)
@@ -169,11 +171,9 @@ async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> No
         max_resident_layers=2 + seed % 2,
         max_tokens_per_sweep=chosen.choice([8, 16, 64]),
         max_sequences=chosen.choice([3, 8]),
-        kv_budget=16 * 1024 * chosen.choice([4, 12]),
+        kv_budget=16 * 1024 * chosen.choice([4, 12]),  # with the least some requests wait for memory
     )
     async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
-        # Little KV memory: some requests wait for it.
-        spare = engine._running.governor.acquire_nowait("spare", engine.plan.kv_bytes - config.kv_budget)
         crowd = Crowd(engine, tiny_model, chosen)
         numbers = iter(range(NUM_REQUESTS))
 
@@ -192,7 +192,6 @@ async def test_a_thousand_random_cancellations(tiny_model: Any, seed: int) -> No
                 group.start_soon(user)
         assert crowd.num_ended == NUM_REQUESTS
         assert crowd.wrong == []
-        spare.release()
         await check_nothing_is_left(engine)
         for idx in range(len(tiny_model.prompts)):
             await crowd.survivor(idx)
@@ -216,55 +215,96 @@ def hold_reads(disk: Any) -> tuple[Callable[[], Any], Callable[[], None]]:
     return wait, may_pass.set
 
 
-async def test_aborted_in_the_moment_it_is_admitted(tiny_model: Any, disk: Any) -> None:
-    """A place becomes free and goes to a request that is aborted before it wakes up."""
-    config = EngineConfig(num_loading_agents=1, max_resident_layers=2, max_tokens_per_sweep=16, max_sequences=2)
-    reasons: dict[str, list[str | None]] = {"a": [], "b": [], "c": []}
-    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
+class Users:
+    """Of one engine, which tells here what becomes of their requests, named by letters."""
 
-        async def consume(name: str) -> None:
-            async for chunk in engine.generate(tiny_model.prompts[1], tiny_model.params, request_id=name):
-                reasons[name].append(chunk.finish_reason)
+    def __init__(self, model: Any, **config: Any) -> None:
+        self.model = model
+        self.events: list[tuple[str, str]] = []
+        self.reasons: dict[str, str | None] = {}
+        options = {"num_loading_agents": 1, "max_resident_layers": 2, "max_tokens_per_sweep": 16, **config}
+        self.engine = Engine(
+            model.path,
+            memory_budget="8MiB",
+            config=EngineConfig(**options),
+            on_event=lambda event: self.events.append((event.kind, event.request_id)),
+        )
 
+    async def consume(self, name: str, num_tokens: int = 12) -> None:
+        params = dataclasses.replace(self.model.params, max_tokens=num_tokens)
+        async for chunk in self.engine.generate(self.model.prompts[1], params, request_id=name):
+            self.reasons[name] = chunk.finish_reason
+
+    async def queued(self, group: TaskGroup, name: str, num_tokens: int = 12) -> None:
+        """Returns when the request is in the queue, or past it."""
+        group.start_soon(self.consume, name, num_tokens)
+        while ("queued", name) not in self.events:
+            await anyio.lowlevel.checkpoint()
+
+    async def abort_at_once(self, *names: str) -> None:
+        """In one turn of the event loop."""
+        async with anyio.create_task_group() as group:
+            for name in names:
+                group.start_soon(self.engine.abort, name)
+
+    def admitted(self) -> str:
+        return "".join(name for kind, name in self.events if kind == "admitted")
+
+
+@pytest.mark.parametrize("num_places", [2, 8])
+async def test_aborted_in_the_moment_it_is_admitted(tiny_model: Any, disk: Any, num_places: int) -> None:
+    """A place, or memory, becomes free and goes to a request that is aborted in the same turn of the loop."""
+    # Eight blocks of KV, of which b's 112 tokens take seven.
+    users = Users(tiny_model, max_sequences=num_places, kv_budget="64KiB", share_prefixes=False)
+    async with users.engine as engine:
         await settle(engine)
         reading, go_on = hold_reads(disk)
         async with anyio.create_task_group() as group:
-            group.start_soon(consume, "a")
+            await users.queued(group, "a", 11)
             await reading()  # a is in a sweep that does not end
-            group.start_soon(consume, "b")  # b has a place and waits for the next sweep
-            while "b" not in engine._serving.requests or engine._serving.requests["b"].kv is None:
-                await anyio.lowlevel.checkpoint()
-            group.start_soon(consume, "c")  # c waits for a place
-            while engine._slots.statistics().tasks_waiting == 0:
-                await anyio.lowlevel.checkpoint()
-            async with anyio.create_task_group() as aborting:
-                aborting.start_soon(engine.abort, "b")
-                aborting.start_soon(engine.abort, "c")
+            await users.queued(group, "b", 107)  # has what it needs, and waits for the next sweep
+            await users.queued(group, "c")
+            assert (engine.statistics().num_running, engine.statistics().num_waiting) == (2, 1)
+            await users.abort_at_once("b", "c")
+            assert users.events[-3:] == [("finished", "b"), ("admitted", "c"), ("finished", "c")]
+            assert engine.statistics().num_running == 1
             go_on()
-        assert reasons["b"] == ["abort"]
-        assert reasons["c"] == ["abort"]
-        assert reasons["a"][-1] == "length"
+        assert users.reasons == {"a": "length", "b": "abort", "c": "abort"}
         await check_nothing_is_left(engine)
 
 
-async def test_aborted_in_the_moment_its_memory_is_granted(tiny_model: Any, disk: Any) -> None:
-    config = EngineConfig(num_loading_agents=1, max_resident_layers=2, max_tokens_per_sweep=16, max_sequences=4)
-    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
-        reasons = []
-
-        async def consume() -> None:
-            async for chunk in engine.generate(tiny_model.prompts[1], tiny_model.params, request_id="a"):
-                reasons.append(chunk.finish_reason)
-
+async def test_whoever_is_aborted_while_waiting_the_others_keep_their_order(tiny_model: Any, disk: Any) -> None:
+    users = Users(tiny_model, max_sequences=1)
+    async with users.engine as engine:
         await settle(engine)
-        spare = engine._running.governor.acquire_nowait("spare", engine._running.governor.free_bytes)
+        reading, go_on = hold_reads(disk)
         async with anyio.create_task_group() as group:
-            group.start_soon(consume)
-            while engine._running.governor.statistics().num_waiting == 0:
-                await anyio.lowlevel.checkpoint()
-            spare.release()
-            assert await engine.abort("a")
-        assert reasons == ["abort"]
+            for name in "abcdefg":
+                await users.queued(group, name)
+            await reading()
+            await users.abort_at_once("d", "b", "g")
+            assert engine.statistics().num_waiting == 3
+            go_on()
+        assert users.admitted() == "acef"
+        assert users.reasons == {**dict.fromkeys("acef", "length"), **dict.fromkeys("bdg", "abort")}
+        await check_nothing_is_left(engine)
+
+
+async def test_behind_an_aborted_one_that_was_too_large_the_next_ones_come_in(tiny_model: Any, disk: Any) -> None:
+    users = Users(tiny_model, max_sequences=8, kv_budget="64KiB", share_prefixes=False)
+    async with users.engine as engine:
+        await settle(engine)
+        reading, go_on = hold_reads(disk)
+        async with anyio.create_task_group() as group:
+            await users.queued(group, "a")
+            await reading()
+            for name, num_tokens in (("b", 123), ("c", 11), ("d", 11)):
+                await users.queued(group, name, num_tokens)
+            assert users.admitted() == "a"  # c and d would fit, but b came first
+            await users.abort_at_once("b")
+            assert users.admitted() == "acd"
+            go_on()
+        assert users.reasons == {"a": "length", "b": "abort", "c": "length", "d": "length"}
         await check_nothing_is_left(engine)
 
 

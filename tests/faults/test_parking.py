@@ -74,7 +74,7 @@ class Answers:
         await self._engine.__aenter__()
         return self
 
-    async def __aexit__(self, *error: Any) -> None:
+    async def __aexit__(self, *error: object) -> None:
         await self._engine.__aexit__(*error)
 
     async def to(self, prompt: list[int], num_tokens: int) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
-from hermes_async import Engine, ReadError, ShortReadError
+from hermes_async import Engine, ReadError, RequestEvent, ShortReadError
 from hermes_async.pipeload.stage import StageState
 
 pytestmark = pytest.mark.anyio
@@ -96,6 +96,40 @@ async def test_an_io_error_ends_the_requests_of_its_sweep_and_no_others(tiny_mod
                 assert str(tiny_model.shard) in str(error)
             fail = False
             await settle(engine)
+
+
+async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it(tiny_model: Any, disk: Any) -> None:
+    """Two come with one prompt, of three sweeps; the one that computes it ends with the second."""
+    told = False
+
+    def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
+        if engine.statistics().sweeps == 1 and not told:
+            raise OSError(errno.EIO, "Input/output error")
+        return read()
+
+    def on_event(event: RequestEvent) -> None:
+        nonlocal told
+        told = told or event.kind == "finished"
+
+    ends: dict[str, Any] = {}
+
+    async def user(name: str) -> None:
+        try:
+            ends[name] = await engine.complete(tiny_model.prompts[4], tiny_model.params, request_id=name)
+        except ReadError as error:
+            ends[name] = error
+
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config, on_event=on_event) as engine:
+        disk.on_read = on_read
+        async with anyio.create_task_group() as group:
+            group.start_soon(user, "leader")
+            while "leader" not in engine._serving.requests:
+                await anyio.lowlevel.checkpoint()
+            group.start_soon(user, "follower")
+        assert isinstance(ends["leader"], ReadError)
+        assert ends["follower"].token_ids == tiny_model.references[4]
+        await settle(engine)
+        await check_answers(engine, tiny_model)
 
 
 @pytest.mark.parametrize("resident", [True, False])
