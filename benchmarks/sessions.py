@@ -589,7 +589,7 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
         print("  no plot: matplotlib is not installed; it comes with the extra `bench`")
         return
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     points = [item for item in points if item["sweep_seconds"] is not None]
     numbers = [item["sessions"] for item in points]
@@ -604,6 +604,8 @@ def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     right.set_ylabel("seconds a sweep")
     for axes in (left, right):
         axes.set(xscale="log", yscale="log", xlabel="sessions", xticks=numbers, xticklabels=numbers)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
         axes.minorticks_off()
         axes.grid(alpha=0.3)
         axes.legend()

@@ -24,7 +24,7 @@ import sys
 import tempfile
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,7 @@ import anyio
 import torch
 from transformers import AutoModelForCausalLM
 
-from hermes_async import DeadlineExceededError, Engine, EngineConfig, SamplingParams, Session, format_bytes
+from hermes_async import Chunk, DeadlineExceededError, Engine, EngineConfig, SamplingParams, Session, format_bytes
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import has_chat_template
@@ -422,14 +422,14 @@ class Soak:
 
     async def _iterate(
         self,
-        chunks: AsyncIterator[Any],
+        chunks: AsyncGenerator[Chunk, None],
         token_ids: list[int],
         *,
         most: int = sys.maxsize,
         pauses: random.Random | None = None,
     ) -> str | None:
         reason: str | None = None
-        async with aclosing(chunks):  # type: ignore[type-var]
+        async with aclosing(chunks):
             async for chunk in chunks:
                 token_ids += chunk.token_ids
                 reason = chunk.finish_reason
@@ -439,7 +439,7 @@ class Soak:
                     await self._pause(pauses)
         return reason
 
-    async def _cancelled(self, taking: Any, patience: float) -> str | None:
+    async def _cancelled(self, taking: Coroutine[Any, Any, str | None], patience: float) -> str | None:
         """Runs it in a task that is cancelled after so many seconds."""
         task = asyncio.ensure_future(taking)
         try:
@@ -447,10 +447,9 @@ class Soak:
         finally:
             task.cancel()
         try:
-            reason: str | None = await task
+            return await task
         except asyncio.CancelledError:
             return None
-        return reason
 
     async def _abort(self, request_id: str, patience: float) -> None:
         await anyio.sleep(patience)

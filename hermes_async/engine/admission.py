@@ -148,13 +148,13 @@ class Admission:
             return self.blocks.reserve_own(holder, token_ids, capacity)
         if session is not None and session.reservation is not None:
             kept, num_common = session.reservation, session.num_common(token_ids)
-            if num_common >= len(kept.shared) * BLOCK_TOKENS:
+            if num_common >= max(len(kept.shared) * BLOCK_TOKENS, self.blocks.num_shared(token_ids)):
                 if not self.blocks.extend(kept, num_common, capacity):
                     return None
                 session.reservation = None
                 kept.lease.holder = holder
                 return kept
-            # The history was edited within blocks that others may use: what is left of them is found again.
+            # The history was edited within blocks that others may use, or they have more of it: it is found again.
             self.blocks.release(kept)
             session.reservation, session.token_ids = None, []
         return self.blocks.reserve(holder, token_ids, capacity)

@@ -82,6 +82,10 @@ class KVBlocks:
         """Of prefixes that no sequence uses now."""
         return len(self._unused) * self.pool.layout.block_bytes
 
+    def num_shared(self, token_ids: Sequence[int]) -> int:
+        """How many of the tokens that a sequence begins with lie in shared blocks."""
+        return len(self._match(token_ids)) * BLOCK_TOKENS
+
     def reserve(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
         """Memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
 

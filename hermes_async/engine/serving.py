@@ -200,12 +200,21 @@ class Serving:
         request.token_ids += tokens
         request.kv.length = outcome.length
         self.running.blocks.commit(request.reservation, request.token_ids)
-        if item.num_drafted:
-            self._count_drafts(item, max(0, len(tokens) - 1))
-        if outcome.error is not None:
-            self.finish(request, outcome.error)
-        if not tokens or request.aborted:
+        if request.aborted:
             return
+        if item.num_drafted:
+            # The last token is the one after the right drafts, unless there was an error in its place.
+            self._count_drafts(item, len(tokens) - (outcome.error is None))
+        if tokens:
+            self._deliver_tokens(outcome, tokens)
+        if outcome.error is not None or outcome.finish_reason is not None:
+            self.finish(request, outcome.error)
+        elif tokens and request.paused:
+            request.told_paused = True
+            self._tell("paused", request)
+
+    def _deliver_tokens(self, outcome: Outcome, tokens: tuple[int, ...]) -> None:
+        request = outcome.item.request
         self.num_tokens += len(tokens)
         if request.prepared.lookup is not None:
             request.prepared.lookup.extend(tokens)
@@ -216,11 +225,6 @@ class Serving:
             request.finished_at = time.perf_counter()
         logprobs = outcome.sampled if request.params.logprobs is not None else ()
         self._send(request, Chunk(outcome.text, tokens, outcome.finish_reason, logprobs))
-        if outcome.finish_reason is not None:
-            self.finish(request)
-        elif request.paused:
-            request.told_paused = True
-            self._tell("paused", request)
 
     def _count_drafts(self, item: Scheduled, num_accepted: int) -> None:
         request = item.request

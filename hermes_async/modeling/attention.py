@@ -102,7 +102,7 @@ def _grouped_attention(
 ) -> torch.Tensor:
     """Attention [1, num_heads, tokens, dim], the query heads of one key head taken as rows of one matrix.
 
-    torch's own `enable_gqa` gives the same to the last bit and copies keys and values for each query head first: ten
+    torch's own `enable_gqa` gives the same but for rounding, and copies keys and values for each query head first: ten
     times slower for one token after a thousand, on a CPU.
     """
     _, num_heads, num_tokens, dim = queries.shape

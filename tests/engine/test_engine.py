@@ -20,7 +20,6 @@ from hermes_async import (
     RequestError,
     SamplingParams,
 )
-from hermes_async.modeling.sampling import Sampler
 
 pytestmark = pytest.mark.anyio
 
@@ -128,37 +127,6 @@ async def test_the_context_s_end_is_a_length(tiny_model: Any, max_tokens: int | 
         completion = await engine.complete(tiny_model.prompts[4], params)
         assert completion.finish_reason == "length"
         assert len(completion.token_ids) == tiny_model.context - 33
-
-
-async def test_an_error_behind_an_accepted_draft_ends_its_request_alone(
-    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The tokens that were right come first."""
-    params = dataclasses.replace(tiny_model.params, logit_bias={5: 1000.0})
-    num_rows = 0
-    sample = Sampler.sample
-
-    def fail_at_the_fourth_row(sampler: Sampler, logits: Any) -> Any:
-        nonlocal num_rows
-        num_rows += 1
-        if num_rows == 4:
-            raise RequestError("no token can be chosen")
-        return sample(sampler, logits)
-
-    async with open_engine(tiny_model) as engine:
-        times = engine._running.times
-        times.record_read(1000.0)  # next to which drafts cost nothing
-        monkeypatch.setattr(times, "record_read", lambda seconds: None)
-        monkeypatch.setattr(Sampler, "sample", fail_at_the_fourth_row)
-        token_ids: list[int] = []
-        with pytest.raises(RequestError, match="no token can be chosen"):
-            async for chunk in engine.generate(tiny_model.prompts[1], params):
-                token_ids += chunk.token_ids
-        monkeypatch.undo()
-        assert token_ids == [5, 5, 5]
-        completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
-        assert completion.token_ids == tiny_model.references[1]
-        await check_idle(engine)
 
 
 async def test_one_token(tiny_model: Any) -> None:
