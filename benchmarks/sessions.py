@@ -418,7 +418,8 @@ def _extra_session(points: Sequence[dict[str, Any]]) -> float | None:
     if len(bound) < 2:
         return None
     sweeps = [item["sweep_seconds"] for item in bound]
-    return statistics.linear_regression([item["sessions"] for item in bound], sweeps).slope / sweeps[0]
+    slope: float = statistics.linear_regression([item["sessions"] for item in bound], sweeps).slope / sweeps[0]
+    return slope
 
 
 # --- prompt lookup ---

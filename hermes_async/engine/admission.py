@@ -62,6 +62,7 @@ class Admission:
         self._loading: set[Request] = set()
         self._sessions: dict[SessionKV, None] = {}
         self._is_parking = False
+        self._stopped = False
         self._numbers = count(1)
         self.num_parkings = 0
 
@@ -100,7 +101,7 @@ class Admission:
 
     def pump(self) -> None:
         """Lets in who can be let in now; called whenever something has changed."""
-        while self._waiting and self._num_active() + len(self._loading) < self._max_sequences:
+        while self._waiting and not self._stopped and self._num_active() + len(self._loading) < self._max_sequences:
             request = self._waiting[0]
             if request.session is not None and request.session.moving is not None:
                 return  # being parked; the end of that calls this again
@@ -202,8 +203,12 @@ class Admission:
             self._drop(session)
             self.pump()
 
+    def stop(self) -> None:
+        """Lets nobody in any more."""
+        self._stopped = True
+
     def close(self) -> None:
-        """Closes every session. No task of this object is left."""
+        """Closes every session. No request and no task of this object is left."""
         for session in list(self._sessions):
             session.closed, session.moving = True, None
             self._drop(session)
@@ -230,17 +235,20 @@ class Admission:
         """Writes a session's KV to disk. Where that fails it is dropped: it can be computed again."""
         assert session.moving is not None
         views = [self.blocks.pool.block(idx) for idx in reservation.kv.blocks[: num_blocks(reservation.kv.length)]]
+        slots = None
         try:
-            session.slots = await self._parking.write(views)
+            slots = await self._parking.write(views)
             self.num_parkings += 1
         except ParkingError as error:
             logger.warning("%s will be computed again at its next turn: %s", session.name, error)
-            session.token_ids = []
-        self.blocks.release(reservation)
-        session.reservation = None
-        session.moving.set()
-        session.moving = None
-        self._is_parking = False
-        if session.closed:
-            self._drop(session)
+        finally:
+            self.blocks.release(reservation)
+            session.reservation, session.slots = None, slots
+            if slots is None:
+                session.token_ids = []
+            session.moving.set()
+            session.moving = None
+            self._is_parking = False
+            if session.closed:
+                self._drop(session)
         self.pump()

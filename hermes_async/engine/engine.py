@@ -342,6 +342,7 @@ class Engine:
         self._closed = True
         if self._serving is None:
             return
+        self._serving.admission.stop()
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)

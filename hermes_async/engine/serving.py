@@ -65,6 +65,7 @@ class Serving:
             ended=self.finish,
         )
         self.acceptance = AcceptanceRates()
+        self._listener_error: Exception | None = None
         self._work = anyio.Event()
         self.num_tokens = 0
         self.num_drafted = 0
@@ -86,7 +87,7 @@ class Serving:
         with anyio.move_on_after(deadline - anyio.current_time()):
             await request.released.wait()
             return
-        if request.request_id in self.requests:
+        if self._is_under_way(request):
             request.error = DeadlineExceededError(
                 f"the request did not end before its deadline; {request.num_output_tokens} tokens came"
             )
@@ -108,7 +109,7 @@ class Serving:
         self._work.set()
         if request.told_paused and not request.paused:
             request.told_paused = False
-            if request.request_id in self.requests:
+            if self._is_under_way(request):
                 self._tell("resumed", request)
         return chunk
 
@@ -118,7 +119,7 @@ class Serving:
         request.receive.close()
 
     def abort(self, request: Request) -> None:
-        if request.request_id in self.requests:
+        if self._is_under_way(request):
             request.aborted = True
             in_use = self.running.runner.abort(request)
             if not in_use and not self.admission.is_loading(request):
@@ -126,8 +127,9 @@ class Serving:
 
     def finish(self, request: Request, error: HermesError | None = None) -> None:
         """Gives back all that the request holds and ends its stream. No thread may still use its KV."""
-        if self.requests.pop(request.request_id, None) is None:
+        if not self._is_under_way(request):
             return
+        del self.requests[request.request_id]
         self.scheduler.remove(request)
         self.admission.give_back(request)
         if self.running.draft_model is not None:
@@ -148,19 +150,20 @@ class Serving:
         with contextlib.suppress(anyio.BrokenResourceError):  # its user left, and `_leave` sees to the rest
             request.send.send_nowait(replace(chunk, request_id=request.request_id))
 
+    def _is_under_way(self, request: Request) -> bool:
+        """Whether it has not ended; another request may have its name since."""
+        return self.requests.get(request.request_id) is request
+
     def _tell(self, kind: EventKind, request: Request) -> None:
-        if self._on_event is not None:
-            self._on_event(
-                RequestEvent(
-                    kind,
-                    request.request_id,
-                    time.perf_counter(),
-                    request.usage(),
-                    request.timings(),
-                    request.finish_reason,
-                    request.error,
-                )
-            )
+        if self._on_event is None:
+            return
+        usage, timings, at = request.usage(), request.timings(), time.perf_counter()
+        event = RequestEvent(kind, request.request_id, at, usage, timings, request.finish_reason, request.error)
+        try:
+            self._on_event(event)
+        except Exception as error:  # the sweeps raise it, and the engine ends; this may be a user's task
+            self._listener_error = self._listener_error or error
+            self._work.set()
 
     # --- the sweeps ---
 
@@ -168,6 +171,8 @@ class Serving:
         """Runs sweeps for as long as there is anything to do, and waits for more; never returns."""
         runner = self.running.runner
         while True:
+            if self._listener_error is not None:
+                raise self._listener_error
             sweep = self.scheduler.schedule()
             if not sweep:
                 self._work = anyio.Event()
