@@ -450,6 +450,7 @@ async def test_everyone_is_told_when_the_engine_is_left(long_model: Any) -> None
             turn = chat.generate(tokens(1, 100), params_for(100))
             await anext(turn)
             group.start_soon(ask, tokens(2, 100), params_for(150))
+            await until(lambda: engine.statistics().num_waiting == 1)
             group.start_soon(ask, [5], params_for(1))
             await until(lambda: engine.statistics().num_waiting == 2)
         with pytest.raises(EngineClosedError):
