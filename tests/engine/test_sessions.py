@@ -426,6 +426,27 @@ async def test_forks_of_a_session_without_turns(long_model: Any) -> None:
         await check_nothing_is_left(engine)
 
 
+async def test_a_fork_after_a_turn_that_was_left_within_its_prompt(long_model: Any) -> None:
+    """What the turn computed of a block is not yet something to share."""
+    prompt = [*long_model.prompts[4], *long_model.prompts[3]]
+    async with open_engine(long_model, max_tokens_per_sweep=5) as engine:
+        for num_sweeps in (1, 4, 8):
+            async with engine.session() as chat:
+                with anyio.CancelScope() as scope:
+                    async with anyio.create_task_group() as group:
+                        group.start_soon(chat.complete, prompt, long_model.params)
+                        wanted = engine.statistics().sweeps + num_sweeps
+                        await until(lambda wanted=wanted: engine.statistics().sweeps >= wanted)
+                        scope.cancel()
+                await until(lambda: not engine.statistics().num_running)
+                async with chat.fork() as fork:
+                    for session in (fork, chat):
+                        completion = await session.complete(prompt, long_model.params)
+                        assert completion.token_ids == long_model.greedy(prompt)
+            engine.drop_prefixes()
+        await check_nothing_is_left(engine)
+
+
 # Turns that do not come to their end
 
 
@@ -717,6 +738,14 @@ async def test_closing_a_session_frees_its_memory_at_once(long_model: Any) -> No
             assert engine.statistics().kv_bytes == 3 * engine._running.blocks.pool.layout.block_bytes
             assert "KV of session 1" in engine.statistics().holders
         assert engine.statistics().kv_bytes == 0
+
+
+async def test_a_turn_that_ends_early_gives_back_what_it_did_not_need(long_model: Any) -> None:
+    stop = dataclasses.replace(long_model.params, max_tokens=200, stop_token_ids=long_model.references[4][2:3])
+    async with open_engine(long_model, share_prefixes=False) as engine, engine.session() as chat:
+        completion = await chat.complete(long_model.prompts[4], stop)
+        assert completion.finish_reason == "stop"
+        assert engine.statistics().kv_bytes == 3 * engine._running.blocks.pool.layout.block_bytes  # of fifteen
 
 
 async def test_nothing_of_a_session_blocks_the_event_loop(chat_model: Any, no_blocking: Any) -> None:
