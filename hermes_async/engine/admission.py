@@ -103,8 +103,9 @@ class Admission:
         """Lets in who can be let in now; called whenever something has changed."""
         while self._waiting and not self._stopped and self._num_active() + len(self._loading) < self._max_sequences:
             request = self._waiting[0]
-            if request.session is not None and request.session.moving is not None:
-                return  # being parked; the end of that calls this again
+            session = request.session
+            if session is not None and (session.moving is not None or session.in_turn):
+                return  # being parked, or a turn that was left is still computed; the end of that calls this again
             reservation = self._reserve(request)
             if reservation is None:
                 self._park_longest_idle(request.session)
@@ -113,10 +114,12 @@ class Admission:
             request.reservation = reservation
             request.num_reused = reservation.num_reused
             request.admitted_at = time.perf_counter()
-            if request.session is not None and request.session.slots is not None:
+            if session is not None:
+                session.in_turn = True
+            if session is not None and session.slots is not None:
                 self._loading.add(request)
-                request.session.moving = anyio.Event()
-                self._tasks.start_soon(self._load, request, request.session, request.session.slots)
+                session.moving = anyio.Event()
+                self._tasks.start_soon(self._load, request, session, session.slots)
             else:
                 self._admitted(request)
 
@@ -128,6 +131,8 @@ class Admission:
         """Takes back all that a request holds: its place in the queue, or its KV, which its session keeps."""
         self._loading.discard(request)
         reservation, session = request.reservation, request.session
+        if reservation is not None and session is not None:
+            session.in_turn = False
         if reservation is None:
             if request in self._waiting:
                 self._waiting.remove(request)

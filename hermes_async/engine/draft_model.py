@@ -17,6 +17,7 @@ from hermes_async.engine.opening import OpenedDraft
 from hermes_async.engine.request import Request
 from hermes_async.engine.scheduler import Scheduled
 from hermes_async.engine.timing import SweepTimes
+from hermes_async.errors import RequestError
 from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel
@@ -96,8 +97,12 @@ class DraftModel:
         with torch.inference_mode():
             while left:
                 for item, row in self._pass(list(left)):
-                    item.token_ids.append(samplers[item].sample(row).token_id)
-                    left[item] -= 1
+                    try:
+                        item.token_ids.append(samplers[item].sample(row).token_id)
+                        left[item] -= 1
+                    except RequestError:  # nothing to choose from, for this model: the other one decides
+                        item.num_drafted -= left[item]
+                        left[item] = 0
                     if left[item] == 0:
                         del left[item]
 

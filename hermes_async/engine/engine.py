@@ -19,7 +19,7 @@ import anyio.to_thread
 from hermes_async.config import EngineConfig, SamplingParams
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.opening import OpenedModel, open_model
-from hermes_async.engine.prompt import PreparedPrompt, Prompt, encode, prepare
+from hermes_async.engine.prompt import PreparedPrompt, Prompt, checked_messages, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request
 from hermes_async.engine.running import RunningModel, running_model
 from hermes_async.engine.serving import Serving
@@ -32,6 +32,7 @@ from hermes_async.errors import (
     EngineClosedError,
     EngineFailedError,
     RequestError,
+    SessionClosedError,
 )
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import first_error, ungrouped
@@ -212,9 +213,10 @@ class Engine:
             messages: What it begins with, such as a system message.
 
         Raises:
+            RequestError: A message has no role or no content.
             EngineClosedError, EngineFailedError: The engine was left, or failed.
         """
-        return self._open_session(None, messages, ())
+        return self._open_session(None, checked_messages(messages), ())
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
@@ -303,6 +305,8 @@ class Engine:
             ready.set()
         if request_id in self._model().requests:
             raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+        if session is not None and session.closed:
+            raise SessionClosedError(f"{session.name} was closed")
         return Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
 
     # --- the sweeps ---

@@ -111,6 +111,18 @@ def has_chat_template(opened: OpenedModel) -> bool:
     return bool(getattr(opened.tokenizer, "chat_template", None))
 
 
+def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
+    """Copies of chat messages.
+
+    Raises:
+        RequestError: One has no role or no content, or is no mapping.
+    """
+    for message in messages:
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
+            raise RequestError(f"a chat message has a 'role' and a 'content', not {message!r}")
+    return [dict(message) for message in messages]
+
+
 def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
     if opened.tokenizer is None:
         raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
@@ -126,13 +138,9 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
         raise RequestError(f"chat messages need a tokenizer: {opened.tokenizer_error}")
     if not has_chat_template(opened):
         raise RequestError("chat messages need a chat template, and the checkpoint's tokenizer has none; give text")
-    for message in messages:
-        if not isinstance(message.get("role"), str) or "content" not in message:
-            raise RequestError(f"a chat message has a 'role' and a 'content', not {message!r}")
+    conversation = checked_messages(messages)
     try:
-        rendered = tokenizer.apply_chat_template(
-            [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
-        )
+        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise RequestError(f"the checkpoint's chat template refuses these messages: {reason}") from error

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hermes_async.config import SamplingParams
 from hermes_async.engine.opening import OpenedModel
-from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
+from hermes_async.engine.prompt import Prompt, checked_messages, continue_text, encode, has_chat_template
 from hermes_async.engine.request import Chunk, Completion
 from hermes_async.engine.session_kv import SessionKV
 from hermes_async.errors import RequestError, SessionClosedError
@@ -70,13 +70,13 @@ class Session:
 
         Raises:
             SessionClosedError: The session was closed.
-            RequestError: A turn is under way, or not one of `messages` and `token_ids` is given.
+            RequestError: A turn is under way, or not one of `messages` and `token_ids` is given, or not as it must be.
         """
         self._check_idle()
         if (messages is None) == (token_ids is None):
             raise RequestError("edit takes either messages or token_ids")
-        self._messages = [dict(message) for message in messages or ()]
-        self._token_ids = [int(token_id) for token_id in token_ids or ()]
+        self._messages = [] if messages is None else checked_messages(messages)
+        self._token_ids = [] if token_ids is None else [int(token_id) for token_id in token_ids]
 
     def generate(
         self,
@@ -177,6 +177,7 @@ class Session:
 
     def _check_open(self) -> None:
         if self._kv.closed:
+            self._engine._model()  # says so where the engine was left or failed
             raise SessionClosedError(f"{self._kv.name} was closed")
 
     def _check_idle(self) -> None:

@@ -20,6 +20,7 @@ class SessionKV:
         reservation: In memory.
         slots: Of the parking file, one for each block.
         moving: Set when the write to disk or the read from it that is under way has ended.
+        in_turn: A turn of it holds its KV, perhaps one that was left and whose last stage is still computed.
         closed: It keeps nothing any more.
     """
 
@@ -28,6 +29,7 @@ class SessionKV:
     reservation: Reservation | None = None
     slots: list[int] | None = None
     moving: anyio.Event | None = None
+    in_turn: bool = False
     closed: bool = False
 
     def num_common(self, token_ids: Sequence[int]) -> int:

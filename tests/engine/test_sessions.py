@@ -13,6 +13,7 @@ import anyio
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+import torch
 
 from hermes_async import (
     ContextLengthError,
@@ -755,3 +756,15 @@ async def test_nothing_of_a_session_blocks_the_event_loop(chat_model: Any, no_bl
             await fork.complete("w7", chat_model.params)
         chat.edit([])
         await chat.complete("w8", chat_model.params)
+
+
+async def test_a_history_is_checked(long_model: Any) -> None:
+    async with open_engine(long_model) as engine:
+        with pytest.raises(RequestError, match="a chat message has"):
+            engine.session("Hello")  # type: ignore[arg-type]
+        assert engine.statistics().num_sessions == 0
+        async with engine.session() as chat:
+            with pytest.raises(RequestError, match="a chat message has"):
+                chat.edit(messages=[{"role": "user"}])
+            chat.edit(token_ids=torch.tensor([4, 5]))  # type: ignore[arg-type]
+            assert chat.token_ids == (4, 5)
