@@ -577,5 +577,5 @@ def hashes(token_ids: list[int]) -> list[float]:
     return found
 
 
-Blocks.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Blocks.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
 test_blocks = Blocks.TestCase

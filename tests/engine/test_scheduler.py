@@ -454,5 +454,5 @@ class Scheduling(RuleBasedStateMachine):
         }  # fmt: skip
 
 
-Scheduling.TestCase.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+Scheduling.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 test_scheduling = Scheduling.TestCase

@@ -133,7 +133,7 @@ class CountingTokenizer:
 @both_tokenizers
 @pytest.mark.parametrize("skip", [True, False])
 @given(prompt=st.text(max_size=20), output=st.text(max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_deltas_of_any_text_are_the_whole_decoded_at_once(
     tokenizer: PreTrainedTokenizerBase, skip: bool, prompt: str, output: str
 ) -> None:
@@ -152,7 +152,7 @@ def test_deltas_of_any_text_are_the_whole_decoded_at_once(
     output=st.lists(st.one_of(st.integers(0, len(BYTE_LEVEL) - 1), st.integers(0, 2)), max_size=60),
     skip=st.booleans(),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_deltas_of_any_byte_level_tokens_are_the_whole_decoded_at_once(
     prompt: str, output: list[int], skip: bool
 ) -> None:
@@ -172,7 +172,7 @@ def test_deltas_of_any_byte_level_tokens_are_the_whole_decoded_at_once(
     ).map(lambda parts: [token_id for part in parts for token_id in part]),
     skip=st.booleans(),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_deltas_of_any_metaspace_tokens_are_the_whole_decoded_at_once(
     prompt: list[int], output: list[int], skip: bool
 ) -> None:
@@ -182,7 +182,7 @@ def test_deltas_of_any_metaspace_tokens_are_the_whole_decoded_at_once(
 
 
 @given(output=st.lists(st.integers(0, len(METASPACE) - 1), max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_bytes_that_are_no_utf8_cost_no_other_text(output: list[int]) -> None:
     """The tokenizer shows a run of byte tokens with one invalid byte as invalid throughout."""
     text = "".join(stream_all(TextStream(METASPACE, prompt_ids=[]), output))
@@ -331,7 +331,7 @@ def first_complete(text: str, stop: Sequence[str]) -> str | None:
     stop=st.lists(st.text(alphabet="abc😀", min_size=1, max_size=5), max_size=4),
     as_bytes=st.booleans(),
 )
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=150, deadline=None)
 def test_output_ends_before_the_first_complete_stop_text(text: str, stop: list[str], as_bytes: bool) -> None:
     token_ids = byte_tokens(BYTE_LEVEL, text.encode()) if as_bytes else encode(BYTE_LEVEL, text)
     stream = TextStream(BYTE_LEVEL, prompt_ids=[], stop=stop)

@@ -165,5 +165,5 @@ async def _settle() -> None:
         await anyio.lowlevel.checkpoint()
 
 
-Governed.TestCase.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+Governed.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 test_governor = Governed.TestCase
