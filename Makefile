@@ -1,6 +1,6 @@
 # Each target sets up what it needs, and can be run again at once: see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint bench
+.PHONY: help setup demo test coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -10,7 +10,7 @@ BENCH ?= sweep
 
 help:
 	@echo "make demo    run the model that comes with the library in less memory than it has weights"
-	@echo "make test    run the tests, with coverage"
+	@echo "make test    run the tests; make coverage also measures what they cover, and takes longer"
 	@echo "make lint    check style and types"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only make the virtual environment and install what development needs"
@@ -29,7 +29,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/hermes-async demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest --cov --cov-fail-under=90
+	$(VENV)/bin/python -m pytest -q
+
+coverage: $(INSTALLED)
+	$(VENV)/bin/python -m pytest -q --cov --cov-fail-under=90
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
