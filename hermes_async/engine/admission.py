@@ -15,7 +15,7 @@ from hermes_async.engine.kv_blocks import KVBlocks, Reservation
 from hermes_async.engine.request import Request
 from hermes_async.engine.session_kv import SessionKV
 from hermes_async.errors import ParkingError, QueueFullError
-from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks
+from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks, num_kept
 from hermes_async.storage.parking import ParkingFile
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class Admission:
         if session is not None and session.slots is not None:
             return self.blocks.reserve_own(holder, token_ids, capacity)
         if session is not None and session.reservation is not None:
-            kept, num_common = session.reservation, session.num_common(token_ids)
+            kept, num_common = session.reservation, num_kept(session.token_ids, token_ids)
             if num_common >= max(len(kept.shared) * BLOCK_TOKENS, self.blocks.num_shared(token_ids)):
                 if not self.blocks.extend(kept, num_common, capacity):
                     return None
@@ -169,7 +169,7 @@ class Admission:
         """Reads a session's KV back. Where that fails it is computed again, like that of a new session."""
         reservation = request.reservation
         assert reservation is not None and session.moving is not None
-        num_common = session.num_common(request.token_ids)
+        num_common = num_kept(session.token_ids, request.token_ids)
         first, end = reservation.kv.length // BLOCK_TOKENS, num_blocks(num_common)
         try:
             if first < end:

@@ -18,7 +18,7 @@ from hermes_async.engine.request import Request
 from hermes_async.engine.scheduler import Scheduled
 from hermes_async.engine.timing import SweepTimes
 from hermes_async.errors import RequestError
-from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
+from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks, num_kept
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.governor import MemoryGovernor
@@ -36,11 +36,9 @@ class _Sequence:
     token_ids: list[int] = field(default_factory=list)
 
     def keep_common(self, token_ids: Sequence[int]) -> None:
-        """Forgets what was drafted and not accepted; the last token is always left to compute."""
-        most = min(len(self.token_ids), len(token_ids) - 1)
-        common = next((idx for idx in range(most) if self.token_ids[idx] != token_ids[idx]), most)
-        del self.token_ids[common:]
-        self.kv.length = common
+        """Forgets what was drafted and not accepted."""
+        self.kv.length = num_kept(self.token_ids, token_ids)
+        del self.token_ids[self.kv.length :]
 
 
 class DraftModel:

@@ -247,7 +247,7 @@ class Engine:
             self._serving.admission.close_session(kv)
         kv.closed = True
 
-    # --- a request's way: made, submitted, running, finished ---
+    # --- a request's way: prepared, submitted, taken ---
 
     @staticmethod
     def _request_id(request_id: str | None) -> str:
@@ -261,8 +261,18 @@ class Engine:
         deadline: float | None,
         session: SessionKV | None,
     ) -> AsyncGenerator[Chunk, None]:
-        request = await self._make_request(tokenize, params, request_id, deadline, session)
         serving = self._model()
+        params = SamplingParams() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+        _check_deadline(deadline)
+        created_at = time.perf_counter()
+        prompt = await self._prepare(tokenize, params)
+        if request_id in self._model().requests:
+            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+        if session is not None and session.closed:
+            raise SessionClosedError(f"{session.name} was closed")
+        request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
         try:
             serving.submit(request, deadline)
             while (chunk := await serving.next_chunk(request)) is not None:
@@ -270,46 +280,23 @@ class Engine:
         finally:
             serving.leave(request)
 
-    async def _make_request(
-        self,
-        tokenize: Callable[[OpenedModel], list[int]],
-        params: SamplingParams | None,
-        request_id: str,
-        deadline: float | None,
-        session: SessionKV | None,
-    ) -> Request:
-        serving, running = self._model(), self._running
-        assert running is not None
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_deadline(deadline)
-        created_at = time.perf_counter()
-        running.pipeline.start_streaming()
-        ready = anyio.Event()
-        serving.preparing.add(ready)
+    async def _prepare(self, tokenize: Callable[[OpenedModel], list[int]], params: SamplingParams) -> PreparedPrompt:
+        """Tokenizes and checks a prompt on a worker thread, while the first stages are read."""
+        serving = self._model()
+        opened = serving.running.opened
+        serving.running.pipeline.start_streaming()
 
         def prepared() -> PreparedPrompt:
-            return prepare(
-                running.opened,
-                tokenize(running.opened),
-                params,
-                prompt_lookup=self._config.prompt_lookup,
-                prior=serving.acceptance,
-            )
+            lookup = self._config.prompt_lookup
+            return prepare(opened, tokenize(opened), params, prompt_lookup=lookup, prior=serving.acceptance)
 
+        ready = anyio.Event()
+        serving.preparing.add(ready)
         try:
-            prompt = await anyio.to_thread.run_sync(prepared)
+            return await anyio.to_thread.run_sync(prepared)
         finally:
             serving.preparing.remove(ready)
             ready.set()
-        if request_id in self._model().requests:
-            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
-        if session is not None and session.closed:
-            raise SessionClosedError(f"{session.name} was closed")
-        return Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
-
-    # --- the sweeps ---
 
     # --- the engine's own task ---
 

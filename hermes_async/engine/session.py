@@ -78,7 +78,7 @@ class Session:
         self._messages = [] if messages is None else checked_messages(messages)
         self._token_ids = [] if token_ids is None else [int(token_id) for token_id in token_ids]
 
-    def generate(
+    async def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
@@ -92,42 +92,6 @@ class Session:
             SessionClosedError: The session was closed.
             RequestError: Another turn is under way, or the prompt does not go with the history.
         """
-        return self._take_turn(prompt, params, request_id, deadline)
-
-    async def complete(
-        self,
-        prompt: Prompt,
-        params: SamplingParams | None = None,
-        *,
-        request_id: str | None = None,
-        deadline: float | None = None,
-    ) -> Completion:
-        """As `generate`, but returns the whole answer at its end."""
-        async with aclosing(self._take_turn(prompt, params, request_id, deadline)) as chunks:
-            return await Completion.collect(chunks)
-
-    def fork(self) -> Session:
-        """Another session with the same history, to go on from here in another way; it must be closed too.
-
-        Both use the same memory for the whole blocks of the history, which neither can change.
-
-        Raises:
-            SessionClosedError: The session was closed.
-            RequestError: A turn is under way.
-        """
-        self._check_idle()
-        return self._engine._open_session(self._kv, self._messages, self._token_ids)
-
-    async def aclose(self) -> None:
-        """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
-        if not self._kv.closed:
-            self._engine._close_session(self._kv)
-            if self._turn is not None:
-                await self._engine.abort(self._turn)
-
-    async def _take_turn(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, deadline: float | None
-    ) -> AsyncGenerator[Chunk, None]:
         self._check_idle()
         asked: list[dict[str, Any]] = []
         prompt_ids: list[int] = []
@@ -154,6 +118,38 @@ class Session:
                 if asked:
                     text = "".join(chunk.text for chunk in taken)
                     self._messages = [*asked, {"role": "assistant", "content": text}]
+
+    async def complete(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        request_id: str | None = None,
+        deadline: float | None = None,
+    ) -> Completion:
+        """As `generate`, but returns the whole answer at its end."""
+        chunks = self.generate(prompt, params, request_id=request_id, deadline=deadline)
+        async with aclosing(chunks):
+            return await Completion.collect(chunks)
+
+    def fork(self) -> Session:
+        """Another session with the same history, to go on from here in another way; it must be closed too.
+
+        Both use the same memory for the whole blocks of the history, which neither can change.
+
+        Raises:
+            SessionClosedError: The session was closed.
+            RequestError: A turn is under way.
+        """
+        self._check_idle()
+        return self._engine._open_session(self._kv, self._messages, self._token_ids)
+
+    async def aclose(self) -> None:
+        """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
+        if not self._kv.closed:
+            self._engine._close_session(self._kv)
+            if self._turn is not None:
+                await self._engine.abort(self._turn)
 
     def _asked(self, opened: OpenedModel, prompt: Prompt) -> list[dict[str, Any]]:
         """The conversation with a new message; empty where the turn goes on from token ids."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import anyio
@@ -31,8 +30,3 @@ class SessionKV:
     moving: anyio.Event | None = None
     in_turn: bool = False
     closed: bool = False
-
-    def num_common(self, token_ids: Sequence[int]) -> int:
-        """How many tokens of a new turn it has already; the last one is always left to compute."""
-        most = min(len(self.token_ids), len(token_ids) - 1)
-        return next((idx for idx in range(most) if self.token_ids[idx] != token_ids[idx]), most)

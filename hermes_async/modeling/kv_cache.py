@@ -63,6 +63,15 @@ def num_blocks(num_tokens: int) -> int:
     return -(-num_tokens // BLOCK_TOKENS)
 
 
+def num_kept(kept: Sequence[int], token_ids: Sequence[int]) -> int:
+    """How many tokens of a sequence have keys and values among those of the tokens `kept`.
+
+    The sequence's last token is never counted: to go on from it, it is computed.
+    """
+    most = min(len(kept), len(token_ids) - 1)
+    return next((idx for idx in range(most) if kept[idx] != token_ids[idx]), most)
+
+
 class KVPool:
     """The memory of all KV blocks: one mapping, of which only blocks in use take memory.
 

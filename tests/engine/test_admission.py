@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -26,46 +26,12 @@ from hermes_async import (
     RequestEvent,
     SamplingParams,
 )
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": False}
-
-
-BLOCK_BYTES = 8192  # of this model: 3 layers, 2 heads of keys and values, 8 numbers of 4 bytes, 16 tokens; whole pages
-
-
-def open_engine(model: Any, on_event: Callable[[RequestEvent], None] | None = None, **config: Any) -> Engine:
-    config = {"share_prefixes": False, "prompt_lookup": False, **config}
-    return Engine(
-        model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config), on_event=on_event
-    )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
-
-
-async def check_nothing_is_left(engine: Engine) -> None:
-    await until(lambda: not engine.statistics().num_running)
-    statistics = engine.statistics()
-    assert (statistics.num_waiting, statistics.kv_bytes, statistics.num_leases) == (0, 0, 4)
-    assert engine._serving.requests == {}
-
-
-def tokens(seed: int, length: int) -> list[int]:
-    chosen = random.Random(seed)
-    return [chosen.randrange(2, 96) for _ in range(length)]
-
-
-def params_for(num_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+open_engine = partial(open_engine, share_prefixes=False, prompt_lookup=False)
+anyio_backend = one_loop(use_uvloop=False)
 
 
 class Users:
@@ -101,9 +67,9 @@ async def test_a_large_request_at_the_head_is_not_overtaken(long_model: Any) -> 
     async with anyio.create_task_group() as group:
         users = Users(group)
         async with open_engine(long_model, users.on_event, kv_budget=16 * BLOCK_BYTES) as engine:
-            await users.ask(engine, "first", tokens(1, 100), params_for(60))  # ten blocks of sixteen
-            await users.ask(engine, "large", tokens(2, 100), params_for(60))
-            await users.ask(engine, "small", tokens(3, 5), params_for(5))  # one would be free
+            await users.ask(engine, "first", tokens(1, 100), greedy_params(60))  # ten blocks of sixteen
+            await users.ask(engine, "large", tokens(2, 100), greedy_params(60))
+            await users.ask(engine, "small", tokens(3, 5), greedy_params(5))  # one would be free
             assert engine.statistics().num_waiting == 2
             await until(lambda: len(users.results) == 3)
             await check_nothing_is_left(engine)
@@ -119,7 +85,7 @@ async def test_places_go_to_who_came_first(long_model: Any) -> None:
         users = Users(group)
         async with open_engine(long_model, users.on_event, max_sequences=2) as engine:
             for seed, name in enumerate(names):
-                await users.ask(engine, name, tokens(seed, 10), params_for(1 + 13 * seed % 8))
+                await users.ask(engine, name, tokens(seed, 10), greedy_params(1 + 13 * seed % 8))
                 assert engine.statistics().num_running <= 2
             await until(lambda: len(users.results) == 8)
         assert users.admitted == names
@@ -129,9 +95,9 @@ async def test_the_queue_goes_on_when_its_head_is_aborted(long_model: Any) -> No
     async with anyio.create_task_group() as group:
         users = Users(group)
         async with open_engine(long_model, users.on_event, kv_budget=16 * BLOCK_BYTES) as engine:
-            await users.ask(engine, "first", tokens(1, 100), params_for(100))
-            await users.ask(engine, "large", tokens(2, 100), params_for(100))
-            await users.ask(engine, "small", tokens(3, 5), params_for(5))
+            await users.ask(engine, "first", tokens(1, 100), greedy_params(100))
+            await users.ask(engine, "large", tokens(2, 100), greedy_params(100))
+            await users.ask(engine, "small", tokens(3, 5), greedy_params(5))
             assert await engine.abort("large")
             await until(lambda: "small" in users.results)
             assert "first" not in users.results  # so it did not have to wait for that one
@@ -154,7 +120,7 @@ async def test_memory_is_never_more_than_the_budget(long_model: Any, seed: int) 
     wrong = []
 
     async def ask(prompt: list[int], num_tokens: int) -> None:
-        completion = await engine.complete(prompt, params_for(num_tokens))
+        completion = await engine.complete(prompt, greedy_params(num_tokens))
         if completion.token_ids != long_model.greedy(prompt, num_tokens):
             wrong.append(prompt)
 
@@ -176,27 +142,27 @@ async def test_memory_is_never_more_than_the_budget(long_model: Any, seed: int) 
 
 async def test_a_request_that_can_never_fit_fails_at_once(long_model: Any) -> None:
     async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES) as engine:
-        async with aclosing(engine.generate(tokens(1, 100), params_for(100))) as chunks:
+        async with aclosing(engine.generate(tokens(1, 100), greedy_params(100))) as chunks:
             await anext(chunks)
             with pytest.raises(MemoryBudgetError) as caught:  # although others wait for memory
-                await engine.complete(tokens(2, 100), params_for(157))
+                await engine.complete(tokens(2, 100), greedy_params(157))
             assert caught.value.requested_bytes == 17 * BLOCK_BYTES
             assert caught.value.budget_bytes == 16 * BLOCK_BYTES
             assert caught.value.minimum_bytes == 8 * 2**20 + BLOCK_BYTES
             assert "257 tokens" in str(caught.value)
             assert f"kv_budget={17 * BLOCK_BYTES}" in str(caught.value)
-        completion = await engine.complete(tokens(2, 100), params_for(156))  # 256 tokens: all there is
+        completion = await engine.complete(tokens(2, 100), greedy_params(156))  # 256 tokens: all there is
         assert completion.token_ids == long_model.greedy(tokens(2, 100), 156)
         await check_nothing_is_left(engine)
 
 
 async def test_as_many_tokens_as_memory_has_room_for(long_model: Any) -> None:
     async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES) as engine:
-        completion = await engine.complete(tokens(1, 200), dataclasses.replace(params_for(1), max_tokens=None))
+        completion = await engine.complete(tokens(1, 200), dataclasses.replace(greedy_params(1), max_tokens=None))
         assert len(completion.token_ids) == 56
         assert completion.finish_reason == "length"
         with pytest.raises(MemoryBudgetError):
-            await engine.complete(tokens(1, 256), dataclasses.replace(params_for(1), max_tokens=None))
+            await engine.complete(tokens(1, 256), dataclasses.replace(greedy_params(1), max_tokens=None))
 
 
 async def test_the_kv_budget_is_part_of_the_memory_budget(long_model: Any) -> None:
@@ -214,13 +180,13 @@ async def test_a_full_queue_refuses_and_takes_again_later(long_model: Any) -> No
         users = Users(group)
         async with open_engine(long_model, users.on_event, max_sequences=1, max_waiting=2) as engine:
             for seed, name in enumerate(("runs", "waits", "waits too")):
-                await users.ask(engine, name, tokens(seed, 10), params_for(40))
+                await users.ask(engine, name, tokens(seed, 10), greedy_params(40))
             for _ in range(3):
                 with pytest.raises(QueueFullError, match="max_waiting=2"):
-                    await engine.complete([5], params_for(1))
+                    await engine.complete([5], greedy_params(1))
             assert engine.statistics().num_waiting == 2
             assert await engine.abort("waits")
-            await users.ask(engine, "later", tokens(3, 10), params_for(4))
+            await users.ask(engine, "later", tokens(3, 10), greedy_params(4))
             await until(lambda: len(users.results) == 4)
             assert users.results["later"].token_ids == long_model.greedy(tokens(3, 10), 4)
             await check_nothing_is_left(engine)
@@ -229,28 +195,28 @@ async def test_a_full_queue_refuses_and_takes_again_later(long_model: Any) -> No
 
 async def test_no_queue_at_all(long_model: Any) -> None:
     async with open_engine(long_model, max_sequences=2, max_waiting=0) as engine:
-        async with aclosing(engine.generate([5], params_for(200))) as first:
+        async with aclosing(engine.generate([5], greedy_params(200))) as first:
             await anext(first)
-            assert (await engine.complete([6], params_for(4))).token_ids == long_model.greedy([6], 4)
-            async with aclosing(engine.generate([7], params_for(200))) as second:
+            assert (await engine.complete([6], greedy_params(4))).token_ids == long_model.greedy([6], 4)
+            async with aclosing(engine.generate([7], greedy_params(200))) as second:
                 await anext(second)
                 with pytest.raises(QueueFullError):
-                    await engine.complete([8], params_for(4))
+                    await engine.complete([8], greedy_params(4))
         await check_nothing_is_left(engine)
-        assert (await engine.complete([8], params_for(4))).token_ids == long_model.greedy([8], 4)
+        assert (await engine.complete([8], greedy_params(4))).token_ids == long_model.greedy([8], 4)
 
 
 async def test_a_full_queue_leaves_a_session_as_it_was(long_model: Any) -> None:
     async with open_engine(long_model, max_sequences=1, max_waiting=0) as engine, engine.session() as chat:
-        await chat.complete(tokens(1, 40), params_for(4))
+        await chat.complete(tokens(1, 40), greedy_params(4))
         before = chat.token_ids
-        async with aclosing(engine.generate([5], params_for(200))) as chunks:
+        async with aclosing(engine.generate([5], greedy_params(200))) as chunks:
             await anext(chunks)
             with pytest.raises(QueueFullError):
-                await chat.complete([5], params_for(4))
+                await chat.complete([5], greedy_params(4))
         assert chat.token_ids == before
         await until(lambda: not engine.statistics().num_running)
-        completion = await chat.complete([5], params_for(4))
+        completion = await chat.complete([5], greedy_params(4))
         assert completion.token_ids == long_model.greedy([*before, 5], 4)
         assert completion.usage.cached_tokens == 43
 
@@ -259,7 +225,7 @@ async def test_any_number_may_wait(long_model: Any) -> None:
     answers = []
 
     async def ask() -> None:
-        answers.append((await engine.complete([5, 6], params_for(2))).token_ids)
+        answers.append((await engine.complete([5, 6], greedy_params(2))).token_ids)
 
     async with open_engine(long_model, max_sequences=2, max_waiting=None) as engine:
         async with anyio.create_task_group() as group:
@@ -285,7 +251,9 @@ async def test_a_deadline_passes_while_it_runs(long_model: Any) -> None:
         wait = 0.3
         while not token_ids:  # on a slow machine none may come in time
             with pytest.raises(DeadlineExceededError, match=r"\d+ tokens came"):
-                async for chunk in engine.generate(tokens(1, 5), params_for(500), deadline=anyio.current_time() + wait):
+                async for chunk in engine.generate(
+                    tokens(1, 5), greedy_params(500), deadline=anyio.current_time() + wait
+                ):
                     token_ids += chunk.token_ids
                     await anyio.sleep(0.01)  # so that it is not done before
             wait *= 2
@@ -296,11 +264,11 @@ async def test_a_deadline_passes_while_it_runs(long_model: Any) -> None:
 
 async def test_a_deadline_passes_while_it_waits(long_model: Any) -> None:
     async with open_engine(long_model, max_sequences=1) as engine:
-        async with aclosing(engine.generate([5], params_for(400))) as chunks:
+        async with aclosing(engine.generate([5], greedy_params(400))) as chunks:
             await anext(chunks)
             await until(lambda: engine.statistics().num_paused == 0)
             with pytest.raises(DeadlineExceededError, match="0 tokens came"):
-                await engine.complete([6], params_for(4), deadline=anyio.current_time() + 0.05)
+                await engine.complete([6], greedy_params(4), deadline=anyio.current_time() + 0.05)
             assert engine.statistics().num_waiting == 0
         await check_nothing_is_left(engine)
 
@@ -327,12 +295,12 @@ async def test_a_turn_s_deadline_keeps_what_came(long_model: Any) -> None:
     async with open_engine(long_model) as engine, engine.session() as chat:
         token_ids: list[int] = []
         with pytest.raises(DeadlineExceededError):
-            async for chunk in chat.generate([5], params_for(500), deadline=anyio.current_time() + 0.5):
+            async for chunk in chat.generate([5], greedy_params(500), deadline=anyio.current_time() + 0.5):
                 token_ids += chunk.token_ids
                 await anyio.sleep(0.01)
         assert chat.token_ids == ((5, *token_ids) if token_ids else ())
         history = [*chat.token_ids, 6]
-        assert (await chat.complete([6], params_for(4))).token_ids == long_model.greedy(history, 4)
+        assert (await chat.complete([6], greedy_params(4))).token_ids == long_model.greedy(history, 4)
 
 
 # Names
@@ -454,11 +422,11 @@ async def test_everyone_is_told_when_the_engine_is_left(long_model: Any) -> None
     async with anyio.create_task_group() as group:
         async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES) as engine:
             chat = engine.session()
-            turn = chat.generate(tokens(1, 100), params_for(100))
+            turn = chat.generate(tokens(1, 100), greedy_params(100))
             await anext(turn)
-            group.start_soon(ask, tokens(2, 100), params_for(150))
+            group.start_soon(ask, tokens(2, 100), greedy_params(150))
             await until(lambda: engine.statistics().num_waiting == 1)
-            group.start_soon(ask, [5], params_for(1))
+            group.start_soon(ask, [5], greedy_params(1))
             await until(lambda: engine.statistics().num_waiting == 2)
         with pytest.raises(EngineClosedError):
             async for _ in turn:

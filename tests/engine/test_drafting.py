@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -20,14 +20,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from hermes_async import Engine, EngineConfig, RequestError, SamplingParams
 from hermes_async.engine.speculation import PromptLookup
 from hermes_async.modeling.sampling import Sampler
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": True}
+anyio_backend = one_loop(use_uvloop=True)
 
 
 class CopyingModel:
@@ -80,24 +77,8 @@ async def drafting_engine(model: Any, **config: Any) -> AsyncIterator[Engine]:
     """Drafts as much as it may: its sweeps count as limited by the disk, although nothing is read."""
     config = {"max_tokens_per_sweep": 32, "max_sequences": 8, **config}
     async with Engine(model.path, memory_budget="16MiB", config=EngineConfig(**config)) as engine:
-        times = engine._serving.running.times
-        times.record_read(1.0)
-        times.record(1, 1e-6)
-        times.record_read = times.record = lambda *args: None
+        drafts_cost_nothing(engine)
         yield engine
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
-
-
-async def check_nothing_is_left(engine: Engine) -> None:
-    await until(lambda: not engine.statistics().num_running)
-    engine.drop_prefixes()
-    statistics = engine.statistics()
-    assert (statistics.num_waiting, statistics.kv_bytes, statistics.num_leases) == (0, 0, 4)
 
 
 async def answers(model: Any, prompts: Sequence[Any], params: SamplingParams, **config: Any) -> list[Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -13,41 +13,18 @@ import anyio.lowlevel
 import pytest
 
 from hermes_async import DeadlineExceededError, Engine, EngineClosedError, RequestEvent, SamplingParams
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop, open_engine, until
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": True}
-
-
-def open_engine(model: Any, on_event: Callable[[RequestEvent], None] | None = None, **config: Any) -> Engine:
-    config = {"max_buffered_chunks": 2, "prompt_lookup": False, **config}
-    return Engine(
-        model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config), on_event=on_event
-    )
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
+open_engine = partial(open_engine, max_buffered_chunks=2, prompt_lookup=False)
+anyio_backend = one_loop(use_uvloop=True)
 
 
 async def many_turns() -> None:
     """As long as several sweeps would take."""
     for _ in range(300):
         await anyio.lowlevel.checkpoint()
-
-
-async def check_nothing_is_left(engine: Engine) -> None:
-    await until(lambda: not engine.statistics().num_running)
-    engine.drop_prefixes()
-    statistics = engine.statistics()
-    assert (statistics.num_paused, statistics.num_waiting) == (0, 0)
-    assert (statistics.kv_bytes, statistics.num_leases) == (0, 4)
 
 
 async def rest_of(chunks: Any) -> list[int]:
@@ -61,14 +38,6 @@ async def pause(engine: Engine, chunks: Any) -> list[int]:
     chunk = await anext(chunks)
     await until(lambda: engine.statistics().num_paused == paused + 1)
     return list(chunk.token_ids)
-
-
-def drafts_cost_nothing(engine: Engine) -> None:
-    """From now on sweeps count as limited by the disk, however fast it is."""
-    times = engine._serving.running.times
-    times.record_read(1.0)
-    times.record(1, 1e-6)
-    times.record_read = times.record = lambda *args: None
 
 
 @pytest.mark.parametrize("max_buffered_chunks", [1, 2, 5])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -24,38 +23,11 @@ from hermes_async import (
     SamplingParams,
     SessionClosedError,
 )
+from tests.engines import check_nothing_is_left, greedy_params, one_loop, open_engine, until
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": True}
-
-
-RESIDENT_LEASES = 4  # weights, ring, workspace, shared prefixes
-
-
-def open_engine(model: Any, **config: Any) -> Engine:
-    return Engine(model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
-
-
-async def check_nothing_is_left(engine: Engine) -> None:
-    await until(lambda: not engine.statistics().num_running)
-    engine.drop_prefixes()
-    statistics = engine.statistics()
-    assert (statistics.kv_bytes, statistics.num_leases, statistics.num_sessions) == (0, RESIDENT_LEASES, 0)
-
-
-def short(model: Any, num_tokens: int) -> SamplingParams:
-    return dataclasses.replace(model.params, max_tokens=num_tokens)
+anyio_backend = one_loop(use_uvloop=True)
 
 
 @pytest.fixture(scope="session")
@@ -513,7 +485,7 @@ async def test_a_turn_that_is_left_belongs_to_the_history_as_far_as_it_was_taken
         async with engine.session() as chat:
             first = await chat.complete(prompts[3], long_model.params)
             history = [*prompts[3], *first.token_ids, *prompts[2]]
-            taken = await leave(engine, chat, prompts[2], short(long_model, 100))
+            taken = await leave(engine, chat, prompts[2], greedy_params(100))
             assert 4 <= len(taken) < 100
             assert tuple(taken) == long_model.greedy(history, len(taken))
             history += taken
@@ -534,7 +506,7 @@ async def test_turns_left_and_taken_at_once_leave_nothing(long_model: Any, share
                     for _ in range(2 * num_turns):
                         await anyio.lowlevel.checkpoint()
                 history = chat.token_ids
-                completion = await chat.complete([5, 6], short(long_model, 2))
+                completion = await chat.complete([5, 6], greedy_params(2))
                 assert completion.token_ids == long_model.greedy([*history, 5, 6], 2)
             await check_nothing_is_left(engine)
 
@@ -590,7 +562,7 @@ async def test_a_refused_turn_changes_nothing(long_model: Any) -> None:
 
 async def test_one_turn_at_a_time(long_model: Any) -> None:
     async with open_engine(long_model) as engine, engine.session() as chat:
-        async with aclosing(chat.generate(long_model.prompts[1], short(long_model, 50))) as chunks:
+        async with aclosing(chat.generate(long_model.prompts[1], greedy_params(50))) as chunks:
             await anext(chunks)
             with pytest.raises(RequestError, match="turn under way"):
                 await chat.complete([5])
@@ -643,7 +615,7 @@ async def test_closing_a_session_aborts_its_turn(long_model: Any) -> None:
 
 async def closed_meanwhile(chat: Any, model: Any, after: int) -> Any:
     count = 0
-    async for chunk in chat.generate(model.prompts[1], short(model, 100)):
+    async for chunk in chat.generate(model.prompts[1], greedy_params(100)):
         yield chunk
         count += 1
         if count == after:
@@ -658,7 +630,7 @@ async def test_closing_a_session_while_its_turn_waits(long_model: Any) -> None:
 
     async with open_engine(long_model, max_sequences=1) as engine:
         chat = engine.session()
-        async with aclosing(engine.generate(long_model.prompts[2], short(long_model, 300))) as chunks:
+        async with aclosing(engine.generate(long_model.prompts[2], greedy_params(300))) as chunks:
             await anext(chunks)
             async with anyio.create_task_group() as group:
                 group.start_soon(take_turn)
@@ -708,7 +680,7 @@ async def test_a_session_whose_engine_was_left(long_model: Any) -> None:
 async def test_an_engine_left_while_a_turn_runs(long_model: Any) -> None:
     async with open_engine(long_model) as engine:
         chat = engine.session()
-        chunks = chat.generate(long_model.prompts[1], short(long_model, 300))
+        chunks = chat.generate(long_model.prompts[1], greedy_params(300))
         token_ids = list((await anext(chunks)).token_ids)
     with pytest.raises(EngineClosedError):
         async for chunk in chunks:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
 from contextlib import aclosing
+from functools import partial
 from typing import Any
 
 import anyio
@@ -14,29 +14,15 @@ import anyio.lowlevel
 import pytest
 
 from hermes_async import Engine, SamplingParams
+from tests.engines import BLOCK_BYTES, greedy_params, one_loop, open_engine, tokens, until
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": False}
+open_engine = partial(open_engine, prompt_lookup=False)
+anyio_backend = one_loop(use_uvloop=False)
 
 
 BLOCK = 16
-BLOCK_BYTES = 8192  # of this model: 3 layers, 2 heads of keys and values, 8 numbers of 4 bytes, 16 tokens; whole pages
-
-
-def open_engine(model: Any, **config: Any) -> Engine:
-    config = {"prompt_lookup": False, **config}
-    return Engine(model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
 
 
 async def check_only_prefixes_are_left(engine: Engine) -> None:
@@ -46,15 +32,6 @@ async def check_only_prefixes_are_left(engine: Engine) -> None:
     assert statistics.kv_bytes == statistics.prefix_bytes == statistics.holders["shared prefixes"]
     engine.drop_prefixes()
     assert engine.statistics().kv_bytes == engine.statistics().holders["shared prefixes"] == 0
-
-
-def tokens(seed: int, length: int) -> list[int]:
-    chosen = random.Random(seed)
-    return [chosen.randrange(2, 96) for _ in range(length)]
-
-
-def short(model: Any, num_tokens: int) -> SamplingParams:
-    return dataclasses.replace(model.params, max_tokens=num_tokens)
 
 
 class Users:
@@ -103,7 +80,7 @@ async def test_a_common_beginning_is_held_once(long_model: Any) -> None:
 
         config = dataclasses.replace(long_model.config, share_prefixes=share_prefixes)
         async with Engine(long_model.path, memory_budget="8MiB", config=config, on_event=on_event) as engine:
-            await Users(engine, short(long_model, 25)).ask_all(prompts)
+            await Users(engine, greedy_params(25)).ask_all(prompts)
         assert most == num_blocks * BLOCK_BYTES
 
 
@@ -154,7 +131,7 @@ async def test_seeded_sampling_with_shared_beginnings(long_model: Any) -> None:
 async def test_a_later_request_finds_the_beginning_of_an_earlier_one(long_model: Any) -> None:
     prompt = tokens(1, 70)
     async with open_engine(long_model, max_tokens_per_sweep=8) as engine:
-        await engine.complete(prompt, short(long_model, 1))
+        await engine.complete(prompt, greedy_params(1))
         sweeps = engine.statistics().sweeps
         assert sweeps == -(-70 // 8)
         completion = await engine.complete([*prompt[:50], 9, 9], long_model.params)
@@ -169,7 +146,7 @@ async def test_all_of_a_prompt_but_its_last_token_may_be_there(long_model: Any) 
     async with open_engine(long_model, max_tokens_per_sweep=8) as engine:
         for length, cached in ((48, 32), (49, 48), (50, 48)):
             prompt = tokens(1, length)
-            await engine.complete(prompt, short(long_model, 1))
+            await engine.complete(prompt, greedy_params(1))
             sweeps = engine.statistics().sweeps
             completion = await engine.complete(prompt, long_model.params)
             assert completion.token_ids == long_model.greedy(prompt)
@@ -180,7 +157,7 @@ async def test_all_of_a_prompt_but_its_last_token_may_be_there(long_model: Any) 
 async def test_answers_are_found_again_too(long_model: Any) -> None:
     prompt = tokens(1, 20)
     async with open_engine(long_model) as engine:
-        first = await engine.complete(prompt, short(long_model, 40))
+        first = await engine.complete(prompt, greedy_params(40))
         longer = [*prompt, *first.token_ids, 5]
         completion = await engine.complete(longer, long_model.params)
         assert completion.usage.cached_tokens == 48  # of 59 that were computed
@@ -216,9 +193,9 @@ async def test_nothing_is_shared_where_that_is_switched_off(long_model: Any) -> 
 
 async def test_dropping_prefixes_frees_what_nobody_uses(long_model: Any) -> None:
     async with open_engine(long_model) as engine:
-        await engine.complete(tokens(1, 40), short(long_model, 1))
+        await engine.complete(tokens(1, 40), greedy_params(1))
         assert engine.statistics().prefix_bytes == 2 * BLOCK_BYTES
-        async with aclosing(engine.generate([*tokens(2, 40), 5], short(long_model, 50))) as chunks:
+        async with aclosing(engine.generate([*tokens(2, 40), 5], greedy_params(50))) as chunks:
             token_ids = list((await anext(chunks)).token_ids)
             engine.drop_prefixes()
             assert engine.statistics().prefix_bytes == 0
@@ -233,7 +210,7 @@ async def test_dropping_prefixes_frees_what_nobody_uses(long_model: Any) -> None
 
 async def test_the_least_recently_used_prefix_is_dropped_first(long_model: Any) -> None:
     async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES) as engine:
-        one = short(long_model, 1)
+        one = greedy_params(1)
         for seed in (1, 2, 3):
             await engine.complete(tokens(seed, 65), one)  # four blocks each
         await engine.complete(tokens(1, 65), one)

@@ -7,7 +7,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AsyncExitStack, aclosing
 from pathlib import Path
 from typing import Any
@@ -16,18 +16,14 @@ import anyio
 import anyio.lowlevel
 import pytest
 
-from hermes_async import Engine, EngineClosedError, SamplingParams
+from hermes_async import Engine, EngineClosedError
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
 
 pytestmark = pytest.mark.anyio
 
-
-@pytest.fixture
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop is enough here, and takes half the time."""
-    return "asyncio", {"use_uvloop": False}
+anyio_backend = one_loop(use_uvloop=False)
 
 
-BLOCK_BYTES = 8192  # of this model: 3 layers, 2 heads of keys and values, 8 numbers of 4 bytes, 16 tokens; whole pages
 NUM_BLOCKS = 8  # of KV: the least for a context of 128
 
 
@@ -40,34 +36,10 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     assert list(folder.iterdir()) == []
 
 
-def open_engine(model: Any, folder: Path, **config: Any) -> Engine:
+def parking_engine(model: Any, folder: Path, **config: Any) -> Engine:
     """Little memory for KV, and nothing shared, so that what a session keeps is its own."""
     config = {"share_prefixes": False, "kv_budget": NUM_BLOCKS * BLOCK_BYTES, "parking_dir": folder, **config}
-    return Engine(model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config))
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
-
-
-async def check_nothing_is_left(engine: Engine) -> None:
-    await until(lambda: not engine.statistics().num_running)
-    engine.drop_prefixes()
-    statistics = engine.statistics()
-    assert (statistics.num_sessions, statistics.num_waiting, statistics.num_parked) == (0, 0, 0)
-    assert (statistics.kv_bytes, statistics.num_leases) == (0, 4)
-    assert engine._running.parking.num_slots_used == 0
-
-
-def tokens(seed: int, length: int) -> list[int]:
-    chosen = random.Random(seed)
-    return [chosen.randrange(2, 96) for _ in range(length)]
-
-
-def greedy(num_tokens: int) -> SamplingParams:
-    return SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
+    return open_engine(model, **config)
 
 
 class Answers:
@@ -87,7 +59,7 @@ class Answers:
     async def to(self, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
         key = (*prompt, -num_tokens)
         if key not in self._known:
-            self._known[key] = (await self._engine.complete(prompt, greedy(num_tokens))).token_ids
+            self._known[key] = (await self._engine.complete(prompt, greedy_params(num_tokens))).token_ids
         return self._known[key]
 
 
@@ -98,7 +70,7 @@ class Talk:
         self.chat, self._answers, self.history = chat, answers, history or []
 
     async def turn(self, prompt: list[int], num_tokens: int = 6, cached: int | None = None) -> None:
-        completion = await self.chat.complete(prompt, greedy(num_tokens))
+        completion = await self.chat.complete(prompt, greedy_params(num_tokens))
         self.history += prompt
         assert completion.token_ids == await self._answers.to(self.history, num_tokens)
         self.history += completion.token_ids
@@ -171,7 +143,7 @@ def kv_of(engine: Engine, chat: Any) -> list[tuple[Any, Any]]:
 
 async def fill_memory(engine: Engine) -> None:
     """A request that leaves no room beside it: whoever is idle must go."""
-    await engine.complete(tokens(99, 120), greedy(1))
+    await engine.complete(tokens(99, 120), greedy_params(1))
 
 
 # Out and back
@@ -180,7 +152,7 @@ async def fill_memory(engine: Engine) -> None:
 async def test_the_longest_idle_session_goes_first_and_comes_back(
     tiny_model: Any, folder: Path, answers: Answers
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as one, engine.session() as two, engine.session() as three:
             talks = [Talk(one, answers), Talk(two, answers), Talk(three, answers)]
             for seed, talk in enumerate(talks):
@@ -198,13 +170,13 @@ async def test_the_longest_idle_session_goes_first_and_comes_back(
 
 
 async def test_keys_and_values_come_back_bit_for_bit(tiny_model: Any, folder: Path) -> None:
-    async with open_engine(tiny_model, folder, max_tokens_per_sweep=8) as engine, engine.session() as chat:
-        await chat.complete(tokens(1, 45), greedy(5))
+    async with parking_engine(tiny_model, folder, max_tokens_per_sweep=8) as engine, engine.session() as chat:
+        await chat.complete(tokens(1, 45), greedy_params(5))
         before = kv_of(engine, chat)
         await fill_memory(engine)
         assert engine.statistics().num_parked == 1
         sweeps = engine.statistics().sweeps
-        completion = await chat.complete([5], greedy(1))
+        completion = await chat.complete([5], greedy_params(1))
         assert completion.usage.cached_tokens == 49
         assert engine.statistics().sweeps == sweeps + 1
         after = kv_of(engine, chat)
@@ -218,7 +190,7 @@ async def test_keys_and_values_come_back_bit_for_bit(tiny_model: Any, folder: Pa
 async def test_sessions_come_back_time_and_again(
     tiny_model: Any, folder: Path, answers: Answers, share_prefixes: bool
 ) -> None:
-    async with open_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
         async with AsyncExitStack() as exits:
             talks = [Talk(await exits.enter_async_context(engine.session()), answers) for _ in range(5)]
             for turn in range(4):
@@ -241,7 +213,7 @@ async def test_all_at_once(
             for turn in range(5):
                 await talk.turn(tokens(100 * seed + turn, chosen.randrange(1, 18)), chosen.randrange(1, 7))
 
-    async with open_engine(tiny_model, folder, share_prefixes=share_prefixes, direct_io=direct_io) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=share_prefixes, direct_io=direct_io) as engine:
         async with anyio.create_task_group() as group:
             for seed in range(10):
                 group.start_soon(talk, seed)
@@ -252,11 +224,11 @@ async def test_all_at_once(
 
 async def test_what_is_still_shared_is_not_read_back(tiny_model: Any, folder: Path, answers: Answers) -> None:
     """Blocks that others use stay in memory; only the rest comes from disk."""
-    async with open_engine(tiny_model, folder, share_prefixes=True) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=True) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
-            async with aclosing(engine.generate([*tokens(1, 40), 7], greedy(80))) as chunks:  # six more blocks
+            async with aclosing(engine.generate([*tokens(1, 40), 7], greedy_params(80))) as chunks:  # six more blocks
                 await anext(chunks)
                 assert talk.is_parked()
                 assert engine.statistics().kv_bytes <= NUM_BLOCKS * BLOCK_BYTES
@@ -267,7 +239,7 @@ async def test_what_is_still_shared_is_not_read_back(tiny_model: Any, folder: Pa
 async def test_a_session_without_turns_or_an_empty_one_does_no_harm(
     tiny_model: Any, folder: Path, answers: Answers
 ) -> None:
-    async with open_engine(tiny_model, folder, share_prefixes=True) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=True) as engine:
         async with engine.session() as chat, chat.fork() as fork:
             await fill_memory(engine)
             async with fork.fork() as another:
@@ -281,9 +253,9 @@ async def test_a_session_without_turns_or_an_empty_one_does_no_harm(
 
 
 async def test_a_parked_session_is_closed(tiny_model: Any, folder: Path) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat:
-            await chat.complete(tokens(1, 40), greedy(6))
+            await chat.complete(tokens(1, 40), greedy_params(6))
             await fill_memory(engine)
             assert engine._running.parking.num_slots_used == 3
         assert engine._running.parking.num_slots_used == 0
@@ -292,7 +264,7 @@ async def test_a_parked_session_is_closed(tiny_model: Any, folder: Path) -> None
 
 async def test_a_parked_session_is_forked(tiny_model: Any, folder: Path, answers: Answers) -> None:
     for share_prefixes in (True, False):
-        async with open_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
+        async with parking_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
             async with engine.session() as chat:
                 talk = Talk(chat, answers)
                 await talk.turn(tokens(1, 40))
@@ -305,7 +277,7 @@ async def test_a_parked_session_is_forked(tiny_model: Any, folder: Path, answers
 
 
 async def test_a_parked_fork_and_its_parked_parent(tiny_model: Any, folder: Path, answers: Answers) -> None:
-    async with open_engine(tiny_model, folder, share_prefixes=True) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=True) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -322,7 +294,7 @@ async def test_a_parked_fork_and_its_parked_parent(tiny_model: Any, folder: Path
 @pytest.mark.parametrize("num_kept", [0, 1, 16, 20, 32, 44, 45, 46])
 async def test_a_parked_session_is_edited(tiny_model: Any, folder: Path, answers: Answers, num_kept: int) -> None:
     """Only what the edit keeps is read back; the last token of the history was never computed."""
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -339,10 +311,11 @@ async def test_a_parked_session_is_edited(tiny_model: Any, folder: Path, answers
 # While it moves
 
 
+@pytest.mark.parametrize("error", [None, OSError(errno.ENOSPC, "full")])
 async def test_a_turn_begins_while_its_session_is_written(
-    tiny_model: Any, folder: Path, answers: Answers, writing: Gate
+    tiny_model: Any, folder: Path, answers: Answers, writing: Gate, error: OSError | None
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -350,17 +323,18 @@ async def test_a_turn_begins_while_its_session_is_written(
             async with anyio.create_task_group() as group:
                 group.start_soon(fill_memory, engine)
                 await writing.wait_for_a_call()
-                group.start_soon(talk.turn, [5], 6, 45)
+                group.start_soon(talk.turn, [5], 6, 45 if error is None else 0)
                 await until(lambda: engine.statistics().num_waiting == 2)
+                writing.error = error
                 writing.open()
-            assert engine.statistics().num_parkings == 1
+            assert engine.statistics().num_parkings == (error is None)
         await check_nothing_is_left(engine)
 
 
 async def test_a_turn_that_waits_for_its_session_is_aborted(
     tiny_model: Any, folder: Path, answers: Answers, writing: Gate
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -370,7 +344,7 @@ async def test_a_turn_that_waits_for_its_session_is_aborted(
                 await writing.wait_for_a_call()
                 with anyio.CancelScope() as scope:
                     async with anyio.create_task_group() as turn:
-                        turn.start_soon(chat.complete, [5], greedy(6))
+                        turn.start_soon(chat.complete, [5], greedy_params(6))
                         await until(lambda: engine.statistics().num_waiting == 2)
                         scope.cancel()
                 writing.open()
@@ -380,10 +354,10 @@ async def test_a_turn_that_waits_for_its_session_is_aborted(
 
 
 async def test_a_session_is_closed_while_it_is_written(tiny_model: Any, folder: Path, writing: Gate) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with anyio.create_task_group() as group:
             async with engine.session() as chat:
-                await chat.complete(tokens(1, 40), greedy(6))
+                await chat.complete(tokens(1, 40), greedy_params(6))
                 writing.shut()
                 group.start_soon(fill_memory, engine)
                 await writing.wait_for_a_call()
@@ -395,7 +369,7 @@ async def test_a_session_is_closed_while_it_is_written(tiny_model: Any, folder: 
 async def test_a_session_is_forked_while_it_is_written(
     tiny_model: Any, folder: Path, answers: Answers, writing: Gate
 ) -> None:
-    async with open_engine(tiny_model, folder, share_prefixes=True) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=True) as engine:
         async with engine.session() as chat, anyio.create_task_group() as group:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -412,7 +386,7 @@ async def test_a_session_is_forked_while_it_is_written(
 async def test_others_run_while_a_session_is_read_back(
     tiny_model: Any, folder: Path, answers: Answers, reading: Gate
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat, anyio.create_task_group() as group:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -422,7 +396,7 @@ async def test_others_run_while_a_session_is_read_back(
             await reading.wait_for_a_call()
             assert engine.statistics().num_running == 1
             prompt = tokens(2, 20)
-            assert (await engine.complete(prompt, greedy(6))).token_ids == await answers.to(prompt, 6)
+            assert (await engine.complete(prompt, greedy_params(6))).token_ids == await answers.to(prompt, 6)
             reading.open()
         await check_nothing_is_left(engine)
 
@@ -438,13 +412,13 @@ async def test_a_turn_ends_while_its_session_is_read_back(
         deadline = anyio.current_time() + 0.3 if way == "deadline" else None
         with scope:
             try:
-                completion = await chat.complete([5], greedy(6), request_id="turn", deadline=deadline)
+                completion = await chat.complete([5], greedy_params(6), request_id="turn", deadline=deadline)
                 ends.append(completion.finish_reason)
             except Exception as error:
                 ends.append(type(error).__name__)
 
     scope = anyio.CancelScope()
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat, anyio.create_task_group() as group:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -478,7 +452,7 @@ async def test_a_turn_ends_while_its_session_is_read_back(
 async def test_the_next_turn_begins_while_a_cancelled_one_s_session_is_read_back(
     tiny_model: Any, folder: Path, answers: Answers, reading: Gate
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat, anyio.create_task_group() as group:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -486,7 +460,7 @@ async def test_the_next_turn_begins_while_a_cancelled_one_s_session_is_read_back
             reading.shut()
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as turn:
-                    turn.start_soon(chat.complete, [5], greedy(6))
+                    turn.start_soon(chat.complete, [5], greedy_params(6))
                     await reading.wait_for_a_call()
                     scope.cancel()
             group.start_soon(talk.turn, [6, 7], 6, 45)
@@ -507,9 +481,9 @@ async def test_the_engine_is_left_while_a_session_is_written(
         errors.append(EngineClosedError)
 
     async with anyio.create_task_group() as group:
-        async with open_engine(tiny_model, folder) as engine:
+        async with parking_engine(tiny_model, folder) as engine:
             chat = engine.session()
-            await chat.complete(tokens(1, 40), greedy(6))
+            await chat.complete(tokens(1, 40), greedy_params(6))
             writing.shut()
             group.start_soon(ask)
             await writing.wait_for_a_call()
@@ -535,14 +509,14 @@ async def test_the_engine_is_left_while_a_session_is_read_back(
 
     async def turn() -> None:
         try:
-            ends.append((await chat.complete([5], greedy(6), request_id="turn")).finish_reason)
+            ends.append((await chat.complete([5], greedy_params(6), request_id="turn")).finish_reason)
         except EngineClosedError:
             ends.append("left")
 
     async with anyio.create_task_group() as group:
-        async with open_engine(tiny_model, folder) as engine:
+        async with parking_engine(tiny_model, folder) as engine:
             chat = engine.session()
-            await chat.complete(tokens(1, 40), greedy(6))
+            await chat.complete(tokens(1, 40), greedy_params(6))
             await fill_memory(engine)
             reading.shut()
             group.start_soon(turn)
@@ -557,9 +531,9 @@ async def test_the_engine_is_left_while_a_session_is_read_back(
 
 
 async def test_the_engine_is_left_with_parked_sessions(tiny_model: Any, folder: Path) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         chat = engine.session()
-        await chat.complete(tokens(1, 40), greedy(6))
+        await chat.complete(tokens(1, 40), greedy_params(6))
         await fill_memory(engine)
         assert engine.statistics().num_parked == 1
     assert engine.statistics().num_leases == 0
@@ -575,7 +549,7 @@ async def test_a_disk_that_takes_nothing(
 ) -> None:
     """Sessions lose what they kept and compute it again; nobody sees an error."""
     writing.error = OSError(code, os.strerror(code))
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as one, engine.session() as two:
             talks = [Talk(one, answers), Talk(two, answers)]
             for talk in talks:
@@ -597,7 +571,7 @@ async def test_a_disk_that_takes_nothing(
 async def test_a_disk_that_gives_nothing_back(
     tiny_model: Any, folder: Path, answers: Answers, reading: Gate, share_prefixes: bool
 ) -> None:
-    async with open_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
+    async with parking_engine(tiny_model, folder, share_prefixes=share_prefixes) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -612,7 +586,7 @@ async def test_a_disk_that_gives_nothing_back(
 
 
 async def test_a_parking_folder_that_is_not_there(tiny_model: Any, tmp_path: Path, answers: Answers) -> None:
-    async with open_engine(tiny_model, tmp_path / "nowhere") as engine:
+    async with parking_engine(tiny_model, tmp_path / "nowhere") as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -621,28 +595,10 @@ async def test_a_parking_folder_that_is_not_there(tiny_model: Any, tmp_path: Pat
         await check_nothing_is_left(engine)
 
 
-async def test_a_write_that_fails_while_its_session_s_turn_waits(
-    tiny_model: Any, folder: Path, answers: Answers, writing: Gate
-) -> None:
-    async with open_engine(tiny_model, folder) as engine:
-        async with engine.session() as chat:
-            talk = Talk(chat, answers)
-            await talk.turn(tokens(1, 40))
-            writing.shut()
-            async with anyio.create_task_group() as group:
-                group.start_soon(fill_memory, engine)
-                await writing.wait_for_a_call()
-                group.start_soon(talk.turn, [5], 6, 0)
-                await until(lambda: engine.statistics().num_waiting == 2)
-                writing.error = OSError(errno.ENOSPC, "full")
-                writing.open()
-        await check_nothing_is_left(engine)
-
-
 async def test_a_read_that_fails_after_its_turn_was_cancelled(
     tiny_model: Any, folder: Path, answers: Answers, reading: Gate
 ) -> None:
-    async with open_engine(tiny_model, folder) as engine:
+    async with parking_engine(tiny_model, folder) as engine:
         async with engine.session() as chat:
             talk = Talk(chat, answers)
             await talk.turn(tokens(1, 40))
@@ -650,7 +606,7 @@ async def test_a_read_that_fails_after_its_turn_was_cancelled(
             reading.shut()
             with anyio.CancelScope() as scope:
                 async with anyio.create_task_group() as turn:
-                    turn.start_soon(chat.complete, [5], greedy(6))
+                    turn.start_soon(chat.complete, [5], greedy_params(6))
                     await reading.wait_for_a_call()
                     scope.cancel()
             reading.error = OSError(errno.EIO, "gone")
@@ -683,7 +639,7 @@ async def test_sessions_at_random_on_a_disk_that_sometimes_fails(
         taken: list[int] = []
 
         async def take() -> None:
-            async with aclosing(talk.chat.generate(prompt, greedy(8))) as chunks:
+            async with aclosing(talk.chat.generate(prompt, greedy_params(8))) as chunks:
                 async for chunk in chunks:
                     taken.extend(chunk.token_ids)
 
@@ -719,7 +675,7 @@ async def test_sessions_at_random_on_a_disk_that_sometimes_fails(
                     await turn(talk, 4)
                     broken.error = None
                 else:
-                    await engine.complete(tokens(seed, chosen.randrange(1, 100)), greedy(8))
+                    await engine.complete(tokens(seed, chosen.randrange(1, 100)), greedy_params(8))
 
     config = {
         "share_prefixes": bool(seed % 2),
@@ -727,7 +683,7 @@ async def test_sessions_at_random_on_a_disk_that_sometimes_fails(
         "max_sequences": chosen.choice([1, 3, 4]),
         "max_waiting": None,
     }
-    async with open_engine(tiny_model, folder, **config) as engine:
+    async with parking_engine(tiny_model, folder, **config) as engine:
         async with anyio.create_task_group() as group:
             for _ in range(6):
                 group.start_soon(live, Talk(engine.session(), answers))

@@ -1,0 +1,73 @@
+"""What tests of a running engine share: how one is opened, waited for, and found to hold nothing at the end."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable
+from typing import Any
+
+import anyio
+import anyio.lowlevel
+import pytest
+
+from hermes_async import Engine, RequestEvent, SamplingParams
+
+BLOCK_BYTES = 8192
+"""Of the small models here: 3 layers, 2 heads of keys and values, 8 numbers of 4 bytes, 16 tokens; in whole pages."""
+
+RESIDENT_LEASES = 4
+"""What an engine holds that does nothing: weights, ring, workspace, shared prefixes."""
+
+
+def one_loop(*, use_uvloop: bool) -> Any:
+    """The fixture `anyio_backend` for a module of tests to which the event loop makes no difference."""
+
+    @pytest.fixture(name="anyio_backend")
+    def fixture() -> tuple[str, dict[str, Any]]:
+        return "asyncio", {"use_uvloop": use_uvloop}
+
+    return fixture
+
+
+def open_engine(model: Any, on_event: Callable[[RequestEvent], None] | None = None, **config: Any) -> Engine:
+    """An engine for a small model; `config` changes the model's own."""
+    return Engine(
+        model.path, memory_budget="8MiB", config=dataclasses.replace(model.config, **config), on_event=on_event
+    )
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    with anyio.fail_after(30):
+        while not condition():
+            await anyio.lowlevel.checkpoint()
+
+
+async def check_nothing_is_left(engine: Engine) -> None:
+    """No request, session, KV, lease or slot of the parking file, once what was left has ended."""
+    await until(lambda: not engine.statistics().num_running)
+    engine.drop_prefixes()
+    statistics = engine.statistics()
+    assert (statistics.num_paused, statistics.num_waiting) == (0, 0)
+    assert (statistics.num_sessions, statistics.num_parked) == (0, 0)
+    assert (statistics.kv_bytes, statistics.num_leases) == (0, RESIDENT_LEASES)
+    assert engine._serving.requests == {}
+    assert engine._running.parking.num_slots_used == 0
+
+
+def drafts_cost_nothing(engine: Engine) -> None:
+    """From now on sweeps count as limited by the disk, however fast it is."""
+    times = engine._serving.running.times
+    times.record_read(1.0)
+    times.record(1, 1e-6)
+    times.record_read = times.record = lambda *args: None
+
+
+def tokens(seed: int, length: int) -> list[int]:
+    """Random ones, of the small models' vocabulary."""
+    chosen = random.Random(seed)
+    return [chosen.randrange(2, 96) for _ in range(length)]
+
+
+def greedy_params(num_tokens: int) -> SamplingParams:
+    return SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
