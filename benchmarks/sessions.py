@@ -291,6 +291,7 @@ async def measure_point(engine: Engine, prompts: Sequence[list[int]], num_tokens
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     arrivals: list[list[float]] = [[] for _ in prompts]
     decode_counts: list[EngineStatistics] = []
+    first_counts = engine.statistics()
     started = time.perf_counter()
 
     async def session(idx: int) -> None:
@@ -313,6 +314,8 @@ async def measure_point(engine: Engine, prompts: Sequence[list[int]], num_tokens
         "decode_tokens_per_s": None,
         "sweep_seconds": None,
         "compute_seconds": None,
+        "prompt_sweeps": None,
+        "prompt_compute_seconds": None,
     }
     start, end = max(times[0] for times in arrivals), min(times[-1] for times in arrivals)
     ticks = [moment for moment in arrivals[0] if start <= moment <= end]
@@ -320,11 +323,14 @@ async def measure_point(engine: Engine, prompts: Sequence[list[int]], num_tokens
         print("  the prompts took all the time that the first answer did: give more --tokens", flush=True)
         return point
     before, after = decode_counts
+    prompt_sweeps = before.sweeps - first_counts.sweeps
     num_decoded = sum(start < moment <= end for times in arrivals for moment in times)
     return point | {
         "decode_tokens_per_s": num_decoded / (end - start),
         "sweep_seconds": statistics.median(later - earlier for earlier, later in pairwise(ticks)),
         "compute_seconds": (after.compute_seconds - before.compute_seconds) / (after.sweeps - before.sweeps),
+        "prompt_sweeps": prompt_sweeps,
+        "prompt_compute_seconds": before.compute_seconds - first_counts.compute_seconds,
     }
 
 
@@ -398,7 +404,8 @@ def _print_point(point: dict[str, Any]) -> None:
             f"{point['compute_seconds']:.3f}: {point['share_of_limit']:.3f} of the limit); first token after "
             f"{point['first_token_median_s']:.2f} s, the last after {point['first_token_max_s']:.2f} s "
             f"({point['first_token_median_sweeps_above']:.1f} and {point['first_token_max_sweeps_above']:.1f} sweeps "
-            f"above one session's; {point['prompt_tokens']} prompt tokens)",
+            f"above one session's; {point['prompt_tokens']} prompt tokens in {point['prompt_sweeps']} sweeps, which "
+            f"computed for {point['prompt_compute_seconds'] / point['sweep_seconds']:.1f} sweeps' time)",
             end="",
         )
     print(flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 
 import anyio.from_thread
@@ -18,7 +18,7 @@ from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.sampling import SampledToken
 from hermes_async.modeling.streamed import StreamedModel
-from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
+from hermes_async.pipeload.pipeline import Pipeline, PipelineStatistics, SweepAbandoned
 from hermes_async.storage.rows import RowReader
 
 
@@ -47,7 +47,7 @@ class SweepRunner:
 
     Args:
         rows: Reads the input embedding's rows; None where it is resident.
-        bytes_per_sweep: Weights that a sweep reads from disk.
+        streams: Whether sweeps read weights from disk.
         times: Told of each sweep.
         draft_model: Drafts where the scheduler says so.
         eos_token_ids: The model's end-of-sequence tokens.
@@ -60,7 +60,7 @@ class SweepRunner:
         pipeline: Pipeline,
         rows: RowReader | None,
         *,
-        bytes_per_sweep: int,
+        streams: bool,
         times: SweepTimes,
         draft_model: DraftModel | None,
         eos_token_ids: frozenset[int],
@@ -69,14 +69,12 @@ class SweepRunner:
         self._model = model
         self._pipeline = pipeline
         self._rows = rows
-        self._bytes_per_sweep = bytes_per_sweep
+        self._streams = streams
         self._times = times
         self._draft_model = draft_model
         self._eos_token_ids = eos_token_ids
         self._release = release
-        # All mutable state: the running sweep, and how much was read, in how long, when its rate was last taken.
-        self.sweep: Sequence[Scheduled] = ()
-        self._read_before = (0, 0.0)
+        self.sweep: Sequence[Scheduled] = ()  # the running one: all mutable state
 
     async def run(self, sweep: Sequence[Scheduled]) -> list[Outcome]:
         """Computes one sweep. Requests that are aborted meanwhile are dropped at the next stage, and have no outcome.
@@ -97,23 +95,22 @@ class SweepRunner:
             rows = None if self._rows is None else await self._rows.read(needed)
             if all(item.request.aborted for item in sweep):  # `abandon` came before the pipeline's sweep began
                 raise SweepAbandoned
-            before = self._pipeline.statistics.compute_seconds
+            before = replace(self._pipeline.statistics)
             outcomes = await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
-            self._times.record(len(token_ids), self._pipeline.statistics.compute_seconds - before)
-            self._record_read()
+            self._record_times(len(token_ids), before)
             return outcomes
         finally:
             self.sweep = ()
 
-    def _record_read(self) -> None:
-        """What a sweep's reads take at the rate since the last sweep; a read under way counts when it has ended."""
-        read = self._pipeline.read_statistics
-        nbytes, seconds = read.bytes_read - self._read_before[0], read.busy_seconds - self._read_before[1]
-        if self._bytes_per_sweep == 0:
+    def _record_times(self, num_tokens: int, before: PipelineStatistics) -> None:
+        now = self._pipeline.statistics
+        compute_seconds = now.compute_seconds - before.compute_seconds
+        stall_seconds = now.stall_seconds - before.stall_seconds
+        self._times.record(num_tokens, compute_seconds)
+        if self._streams:
+            self._times.record_stalls(compute_seconds + stall_seconds, stall_seconds)
+        else:
             self._times.record_read(0.0)
-        elif nbytes and seconds:
-            self._times.record_read(self._bytes_per_sweep * seconds / nbytes)
-            self._read_before = read.bytes_read, read.busy_seconds
 
     def abort(self, request: Request) -> bool:
         """Tells the running sweep of an aborted request; False if it is not in it."""

@@ -119,7 +119,7 @@ async def running_model(
             model,
             pipeline,
             rows,
-            bytes_per_sweep=plan.bytes_per_sweep,
+            streams=plan.bytes_per_sweep > 0,
             times=times,
             draft_model=draft_model,
             eos_token_ids=opened.skeleton.eos_token_ids,

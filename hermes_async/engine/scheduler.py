@@ -62,8 +62,8 @@ class Scheduler:
 
     Of more than `max_sequences` requests the first to be admitted take part; those whose user does not take their
     chunks are left out. A prompt goes in chunks: beside decoding sequences it gets as many tokens as keep the sweep's
-    compute within its read time, or, where less is read, within twice the compute of the decodes alone. What is left
-    goes to drafted tokens, as far as these are expected to pay.
+    compute within its read time. Where less is read, prompts get at least as much compute as the decodes, and as much
+    for each prompt as for each decode. What is left goes to drafted tokens, as far as these are expected to pay.
 
     Args:
         max_tokens: Most tokens of a sweep.
@@ -125,8 +125,8 @@ class Scheduler:
     def _chunks(self, prompts: list[Request], num_decoding: int) -> list[Scheduled]:
         room = self.max_tokens - num_decoding
         if prompts and num_decoding:
-            alone = self._times.compute_seconds(num_decoding) or 0.0
-            seconds = max(self._times.read_seconds or 0.0, 2 * alone)
+            share = 1 + max(1.0, len(prompts) / num_decoding)
+            seconds = max(self._times.read_seconds or 0.0, share * (self._times.compute_seconds(num_decoding) or 0.0))
             within = self._times.tokens_within(seconds, self.max_tokens) - num_decoding
             room = min(room, max(within, BLOCK_TOKENS))
         chunks: list[Scheduled] = []

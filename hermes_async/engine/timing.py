@@ -9,6 +9,7 @@ from statistics import median_low
 from typing import NamedTuple
 
 _WINDOW = 5  # measurements of which the middle one counts: two may be outliers
+_STALL_SHARE = 0.1  # of a sweep that counts as waiting for its weights; less comes of uneven stages
 _FRESH_SWEEPS = 32  # often minutes: long enough for every usual size to come by, short enough to follow the machine
 
 
@@ -51,8 +52,18 @@ class SweepTimes:
         self._curve = self._fit()
 
     def record_read(self, seconds: float) -> None:
-        """Learns what reading one sweep's streamed weights takes now; 0.0 where everything is resident."""
+        """Learns what reading one sweep's streamed weights takes; 0.0 where everything is resident."""
         self._reads.append(seconds)
+
+    def record_stalls(self, sweep_seconds: float, stall_seconds: float) -> None:
+        """Learns what reading takes from a sweep that waited `stall_seconds` of its time for weights.
+
+        One that waited took as long as reading; another only says that reading takes no longer. How fast the reads
+        themselves were would not do: while computing is the limit they come in bursts, which disks take faster.
+        """
+        waited = stall_seconds > _STALL_SHARE * sweep_seconds
+        known = self.read_seconds
+        self.record_read(sweep_seconds if waited or known is None else min(known, sweep_seconds))
 
     @property
     def read_seconds(self) -> float | None:

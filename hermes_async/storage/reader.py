@@ -8,10 +8,9 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -46,31 +45,11 @@ class ReadStatistics:
 
     Attributes:
         seconds: The readers' own times added up, which overlap.
-        busy_seconds: While at least one read was under way.
     """
 
     bytes_read: int = 0
     num_reads: int = 0
     seconds: float = 0.0
-    busy_seconds: float = 0.0
-    _num_under_way: int = field(default=0, repr=False)
-    _busy_since: float = field(default=0.0, repr=False)
-
-    @contextmanager
-    def reading(self) -> Iterator[None]:
-        """Counts one read's time."""
-        started = time.perf_counter()
-        if self._num_under_way == 0:
-            self._busy_since = started
-        self._num_under_way += 1
-        try:
-            yield
-        finally:
-            ended = time.perf_counter()
-            self.seconds += ended - started
-            self._num_under_way -= 1
-            if self._num_under_way == 0:
-                self.busy_seconds += ended - self._busy_since
 
 
 class _Handle:
@@ -135,11 +114,13 @@ class Reader:
         """
         for item in ranges:
             with anyio.CancelScope(shield=True):
+                started = time.perf_counter()
                 try:
-                    with self._statistics.reading():
-                        await self._read_range(item, view)
+                    await self._read_range(item, view)
                 except OSError as error:
                     raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+                finally:
+                    self._statistics.seconds += time.perf_counter() - started
             await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def _read_range(self, item: ReadRange, view: memoryview) -> None:

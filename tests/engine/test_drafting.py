@@ -193,7 +193,7 @@ async def test_nothing_is_drafted_while_sweeps_are_not_known_to_be_faster(model:
     config = EngineConfig(num_loading_agents=1, max_resident_layers=2)
     async with Engine(model.path, memory_budget="16MiB", config=config) as engine:
         times = engine._serving.running.times
-        times.record = times.record_read = lambda *args: None
+        times.record = times.record_read = times.record_stalls = lambda *args: None
         assert (await engine.complete(model.prompts[3], model.params)).token_ids == model.references[3]
         assert engine.statistics().drafted_tokens == 0
 

@@ -188,6 +188,14 @@ def test_where_nothing_is_read_a_sweep_with_a_chunk_takes_at_most_twice_its_deco
         assert sweeps.shares() == [*((decode, 1, True) for decode in decodes), (prompt, 20, False)]
 
 
+def test_where_nothing_is_read_each_prompt_gets_as_much_as_a_decode() -> None:
+    with closing(Sweeps(read_seconds=0.0)) as sweeps:
+        decodes = [sweeps.add_decoding() for _ in range(5)]
+        prompts = [sweeps.add(10) for _ in range(30)]
+        chunks = [(prompt, 10, True) for prompt in prompts[:3]]
+        assert sweeps.shares() == [*((decode, 1, True) for decode in decodes), *chunks]
+
+
 def test_a_chunk_is_at_least_a_block() -> None:
     """A prompt must come to its end."""
     with closing(Sweeps(read_seconds=0.0)) as sweeps:

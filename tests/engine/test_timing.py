@@ -55,6 +55,28 @@ def test_a_resident_model_reads_nothing() -> None:
     assert times.sweep_seconds(1) == 1.0
 
 
+def test_a_sweep_that_waited_took_as_long_as_reading() -> None:
+    times = measured([(1, 1.0)])
+    times.record_stalls(5.0, 4.0)
+    assert times.read_seconds == 5.0
+    for _ in range(3):
+        times.record_stalls(7.0, 1.0)
+    assert times.read_seconds == 7.0
+
+
+def test_a_sweep_that_did_not_wait_took_no_less_than_reading() -> None:
+    times = measured([(1, 1.0)])
+    times.record_stalls(9.0, 0.1)  # all that is known
+    assert times.read_seconds == 9.0
+    times.record_stalls(5.0, 2.0)
+    for _ in range(9):
+        times.record_stalls(8.0, 0.5)
+    assert times.read_seconds == 5.0
+    for _ in range(3):
+        times.record_stalls(3.0, 0.0)
+    assert times.read_seconds == 3.0
+
+
 def test_reading_is_the_middle_of_the_last_five() -> None:
     times = SweepTimes()
     for seconds in (1.0, 9.0, 2.0, 0.0, 3.0):
