@@ -9,17 +9,21 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
+import numpy as np
+import numpy.typing as npt
 
 from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.engine.embedding import Pooling, TextBatch, prepare_embedding
 from hermes_async.engine.events import RequestEvent
+from hermes_async.engine.forwarding import prepare_forward
 from hermes_async.engine.opening import OpenedModel, open_model
-from hermes_async.engine.prompt import PreparedPrompt, Prompt, checked_messages, encode, prepare
+from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request
 from hermes_async.engine.running import RunningModel, running_model
 from hermes_async.engine.serving import Serving
@@ -37,6 +41,8 @@ from hermes_async.errors import (
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import first_error, ungrouped
 from hermes_async.pipeload.planner import Plan
+
+T = TypeVar("T")
 
 
 class Engine:
@@ -206,6 +212,71 @@ class Engine:
         async with contextlib.aclosing(chunks):
             return await Completion.collect(chunks)
 
+    async def forward(self, **inputs: Any) -> Any:
+        """Runs the model's own `forward`, and returns transformers' output object.
+
+        Forward passes that wait at one time share a sweep, as far as memory for their activations reaches; each is
+        computed as if it were alone.
+
+        Args:
+            inputs: What the model's class takes: tensors, arrays or lists, such as `input_ids=[[1, 2]]` or
+                `pixel_values=` [images, channels, height, width]; flags such as `output_hidden_states=True`.
+
+        Raises:
+            RequestError: The model's forward does not take an input, or does not run on it.
+            ContextLengthError: More tokens than the model has positions.
+            MemoryBudgetError: The activations would take more than the plan sets aside for them.
+            ReadError: Weights could not be read; the engine goes on.
+            EngineClosedError, EngineFailedError: The engine was left, or failed.
+
+        Cancellation: the pass ends before its next stage.
+        """
+        request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
+        return await self._model().forwarding.run(request)
+
+    async def embed(
+        self,
+        texts: str | Sequence[str],
+        *,
+        pooling: Pooling | None = None,
+        normalize: bool | None = None,
+        truncate: bool = False,
+    ) -> npt.NDArray[np.float32]:
+        """Sentence vectors, float32 [texts, hidden]; of one text [hidden].
+
+        Texts of about one length go in one forward pass, and passes share sweeps, also those of other calls.
+
+        Args:
+            pooling: "mean", "cls", "max" or "last"; None takes the checkpoint's own (sentence-transformers' files), or
+                the mean.
+            normalize: To length 1; None as the checkpoint says, where `pooling` is not given.
+            truncate: Cut texts that are longer than the model's context, instead of refusing them.
+
+        Raises:
+            RequestError: Something is no text, or the model does not take texts or gives no hidden states.
+            ContextLengthError: A text is too long.
+            MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
+
+        Cancellation: as `forward`.
+        """
+        several = [texts] if isinstance(texts, str) else list(texts)
+        batches = await self._prepare(
+            lambda opened: prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
+        )
+        forwarding = self._model().forwarding
+        vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(several)
+
+        async def run(batch: TextBatch) -> None:
+            result = await forwarding.run(batch.request)
+            for idx, vector in zip(batch.indices, result.numpy(), strict=True):
+                vectors[idx] = vector
+
+        with ungrouped():
+            async with anyio.create_task_group() as group:
+                for batch in batches:
+                    group.start_soon(run, batch)
+        return vectors[0] if isinstance(texts, str) else np.array(vectors, np.float32)
+
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
         """A conversation that keeps its keys and values between turns; use it with `async with`.
 
@@ -267,7 +338,15 @@ class Engine:
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         _check_deadline(deadline)
         created_at = time.perf_counter()
-        prompt = await self._prepare(tokenize, params)
+        prompt = await self._prepare(
+            lambda opened: prepare(
+                opened,
+                tokenize(opened),
+                params,
+                prompt_lookup=self._config.prompt_lookup,
+                prior=serving.acceptance,
+            )
+        )
         if request_id in self._model().requests:
             raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
         if session is not None and session.closed:
@@ -280,20 +359,14 @@ class Engine:
         finally:
             serving.leave(request)
 
-    async def _prepare(self, tokenize: Callable[[OpenedModel], list[int]], params: SamplingParams) -> PreparedPrompt:
-        """Tokenizes and checks a prompt on a worker thread, while the first stages are read."""
+    async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
+        """Tokenizes and checks what a user gave, on a worker thread, while the first stages are read."""
         serving = self._model()
-        opened = serving.running.opened
         serving.running.pipeline.start_streaming()
-
-        def prepared() -> PreparedPrompt:
-            lookup = self._config.prompt_lookup
-            return prepare(opened, tokenize(opened), params, prompt_lookup=lookup, prior=serving.acceptance)
-
         ready = anyio.Event()
         serving.preparing.add(ready)
         try:
-            return await anyio.to_thread.run_sync(prepared)
+            return await anyio.to_thread.run_sync(check, serving.running.opened)
         finally:
             serving.preparing.remove(ready)
             ready.set()
@@ -337,6 +410,8 @@ class Engine:
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left while the forward pass was running")
+        self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
 
     def _model(self) -> Serving:

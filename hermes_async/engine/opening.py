@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -14,11 +14,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.errors import ConfigError
-from hermes_async.modeling.activations import workspace_bytes
+from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
-from hermes_async.modeling.probe import Probe, probe
+from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, weight_bytes
 from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
@@ -28,6 +28,9 @@ from hermes_async.storage.rows import RowReader
 
 _DRAFT_TOKENS = 256
 """Tokens of one pass of a draft model; more are pending only when it sees a prompt for the first time."""
+
+_TEXT_TOKENS = 64
+"""A model that does not generate must have room for at least so many tokens of text at once."""
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -131,6 +134,8 @@ def _look_at(checkpoint: Checkpoint, on_error: ExitStack) -> tuple[Skeleton, Pac
     on_error.callback(attention.close)
     model_config = load_config(checkpoint)
     skeleton = build_skeleton(checkpoint, model_config, attention.name)
+    if not skeleton.generates:
+        return skeleton, attention, probe_forward(skeleton)
     check_packing(model_config, attention)
     return skeleton, attention, probe(skeleton, attention)
 
@@ -145,6 +150,11 @@ def _open_draft(
     checkpoint = Checkpoint.open(source)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     skeleton, attention, seen = _look_at(checkpoint, on_error)
+    for which, looked_at in (("draft model", skeleton), ("model", target)):
+        if not looked_at.generates:
+            raise ConfigError(
+                f"draft_model: the {which} is a {type(looked_at.model).__name__}, which does not generate"
+            )
     if tokenizer is not None and target_tokenizer is not None:
         same = tokenizer.get_vocab() == target_tokenizer.get_vocab()
     else:
@@ -160,22 +170,39 @@ def _open_draft(
 
 
 def _sizes(skeleton: Skeleton, attention: PackedAttention, seen: Probe, draft: OpenedDraft | None) -> ModelSizes:
-    activations = workspace_bytes(skeleton, seen, attention)
-    embedding = skeleton.tensors[skeleton.embedding_name]
+    embedding = skeleton.tensors[skeleton.embedding_name] if seen.embeds_input_ids else None
+    activations = _forward_activations(skeleton, seen)
+    if skeleton.generates:
+        activations = workspace_bytes(skeleton, seen, attention)
 
     def workspace(tokens: int, outputs: int, kv_bytes: int) -> int:
-        rows = RowReader.buffer_bytes(embedding, tokens) + tokens * embedding.nbytes // embedding.shape[0]
+        rows = 0
+        if embedding is not None:
+            rows = RowReader.buffer_bytes(embedding, tokens) + tokens * embedding.nbytes // embedding.shape[0]
         return activations(tokens, outputs, kv_bytes) + rows
 
-    return ModelSizes(
+    kv_bytes_per_token = seen.kv.bytes_per_token if skeleton.generates else 0
+    sizes = ModelSizes(
         largest_layer_bytes=max(_layer_bytes(skeleton), default=weight_bytes(skeleton.tensors, skeleton.tensors)),
         weight_bytes=weight_bytes(skeleton.tensors, skeleton.tensors),
-        kv_bytes_per_token=seen.kv.bytes_per_token + (0 if draft is None else draft.seen.kv.bytes_per_token),
+        kv_bytes_per_token=kv_bytes_per_token + (0 if draft is None else draft.seen.kv.bytes_per_token),
         context_length=skeleton.context_length,
         workspace_bytes=workspace,
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
     )
+    return sizes if skeleton.generates else replace(sizes, least_sweep_tokens=seen.tokens_per_image or _TEXT_TOKENS)
+
+
+def _forward_activations(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int], int]:
+    """Of a model that does not generate, by tokens: as many images, or texts as long as they may be."""
+    bound = forward_bytes(skeleton)
+    longest = seen.tokens_per_image or skeleton.context_length or max(_TEXT_TOKENS, 1)
+
+    def activations(tokens: int, outputs: int, kv_bytes: int) -> int:
+        return bound(-(-tokens // longest), min(tokens, longest))
+
+    return activations
 
 
 def _layer_bytes(skeleton: Skeleton) -> Sequence[int]:

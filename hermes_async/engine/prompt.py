@@ -54,6 +54,9 @@ def prepare(
         ContextLengthError: The prompt leaves no room for a token.
         MemoryBudgetError: More KV memory than the plan leaves for all requests together.
     """
+    if not opened.skeleton.generates:
+        name = type(opened.skeleton.model).__name__
+        raise RequestError(f"{name} is no causal language model and does not generate; forward and embed run it")
     sampler = Sampler(
         params, token_ids, eos_token_ids=opened.skeleton.eos_token_ids, vocab_size=opened.skeleton.vocab_size
     )

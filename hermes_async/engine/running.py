@@ -35,6 +35,8 @@ class RunningModel:
     governor: MemoryGovernor
     ring: BufferPool
     pipeline: Pipeline
+    model: StreamedModel
+    rows: RowReader | None
     runner: SweepRunner
     blocks: KVBlocks
     parking: ParkingFile
@@ -125,7 +127,7 @@ async def running_model(
             eos_token_ids=opened.skeleton.eos_token_ids,
             release=release,
         )
-        yield RunningModel(opened, governor, ring, pipeline, runner, blocks, parking, times, draft_model)
+        yield RunningModel(opened, governor, ring, pipeline, model, rows, runner, blocks, parking, times, draft_model)
 
 
 def _stages(opened: OpenedModel) -> list[Stage]:

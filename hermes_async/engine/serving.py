@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import anyio
@@ -14,6 +14,7 @@ import anyio.lowlevel
 from hermes_async.config import EngineConfig
 from hermes_async.engine.admission import Admission
 from hermes_async.engine.events import EventKind, RequestEvent
+from hermes_async.engine.forwarding import Forwarding
 from hermes_async.engine.request import Chunk, Request
 from hermes_async.engine.runner import Outcome
 from hermes_async.engine.running import RunningModel
@@ -64,6 +65,7 @@ class Serving:
             admitted=self._admitted,
             ended=self.finish,
         )
+        self.forwarding = Forwarding(running.model, running.pipeline, running.rows, plan, lambda: self._work.set())
         self.acceptance = AcceptanceRates()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
@@ -168,33 +170,40 @@ class Serving:
     # --- the sweeps ---
 
     async def run_sweeps(self) -> None:
-        """Runs sweeps for as long as there is anything to do, and waits for more; never returns."""
-        runner = self.running.runner
+        """Runs sweeps for as long as there is anything to do, and waits for more; never returns.
+
+        Where there are both, sweeps that generate and sweeps of plain forward passes take turns.
+        """
         while True:
             if self._listener_error is not None:
                 raise self._listener_error
-            sweep = self.scheduler.schedule()
-            if not sweep:
+            sweep, forwards = self.scheduler.schedule(), self.forwarding.take()
+            if sweep:
+                await self._run_sweep(sweep)
+            if forwards:
+                await self.forwarding.sweep(forwards)
+            if not sweep and not forwards:
                 self._work = anyio.Event()
                 await self._work.wait()
                 for ready in tuple(self.preparing):  # requests made at the same time share the first sweep too
                     await ready.wait()
                 await anyio.lowlevel.checkpoint()
-                continue
-            outcomes: list[Outcome] = []
-            error: HermesError | None = None
-            try:
-                outcomes = await runner.run(sweep)
-            except SweepAbandoned:
-                pass
-            except HermesError as read_error:
-                error = read_error
-            for outcome in outcomes:
-                self._deliver(outcome)
-            for item in sweep:
-                if item.request.aborted or error is not None:
-                    self.finish(item.request, None if item.request.aborted else error)
-            self.admission.pump()
+
+    async def _run_sweep(self, sweep: Sequence[Scheduled]) -> None:
+        outcomes: list[Outcome] = []
+        error: HermesError | None = None
+        try:
+            outcomes = await self.running.runner.run(sweep)
+        except SweepAbandoned:
+            pass
+        except HermesError as read_error:
+            error = read_error
+        for outcome in outcomes:
+            self._deliver(outcome)
+        for item in sweep:
+            if item.request.aborted or error is not None:
+                self.finish(item.request, None if item.request.aborted else error)
+        self.admission.pump()
 
     def _deliver(self, outcome: Outcome) -> None:
         item, request = outcome.item, outcome.item.request

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.probe import Probe
-from hermes_async.modeling.skeleton import Skeleton, supports_packed_attention
+from hermes_async.modeling.skeleton import Skeleton, layers_of, plain_attention, supports_packed_attention
 
 
 def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention) -> Callable[[int, int, int], int]:
@@ -21,8 +22,7 @@ def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention)
     """
     model, config = skeleton.model, skeleton.model.config.get_text_config()
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    layers = [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
-    per_token = max(_layer_bytes(layer, skeleton.dtype.itemsize) for layer in layers or [model])
+    per_token = max(_layer_bytes(layer, skeleton.dtype.itemsize) for layer in layers_of(model) or [model])
     vocab_size = _out_features(head)
     itemsize = skeleton.dtype.itemsize
     num_heads = int(getattr(config, "num_attention_heads", 1))
@@ -48,6 +48,47 @@ def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention)
         return total + scores + kv_tokens * kv_per_token // num_layers
 
     return bound
+
+
+def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
+    """Returns a bound for a plain forward pass by sequences (or images) and tokens of each.
+
+    Layers count as for `workspace_bytes`; beside them the outputs of all that stands outside of layers, such as a head,
+    for every token; and a mask over all pairs of tokens of a sequence, or their scores where attention is eager.
+    """
+    model = skeleton.model
+    itemsize = skeleton.dtype.itemsize
+    layers = layers_of(model)
+    inside = {module for layer in layers for module in layer.modules()}
+    heads = sum(
+        _out_features(module) for module in model.modules() if isinstance(module, nn.Linear) and module not in inside
+    )
+    per_token = max(_layer_bytes(layer, itemsize) for layer in layers or [model]) + 2 * heads * itemsize
+    eager = plain_attention(model) == "eager"
+    per_score = _num_heads(model) * (2 * itemsize + 4) if eager else 1 + 2 * itemsize
+
+    def bound(sequences: int, tokens: int) -> int:
+        return sequences * (tokens * per_token + tokens * tokens * per_score)
+
+    return bound
+
+
+def recorded_bytes(skeleton: Skeleton, sequences: int, tokens: int, *, hidden_states: bool, attentions: bool) -> int:
+    """What a forward pass keeps if it is asked for every layer's hidden states, or attention weights."""
+    config, itemsize = skeleton.model.config.get_text_config(), skeleton.dtype.itemsize
+    num_layers = len(layers_of(skeleton.model)) + 1
+    total = 0
+    if hidden_states:
+        total += num_layers * sequences * tokens * int(getattr(config, "hidden_size", 0)) * itemsize
+    if attentions:
+        total += num_layers * sequences * tokens * tokens * _num_heads(skeleton.model) * itemsize
+    return total
+
+
+def _num_heads(model: PreTrainedModel) -> int:
+    configs = [model.config, getattr(model.config, "text_config", None), getattr(model.config, "vision_config", None)]
+    names = ("num_attention_heads", "n_heads", "n_head")
+    return max((int(getattr(config, name, 1) or 1) for config in configs for name in names), default=1)
 
 
 def _layer_bytes(layer: nn.Module, itemsize: int) -> int:

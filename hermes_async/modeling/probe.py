@@ -5,8 +5,10 @@ The zeros are one anonymous mapping that is never written to, so they take no me
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,9 +18,10 @@ from transformers.cache_utils import DynamicCache
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.inputs import example_inputs
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
-from hermes_async.modeling.skeleton import Skeleton, get_tensor, set_tensor
+from hermes_async.modeling.skeleton import Skeleton, get_tensor, layers_of, set_tensor, token_embedding
 from hermes_async.storage.buffers import Buffer
 
 _NUM_TOKENS = 1
@@ -33,12 +36,15 @@ class Probe:
         kv: Which layers keep keys and values, and their sizes.
         embeds_input_ids: The input embedding is called once, with the input ids themselves.
         unused: Parameters that the pass got along without.
+        tokens_per_image: What the layers make of one image of `pixels_per_image`; 0 where the input is text.
     """
 
     visits: Mapping[str, int]
     kv: KVLayout
     embeds_input_ids: bool
     unused: frozenset[str]
+    tokens_per_image: int = 0
+    pixels_per_image: int = 0
 
 
 class _RecordingPool(KVPool):
@@ -99,13 +105,64 @@ def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout)
 
 
 def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[str], vocab_size: int) -> Probe:
-    """Runs `model` with zeros for the parameters in `names`; the others stay on the meta device."""
+    """Runs a causal language model with zeros for the parameters in `names`; the others stay on the meta device."""
     check_forward_signature(model)
+    input_ids = torch.arange(_NUM_TOKENS)[None] % vocab_size
+    pool = _RecordingPool()
+    batch = PackedBatch(
+        input_ids=input_ids,
+        position_ids=torch.arange(_NUM_TOKENS)[None],
+        segments=[Segment(0, _NUM_TOKENS, SequenceKV(pool, [0]), past=0)],
+        logits_positions=torch.tensor([_NUM_TOKENS - 1]),
+    )
+    run = partial(forward_packed, model, attention, batch)
+    visits, embeds_input_ids = _watch(model, names, input_ids, run, "on a packed row of sequences")
+    shapes = {
+        layer_idx: KVShape(*keys.shape[1:], *values.shape[1:])
+        for layer_idx, (keys, values) in sorted(pool.written.items())
+    }
+    if not shapes:
+        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
+    dtype = next(iter(pool.written.values()))[0].dtype
+    return Probe(visits, KVLayout(shapes, dtype), embeds_input_ids, frozenset())
+
+
+def probe_forward(skeleton: Skeleton) -> Probe:
+    """Runs a model that does not generate once over zeros, with the smallest input that it takes.
+
+    Raises:
+        UnsupportedModelError: The model's forward takes something else than token ids and images.
+    """
+    model = skeleton.model
+    inputs = example_inputs(model)
+    lengths = [0]
+
+    def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (*args, *kwargs.values())
+        lengths.append(next((item.shape[1] for item in given if isinstance(item, torch.Tensor) and item.dim() == 3), 0))
+
+    hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    run = partial(model, **inputs)
+    try:
+        names, input_ids = list(model.state_dict()), inputs.get("input_ids")
+        visits, embeds_input_ids = _watch(model, names, input_ids, run, "on token ids or images")
+    finally:
+        for hook in hooks:
+            hook.remove()
+    seen = Probe(visits, KVLayout({}, skeleton.dtype), embeds_input_ids, frozenset())
+    if "pixel_values" not in inputs:
+        return seen
+    return replace(seen, tokens_per_image=max(lengths), pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]))
+
+
+def _watch(
+    model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
+) -> tuple[dict[str, int], bool]:
+    """The turn of each module with weights, and whether the input embedding is called once, with the input ids."""
     unloaded = {name: get_tensor(model, name) for name in names}
     zeros = Buffer(max(tensor.nbytes for tensor in unloaded.values()))
     visits: dict[str, int] = {}
     embedded: list[bool] = []
-    input_ids = torch.arange(_NUM_TOKENS)[None] % vocab_size
 
     def record(name: str) -> Any:
         def visited(module: nn.Module, args: Any) -> None:
@@ -114,7 +171,8 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
         return visited
 
     def embedding_called(module: nn.Module, args: tuple[Any, ...]) -> None:
-        same = len(args) == 1 and isinstance(args[0], torch.Tensor) and torch.equal(args[0], input_ids)
+        given = args[0] if len(args) == 1 else None
+        same = isinstance(given, torch.Tensor) and input_ids is not None and torch.equal(given, input_ids)
         embedded.append(same)
 
     hooks = [
@@ -122,38 +180,24 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
         for name, module in model.named_modules()
         if any(True for _ in module.parameters()) or any(True for _ in module.buffers())
     ]
-    hooks.append(model.get_input_embeddings().register_forward_pre_hook(embedding_called))
-    pool = _RecordingPool()
+    embedding = token_embedding(model)
+    if embedding is not None and input_ids is not None:
+        hooks.append(embedding.register_forward_pre_hook(embedding_called))
     try:
         for name, tensor in unloaded.items():
             set_tensor(model, name, zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
-        forward_packed(
-            model,
-            attention,
-            PackedBatch(
-                input_ids=input_ids,
-                position_ids=torch.arange(_NUM_TOKENS)[None],
-                segments=[Segment(0, _NUM_TOKENS, SequenceKV(pool, [0]), past=0)],
-                logits_positions=torch.tensor([_NUM_TOKENS - 1]),
-            ),
-        )
+        with torch.inference_mode():
+            run()
     except UnsupportedModelError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not run on a packed row of sequences: {type(error).__name__}: {reason}"
+            f"{type(model).__name__} does not run {on_what}: {type(error).__name__}: {reason}"
         ) from error
     finally:
         for hook in hooks:
             hook.remove()
         for name, tensor in unloaded.items():
             set_tensor(model, name, tensor)
-    shapes = {
-        layer_idx: KVShape(*keys.shape[1:], *values.shape[1:])
-        for layer_idx, (keys, values) in sorted(pool.written.items())
-    }
-    if not shapes:
-        raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
-    dtype = next(iter(pool.written.values()))[0].dtype
-    return Probe(visits, KVLayout(shapes, dtype), embedded == [True], frozenset())
+    return visits, embedded == [True]

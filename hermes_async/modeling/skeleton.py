@@ -9,8 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
@@ -25,6 +34,7 @@ class Skeleton:
     Attributes:
         tensors: The checkpoint's tensor for each parameter and persistent buffer, tied names included.
         dtype: What the model computes in.
+        generates: It is a causal language model, which the engine generates with; others only run forward.
         eos_token_ids: The model's end-of-sequence tokens.
         context_length: Most tokens of a sequence; None where the model names no limit.
     """
@@ -32,19 +42,26 @@ class Skeleton:
     model: PreTrainedModel
     tensors: dict[str, TensorSpec]
     dtype: torch.dtype
+    generates: bool
     eos_token_ids: frozenset[int]
     context_length: int | None
 
     @property
+    def embedding(self) -> nn.Embedding | None:
+        """The input embedding of token ids; None where the input is something else."""
+        return token_embedding(self.model)
+
+    @property
     def vocab_size(self) -> int:
-        size = self.model.get_input_embeddings().num_embeddings
-        assert isinstance(size, int)
-        return size
+        """Of a model with an input embedding."""
+        embedding = self.embedding
+        assert embedding is not None
+        return embedding.num_embeddings
 
     @property
     def embedding_name(self) -> str:
-        """The parameter that is the input embedding."""
-        embedding = self.model.get_input_embeddings()
+        """The parameter that is the input embedding; there must be one."""
+        embedding = self.embedding
         return next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
 
     def __repr__(self) -> str:
@@ -81,24 +98,53 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: str) -> Skeleton:
-    """Builds the causal language model of `config` on the meta device and finds its tensors.
+    """Builds the model that `config` names on the meta device and finds its tensors.
 
     Args:
-        attention: The name of the attention function for models that let it be chosen.
+        attention: The name of the attention function for causal language models that let it be chosen.
 
     Raises:
-        UnsupportedModelError: No causal language model, or weights that would have to be converted.
+        UnsupportedModelError: A model that transformers does not know, or weights that would have to be converted.
         MissingTensorError: A parameter has no tensor.
         CheckpointError: A tensor has another shape than its parameter.
     """
     dtype = _resolve_dtype(checkpoint, config)
-    model = build_model(config, dtype, attention, where=str(checkpoint.path))
+    where = str(checkpoint.path)
+    encoder = encoder_class(config)
+    if encoder is None:
+        model = build_model(config, dtype, attention, where=where)
+    else:
+        model = _build(encoder, config, dtype, None, where)
     tensors = resolve_tensors(model, checkpoint)
-    return Skeleton(model, tensors, dtype, _eos_token_ids(checkpoint, config), _context_length(config))
+    eos_token_ids = frozenset[int]() if encoder else _eos_token_ids(checkpoint, config)
+    return Skeleton(model, tensors, dtype, encoder is None, eos_token_ids, _context_length(model))
+
+
+def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that `config` names, if that is no causal language model: an encoder, or a model with another head.
+
+    A decoder without a head (`LlamaModel`) counts as the causal language model that it is part of.
+    """
+    name = (config.architectures or [""])[0]
+    model_class = getattr(transformers, name, None)
+    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
+        return None
+    if model_class is _class_for(AutoModelForCausalLM, config):
+        return None
+    is_decoder = _class_for(AutoModelForCausalLM, config) and not _class_for(AutoModelForMaskedLM, config)
+    return None if is_decoder and model_class is _class_for(AutoModel, config) else model_class
+
+
+def _class_for(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    try:
+        found: type[PreTrainedModel] = auto_class._model_mapping[type(config)]
+    except KeyError:
+        return None
+    return found
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, *, where: str) -> PreTrainedModel:
-    """Makes the model of `config` on the meta device, in eval mode, with real non-persistent buffers.
+    """Makes the causal language model of `config` on the meta device, in eval mode, with real non-persistent buffers.
 
     Args:
         attention: The attention function for models that let it be chosen; None, and all others, use transformers'
@@ -108,16 +154,26 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     Raises:
         UnsupportedModelError: `config` is no causal language model's, or transformers cannot build it.
     """
-    try:
-        model_class: type[PreTrainedModel] = AutoModelForCausalLM._model_mapping[type(config)]  # type: ignore[assignment]
-    except KeyError:
+    model_class = _class_for(AutoModelForCausalLM, config)
+    if model_class is None:
         architectures = ", ".join(config.architectures or ()) or config.model_type
-        raise UnsupportedModelError(f"{where}: {architectures} is not a causal language model") from None
+        raise UnsupportedModelError(f"{where}: {architectures} is no model that transformers knows by this name")
     implementation = attention if attention and supports_packed_attention(model_class) else "eager"
+    model = _build(model_class, config, dtype, implementation, where)
+    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
+    if None in embeddings:
+        raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
+    return model
+
+
+def _build(
+    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, where: str
+) -> PreTrainedModel:
+    """`attention`: the implementation; None for transformers' choice."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation=implementation, trust_remote_code=False
+            model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
+                config, dtype=dtype, attn_implementation=attention
             )
     except Exception as error:
         raise UnsupportedModelError(
@@ -133,9 +189,6 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
             module, leaf = _owner(model, name)
             module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
     model.initialize_weights()  # type: ignore[no-untyped-call]
-    embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
-    if None in embeddings:
-        raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
     return model
 
 
@@ -192,6 +245,15 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     return found
 
 
+def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
+    """The model's input embedding, where its input is token ids."""
+    try:
+        embedding = model.get_input_embeddings()
+    except NotImplementedError:
+        return None
+    return embedding if isinstance(embedding, nn.Embedding) else None
+
+
 def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
     """The parameter or buffer `name` of `model`."""
     module, leaf = _owner(model, name)
@@ -216,6 +278,16 @@ def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec])
 def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
     """Whether the architecture lets its attention function be chosen."""
     return bool(model_class._supports_attention_backend)
+
+
+def plain_attention(model: PreTrainedModel) -> str:
+    """The attention that transformers itself takes for this architecture where nothing else is asked for."""
+    return "sdpa" if model._supports_sdpa else "eager"
+
+
+def layers_of(model: nn.Module) -> list[nn.Module]:
+    """The modules that stand in lists: transformer layers, and whatever else there is several of."""
+    return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -268,8 +340,8 @@ def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozense
     return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
 
 
-def _context_length(config: PreTrainedConfig) -> int | None:
-    text = config.get_text_config()
+def _context_length(model: PreTrainedModel) -> int | None:
+    text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         # Past this, transformers changes the frequencies of all positions at once, of neighbours in a packed row too.
@@ -279,5 +351,14 @@ def _context_length(config: PreTrainedConfig) -> int | None:
     for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
         length = getattr(text, name, None)
         if isinstance(length, int) and length > 0:
-            return length
+            return length - _first_position(model)
     return None
+
+
+def _first_position(model: PreTrainedModel) -> int:
+    """Of a sequence's tokens: models that descend from RoBERTa begin to count behind their padding token."""
+    for module in model.modules():
+        positions = getattr(module, "position_embeddings", None)
+        if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
+            return positions.padding_idx + 1
+    return 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +15,9 @@ from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.skeleton import get_tensor, set_tensor
+from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
+from hermes_async.modeling.skeleton import get_tensor, plain_attention, set_tensor
+from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import Buffer
 
@@ -55,7 +60,7 @@ class StreamedModel:
         stages: All stages; a stage's name is its module's.
         streamed_embedding: The input embedding is not loaded; each batch brings the rows it needs.
         gate: Asked before and after each stage.
-        on_stage: Called by the compute thread before each stage, resident ones too, with the running batch.
+        on_stage: Called by the compute thread before each stage of a packed sweep, resident ones too, with its batch.
     """
 
     def __init__(
@@ -72,9 +77,12 @@ class StreamedModel:
         self._attention = attention
         self._gate = gate
         self._on_stage = on_stage
-        # All mutable state: the running batch, and the streamed stages whose weights are bound.
-        self._batch: PackedBatch | None = None
+        # All mutable state: what is called before each stage, the embedding rows that are bound next, and the streamed
+        # stages whose weights are bound. Where passes take turns, each of their threads has a turn of its own.
+        self._before_stage: Callable[[], None] = lambda: None
+        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: list[Stage] = []
+        self._here = threading.local()
         self._unloaded = {
             placement.name: get_tensor(model, placement.name)
             for stage in stages
@@ -109,11 +117,55 @@ class StreamedModel:
             ReadError: A stage could not be read.
             SweepAbandoned: From the gate or `on_stage`. Whatever is raised, no streamed stage stays bound.
         """
-        self._batch = batch
-        try:
+        rows = None
+        if batch.embedding_rows is not None and batch.embedding_index is not None:
+            rows = batch.embedding_rows, batch.embedding_index
+        with self._running(partial(self._on_stage, batch), rows):
             return forward_packed(self.model, self._attention, batch)
+
+    def run_passes(self, passes: Sequence[ForwardPass]) -> None:
+        """Runs one sweep of the model's own forward, for all passes; each then has its result or error.
+
+        Raises:
+            ReadError: A stage could not be read.
+            SweepAbandoned: From the gate, or because no pass came to its end.
+        """
+        with self._plain_attention():
+            if len(passes) == 1:
+                (alone,) = passes
+                with self._running(alone.check_dropped, alone.embedding):
+                    alone.run()
+            else:
+                with self._running(lambda: None, None):
+                    run_in_turns(passes, self._run_in_turn, self._enter, self._leave)
+        if not any(forward_pass.completed for forward_pass in passes):
+            raise SweepAbandoned  # nobody came to the end, so the stages that were not visited mean nothing
+
+    @contextmanager
+    def _plain_attention(self) -> Iterator[None]:
+        """transformers' own attention in place of the one for packed rows."""
+        packed = self.model.config._attn_implementation == self._attention.name
+        if packed:
+            self.model.set_attn_implementation(plain_attention(self.model))
+        try:
+            yield
         finally:
-            self._batch = None
+            if packed:
+                self.model.set_attn_implementation(self._attention.name)
+
+    def _run_in_turn(self, thread: TurnThread) -> None:
+        self._here.turn = thread
+        thread.forward_pass.run()
+
+    @contextmanager
+    def _running(
+        self, before_stage: Callable[[], None], rows: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> Iterator[None]:
+        self._before_stage, self._rows = before_stage, rows
+        try:
+            yield
+        finally:
+            self._rows = None
             if self._streamed_embedding is not None:
                 set_tensor(self._streamed_embedding, "weight", self._unloaded_embedding)
             while self._bound:
@@ -128,22 +180,40 @@ class StreamedModel:
 
     def _entering(self, stage: Stage) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, args: Any) -> None:
-            assert self._batch is not None
-            self._on_stage(self._batch)
-            buffer = self._gate.enter(stage)
+            turn = self._turn()
+            if turn is None:
+                self._before_stage()
+                self._enter(stage)
+                return
             if not stage.resident:
-                self._bind(stage, buffer)
-                self._bound.append(stage)
+                turn.rest(stage, entering=True)
+            turn.forward_pass.check_dropped()
 
         return enter
 
     def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._bound.remove(stage)
-            self._unbind(stage)
-            self._gate.leave(stage)
+            turn = self._turn()
+            if turn is None:
+                self._leave(stage)
+            else:
+                turn.rest(stage, entering=False)
 
         return leave
+
+    def _turn(self) -> TurnThread | None:
+        return getattr(self._here, "turn", None)
+
+    def _enter(self, stage: Stage) -> None:
+        buffer = self._gate.enter(stage)
+        if not stage.resident:
+            self._bind(stage, buffer)
+            self._bound.append(stage)
+
+    def _leave(self, stage: Stage) -> None:
+        self._bound.remove(stage)
+        self._unbind(stage)
+        self._gate.leave(stage)
 
     def _bind(self, stage: Stage, buffer: Buffer) -> None:
         for placement in stage.layout.placements:
@@ -155,7 +225,8 @@ class StreamedModel:
             set_tensor(self.model, placement.name, self._unloaded[placement.name])
 
     def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        batch = self._batch
-        assert batch is not None and batch.embedding_rows is not None and batch.embedding_index is not None
-        set_tensor(module, "weight", batch.embedding_rows.to(get_tensor(module, "weight").dtype))
-        return (batch.embedding_index, *args[1:])
+        turn = self._turn()
+        rows = self._rows if turn is None else turn.forward_pass.embedding
+        assert rows is not None
+        set_tensor(module, "weight", rows[0].to(get_tensor(module, "weight").dtype))
+        return (rows[1], *args[1:])

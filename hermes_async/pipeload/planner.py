@@ -21,7 +21,7 @@ _READ_OVERHEAD_BYTES = 2 * 1024 * 1024
 """What starting one read costs, told in bytes that could have been read: a millisecond at 2 GiB/s."""
 
 _MIN_KV_TOKENS = 256
-_SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16, 8)
+_SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
 _WORKSPACE_SHARE = 1 / 5
 
 
@@ -43,11 +43,12 @@ class ModelSizes:
     Attributes:
         largest_layer_bytes: Of its transformer layers.
         weight_bytes: All its weights.
-        kv_bytes_per_token: Of one sequence.
+        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
         kv_block_tokens: KV memory is given out for so many tokens at a time.
         draft_bytes: Of a draft model, which is in memory beside the model.
         context_length: Most tokens of a sequence, None without a limit.
         workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
+        least_sweep_tokens: A sweep must have room for so many.
     """
 
     largest_layer_bytes: int
@@ -57,6 +58,7 @@ class ModelSizes:
     workspace_bytes: Callable[[int, int, int], int]
     kv_block_tokens: int = 1
     draft_bytes: int = 0
+    least_sweep_tokens: int = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,13 +146,14 @@ class Plan:
             )
         else:
             ring = "ring              0 B  everything is resident"
+        kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
         return "\n".join((
             f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
             f"smallest that works is {format_bytes(self.minimum_budget)}",
             f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, "
             f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
             ring,
-            f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together",
+            *kv,
             f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "
             f"{self.max_sequences} sequences a sweep",
             f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",
@@ -172,6 +175,8 @@ def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSize
             f"kv_budget={config.kv_budget} is not less than the whole memory budget of {budget} bytes, "
             "of which it is a part"
         )
+    if config.kv_budget is not None and not sizes.kv_bytes_per_token:
+        raise ConfigError(f"kv_budget={config.kv_budget}: this model does not generate, and keeps no KV caches")
     whole = cut(None)
     choices = _Choices(budget - sizes.draft_bytes, sizes, config)
     minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
@@ -250,7 +255,7 @@ class _Choices:
             return None
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
         least = self._least_kv()
-        shares = (least,) if self._kv_asked() else (self.budget - weights - least, least)
+        shares = (least,) if self._kv_is_fixed() else (self.budget - weights - least, least)
         for (tokens, sequences), most in product(self._sweeps(), shares):
             workspace = self._workspace(partition, tokens, sequences, max(least, most))
             if weights + least + workspace <= self.budget:
@@ -291,7 +296,7 @@ class _Choices:
         buffers = self._num_buffers(agents)
         fixed = partition.base.slot_bytes + buffers * slot
         least = self._least_kv()
-        shares = (least,) if self._kv_asked() else (max(least, self._kv_share(fixed)), least)
+        shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
         for kv, (tokens, sequences) in product(shares, self._sweeps()):
             workspace = self._workspace(partition, tokens, sequences, kv)
             room = self.budget - fixed - kv - workspace
@@ -310,7 +315,7 @@ class _Choices:
         left = room - sum(partition.stages[idx].slot_bytes for idx in resident)
         # More KV can need more workspace, which is taken from what is left too.
         grown = self._workspace(partition, tokens, sequences, kv + left)
-        if not self._kv_asked() and grown - workspace <= left:
+        if not self._kv_is_fixed() and grown - workspace <= left:
             kv, workspace = kv + left - (grown - workspace), grown
         return Plan(
             self.budget,
@@ -346,6 +351,9 @@ class _Choices:
         assert not isinstance(self.config.kv_budget, str)
         return self.config.kv_budget or 0
 
+    def _kv_is_fixed(self) -> bool:
+        return bool(self._kv_asked()) or not self.sizes.kv_bytes_per_token
+
     def _kv_share(self, fixed: int) -> int:
         return min(self.budget // 10, max(0, self.budget - fixed) // 2)
 
@@ -357,7 +365,9 @@ class _Choices:
         if self.config.max_tokens_per_sweep is not None:
             tokens = self.config.max_tokens_per_sweep
             return [(tokens, min(tokens, self.config.max_sequences))]
-        return [(tokens, min(tokens, self.config.max_sequences)) for tokens in _SWEEP_TOKENS]
+        least = self.sizes.least_sweep_tokens
+        choices = [*(tokens for tokens in _SWEEP_TOKENS if tokens > least), least]
+        return [(tokens, min(tokens, self.config.max_sequences)) for tokens in choices]
 
     def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
         outputs = _num_outputs(tokens, sequences)

@@ -1,0 +1,218 @@
+"""Plain forward passes: each gives transformers' own output, and those that wait at one time share a sweep."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import anyio
+import torch
+
+from hermes_async.config import format_bytes
+from hermes_async.engine.opening import OpenedModel
+from hermes_async.errors import HermesError, MemoryBudgetError, RequestError
+from hermes_async.modeling.activations import forward_bytes, recorded_bytes
+from hermes_async.modeling.inputs import checked_inputs, count_tokens
+from hermes_async.modeling.passes import ForwardPass
+from hermes_async.modeling.streamed import StreamedModel
+from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
+from hermes_async.pipeload.planner import Plan
+from hermes_async.storage.rows import RowReader
+
+
+@dataclass(eq=False)
+class ForwardRequest:
+    """One forward pass that somebody waits for.
+
+    Attributes:
+        input_ids: [batch, tokens], where the input embedding is given token ids.
+        num_tokens: Of all its sequences or images, padding included.
+        nbytes: Most memory that its activations take.
+        done: Set when it has a result or an error.
+        error: Why it has none.
+    """
+
+    forward_pass: ForwardPass
+    input_ids: torch.Tensor | None
+    num_tokens: int
+    nbytes: int
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: HermesError | None = None
+
+    def end(self, error: HermesError | None = None) -> None:
+        self.error = error
+        self.done.set()
+
+
+def prepare_forward(
+    opened: OpenedModel,
+    inputs: Mapping[str, Any],
+    then: Callable[[Any], Any] = lambda output: output,
+    *,
+    base: bool = False,
+) -> ForwardRequest:
+    """Checks inputs against the model and the plan; for a worker thread.
+
+    Args:
+        then: Makes of the output what is wanted, on the inference thread.
+        base: Leave the model's head out.
+
+    Raises:
+        RequestError: As `checked_inputs`.
+        MemoryBudgetError: The activations would take more than the plan sets aside for them.
+    """
+    skeleton, plan = opened.skeleton, opened.plan
+    checked = checked_inputs(skeleton, inputs)
+    sequences, tokens = count_tokens(checked, opened.seen)
+    nbytes = forward_bytes(skeleton)(sequences, tokens) + recorded_bytes(
+        skeleton,
+        sequences,
+        tokens,
+        hidden_states=bool(checked.get("output_hidden_states")),
+        attentions=bool(checked.get("output_attentions")),
+    )
+    num_tokens = sequences * tokens
+    if nbytes > plan.workspace_bytes or num_tokens > plan.max_tokens_per_sweep:
+        minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)
+        raise MemoryBudgetError(
+            f"{num_tokens} tokens ({sequences} sequences or images of {tokens}) may take {format_bytes(nbytes)} of "
+            f"activations; the plan sets aside {format_bytes(plan.workspace_bytes)} for {plan.max_tokens_per_sweep} "
+            f"tokens. Give fewer at once, or the engine max_tokens_per_sweep={num_tokens} and a memory_budget of about "
+            f"{format_bytes(minimum)}",
+            requested_bytes=nbytes,
+            budget_bytes=plan.workspace_bytes,
+            minimum_bytes=minimum,
+        )
+    model = skeleton.model.base_model if base else skeleton.model
+    if base:
+        checked.pop("use_cache", None)
+
+    def compute() -> Any:
+        return then(model(**checked))
+
+    return ForwardRequest(ForwardPass(compute), checked.get("input_ids"), num_tokens, nbytes)
+
+
+class Forwarding:
+    """The passes that wait, and the sweeps that run them. Event-loop side only.
+
+    Args:
+        rows: Reads the input embedding's rows; None where it is resident.
+        wake: Called when there is something to do.
+    """
+
+    def __init__(
+        self, model: StreamedModel, pipeline: Pipeline, rows: RowReader | None, plan: Plan, wake: Callable[[], None]
+    ) -> None:
+        self._model = model
+        self._pipeline = pipeline
+        self._rows = rows
+        self._plan = plan
+        self._wake = wake
+        # All mutable state: who waits, in order; who is in the running sweep.
+        self._waiting: deque[ForwardRequest] = deque()
+        self._running: list[ForwardRequest] = []
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    async def run(self, request: ForwardRequest) -> Any:
+        """Waits for a pass and returns its result.
+
+        Raises:
+            RequestError: The model's forward does not run on these inputs.
+            ReadError: Weights could not be read; the engine goes on.
+
+        Cancellation: the pass ends before its next stage.
+        """
+        self._waiting.append(request)
+        self._wake()
+        try:
+            await request.done.wait()
+        finally:
+            if not request.done.is_set():
+                self._drop(request)
+        if request.error is not None:
+            raise request.error from request.error.__cause__
+        return request.forward_pass.result
+
+    def take(self) -> list[ForwardRequest]:
+        """The next sweep: as many as there is memory for, first come, first served."""
+        taken: list[ForwardRequest] = []
+        num_tokens, nbytes = self._plan.max_tokens_per_sweep, self._plan.workspace_bytes
+        while self._waiting and self._waiting[0].num_tokens <= num_tokens and self._waiting[0].nbytes <= nbytes:
+            request = self._waiting.popleft()
+            num_tokens, nbytes = num_tokens - request.num_tokens, nbytes - request.nbytes
+            taken.append(request)
+        return taken
+
+    async def sweep(self, requests: list[ForwardRequest]) -> None:
+        """Runs a sweep; each request then is done.
+
+        Cancellation: ends within one stage; the requests are not done.
+        """
+        self._running = requests
+        passes = [request.forward_pass for request in requests]
+        error: HermesError | None = None
+        try:
+            if self._rows is not None:
+                await self._read_rows(requests, self._rows)
+            if not all(forward_pass.dropped for forward_pass in passes):
+                await self._pipeline.sweep(partial(self._model.run_passes, passes))
+        except SweepAbandoned:  # each of the passes knows why
+            pass
+        except HermesError as read_error:
+            error = read_error
+        finally:
+            self._running = []
+        for request in requests:
+            request.end(error or self._error_of(request.forward_pass))
+
+    def end(self, error: HermesError) -> None:
+        """Ends all that wait or were running."""
+        for request in (*self._running, *self._waiting):
+            request.end(error)
+        self._waiting.clear()
+
+    def _drop(self, request: ForwardRequest) -> None:
+        request.forward_pass.dropped = True
+        if request in self._waiting:
+            self._waiting.remove(request)
+        elif self._running and all(other.forward_pass.dropped for other in self._running):
+            self._pipeline.abandon()
+
+    async def _read_rows(self, requests: list[ForwardRequest], rows: RowReader) -> None:
+        """Each pass gets the rows of its own tokens."""
+        given = [request for request in requests if request.input_ids is not None]
+        wanted = {id(request): sorted(set(_ids(request))) for request in given}
+        needed = sorted(set().union(*wanted.values()))
+        if not needed:
+            return
+        read = dict(zip(needed, await rows.read(needed), strict=True))
+        for request in given:
+            assert request.input_ids is not None
+            own = wanted[id(request)]
+            index = {token_id: row for row, token_id in enumerate(own)}
+            request.forward_pass.embedding = (
+                torch.stack([read[token_id] for token_id in own]),
+                torch.tensor([index[token_id] for token_id in _ids(request)]).view(request.input_ids.shape),
+            )
+
+    def _error_of(self, forward_pass: ForwardPass) -> HermesError | None:
+        error = forward_pass.error
+        if error is None or isinstance(error, HermesError):
+            return error
+        name = type(self._model.model).__name__
+        reason = (str(error).strip().splitlines() or [""])[0]
+        refused = RequestError(f"{name}.forward does not run on these inputs: {type(error).__name__}: {reason}")
+        refused.__cause__ = error
+        return refused
+
+
+def _ids(request: ForwardRequest) -> Iterator[int]:
+    assert request.input_ids is not None
+    return iter(request.input_ids.flatten().tolist())

@@ -1,0 +1,118 @@
+"""What a model's own `forward` takes: checked, made into tensors, and how much there is to compute."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from hermes_async.errors import ContextLengthError, RequestError
+from hermes_async.modeling.skeleton import Skeleton, token_embedding
+
+if TYPE_CHECKING:
+    from hermes_async.modeling.probe import Probe
+
+_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "interpolate_pos_encoding"})
+_NOT_HERE = frozenset({"past_key_values", "use_cache", "cache_position"})
+
+
+def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """The smallest inputs that the model can be tried with: two tokens, one image, or both."""
+    config = model.config
+    composite = hasattr(config, "text_config") and hasattr(config, "vision_config")
+    inputs: dict[str, torch.Tensor] = {}
+    if composite or model.main_input_name == "pixel_values":
+        vision = config.vision_config if composite else config
+        size = getattr(vision, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else size
+        inputs["pixel_values"] = torch.zeros(1, getattr(vision, "num_channels", 3), height, width, dtype=model.dtype)
+    if composite or model.main_input_name == "input_ids":
+        embedding = token_embedding(model)
+        vocab_size = 1 if embedding is None else embedding.num_embeddings
+        inputs["input_ids"] = torch.arange(2)[None] % vocab_size
+        if config.is_encoder_decoder:
+            inputs["decoder_input_ids"] = inputs["input_ids"]
+    return inputs
+
+
+def checked_inputs(skeleton: Skeleton, inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """What to call the model with: arrays and lists made into tensors, floats in the model's dtype.
+
+    Raises:
+        RequestError: The model's forward does not take an input, or it is nothing that can be a tensor, or a token id
+            is out of the vocabulary.
+        ContextLengthError: More tokens than the model has positions.
+    """
+    model = skeleton.model
+    name = type(model).__name__
+    taken = [
+        parameter.name
+        for parameter in inspect.signature(model.forward).parameters.values()
+        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in _NOT_HERE
+    ]
+    if not inputs:
+        raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
+    checked: dict[str, Any] = {}
+    for key, value in inputs.items():
+        if key in _NOT_HERE:
+            raise RequestError(f"forward keeps no KV cache, and takes no {key}; generate does")
+        if key not in taken and key not in _FLAGS:
+            raise RequestError(f"{name}.forward takes no {key!r}; it takes {', '.join(taken)}")
+        if value is None:
+            continue
+        checked[key] = value if isinstance(value, bool) else _tensor(key, value, model.dtype)
+    _check_token_ids(skeleton, checked.get("input_ids"))
+    if "use_cache" in inspect.signature(model.forward).parameters:
+        checked["use_cache"] = False
+    return checked
+
+
+def _tensor(key: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
+    if isinstance(value, (str, bytes, Mapping)):
+        raise RequestError(f"{key} must be a tensor, an array or numbers in lists, not {type(value).__name__}")
+    try:
+        tensor = value if isinstance(value, torch.Tensor) else torch.as_tensor(np.asarray(value))
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise RequestError(f"{key} cannot be made into a tensor: {error}") from error
+    if tensor.device.type != "cpu":
+        raise RequestError(f"{key} is on {tensor.device}; inputs must be in the CPU's memory")
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _check_token_ids(skeleton: Skeleton, input_ids: torch.Tensor | None) -> None:
+    if input_ids is None or skeleton.embedding is None:
+        return
+    if input_ids.is_floating_point() or input_ids.dim() != 2 or not input_ids.numel():
+        raise RequestError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {list(input_ids.shape)}")
+    lowest, highest = int(input_ids.min()), int(input_ids.max())
+    if lowest < 0 or highest >= skeleton.vocab_size:
+        wrong = lowest if lowest < 0 else highest
+        raise RequestError(f"token id {wrong} is out of the vocabulary, which has {skeleton.vocab_size}")
+    context, num_tokens = skeleton.context_length, input_ids.shape[1]
+    if context is not None and num_tokens > context:
+        raise ContextLengthError(
+            f"{num_tokens} tokens are more than the model's context of {context}; truncate the text",
+            context_length=context,
+            num_tokens=num_tokens,
+        )
+
+
+def count_tokens(inputs: Mapping[str, Any], seen: Probe) -> tuple[int, int]:
+    """How many sequences or images there are, and most tokens that the model makes of one."""
+    sequences, tokens = 1, 1
+    for key, value in inputs.items():
+        if not isinstance(value, torch.Tensor) or value.dim() < 2:
+            continue
+        if key == "pixel_values":
+            images = value.shape[0]
+            pixels = math.prod(value.shape[-2:])
+            sequences = max(sequences, images)
+            tokens = max(tokens, -(-seen.tokens_per_image * pixels // max(1, seen.pixels_per_image)))
+        elif key.endswith("input_ids") or key == "inputs_embeds":
+            sequences, tokens = max(sequences, value.shape[0]), max(tokens, value.shape[1])
+    return sequences, tokens
