@@ -1,6 +1,7 @@
 """Runs Transformer models larger than the memory they are given, inside an asyncio program."""
 
 from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
+from hermes_async.engine.classification import Label
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.request import Chunk, Completion, Timings, Usage
@@ -46,6 +47,7 @@ __all__ = [
     "EngineFailedError",
     "EngineStatistics",
     "HermesError",
+    "Label",
     "MemoryBudgetError",
     "MissingTensorError",
     "ParkingError",

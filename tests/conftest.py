@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from hermes_async.modeling.skeleton import token_embedding
+
 EVENT_LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
 
 
@@ -41,7 +43,7 @@ def random_model() -> Callable[..., PreTrainedModel]:
         torch.manual_seed(seed)
         make_model = getattr(model_class, "from_config", model_class)
         model: PreTrainedModel = make_model(config).float()
-        embedding = getattr(model.get_input_embeddings(), "weight", None)
+        embedding = getattr(token_embedding(model), "weight", None)
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():

@@ -19,6 +19,7 @@ API = [
     "EngineFailedError",
     "EngineStatistics",
     "HermesError",
+    "Label",
     "MemoryBudgetError",
     "MissingTensorError",
     "ParkingError",

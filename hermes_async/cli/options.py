@@ -51,6 +51,7 @@ MaxResidentLayers = Annotated[
     int | None,
     typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
 ]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
 
 

@@ -131,6 +131,8 @@ def prepare_embedding(
             raise RequestError(f"text {idx} is {'empty' if text == '' else f'no text but {type(text).__name__}'}")
     own = PoolingConfig("mean", normalize=False) if pooling is not None else pooling_config(opened.checkpoint.path)
     chosen = PoolingConfig(pooling or own.pooling, own.normalize if normalize is None else normalize)
+    if not texts:
+        return []
     context = opened.skeleton.context_length
     encoded = tokenizer(list(texts), truncation=truncate and context is not None, max_length=context, verbose=False)
     lengths = [len(token_ids) for token_ids in encoded["input_ids"]]

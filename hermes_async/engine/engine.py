@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.engine.classification import Label, prepare_classification
 from hermes_async.engine.embedding import Pooling, TextBatch, prepare_embedding
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.forwarding import prepare_forward
@@ -38,7 +39,6 @@ from hermes_async.errors import (
     RequestError,
     SessionClosedError,
 )
-from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import first_error, ungrouped
 from hermes_async.pipeload.planner import Plan
 
@@ -129,41 +129,9 @@ class Engine:
 
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened; also after it was left."""
-        serving, running = self._serving, self._running
-        if serving is None or running is None:
+        if self._serving is None:
             raise EngineClosedError("the engine was never entered")
-        memory, pipeline, blocks = running.governor.statistics(), running.pipeline, running.blocks
-        return EngineStatistics(
-            bytes_read=pipeline.read_statistics.bytes_read,
-            bytes_resident=running.opened.plan.resident_bytes,
-            bytes_in_use=memory.bytes_in_use,
-            peak_bytes_in_use=memory.peak_bytes_in_use,
-            memory_budget=memory.budget_bytes,
-            baseline_bytes=running.opened.baseline_bytes,
-            # Linux brings the peak up to date only now and then, and the baseline may be above it.
-            process_peak_rss_bytes=max(process_peak_rss_bytes(), running.opened.baseline_bytes),
-            sweeps=pipeline.statistics.sweeps,
-            tokens_generated=serving.num_tokens,
-            drafted_tokens=serving.num_drafted,
-            accepted_tokens=serving.num_accepted,
-            tokens_per_sweep=serving.num_tokens / max(1, pipeline.statistics.sweeps),
-            read_seconds=pipeline.read_statistics.seconds,
-            compute_seconds=pipeline.statistics.compute_seconds,
-            stall_seconds=pipeline.statistics.stall_seconds,
-            num_running=len(serving.scheduler.running) + serving.admission.num_loading,
-            num_paused=len(serving.scheduler.running) - serving.scheduler.num_active,
-            num_waiting=serving.admission.num_waiting,
-            num_sessions=serving.admission.num_sessions,
-            num_parked=serving.admission.num_parked,
-            num_parkings=serving.admission.num_parkings,
-            kv_bytes=blocks.kv_bytes,
-            prefix_bytes=blocks.unused_prefix_bytes,
-            prefix_hits=blocks.num_hits,
-            prefix_tokens=blocks.num_hit_tokens,
-            num_leases=memory.num_leases,
-            num_free_buffers=running.ring.statistics().num_free,
-            holders=memory.holders,
-        )
+        return self._serving.statistics()
 
     def generate(
         self,
@@ -264,18 +232,34 @@ class Engine:
             lambda opened: prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
         )
         forwarding = self._model().forwarding
-        vectors: list[npt.NDArray[np.float32]] = [np.empty(0, np.float32)] * len(several)
+        vectors: dict[int, npt.NDArray[np.float32]] = {}
 
         async def run(batch: TextBatch) -> None:
             result = await forwarding.run(batch.request)
-            for idx, vector in zip(batch.indices, result.numpy(), strict=True):
-                vectors[idx] = vector
+            vectors.update(zip(batch.indices, result.numpy(), strict=True))
 
         with ungrouped():
             async with anyio.create_task_group() as group:
                 for batch in batches:
                     group.start_soon(run, batch)
-        return vectors[0] if isinstance(texts, str) else np.array(vectors, np.float32)
+        if isinstance(texts, str):
+            return vectors[0]
+        return np.array([vectors[idx] for idx in range(len(several))], np.float32)
+
+    async def classify(self, item: str | os.PathLike[str], *, truncate: bool = False) -> Sequence[Label]:
+        """All labels of a text, or of an image file where the model takes images, the likeliest first.
+
+        Raises:
+            RequestError: The model is no classifier of texts or images, or the file is no image.
+            ContextLengthError: The text is too long; `truncate` cuts it.
+            CheckpointError: The checkpoint does not say how images are prepared.
+            MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
+
+        Cancellation: as `forward`.
+        """
+        request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
+        labels: Sequence[Label] = await self._model().forwarding.run(request)
+        return labels
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
         """A conversation that keeps its keys and values between turns; use it with `async with`.

@@ -117,8 +117,9 @@ class Forwarding:
         self._running: list[ForwardRequest] = []
 
     @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
+    def num_under_way(self) -> int:
+        """Passes that wait, or are in the running sweep."""
+        return len(self._waiting) + len(self._running)
 
     async def run(self, request: ForwardRequest) -> Any:
         """Waits for a pass and returns its result.

@@ -20,7 +20,9 @@ from hermes_async.engine.runner import Outcome
 from hermes_async.engine.running import RunningModel
 from hermes_async.engine.scheduler import Scheduled, Scheduler
 from hermes_async.engine.speculation import AcceptanceRates
+from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
+from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import SweepAbandoned
 
 
@@ -72,6 +74,43 @@ class Serving:
         self.num_tokens = 0
         self.num_drafted = 0
         self.num_accepted = 0
+
+    def statistics(self) -> EngineStatistics:
+        """Counts so far."""
+        running, pipeline, blocks = self.running, self.running.pipeline, self.running.blocks
+        memory, admission, scheduler = running.governor.statistics(), self.admission, self.scheduler
+        return EngineStatistics(
+            bytes_read=pipeline.read_statistics.bytes_read,
+            bytes_resident=running.opened.plan.resident_bytes,
+            bytes_in_use=memory.bytes_in_use,
+            peak_bytes_in_use=memory.peak_bytes_in_use,
+            memory_budget=memory.budget_bytes,
+            baseline_bytes=running.opened.baseline_bytes,
+            # Linux brings the peak up to date only now and then, and the baseline may be above it.
+            process_peak_rss_bytes=max(process_peak_rss_bytes(), running.opened.baseline_bytes),
+            sweeps=pipeline.statistics.sweeps,
+            tokens_generated=self.num_tokens,
+            drafted_tokens=self.num_drafted,
+            accepted_tokens=self.num_accepted,
+            tokens_per_sweep=self.num_tokens / max(1, pipeline.statistics.sweeps),
+            read_seconds=pipeline.read_statistics.seconds,
+            compute_seconds=pipeline.statistics.compute_seconds,
+            stall_seconds=pipeline.statistics.stall_seconds,
+            num_running=len(scheduler.running) + admission.num_loading,
+            num_paused=len(scheduler.running) - scheduler.num_active,
+            num_waiting=admission.num_waiting,
+            num_sessions=admission.num_sessions,
+            num_parked=admission.num_parked,
+            num_parkings=admission.num_parkings,
+            num_forwards=self.forwarding.num_under_way,
+            kv_bytes=blocks.kv_bytes,
+            prefix_bytes=blocks.unused_prefix_bytes,
+            prefix_hits=blocks.num_hits,
+            prefix_tokens=blocks.num_hit_tokens,
+            num_leases=memory.num_leases,
+            num_free_buffers=running.ring.statistics().num_free,
+            holders=memory.holders,
+        )
 
     # --- a request's way: submitted, running, finished ---
 

@@ -32,6 +32,7 @@ class EngineStatistics:
         num_sessions: Chat sessions that are open.
         num_parked: Of these, the ones whose KV is on disk.
         num_parkings: How often one was written there.
+        num_forwards: Plain forward passes that wait or run.
         kv_bytes: Keys and values in memory, kept prefixes included.
         prefix_bytes: Of these, prefixes that no request or session uses now, kept while there is room.
         prefix_hits: Requests that began with a prefix that was there.
@@ -62,6 +63,7 @@ class EngineStatistics:
     num_sessions: int
     num_parked: int
     num_parkings: int
+    num_forwards: int
     kv_bytes: int
     prefix_bytes: int
     prefix_hits: int

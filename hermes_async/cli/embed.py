@@ -1,0 +1,44 @@
+"""`hermes-async embed`: texts to sentence vectors."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from hermes_async.cli import options
+from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.engine.embedding import Pooling
+from hermes_async.engine.engine import Engine
+
+
+def embed(
+    model: options.Model,
+    texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
+    memory: options.Memory = "auto",
+    pooling: Annotated[
+        Pooling | None, typer.Option(help="How tokens become a vector; without it, as the checkpoint says, or mean.")
+    ] = None,
+    normalize: Annotated[
+        bool | None,
+        typer.Option("--normalize/--no-normalize", help="Vectors of length 1; without it, as the checkpoint says."),
+    ] = None,
+    truncate: options.Truncate = False,
+    json_output: options.Json = False,
+) -> None:
+    """Print each text's vector; with --json the vectors, plan and statistics."""
+    with errors_in_one_line():
+        path = find_checkpoint(model)
+
+        async def work(interrupts: Interrupts) -> None:
+            async with Engine(path, memory_budget=memory) as engine:
+                vectors = await engine.embed(texts, pooling=pooling, normalize=normalize, truncate=truncate)
+                plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
+            if json_output:
+                print(json.dumps({"vectors": vectors.tolist(), "plan": plan, "statistics": statistics}))
+                return
+            for vector in vectors:
+                print(" ".join(f"{number:.6g}" for number in vector))
+
+        run(work)

@@ -1,0 +1,97 @@
+"""Texts and image files to labels."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoImageProcessor
+
+from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
+from hermes_async.engine.opening import OpenedModel
+from hermes_async.errors import CheckpointError, RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """One of a classifier's labels.
+
+    Attributes:
+        score: Its probability; of a classifier whose labels do not exclude each other, each on its own.
+    """
+
+    label: str
+    score: float
+
+
+def prepare_classification(opened: OpenedModel, item: str | os.PathLike[str], *, truncate: bool) -> ForwardRequest:
+    """Makes the inputs of a text, or of an image file where the model takes images; for a worker thread.
+
+    Its result is all labels, the likeliest first.
+
+    Raises:
+        RequestError: The model is no classifier of texts or images, or the file is no image.
+        ContextLengthError: The text is too long, and may not be truncated.
+        CheckpointError: The checkpoint does not say how images are prepared.
+        MemoryBudgetError: As `prepare_forward`.
+    """
+    model = opened.skeleton.model
+    if model.main_input_name == "pixel_values":
+        inputs = _image_inputs(opened.checkpoint.path, Path(item))
+    else:
+        inputs = _text_inputs(opened, item, truncate)
+
+    def labels(output: Any) -> Sequence[Label]:
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or logits.dim() != 2:
+            raise RequestError(f"{type(model).__name__} does not classify texts or images")
+        independent = model.config.problem_type == "multi_label_classification" or logits.shape[1] == 1
+        scores = logits[0].float().sigmoid() if independent else logits[0].float().softmax(0)
+        names = model.config.id2label or {}
+        order = scores.argsort(descending=True).tolist()
+        return [Label(str(names.get(idx, idx)), float(scores[idx])) for idx in order]
+
+    return prepare_forward(opened, inputs, labels)
+
+
+def _text_inputs(opened: OpenedModel, text: str | os.PathLike[str], truncate: bool) -> dict[str, Any]:
+    tokenizer = opened.tokenizer
+    if tokenizer is None:
+        raise RequestError(f"a text needs a tokenizer: {opened.tokenizer_error}")
+    if not isinstance(text, str) or not text:
+        raise RequestError("the text is empty" if text == "" else f"a text is a str, not {type(text).__name__}")
+    context = opened.skeleton.context_length
+    encoded = tokenizer([text], truncation=truncate and context is not None, max_length=context, verbose=False)
+    return {name: torch.tensor(values) for name, values in encoded.items()}
+
+
+def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise RequestError("images need Pillow: pip install 'hermes_async[vision]'") from error
+    processor = _image_processor(checkpoint)
+    try:
+        with Image.open(file) as image:
+            pixels = image.convert("RGB")
+    # Pillow raises whatever a broken file makes its decoders stumble over.
+    except Exception as error:
+        raise RequestError(f"{file} cannot be read as an image: {type(error).__name__}: {error}") from error
+    return dict(processor(images=pixels, return_tensors="pt"))
+
+
+@lru_cache(maxsize=8)
+def _image_processor(checkpoint: Path) -> Any:
+    try:
+        load: Any = AutoImageProcessor.from_pretrained
+        return load(checkpoint, trust_remote_code=False, local_files_only=True)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(
+            f"{checkpoint} does not say how images are prepared: {reason}", path=checkpoint
+        ) from error
