@@ -10,7 +10,9 @@ from typing import Any
 
 import anyio
 import pytest
-from transformers import LlamaConfig
+from PIL import Image
+from transformers import LlamaConfig, ViTConfig, ViTForImageClassification
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 from typer.testing import CliRunner, Result
 
 import hermes_async
@@ -76,10 +78,60 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"hermes-async {hermes_async.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "plan", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "plan", "demo"])
 def test_help(command: str) -> None:
     assert command in hermes("--help").stdout
     assert hermes(command, "--help").exit_code == 0
+
+
+# --- embed, classify ---
+
+
+def test_embed_prints_a_vector_a_line() -> None:
+    texts = ("ROMEO:", "What light is that?")
+    result = hermes("embed", MODEL_PATH, *texts, "--memory", "16MiB", "--normalize")
+    assert result.exit_code == 0
+    vectors = [[float(number) for number in line.split()] for line in result.stdout.splitlines()]
+    record = last_json(hermes("embed", MODEL_PATH, *texts, "--memory", "16MiB", "--normalize", "--json"))
+    assert set(record) == {"vectors", "plan", "statistics"}
+    for vector, exact in zip(vectors, record["vectors"], strict=True):
+        assert vector == pytest.approx(exact, rel=1e-4, abs=1e-6)
+        assert sum(number**2 for number in exact) == pytest.approx(1, abs=1e-4)
+
+
+def test_embed_refuses_in_one_line() -> None:
+    result = hermes("embed", MODEL_PATH, "", "--memory", "16MiB")
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "hermes-async: error: text 0 is empty\n")
+    assert hermes("embed", MODEL_PATH, "a", "--pooling", "sum").exit_code == 2
+
+
+def test_classify_prints_labels(
+    tmp_path: Path, random_model: Callable[..., Any], save_model: Callable[..., Path]
+) -> None:
+    config = ViTConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=16,
+        patch_size=4,
+        id2label={0: "a cat", 1: "a dog"},
+        label2id={"a cat": 0, "a dog": 1},
+    )
+    path = save_model(random_model(config, model_class=ViTForImageClassification))
+    ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(path)
+    file = tmp_path / "image.png"
+    Image.effect_noise((20, 20), 90.0).save(file)
+    result = hermes("classify", path, file, "--memory", "8MiB")
+    assert result.exit_code == 0
+    assert re.fullmatch(r"0\.\d{4}  a (cat|dog)\n0\.\d{4}  a (cat|dog)\n", result.stdout)
+    record = last_json(hermes("classify", path, file, "--memory", "8MiB", "--top", 1, "--json"))
+    assert [set(label) for label in record["labels"]] == [{"label", "score"}]
+    assert f"{record['labels'][0]['score']:.4f}  {record['labels'][0]['label']}" == result.stdout.splitlines()[0]
+    file.write_text("no image")
+    result = hermes("classify", path, file, "--memory", "8MiB")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert re.fullmatch(r"hermes-async: error: .*image\.png cannot be read as an image: .*\n", result.stderr)
 
 
 # --- generate ---
@@ -297,14 +349,14 @@ def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_ctrl_c_before_the_request_is_made(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
-    make_request = Engine._make_request
+    make_request = Engine._prepare
 
     async def interrupted(engine: Engine, *args: Any) -> Any:
         interrupt()
         await anyio.sleep_forever()
         return await make_request(engine, *args)
 
-    monkeypatch.setattr(Engine, "_make_request", interrupted)
+    monkeypatch.setattr(Engine, "_prepare", interrupted)
     result = hermes("generate", MODEL_PATH, "A", "--memory", BUDGET, *flags)
     assert result.exit_code == 130
     if flags:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hermes_async import __version__
-from hermes_async.cli import chat, classify, demo, embed, generate, plan
+from hermes_async.cli import chat, classify, demo, embed, generate, plan, timeline
 
 app = typer.Typer(
     name="hermes-async",
@@ -20,7 +20,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # errors in plain lines
 )
-for _command in (generate.generate, chat.chat, embed.embed, classify.classify, plan.plan, demo.demo):
+for _command in (
+    generate.generate,
+    chat.chat,
+    embed.embed,
+    classify.classify,
+    plan.plan,
+    timeline.timeline,
+    demo.demo,
+):
     app.command()(_command)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 
 from rich.console import Console
 
@@ -11,7 +10,7 @@ from hermes_async.cli import options
 from hermes_async.cli.answer import Answer, stream_answer
 from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
-from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.config import SamplingParams
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.session import Session
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
@@ -30,6 +29,7 @@ def chat(
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    trace: options.Trace = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
@@ -39,23 +39,17 @@ def chat(
         draft = None if draft_model is None else find_checkpoint(draft_model)
 
         async def work(interrupts: Interrupts) -> None:
-            await _converse(path, memory, draft, config, params, interrupts)
+            engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
+            await _converse(engine, params, interrupts)
 
         run(work)
 
 
-async def _converse(
-    path: Path,
-    memory: str,
-    draft: Path | None,
-    config: EngineConfig,
-    params: SamplingParams,
-    interrupts: Interrupts,
-) -> None:
+async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrupts) -> None:
     at_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     lines = LineReader(sys.stdin.fileno())
-    async with Engine(path, memory_budget=memory, config=config, draft_model=draft) as engine, engine.session() as chat:
+    async with engine, engine.session() as chat:
         if at_terminal:
             console.print(_HELP, style="dim")
         while True:

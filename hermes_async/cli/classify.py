@@ -19,6 +19,7 @@ def classify(
     memory: options.Memory = "auto",
     top: Annotated[int, typer.Option(help="How many labels to print.", min=1)] = 5,
     truncate: options.Truncate = False,
+    trace: options.Trace = None,
     json_output: options.Json = False,
 ) -> None:
     """Print the likeliest labels with their probabilities."""
@@ -26,7 +27,7 @@ def classify(
         path = find_checkpoint(model)
 
         async def work(interrupts: Interrupts) -> None:
-            async with Engine(path, memory_budget=memory) as engine:
+            async with Engine(path, memory_budget=memory, trace=trace) as engine:
                 labels = (await engine.classify(item, truncate=truncate))[:top]
                 plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
             if json_output:

@@ -44,6 +44,7 @@ def demo(
     seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same texts again.")] = 0,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    trace: options.Trace = None,
     json_output: options.Json = False,
     model: Annotated[Path, typer.Option(hidden=True)] = MODEL_PATH,
 ) -> None:
@@ -56,10 +57,10 @@ def demo(
         if memory is None:
             budget, kv_budget = _choose_budget(model, stories, max_tokens)
             config = options.engine_config(loading_agents, max_resident_layers, kv_budget=kv_budget)
-            engine = Engine(model, memory_budget=budget, config=config)
+            engine = Engine(model, memory_budget=budget, config=config, trace=trace)
         else:
             config = options.engine_config(loading_agents, max_resident_layers)
-            engine = Engine(model, memory_budget=memory, config=config)
+            engine = Engine(model, memory_budget=memory, config=config, trace=trace)
 
         async def work(interrupts: Interrupts) -> None:
             await _run_stories(engine, stories, params, interrupts, json_output=json_output)

@@ -25,6 +25,7 @@ def embed(
         typer.Option("--normalize/--no-normalize", help="Vectors of length 1; without it, as the checkpoint says."),
     ] = None,
     truncate: options.Truncate = False,
+    trace: options.Trace = None,
     json_output: options.Json = False,
 ) -> None:
     """Print each text's vector; with --json the vectors, plan and statistics."""
@@ -32,7 +33,7 @@ def embed(
         path = find_checkpoint(model)
 
         async def work(interrupts: Interrupts) -> None:
-            async with Engine(path, memory_budget=memory) as engine:
+            async with Engine(path, memory_budget=memory, trace=trace) as engine:
                 vectors = await engine.embed(texts, pooling=pooling, normalize=normalize, truncate=truncate)
                 plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
             if json_output:

@@ -44,6 +44,7 @@ def generate(
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    trace: options.Trace = None,
     json_output: options.Json = False,
 ) -> None:
     """Generate text from a prompt. Ctrl-C stops and keeps what there is."""
@@ -66,7 +67,7 @@ def generate(
 
         async def work(interrupts: Interrupts) -> None:
             command = _to_json if json_output else _to_terminal
-            engine = Engine(path, memory_budget=memory, config=config, draft_model=draft)
+            engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
             await command(engine, asked, params, interrupts)
 
         run(work)

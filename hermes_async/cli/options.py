@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,6 +51,12 @@ LoadingAgents = Annotated[
 MaxResidentLayers = Annotated[
     int | None,
     typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="Write what the agents do to FILE, for Perfetto and `timeline`.", show_default=False
+    ),
 ]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]

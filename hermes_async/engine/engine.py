@@ -31,6 +31,7 @@ from hermes_async.engine.serving import Serving
 from hermes_async.engine.session import Session
 from hermes_async.engine.session_kv import SessionKV
 from hermes_async.engine.statistics import EngineStatistics
+from hermes_async.engine.tracing import tracing
 from hermes_async.errors import (
     ConfigError,
     DeadlineExceededError,
@@ -64,6 +65,8 @@ class Engine:
         config: Options.
         on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
             engine.
+        trace: A file to write what the agents do to, in Chrome's trace event format: for Perfetto, and for
+            `hermes-async timeline`.
 
     Raises (on entering):
         ConfigError: An option cannot work.
@@ -81,6 +84,7 @@ class Engine:
         draft_model: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
+        trace: str | os.PathLike[str] | None = None,
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
@@ -89,6 +93,7 @@ class Engine:
         self._draft_model = draft_model
         self._config = config or EngineConfig()
         self._on_event = on_event
+        self._trace = trace
         # All mutable state. `_running` is there from the loading of the resident stages on, `_serving` from right after
         # that; both stay for their counts.
         self._tasks: anyio.abc.TaskGroup | None = None
@@ -364,7 +369,10 @@ class Engine:
                 open_model, self._source, self._memory_budget, self._config, self._draft_model
             )
             with contextlib.closing(opened), ungrouped():
-                async with running_model(opened, self._config, self._release) as self._running:
+                async with (
+                    tracing(self._trace) as trace,
+                    running_model(opened, self._config, self._release, trace) as self._running,
+                ):
                     try:
                         async with anyio.create_task_group() as tasks:
                             self._serving = Serving(self._running, tasks, self._config, self._on_event)

@@ -65,7 +65,8 @@ def prepare_forward(
         MemoryBudgetError: The activations would take more than the plan sets aside for them.
     """
     skeleton, plan = opened.skeleton, opened.plan
-    checked = checked_inputs(skeleton, inputs)
+    model = skeleton.base_model if base else skeleton.model
+    checked = checked_inputs(skeleton, model, inputs)
     sequences, tokens = count_tokens(checked, opened.seen)
     nbytes = forward_bytes(skeleton)(sequences, tokens) + recorded_bytes(
         skeleton,
@@ -86,9 +87,6 @@ def prepare_forward(
             budget_bytes=plan.workspace_bytes,
             minimum_bytes=minimum,
         )
-    model = skeleton.model.base_model if base else skeleton.model
-    if base:
-        checked.pop("use_cache", None)
 
     def compute() -> Any:
         return then(model(**checked))

@@ -21,6 +21,7 @@ from hermes_async.modeling.streamed import StreamedModel, replace_linears
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
+from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
@@ -42,16 +43,18 @@ class RunningModel:
     parking: ParkingFile
     times: SweepTimes
     draft_model: DraftModel | None
+    trace: Trace | None
 
 
 @asynccontextmanager
 async def running_model(
-    opened: OpenedModel, config: EngineConfig, release: Callable[[Request], None]
+    opened: OpenedModel, config: EngineConfig, release: Callable[[Request], None], trace: Trace | None = None
 ) -> AsyncGenerator[RunningModel, None]:
     """Takes the plan's memory, loads what is resident and starts the agents; undoes all of it in reverse order.
 
     Args:
         release: Gives an aborted request's memory back; called on the event loop.
+        trace: Told of what the agents do.
 
     Raises:
         ReadError: Weights could not be read.
@@ -79,6 +82,7 @@ async def running_model(
             ring=ring,
             statistics=read_statistics,
             direct=config.direct_io,
+            trace=trace,
         )
         replace_linears(opened.skeleton.model, partition.linear_blocks)
         runner: SweepRunner | None = None
@@ -127,7 +131,9 @@ async def running_model(
             eos_token_ids=opened.skeleton.eos_token_ids,
             release=release,
         )
-        yield RunningModel(opened, governor, ring, pipeline, model, rows, runner, blocks, parking, times, draft_model)
+        yield RunningModel(
+            opened, governor, ring, pipeline, model, rows, runner, blocks, parking, times, draft_model, trace
+        )
 
 
 def _stages(opened: OpenedModel) -> list[Stage]:

@@ -221,6 +221,8 @@ class Serving:
                 await self._run_sweep(sweep)
             if forwards:
                 await self.forwarding.sweep(forwards)
+            if self.running.trace is not None:
+                self.running.trace.count("KV", bytes=self.running.blocks.kv_bytes)
             if not sweep and not forwards:
                 self._work = anyio.Event()
                 await self._work.wait()

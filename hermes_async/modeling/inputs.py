@@ -40,15 +40,17 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def checked_inputs(skeleton: Skeleton, inputs: Mapping[str, Any]) -> dict[str, Any]:
+def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What to call the model with: arrays and lists made into tensors, floats in the model's dtype.
+
+    Args:
+        model: The skeleton's, or the part of it that is called.
 
     Raises:
         RequestError: The model's forward does not take an input, or it is nothing that can be a tensor, or a token id
             is out of the vocabulary.
         ContextLengthError: More tokens than the model has positions.
     """
-    model = skeleton.model
     name = type(model).__name__
     taken = [
         parameter.name

@@ -52,6 +52,13 @@ class Skeleton:
         return token_embedding(self.model)
 
     @property
+    def base_model(self) -> PreTrainedModel:
+        """The model without its head."""
+        base = self.model.base_model
+        assert isinstance(base, PreTrainedModel)
+        return base
+
+    @property
     def vocab_size(self) -> int:
         """Of a model with an input embedding."""
         embedding = self.embedding

@@ -19,6 +19,7 @@ import anyio.to_thread
 
 from hermes_async.errors import ReadError
 from hermes_async.pipeload.stage import Stage, StageState
+from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import Buffer, BufferPool
 from hermes_async.storage.reader import Reader, ReadStatistics
 
@@ -51,6 +52,7 @@ class Pipeline:
         statistics: Added to by the readers.
         direct: Read past the page cache where possible.
         pinned: Page-locked memory for resident stages.
+        trace: Told of every load, wait, computation and free.
     """
 
     def __init__(
@@ -62,6 +64,7 @@ class Pipeline:
         statistics: ReadStatistics,
         direct: bool = True,
         pinned: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self.stages = tuple(stages)
         self.statistics = PipelineStatistics()
@@ -83,6 +86,9 @@ class Pipeline:
         self._first_request = anyio.Event()
         self._cancelled_class: type[BaseException] = CancelledError
         self._wait_scope: anyio.CancelScope | None = None
+        self._trace = trace
+        self._traced_bytes = 0  # of weights in memory or on their way there
+        self._traced_stage: tuple[str, float] | None = None  # what is computed, and since when
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -110,7 +116,7 @@ class Pipeline:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
                     if self._order:
                         for idx, reader in enumerate(readers):
-                            agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
+                            agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
@@ -121,23 +127,34 @@ class Pipeline:
     async def _load_resident(self, readers: Sequence[Reader]) -> None:
         waiting = iter([stage for stage in self.stages if stage.resident])
 
-        async def load(reader: Reader) -> None:
+        async def load(idx: int, reader: Reader) -> None:
             for stage in waiting:
                 buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
                 stage.start_loading()
                 try:
-                    await reader.read(stage.layout.ranges, buffer.view)
+                    await self._read(idx, reader, stage, buffer)
                 except BaseException:
-                    stage.drop()
+                    self._drop(stage)
                     raise
                 stage.set_ready(buffer, None)
 
         with ungrouped():
             async with anyio.create_task_group() as group:
-                for reader in readers:
-                    group.start_soon(load, reader)
+                for idx, reader in enumerate(readers):
+                    group.start_soon(load, idx, reader)
 
-    async def _loading_agent(self, reader: Reader) -> None:
+    async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
+        """`idx`: The loading agent's."""
+        started = time.perf_counter()
+        self._trace_bytes(stage.layout.weight_bytes)
+        try:
+            await reader.read(stage.layout.ranges, buffer.view)
+        finally:
+            if self._trace is not None:
+                row, nbytes = f"loading agent {idx}", stage.layout.read_bytes
+                self._trace.span(row, stage.name or "base", started, time.perf_counter(), bytes=nbytes)
+
+    async def _loading_agent(self, idx: int, reader: Reader) -> None:
         """Reads the next stage of the cycle whenever a buffer is free; only free buffers hold it back."""
         await self._first_request.wait()
         while True:
@@ -146,19 +163,19 @@ class Pipeline:
             error: ReadError | None = None
             try:
                 stage = await self._claim()
-                await reader.read(stage.layout.ranges, buffer.view)
+                await self._read(idx, reader, stage, buffer)
             except ReadError as read_error:
                 error = read_error
             except BaseException:
                 self._ring.release(buffer)
                 if stage is not None:
-                    stage.drop()
+                    self._drop(stage)
                 raise
             assert stage is not None
             if stage.stale:
                 # Never READY, not even for a moment: the compute thread would take the buffer.
                 self._ring.release(buffer)
-                stage.drop()
+                self._drop(stage)
             else:
                 stage.set_ready(buffer, error)
 
@@ -181,6 +198,19 @@ class Pipeline:
 
     def _free(self, stage: Stage) -> None:
         self._ring.release(stage.clear())
+        if self._trace is not None:
+            now = time.perf_counter()
+            self._trace.span("daemon agent", f"free {stage.name}", now, now)
+        self._trace_bytes(-stage.layout.weight_bytes)
+
+    def _drop(self, stage: Stage) -> None:
+        stage.drop()
+        self._trace_bytes(-stage.layout.weight_bytes)
+
+    def _trace_bytes(self, more: int) -> None:
+        if self._trace is not None:
+            self._traced_bytes += more
+            self._trace.count("weights", bytes=self._traced_bytes)
 
     # --- Inference Agent: one compute thread at a time ---
 
@@ -211,6 +241,9 @@ class Pipeline:
             await anyio.lowlevel.checkpoint_if_cancelled()
             raise
         finally:
+            self._trace_computed()
+            if self._trace is not None:
+                self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started, time.perf_counter())
             stalled = self.statistics.stall_seconds - stalled_before
             self.statistics.compute_seconds += time.perf_counter() - started - stalled
             if not complete:
@@ -251,6 +284,7 @@ class Pipeline:
             SweepAbandoned: The sweep was abandoned or its task cancelled.
             ReadError: The stage could not be read.
         """
+        self._trace_computed()
         self.check_abandoned()
         if not stage.resident:
             if not self._is_next(stage) or stage.state is not StageState.READY:
@@ -260,17 +294,29 @@ class Pipeline:
                 except CancelledError:
                     raise SweepAbandoned from None
                 finally:
-                    self.statistics.stall_seconds += time.perf_counter() - started
+                    ended = time.perf_counter()
+                    self.statistics.stall_seconds += ended - started
+                    if self._trace is not None:
+                        self._trace.span("inference agent", f"wait for {stage.name}", started, ended)
             self._next_compute += 1
         if stage.error is not None:
             raise stage.error
         assert stage.buffer is not None
+        if self._trace is not None:
+            self._traced_stage = stage.name or "base", time.perf_counter()
         return stage.buffer
 
     def leave(self, stage: Stage) -> None:
         """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
+        self._trace_computed()
         if not stage.resident:
             anyio.from_thread.run_sync(self._spend, stage)
+
+    def _trace_computed(self) -> None:
+        """What was computed since a stage was entered; resident ones are not left, but end where the next begins."""
+        if self._trace is not None and self._traced_stage is not None:
+            (name, started), self._traced_stage = self._traced_stage, None
+            self._trace.span("inference agent", name, started, time.perf_counter())
 
     def _is_next(self, stage: Stage) -> bool:
         return self._next_compute < len(self._order) and self._order[self._next_compute] is stage

@@ -1,0 +1,169 @@
+"""`hermes-async timeline`: a trace as a picture of the pipeline, with the memory under it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from hermes_async.cli.running import errors_in_one_line
+from hermes_async.config import format_bytes
+from hermes_async.errors import ConfigError
+
+_MAX_SPANS = 20_000
+_MAX_NAMES = 60  # names are written into the bars of a picture with fewer
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took time; seconds since the trace began."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What a trace holds, by the names of its rows and counters."""
+
+    rows: dict[str, list[Span]] = field(default_factory=dict)
+    counters: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> Timeline:
+        """Reads a trace, also one that was cut off.
+
+        Raises:
+            ConfigError: It cannot be read, or is no trace.
+        """
+        try:
+            text = file.read_text(encoding="utf-8")
+            if not text.rstrip().endswith("]"):  # whoever wrote it was killed: up to the last whole event
+                text = text[: text.rfind(",\n")] + "]"
+            events = json.loads(text)
+            names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+            timeline = cls({name: [] for name in names.values()})
+            for event in events:
+                seconds = event.get("ts", 0) / 1e6
+                if event["ph"] == "X":
+                    span = Span(event["name"], seconds, seconds + event["dur"] / 1e6)
+                    timeline.rows[names[event["tid"]]].append(span)
+                elif event["ph"] == "C":
+                    timeline.counters.setdefault(event["name"], []).append((seconds, event["args"]["bytes"]))
+        except OSError as error:
+            raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ConfigError(f"{file} is no trace of hermes-async: {type(error).__name__}: {error}") from error
+        return timeline
+
+    def between(self, start: float, end: float) -> Timeline:
+        """What happens in these seconds; a counter begins with what it was before."""
+        rows = {
+            name: [span for span in spans if span.end >= start and span.start <= end]
+            for name, spans in sorted(self.rows.items(), key=lambda item: item[0] == "sweeps")
+        }
+        counters = {}
+        for name, values in self.counters.items():
+            before = [(start, value) for moment, value in values if moment < start][-1:]
+            counters[name] = before + [(moment, value) for moment, value in values if start <= moment <= end]
+        return Timeline({name: spans for name, spans in rows.items() if spans}, counters)
+
+
+def timeline(
+    file: Annotated[Path, typer.Argument(help="A trace, as --trace writes it.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .svg or .pdf.")],
+    start: Annotated[float | None, typer.Option(help="Seconds into the trace; without it, the first sweep.")] = None,
+    seconds: Annotated[float | None, typer.Option(help="How many to show; without it, two sweeps.")] = None,
+) -> None:
+    """Draw a trace: loads, computations, waits and frees, and the memory of weights under them."""
+    with errors_in_one_line():
+        everything = Timeline.read(file)
+        first, last = _window(everything, start, seconds)
+        shown = everything.between(first, last)
+        spans = [span for row in shown.rows.values() for span in row]
+        if not spans:
+            raise ConfigError(f"{file} has nothing between {first:.3f} s and {last:.3f} s")
+        if len(spans) > _MAX_SPANS:
+            raise ConfigError(f"{len(spans)} spans are too many for one picture; give fewer --seconds")
+        draw(shown, first, last, output)
+
+
+def _window(everything: Timeline, start: float | None, seconds: float | None) -> tuple[float, float]:
+    sweeps = everything.rows.get("sweeps", [])
+    ends = [span.end for row in everything.rows.values() for span in row]
+    if start is None:
+        start = sweeps[0].start if sweeps else 0.0
+    following = [span for span in sweeps if span.end > start][:2]
+    if seconds is not None:
+        return start, start + seconds
+    return start, following[-1].end if following else max(ends, default=start)
+
+
+def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
+    """Draws rows above, counters below.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ConfigError("pictures need matplotlib: pip install 'hermes_async[bench]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    from matplotlib.patches import Patch
+    from matplotlib.ticker import FuncFormatter
+
+    names = list(shown.rows)
+    figure, (above, below) = pyplot.subplots(
+        2, 1, figsize=(14, 2.5 + 0.6 * len(names)), sharex=True, layout="constrained",
+        height_ratios=[max(2, len(names)), 2],
+    )  # fmt: skip
+    for place, name in enumerate(names):
+        _draw_row(above, len(names) - 1 - place, name, shown.rows[name], start, end)
+    above.set(yticks=range(len(names)), yticklabels=names[::-1], ylim=(-0.6, len(names) - 0.4))
+    above.grid(axis="x", alpha=0.3)
+    above.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], ncols=5, fontsize=8,
+                 loc="lower center", bbox_to_anchor=(0.5, 1.0))  # fmt: skip
+    for name, values in shown.counters.items():
+        moments = [moment for moment, _ in values]
+        amounts = [value for _, value in values]
+        if values:
+            label = f"{name}, at most {format_bytes(max(amounts))}"
+            below.step([*moments, end], [*amounts, amounts[-1]], where="post", label=label)
+    below.set(xlabel="seconds", xlim=(start, end), ylim=(0, None))
+    below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
+    below.grid(alpha=0.3)
+    below.legend(loc="lower right", fontsize=8)
+    try:
+        figure.savefig(output, dpi=130)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{output} cannot be written: {error}") from error
+    finally:
+        pyplot.close(figure)
+
+
+_COLORS = {"load": "#4c78a8", "compute": "#54a24b", "wait": "#e45756", "free": "#b279a2", "sweep": "#bab0ac"}
+
+
+def _draw_row(axes: Any, height: int, row: str, spans: list[Span], start: float, end: float) -> None:
+    thinnest = (end - start) / 2000  # so that what takes no time can be seen
+    for span in spans:
+        kind = _kind(row, span)
+        width = max(span.end - span.start, thinnest)
+        place = (height - 0.4, 0.8)
+        axes.broken_barh([(span.start, width)], place, color=_COLORS[kind], edgecolor="white", linewidth=0.3)
+        if len(spans) <= _MAX_NAMES and width > (end - start) / 40 and kind != "wait":
+            middle = (max(span.start, start) + min(span.end, end)) / 2
+            name = span.name if kind == "sweep" else ".".join(span.name.split(".")[-2:])
+            axes.text(middle, height, name, ha="center", va="center", fontsize=6, color="white", clip_on=True)
+
+
+def _kind(row: str, span: Span) -> str:
+    if row.startswith("inference"):
+        return "wait" if span.name.startswith("wait for ") else "compute"
+    return {"sweeps": "sweep", "daemon agent": "free"}.get(row, "load")

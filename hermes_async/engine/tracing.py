@@ -1,0 +1,86 @@
+"""Writes a trace to a file while the engine runs."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+import anyio
+import anyio.to_thread
+
+from hermes_async.errors import ConfigError
+from hermes_async.pipeload.trace import Event, Trace
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
+@asynccontextmanager
+async def tracing(file: str | os.PathLike[str] | None) -> AsyncGenerator[Trace | None, None]:
+    """A trace whose events go to `file`; None where there is none.
+
+    Raises:
+        ConfigError: The file cannot be written to.
+    """
+    if file is None:
+        yield None
+        return
+    path = Path(file)
+    try:
+        stream = await anyio.to_thread.run_sync(path.open, "w")
+    except OSError as error:
+        raise ConfigError(f"the trace file {path} cannot be written: {error.strerror or error}") from error
+    trace = Trace()
+    writer = _Writer(stream, trace)
+    try:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(writer.write_on)
+            try:
+                yield trace
+            finally:
+                tasks.cancel_scope.cancel()
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(writer.close)
+
+
+class _Writer:
+    """State: how many events were written, and whether that has failed."""
+
+    def __init__(self, stream: IO[str], trace: Trace) -> None:
+        self._stream = stream
+        self._trace = trace
+        self._num_written = 0
+        self._failed = False
+
+    async def write_on(self) -> None:
+        while True:
+            await anyio.sleep(_SECONDS_BETWEEN_WRITES)
+            with anyio.CancelScope(shield=True):
+                await anyio.to_thread.run_sync(self._write, self._trace.drain())
+
+    def _write(self, events: Iterable[Event]) -> None:
+        """A trace that cannot be written any more, such as on a full disk, ends there; the engine goes on."""
+        if self._failed:
+            return
+        try:
+            for event in events:
+                self._stream.write(",\n" if self._num_written else "[\n")
+                self._stream.write(json.dumps(event))
+                self._num_written += 1
+            self._stream.flush()
+        except OSError as error:
+            self._failed = True
+            logger.warning("the trace %s ends here: %s", self._stream.name, error.strerror or error)
+
+    def close(self) -> None:
+        self._write(self._trace.drain())
+        with suppress(OSError), self._stream:  # what cannot be written was told of
+            if not self._failed:
+                self._stream.write("\n]\n")

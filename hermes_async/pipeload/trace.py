@@ -1,0 +1,61 @@
+"""What the agents do and when, as events that Perfetto and chrome://tracing show.
+
+Source: the Trace Event Format (Chrome), its JSON array form, which may be cut off anywhere and can still be read.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from typing import Any
+
+Event = dict[str, Any]
+
+
+class Trace:
+    """Collects events; any thread may add some, and one drains them now and then.
+
+    A row is a line of the picture: one for each loading agent, one for computing, one for the daemon, one for sweeps.
+    Times are seconds on `time.perf_counter`'s clock; events have microseconds since the trace began.
+    """
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._lock = threading.Lock()
+        # All mutable state, guarded by the lock: events that were not drained, and each row's number.
+        self._events: deque[Event] = deque()
+        self._rows: dict[str, int] = {}
+        self._add({"ph": "M", "name": "process_name", "tid": 0, "args": {"name": "hermes_async"}})
+
+    def span(self, row: str, name: str, started: float, ended: float, **args: object) -> None:
+        """Something that took from `started` to `ended`."""
+        duration = self._microseconds(ended) - self._microseconds(started)
+        event = {"ph": "X", "name": name, "ts": self._microseconds(started), "dur": max(0.0, duration), "args": args}
+        self._add(event, row)
+
+    def count(self, name: str, **values: int) -> None:
+        """What there is of something now."""
+        self._add({"ph": "C", "name": name, "ts": self._microseconds(time.perf_counter()), "tid": 0, "args": values})
+
+    def drain(self) -> list[Event]:
+        """Takes all events so far."""
+        with self._lock:
+            events = list(self._events)
+            self._events.clear()
+        return events
+
+    def _microseconds(self, seconds: float) -> float:
+        return round((seconds - self._began) * 1e6, 1)
+
+    def _add(self, event: Event, row: str | None = None) -> None:
+        event["pid"] = 1
+        with self._lock:
+            if row is not None:
+                if row not in self._rows:
+                    self._rows[row] = len(self._rows) + 1
+                    name = {"ph": "M", "name": "thread_name", "pid": 1, "tid": self._rows[row], "args": {"name": row}}
+                    order = {**name, "name": "thread_sort_index", "args": {"sort_index": self._rows[row]}}
+                    self._events += (name, order)
+                event["tid"] = self._rows[row]
+            self._events.append(event)
