@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from hermes_async import __version__
-from hermes_async.cli import chat, classify, demo, embed, generate, plan, timeline
+from hermes_async.cli import chat, classify, demo, embed, generate, plan, profile, timeline
 
 app = typer.Typer(
     name="hermes-async",
@@ -26,6 +26,7 @@ for _command in (
     embed.embed,
     classify.classify,
     plan.plan,
+    profile.profile,
     timeline.timeline,
     demo.demo,
 ):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,65 +11,27 @@ import typer
 from hermes_async.cli.running import errors_in_one_line
 from hermes_async.config import format_bytes
 from hermes_async.errors import ConfigError
+from hermes_async.pipeload.trace import Span, Timeline
 
 _MAX_SPANS = 20_000
 _MAX_NAMES = 60  # names are written into the bars of a picture with fewer
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Something that took time; seconds since the trace began."""
+def read(file: Path) -> Timeline:
+    """Reads a trace, also one that was cut off.
 
-    name: str
-    start: float
-    end: float
-
-
-@dataclass(slots=True)
-class Timeline:
-    """What a trace holds, by the names of its rows and counters."""
-
-    rows: dict[str, list[Span]] = field(default_factory=dict)
-    counters: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
-
-    @classmethod
-    def read(cls, file: Path) -> Timeline:
-        """Reads a trace, also one that was cut off.
-
-        Raises:
-            ConfigError: It cannot be read, or is no trace.
-        """
-        try:
-            text = file.read_text(encoding="utf-8")
-            if not text.rstrip().endswith("]"):  # whoever wrote it was killed: up to the last whole event
-                text = text[: text.rfind(",\n")] + "]"
-            events = json.loads(text)
-            names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
-            timeline = cls({name: [] for name in names.values()})
-            for event in events:
-                seconds = event.get("ts", 0) / 1e6
-                if event["ph"] == "X":
-                    span = Span(event["name"], seconds, seconds + event["dur"] / 1e6)
-                    timeline.rows[names[event["tid"]]].append(span)
-                elif event["ph"] == "C":
-                    timeline.counters.setdefault(event["name"], []).append((seconds, event["args"]["bytes"]))
-        except OSError as error:
-            raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{file} is no trace of hermes-async: {type(error).__name__}: {error}") from error
-        return timeline
-
-    def between(self, start: float, end: float) -> Timeline:
-        """What happens in these seconds; a counter begins with what it was before."""
-        rows = {
-            name: [span for span in spans if span.end >= start and span.start <= end]
-            for name, spans in sorted(self.rows.items(), key=lambda item: item[0] == "sweeps")
-        }
-        counters = {}
-        for name, values in self.counters.items():
-            before = [(start, value) for moment, value in values if moment < start][-1:]
-            counters[name] = before + [(moment, value) for moment, value in values if start <= moment <= end]
-        return Timeline({name: spans for name, spans in rows.items() if spans}, counters)
+    Raises:
+        ConfigError: It cannot be read, or is no trace.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+        if not text.rstrip().endswith("]"):  # whoever wrote it was killed: up to the last whole event
+            text = text[: text.rfind(",\n")] + "]"
+        return Timeline.of(json.loads(text))
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(f"{file} is no trace of hermes-async: {type(error).__name__}: {error}") from error
 
 
 def timeline(
@@ -81,7 +42,7 @@ def timeline(
 ) -> None:
     """Draw a trace: loads, computations, waits and frees, and the memory of weights under them."""
     with errors_in_one_line():
-        everything = Timeline.read(file)
+        everything = read(file)
         first, last = _window(everything, start, seconds)
         shown = everything.between(first, last)
         spans = [span for row in shown.rows.values() for span in row]
@@ -156,11 +117,21 @@ def _draw_row(axes: Any, height: int, row: str, spans: list[Span], start: float,
         kind = _kind(row, span)
         width = max(span.end - span.start, thinnest)
         place = (height - 0.4, 0.8)
-        axes.broken_barh([(span.start, width)], place, color=_COLORS[kind], edgecolor="white", linewidth=0.3)
+        edge = 0.3 if width > (end - start) / 200 else 0.0  # of something thin, nothing else would be left
+        axes.broken_barh([(span.start, width)], place, color=_COLORS[kind], edgecolor="white", linewidth=edge)
         if len(spans) <= _MAX_NAMES and width > (end - start) / 40 and kind != "wait":
             middle = (max(span.start, start) + min(span.end, end)) / 2
-            name = span.name if kind == "sweep" else ".".join(span.name.split(".")[-2:])
-            axes.text(middle, height, name, ha="center", va="center", fontsize=6, color="white", clip_on=True)
+            axes.text(
+                middle, height, _short(span.name), ha="center", va="center", fontsize=6, color="white", clip_on=True
+            )
+
+
+def _short(name: str) -> str:
+    """A stage's name without what all have: `3.mlp.up_proj`, or `up_proj[1]` of a matrix in blocks."""
+    parts = name.split(".")
+    if "blocks" in parts[:-1]:
+        return f"{parts[-3]}[{parts[-1]}]"
+    return ".".join(parts[-2:])
 
 
 def _kind(row: str, span: Span) -> str:

@@ -42,6 +42,7 @@ from hermes_async.errors import (
 )
 from hermes_async.pipeload.pipeline import first_error, ungrouped
 from hermes_async.pipeload.planner import Plan
+from hermes_async.pipeload.trace import Trace
 
 T = TypeVar("T")
 
@@ -66,7 +67,7 @@ class Engine:
         on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
             engine.
         trace: A file to write what the agents do to, in Chrome's trace event format: for Perfetto, and for
-            `hermes-async timeline`.
+            `hermes-async timeline`. Or a `Trace`, whose events you drain yourself.
 
     Raises (on entering):
         ConfigError: An option cannot work.
@@ -84,7 +85,7 @@ class Engine:
         draft_model: str | os.PathLike[str] | None = None,
         config: EngineConfig | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
-        trace: str | os.PathLike[str] | None = None,
+        trace: str | os.PathLike[str] | Trace | None = None,
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")

@@ -22,14 +22,14 @@ _SECONDS_BETWEEN_WRITES = 1.0
 
 
 @asynccontextmanager
-async def tracing(file: str | os.PathLike[str] | None) -> AsyncGenerator[Trace | None, None]:
-    """A trace whose events go to `file`; None where there is none.
+async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator[Trace | None, None]:
+    """A trace whose events go to `file`; None where there is none. A trace that is given is drained by who gave it.
 
     Raises:
         ConfigError: The file cannot be written to.
     """
-    if file is None:
-        yield None
+    if file is None or isinstance(file, Trace):
+        yield file
         return
     path = Path(file)
     try:

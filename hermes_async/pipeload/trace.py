@@ -8,6 +8,8 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 Event = dict[str, Any]
@@ -59,3 +61,50 @@ class Trace:
                     self._events += (name, order)
                 event["tid"] = self._rows[row]
             self._events.append(event)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Something that took time; seconds since the trace began."""
+
+    name: str
+    start: float
+    end: float
+
+
+@dataclass(slots=True)
+class Timeline:
+    """What a trace holds, by the names of its rows and counters; each in the order in which it ended."""
+
+    rows: dict[str, list[Span]] = field(default_factory=dict)
+    counters: dict[str, list[tuple[float, int]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, events: Sequence[Event]) -> Timeline:
+        """Sorts events by row.
+
+        Raises:
+            KeyError, TypeError, AttributeError: They are not a trace's.
+        """
+        names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
+        timeline = cls({name: [] for name in names.values()})
+        for event in events:
+            seconds = event.get("ts", 0) / 1e6
+            if event["ph"] == "X":
+                span = Span(event["name"], seconds, seconds + event["dur"] / 1e6)
+                timeline.rows[names[event["tid"]]].append(span)
+            elif event["ph"] == "C":
+                timeline.counters.setdefault(event["name"], []).append((seconds, event["args"]["bytes"]))
+        return timeline
+
+    def between(self, start: float, end: float) -> Timeline:
+        """What happens in these seconds; a counter begins with what it was before."""
+        rows = {
+            name: [span for span in spans if span.end >= start and span.start <= end]
+            for name, spans in sorted(self.rows.items(), key=lambda item: item[0] == "sweeps")
+        }
+        counters = {}
+        for name, values in self.counters.items():
+            before = [(start, value) for moment, value in values if moment < start][-1:]
+            counters[name] = before + [(moment, value) for moment, value in values if start <= moment <= end]
+        return Timeline({name: spans for name, spans in rows.items() if spans}, counters)

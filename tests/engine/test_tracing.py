@@ -13,7 +13,8 @@ from typer.testing import CliRunner
 
 from hermes_async import ConfigError, Engine
 from hermes_async.cli import app
-from hermes_async.cli.timeline import Span, Timeline
+from hermes_async.cli.timeline import read
+from hermes_async.pipeload.trace import Span, Timeline
 from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
@@ -38,7 +39,7 @@ async def test_what_a_trace_holds(tiny_model: Any, file: Path) -> None:
     statistics, plan = await traced(tiny_model, file)
     events = json.loads(file.read_text())  # noqa: ASYNC240
     assert all({"ph", "pid", "tid", "name"} <= event.keys() for event in events)
-    timeline = Timeline.read(file)
+    timeline = read(file)
     agents = [f"loading agent {idx}" for idx in range(plan.num_loading_agents)]
     assert set(timeline.rows) == {*agents, "inference agent", "daemon agent", "sweeps"}
     assert len(timeline.rows["sweeps"]) == statistics.sweeps

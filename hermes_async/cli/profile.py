@@ -1,0 +1,110 @@
+"""`hermes-async profile`: what stages, disk and kernels take on this machine."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+from collections import defaultdict
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hermes_async.cli import options
+from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.config import format_bytes
+from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
+from hermes_async.engine.profiling import Profile, StageProfile, measure
+from hermes_async.storage.checkpoint import Checkpoint
+
+
+def profile(
+    model: options.Model,
+    memory: options.Memory = "auto",
+    loading_agents: options.LoadingAgents = None,
+    max_resident_layers: options.MaxResidentLayers = None,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever was kept.")] = False,
+    json_output: options.Json = False,
+) -> None:
+    """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
+    with errors_in_one_line():
+        path = find_checkpoint(model)
+        config = options.engine_config(loading_agents, max_resident_layers)
+        file = profile_file(Checkpoint.open(path), f"{memory} {config}")
+        measured = None if refresh else load_profile(file)
+        if measured is None:
+            taken: list[Profile] = []
+
+            async def work(interrupts: Interrupts) -> None:
+                taken.append(await measure(path, memory, config))
+
+            run(work)
+            measured = taken[0]
+            save_profile(file, measured)
+        if json_output:
+            print(json.dumps(asdict(measured)))
+            return
+        console = Console()
+        for table in (_stage_table(measured), _disk_table(measured), _kernel_table(measured)):
+            console.print(table)
+
+
+def _stage_table(measured: Profile) -> Table:
+    """Stages of one kind (the same place in every layer) in one row."""
+    kinds: dict[str, list[StageProfile]] = defaultdict(list)
+    for stage in measured.stages:
+        kinds[re.sub(r"\d+", "*", stage.name)].append(stage)
+    counts = sorted({tokens for stage in measured.stages for tokens in stage.compute_s})
+    table = Table(title=f"stages, {measured.dtype}, in {format_bytes(measured.memory_budget)}", title_justify="left")
+    table.add_column("stages", overflow="fold")
+    for name in ("number", "resident", "each", "load, ms", *(f"compute {count}, ms" for count in counts)):
+        table.add_column(name, justify="right")
+    for name, stages in kinds.items():
+        times = [
+            _milliseconds([stage.compute_s[count] for stage in stages if count in stage.compute_s]) for count in counts
+        ]
+        table.add_row(
+            name,
+            str(len(stages)),
+            str(sum(stage.resident for stage in stages)),
+            format_bytes(round(statistics.median(stage.nbytes for stage in stages))),
+            _milliseconds([stage.load_s for stage in stages]),
+            *times,
+        )
+    return table
+
+
+def _disk_table(measured: Profile) -> Table:
+    sizes = sorted({disk.read_bytes for disk in measured.disk})
+    table = Table(title="disk, bytes a second", title_justify="left")
+    table.add_column("agents")
+    for size in sizes:
+        table.add_column(f"{format_bytes(size)} at once", justify="right")
+    rates = {(disk.num_agents, disk.read_bytes): disk.bytes_per_s for disk in measured.disk}
+    for agents in sorted({disk.num_agents for disk in measured.disk}):
+        known = [rates.get((agents, size)) for size in sizes]
+        table.add_row(str(agents), *("" if rate is None else format_bytes(round(rate)) for rate in known))
+    return table
+
+
+def _kernel_table(measured: Profile) -> Table:
+    counts = sorted({tokens for kernel in measured.kernels for tokens in kernel.flops})
+    table = Table(title="kernels, GFLOP/s by tokens; * is the fastest", title_justify="left")
+    table.add_column("dtype")
+    table.add_column("kernel")
+    best = {count: max(kernel.flops[count] for kernel in measured.kernels) for count in counts}
+    for count in counts:
+        table.add_column(str(count), justify="right")
+    for kernel in measured.kernels:
+        rates = [
+            f"{kernel.flops[count] / 1e9:.1f}{'*' if kernel.flops[count] == best[count] else ' '}" for count in counts
+        ]
+        table.add_row(kernel.dtype, kernel.kernel, *rates)
+    return table
+
+
+def _milliseconds(seconds: list[float]) -> str:
+    return f"{statistics.median(seconds) * 1e3:.2f}" if seconds else ""

@@ -1,0 +1,112 @@
+"""Keeps profiles in small files: one for each model, budget, machine and set of versions; old ones are not believed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import platform
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from hermes_async.engine.profiling import DiskProfile, KernelProfile, Profile, StageProfile
+from hermes_async.storage.checkpoint import Checkpoint
+
+logger = logging.getLogger(__name__)
+
+MAX_AGE_S = 30 * 24 * 3600
+_FORMAT = 1  # of the files; another one is not read
+
+
+def profile_file(checkpoint: Checkpoint, memory_budget: int | str, folder: Path | None = None) -> Path:
+    """Where the profile of a model lies, in `folder` or the user's cache.
+
+    The name stands for all that a measurement depends on: the tensors and where they lie, the budget, the processor and
+    its threads, the disk, and the versions of torch, transformers and the file's format.
+    """
+    tensors = sorted((spec.name, spec.nbytes) for spec in checkpoint.tensors.values())
+    disk = checkpoint.path.stat().st_dev
+    machine = (platform.machine(), _processor(), torch.get_num_threads(), disk)
+    versions = (_FORMAT, torch.__version__, transformers.__version__)
+    told = json.dumps([str(checkpoint.path.resolve()), tensors, memory_budget, machine, versions])
+    if folder is None:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hermes-async" / "profiles"
+    return folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+
+
+def load_profile(file: Path) -> Profile | None:
+    """The profile in `file`; None, and a warning that says why, where there is none that can be believed."""
+    try:
+        return _from_json(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        logger.warning("the profile %s cannot be read and is measured again: %s", file, error.strerror or error)
+    except _TooOldError as error:
+        logger.warning("the profile %s is %s old and is measured again", file, error)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("the profile %s is damaged and is measured again: %s", file, type(error).__name__)
+    return None
+
+
+def save_profile(file: Path, profile: Profile) -> None:
+    """Writes a profile; where that cannot be, there is a warning, and it is measured again next time."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+        unfinished.write_text(json.dumps(asdict(profile)), encoding="utf-8")
+        unfinished.replace(file)
+    except OSError as error:
+        logger.warning("the profile %s cannot be kept: %s", file, error.strerror or error)
+
+
+class _TooOldError(Exception):
+    pass
+
+
+def _from_json(record: Any) -> Profile:
+    age = time.time() - float(record["created_at"])
+    if not 0 <= age <= MAX_AGE_S:
+        raise _TooOldError(f"{age / 86400:.0f} days")
+    return Profile(
+        memory_budget=int(record["memory_budget"]),
+        dtype=str(record["dtype"]),
+        created_at=float(record["created_at"]),
+        stages=tuple(
+            StageProfile(
+                name=str(stage["name"]),
+                nbytes=int(stage["nbytes"]),
+                resident=bool(stage["resident"]),
+                load_s=float(stage["load_s"]),
+                compute_s={int(tokens): float(seconds) for tokens, seconds in stage["compute_s"].items()},
+            )
+            for stage in record["stages"]
+        ),
+        disk=tuple(
+            DiskProfile(int(disk["num_agents"]), int(disk["read_bytes"]), float(disk["bytes_per_s"]))
+            for disk in record["disk"]
+        ),
+        kernels=tuple(
+            KernelProfile(
+                str(kernel["dtype"]),
+                str(kernel["kernel"]),
+                {int(tokens): float(flops) for tokens, flops in kernel["flops"].items()},
+            )
+            for kernel in record["kernels"]
+        ),
+    )
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    told = ("model name", "Hardware", "flags", "Features")
+    return "; ".join(dict.fromkeys(line.split(":", 1)[1].strip() for line in lines if line.startswith(told)))
