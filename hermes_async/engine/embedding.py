@@ -9,12 +9,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import anyio
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 
-from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
+from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
+from hermes_async.pipeload.pipeline import ungrouped
 
 Pooling = Literal["mean", "cls", "max", "last"]
 """What is made of a text's tokens: their mean or maximum, or the first or last one alone."""
@@ -153,6 +157,27 @@ def prepare_embedding(
         then = partial(_pool, chosen=chosen, attention_mask=inputs["attention_mask"])
         batches.append(TextBatch(indices, prepare_forward(opened, inputs, then, base=True)))
     return batches
+
+
+async def embed_batches(forwarding: Forwarding, batches: Sequence[TextBatch]) -> npt.NDArray[np.float32]:
+    """Runs the batches, several in one sweep where there is room; the vectors [texts, hidden] in the texts' order.
+
+    Raises:
+        RequestError, ReadError: As `Forwarding.run`.
+
+    Cancellation: every pass ends before its next stage.
+    """
+    vectors: dict[int, npt.NDArray[np.float32]] = {}
+
+    async def run(batch: TextBatch) -> None:
+        result = await forwarding.run(batch.request)
+        vectors.update(zip(batch.indices, result.numpy(), strict=True))
+
+    with ungrouped():
+        async with anyio.create_task_group() as group:
+            for batch in batches:
+                group.start_soon(run, batch)
+    return np.array([vectors[idx] for idx in sorted(vectors)], np.float32)
 
 
 def _buckets(lengths: Sequence[int], most: int, *, mixed: bool) -> Iterator[list[int]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 import uuid
@@ -18,14 +17,15 @@ import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 
-from hermes_async.config import EngineConfig, SamplingParams
+from hermes_async.config import EngineConfig, SamplingParams, parse_bytes
 from hermes_async.engine.classification import Label, prepare_classification
-from hermes_async.engine.embedding import Pooling, TextBatch, prepare_embedding
+from hermes_async.engine.embedding import Pooling, embed_batches, prepare_embedding
 from hermes_async.engine.events import RequestEvent
+from hermes_async.engine.following import follow
 from hermes_async.engine.forwarding import prepare_forward
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
-from hermes_async.engine.request import Chunk, Completion, Request
+from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
 from hermes_async.engine.running import RunningModel, running_model
 from hermes_async.engine.serving import Serving
 from hermes_async.engine.session import Session
@@ -34,7 +34,6 @@ from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import (
     ConfigError,
-    DeadlineExceededError,
     EngineClosedError,
     EngineFailedError,
     RequestError,
@@ -60,7 +59,8 @@ class Engine:
     Args:
         source: A checkpoint's directory, or an id on the Hugging Face hub.
         memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, over what the process
-            holds anyway; "auto" takes what the machine and its cgroups leave.
+            holds anyway; "auto" takes what the machine and its cgroups leave, gives back within a sweep when they leave
+            less, and takes it again when that lasts.
         draft_model: A small model with the same tokenizer, as `source`; it drafts tokens that the model verifies, and
             is in memory as a whole, in the same budget.
         config: Options.
@@ -237,20 +237,8 @@ class Engine:
         batches = await self._prepare(
             lambda opened: prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
         )
-        forwarding = self._model().forwarding
-        vectors: dict[int, npt.NDArray[np.float32]] = {}
-
-        async def run(batch: TextBatch) -> None:
-            result = await forwarding.run(batch.request)
-            vectors.update(zip(batch.indices, result.numpy(), strict=True))
-
-        with ungrouped():
-            async with anyio.create_task_group() as group:
-                for batch in batches:
-                    group.start_soon(run, batch)
-        if isinstance(texts, str):
-            return vectors[0]
-        return np.array([vectors[idx] for idx in range(len(several))], np.float32)
+        vectors = await embed_batches(self._model().forwarding, batches)
+        return vectors[0] if isinstance(texts, str) else vectors
 
     async def classify(self, item: str | os.PathLike[str], *, truncate: bool = False) -> Sequence[Label]:
         """All labels of a text, or of an image file where the model takes images, the likeliest first.
@@ -292,6 +280,31 @@ class Engine:
         await request.released.wait()
         return True
 
+    async def resize(self, memory_budget: int | str) -> Plan:
+        """Takes more memory, or gives some back, between two sweeps; requests go on, and get the same tokens.
+
+        More or fewer stages stay resident. The stages themselves, the ring and the workspace are those that the engine
+        opened with; KV memory is given back only where nothing else is left, and never while it is in use.
+
+        Args:
+            memory_budget: Bytes, or "3GiB".
+
+        Returns:
+            The new plan.
+
+        Raises:
+            ConfigError: Not a byte size.
+            MemoryBudgetError: Less than the engine cannot give back; the error has the smallest that works, and nothing
+                has changed.
+            ReadError: A stage that would stay could not be read; the engine goes on without it.
+            EngineClosedError, EngineFailedError: The engine was left, or failed.
+
+        Cancellation: what has begun goes on.
+        """
+        budget = parse_bytes(memory_budget)
+        await self._model().resize(budget)
+        return self.plan
+
     def drop_prefixes(self) -> None:
         """Frees the keys and values that are kept only for requests to come that begin with the same tokens."""
         self._model().running.blocks.drop_unused()
@@ -326,7 +339,7 @@ class Engine:
         params = SamplingParams() if params is None else params
         if not isinstance(params, SamplingParams):
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-        _check_deadline(deadline)
+        check_deadline(deadline)
         created_at = time.perf_counter()
         prompt = await self._prepare(
             lambda opened: prepare(
@@ -378,6 +391,10 @@ class Engine:
                         async with anyio.create_task_group() as tasks:
                             self._serving = Serving(self._running, tasks, self._config, self._on_event)
                             task_status.started()
+                            if self._memory_budget == "auto":
+                                budget, baseline = opened.plan.memory_budget, opened.baseline_bytes
+                                most = self._running.bytes_for_everything
+                                tasks.start_soon(follow, budget, most, baseline, self._serving.resize)
                             try:
                                 await self._serving.run_sweeps()
                             finally:
@@ -405,6 +422,8 @@ class Engine:
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left before it was resized")
+        self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
 
     def _model(self) -> Serving:
@@ -420,15 +439,3 @@ class Engine:
         error = EngineFailedError(f"the engine stopped: {type(self._failure).__name__}: {self._failure}")
         error.__cause__ = self._failure
         return error
-
-
-def _check_deadline(deadline: float | None) -> None:
-    if deadline is None:
-        return
-    if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not math.isfinite(deadline):
-        raise RequestError(f"deadline must be a time on anyio.current_time()'s clock or None, not {deadline!r}")
-    late = anyio.current_time() - deadline
-    if late >= 0:
-        raise DeadlineExceededError(
-            f"the deadline was {late:.3f} s ago; it is a time on the event loop's clock: anyio.current_time() + seconds"
-        )

@@ -61,11 +61,12 @@ class OpenedDraft:
         self.attention.close()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class OpenedModel:
     """A model that is planned and not yet loaded.
 
     Attributes:
+        plan: Replaced when a running engine gets another budget; nothing else ever changes.
         attention: Registered with transformers until `close`.
         partition: The plan's.
         draft: The draft model, if one was given.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from hermes_async.config import SamplingParams
 from hermes_async.engine.kv_blocks import Reservation
 from hermes_async.engine.prompt import PreparedPrompt
 from hermes_async.engine.session_kv import SessionKV
-from hermes_async.errors import HermesError
+from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
 from hermes_async.modeling.kv_cache import SequenceKV
 from hermes_async.modeling.sampling import SampledToken
 
@@ -188,4 +189,17 @@ class Request:
             sweeps=self.num_sweeps,
             drafted_tokens=self.num_drafted,
             accepted_tokens=self.num_accepted,
+        )
+
+
+def check_deadline(deadline: float | None) -> None:
+    """Raises `RequestError` for what is no time, and `DeadlineExceededError` for one that has passed."""
+    if deadline is None:
+        return
+    if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not math.isfinite(deadline):
+        raise RequestError(f"deadline must be a time on anyio.current_time()'s clock or None, not {deadline!r}")
+    late = anyio.current_time() - deadline
+    if late >= 0:
+        raise DeadlineExceededError(
+            f"the deadline was {late:.3f} s ago; it is a time on the event loop's clock: anyio.current_time() + seconds"
         )

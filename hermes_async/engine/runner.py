@@ -47,7 +47,6 @@ class SweepRunner:
 
     Args:
         rows: Reads the input embedding's rows; None where it is resident.
-        streams: Whether sweeps read weights from disk.
         times: Told of each sweep.
         draft_model: Drafts where the scheduler says so.
         eos_token_ids: The model's end-of-sequence tokens.
@@ -60,7 +59,6 @@ class SweepRunner:
         pipeline: Pipeline,
         rows: RowReader | None,
         *,
-        streams: bool,
         times: SweepTimes,
         draft_model: DraftModel | None,
         eos_token_ids: frozenset[int],
@@ -69,7 +67,6 @@ class SweepRunner:
         self._model = model
         self._pipeline = pipeline
         self._rows = rows
-        self._streams = streams
         self._times = times
         self._draft_model = draft_model
         self._eos_token_ids = eos_token_ids
@@ -107,7 +104,7 @@ class SweepRunner:
         compute_seconds = now.compute_seconds - before.compute_seconds
         stall_seconds = now.stall_seconds - before.stall_seconds
         self._times.record(num_tokens, compute_seconds)
-        if self._streams:
+        if self._pipeline.streams:
             self._times.record_stalls(compute_seconds + stall_seconds, stall_seconds)
         else:
             self._times.record_read(0.0)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hermes_async.config import EngineConfig
@@ -18,8 +18,10 @@ from hermes_async.engine.timing import SweepTimes
 from hermes_async.modeling.kv_cache import KVPool
 from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
-from hermes_async.pipeload.governor import MemoryGovernor
+from hermes_async.pipeload.governor import Lease, MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
+from hermes_async.pipeload.planner import LEAST_KV_TOKENS, Plan
+from hermes_async.pipeload.resizing import resized
 from hermes_async.pipeload.stage import Stage
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import BufferPool
@@ -34,6 +36,8 @@ class RunningModel:
 
     opened: OpenedModel
     governor: MemoryGovernor
+    weights_lease: Lease
+    ring_lease: Lease
     ring: BufferPool
     pipeline: Pipeline
     model: StreamedModel
@@ -44,6 +48,73 @@ class RunningModel:
     times: SweepTimes
     draft_model: DraftModel | None
     trace: Trace | None
+
+    @property
+    def bytes_for_everything(self) -> int:
+        """The budget in which every stage stays."""
+        plan = self.opened.plan
+        resident = sum(stage.slot_bytes for stage in plan.stages) + plan.partition.base.slot_bytes
+        return resident + plan.ring_bytes + plan.workspace_bytes + self._kv_most + self._draft_bytes
+
+    @property
+    def _kv_most(self) -> int:
+        return self.blocks.pool.num_blocks * self.blocks.pool.layout.block_bytes
+
+    @property
+    def _draft_bytes(self) -> int:
+        draft = self.opened.draft
+        return 0 if draft is None else draft.fixed_bytes + draft.kv_bytes
+
+    async def resize(self, budget: int) -> None:
+        """Takes more memory, or gives some back; between two sweeps only.
+
+        Raises:
+            MemoryBudgetError: It cannot give so much back; nothing has changed.
+            ReadError: A stage could not be read; the budget is the new one, and fewer stages stay than could.
+
+        Cancellation: as a `ReadError`.
+        """
+        plan = self._resized(budget)
+        kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
+        await self._set_resident(kept)
+        self.weights_lease.shrink(self.opened.plan.resident_bytes - replace(plan, resident=kept).resident_bytes)
+        num_buffers = plan.num_buffers - self.opened.plan.num_buffers
+        self.opened.plan = replace(plan, resident=kept)
+        over = self.governor.budget_bytes - self.governor.free_bytes + num_buffers * plan.slot_bytes - budget
+        self.blocks.drop_unused(max(0, -(-over // self.opened.seen.kv.block_bytes)))
+        self.governor.resize(budget)
+        self.ring_lease.grow_nowait(num_buffers * plan.slot_bytes)
+        self.ring.add(num_buffers, plan.slot_bytes)
+        more = plan.resident_bytes - self.opened.plan.resident_bytes
+        self.weights_lease.grow_nowait(more)
+        try:
+            await self._set_resident(plan.resident)
+        finally:
+            resident = frozenset(idx for idx, stage in enumerate(self._planned_stages()) if stage.resident)
+            self.opened.plan = replace(plan, resident=resident)
+            self.weights_lease.shrink(plan.resident_bytes - self.opened.plan.resident_bytes)
+
+    def _resized(self, budget: int) -> Plan:
+        blocks, skeleton = self.blocks, self.opened.skeleton
+        least_tokens = min(skeleton.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) if skeleton.generates else 0
+        kv_in_use = blocks.kv_bytes - blocks.unused_prefix_bytes
+        return resized(
+            self.opened.plan,
+            budget,
+            kv_least=max(kv_in_use, self.opened.seen.kv.nbytes(least_tokens)),
+            kv_most=self._kv_most,
+            other_bytes=self._draft_bytes,
+        )
+
+    async def _set_resident(self, resident: Collection[int]) -> None:
+        """By the stages' numbers in the plan; the base, which the plan does not count, always stays."""
+        planned = self._planned_stages()
+        base = self.pipeline.stages[: len(self.pipeline.stages) - len(planned)]
+        stages = [*base, *(planned[idx] for idx in sorted(resident))]
+        await self.pipeline.set_resident(stages, self.model.bind, self.model.unbind)
+
+    def _planned_stages(self) -> Sequence[Stage]:
+        return self.pipeline.stages[len(self.pipeline.stages) - len(self.opened.plan.stages) :]
 
 
 @asynccontextmanager
@@ -62,12 +133,9 @@ async def running_model(
     plan, partition = opened.plan, opened.partition
     governor = MemoryGovernor(plan.memory_budget)
     async with AsyncExitStack() as exits:
-        for holder, nbytes in (
-            ("resident weights", plan.resident_bytes),
-            ("ring buffers", plan.ring_bytes),
-            ("workspace", plan.workspace_bytes),
-        ):
-            exits.enter_context(governor.acquire_nowait(holder, nbytes))
+        weights_lease = exits.enter_context(governor.acquire_nowait("resident weights", plan.resident_bytes))
+        ring_lease = exits.enter_context(governor.acquire_nowait("ring buffers", plan.ring_bytes))
+        exits.enter_context(governor.acquire_nowait("workspace", plan.workspace_bytes))
         blocks = KVBlocks(KVPool(opened.seen.kv, plan.kv_bytes), governor, share=config.share_prefixes)
         exits.callback(blocks.close)
         folder = None if config.parking_dir is None else Path(config.parking_dir)
@@ -125,14 +193,26 @@ async def running_model(
             model,
             pipeline,
             rows,
-            streams=plan.bytes_per_sweep > 0,
             times=times,
             draft_model=draft_model,
             eos_token_ids=opened.skeleton.eos_token_ids,
             release=release,
         )
         yield RunningModel(
-            opened, governor, ring, pipeline, model, rows, runner, blocks, parking, times, draft_model, trace
+            opened,
+            governor,
+            weights_lease,
+            ring_lease,
+            ring,
+            pipeline,
+            model,
+            rows,
+            runner,
+            blocks,
+            parking,
+            times,
+            draft_model,
+            trace,
         )
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import anyio
 import anyio.abc
@@ -21,9 +22,33 @@ from hermes_async.engine.running import RunningModel
 from hermes_async.engine.scheduler import Scheduled, Scheduler
 from hermes_async.engine.speculation import AcceptanceRates
 from hermes_async.engine.statistics import EngineStatistics
-from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
+from hermes_async.errors import DeadlineExceededError, EngineClosedError, HermesError, RequestError
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import SweepAbandoned
+
+
+@dataclass(eq=False, slots=True)
+class _Resize:
+    """Another budget, and whoever waits for it."""
+
+    budget: int
+    done: anyio.Event = field(default_factory=anyio.Event)
+    error: HermesError | None = None
+
+    async def run(self, running: RunningModel) -> None:
+        try:
+            await running.resize(self.budget)
+        except HermesError as error:
+            self.error = error
+        except BaseException:
+            self.error = EngineClosedError("the engine was left while it was resized")
+            raise
+        finally:
+            self.done.set()
+
+    def end(self, error: HermesError) -> None:
+        self.error = error
+        self.done.set()
 
 
 class Serving:
@@ -45,8 +70,9 @@ class Serving:
         self.running = running
         self._tasks = tasks
         self._on_event = on_event
-        # All mutable state. `requests` holds every request that has not ended; `preparing` an event for each prompt
-        # tokenized just now; `_work` wakes the sweeps; `acceptance` is what drafts were worth; and counts.
+        # All mutable state. `_resizes` are done before the next sweep; `requests` holds every request that has not
+        # ended; `preparing` an event for each prompt tokenized just now; `_work` wakes the sweeps; `acceptance` is what
+        # drafts were worth; and counts.
         self.requests: dict[str, Request] = {}
         self.preparing: set[anyio.Event] = set()
         self.scheduler = Scheduler(
@@ -69,11 +95,36 @@ class Serving:
         )
         self.forwarding = Forwarding(running.model, running.pipeline, running.rows, plan, lambda: self._work.set())
         self.acceptance = AcceptanceRates()
+        self._resizes: deque[_Resize] = deque()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
         self.num_tokens = 0
         self.num_drafted = 0
         self.num_accepted = 0
+
+    async def resize(self, budget: int) -> None:
+        """Waits for the running sweep to end, and for the memory to be taken or given back.
+
+        Raises:
+            MemoryBudgetError, ReadError: As `RunningModel.resize`.
+
+        Cancellation: what has begun goes on; what has not never will.
+        """
+        resize = _Resize(budget)
+        self._resizes.append(resize)
+        self._work.set()
+        try:
+            await resize.done.wait()
+        finally:
+            if resize in self._resizes:
+                self._resizes.remove(resize)
+        if resize.error is not None:
+            raise resize.error from resize.error.__cause__
+        self.admission.pump()
+
+    def end_resizes(self, error: HermesError) -> None:
+        while self._resizes:
+            self._resizes.popleft().end(error)
 
     def statistics(self) -> EngineStatistics:
         """Counts so far."""
@@ -216,6 +267,8 @@ class Serving:
         while True:
             if self._listener_error is not None:
                 raise self._listener_error
+            while self._resizes:
+                await self._resizes.popleft().run(self.running)
             sweep, forwards = self.scheduler.schedule(), self.forwarding.take()
             if sweep:
                 await self._run_sweep(sweep)
@@ -223,7 +276,7 @@ class Serving:
                 await self.forwarding.sweep(forwards)
             if self.running.trace is not None:
                 self.running.trace.count("KV", bytes=self.running.blocks.kv_bytes)
-            if not sweep and not forwards:
+            if not sweep and not forwards and not self._resizes:
                 self._work = anyio.Event()
                 await self._work.wait()
                 for ready in tuple(self.preparing):  # requests made at the same time share the first sweep too

@@ -93,8 +93,7 @@ class StreamedModel:
         for stage in stages:
             module = model.get_submodule(stage.name)
             self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
-            if not stage.resident:
-                self._hooks.append(module.register_forward_hook(self._leaving(stage)))
+            self._hooks.append(module.register_forward_hook(self._leaving(stage)))
         self._streamed_embedding: nn.Embedding | None = None
         if streamed_embedding:
             embedding = model.get_input_embeddings()
@@ -107,8 +106,7 @@ class StreamedModel:
         """Binds the stages that stay; they must be loaded."""
         for stage in self._stages:
             if stage.resident:
-                assert stage.buffer is not None
-                self._bind(stage, stage.buffer)
+                self.bind(stage, stage.loaded)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Runs one sweep on the calling thread; logits [outputs, vocab].
@@ -169,14 +167,14 @@ class StreamedModel:
             if self._streamed_embedding is not None:
                 set_tensor(self._streamed_embedding, "weight", self._unloaded_embedding)
             while self._bound:
-                self._unbind(self._bound.pop())
+                self.unbind(self._bound.pop())
 
     def close(self) -> None:
         """Unbinds everything and takes the hooks off."""
         while self._hooks:
             self._hooks.pop().remove()
         for stage in self._stages:
-            self._unbind(stage)
+            self.unbind(stage)
 
     def _entering(self, stage: Stage) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, args: Any) -> None:
@@ -194,6 +192,8 @@ class StreamedModel:
     def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             turn = self._turn()
+            if stage.resident:
+                return
             if turn is None:
                 self._leave(stage)
             else:
@@ -207,20 +207,22 @@ class StreamedModel:
     def _enter(self, stage: Stage) -> None:
         buffer = self._gate.enter(stage)
         if not stage.resident:
-            self._bind(stage, buffer)
+            self.bind(stage, buffer)
             self._bound.append(stage)
 
     def _leave(self, stage: Stage) -> None:
         self._bound.remove(stage)
-        self._unbind(stage)
+        self.unbind(stage)
         self._gate.leave(stage)
 
-    def _bind(self, stage: Stage, buffer: Buffer) -> None:
+    def bind(self, stage: Stage, buffer: Buffer) -> None:
+        """Puts a stage's weights into the model, as views of `buffer`."""
         for placement in stage.layout.placements:
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
             set_tensor(self.model, placement.name, view.to(self._unloaded[placement.name].dtype))
 
-    def _unbind(self, stage: Stage) -> None:
+    def unbind(self, stage: Stage) -> None:
+        """Takes a stage's weights out of the model."""
         for placement in stage.layout.placements:
             set_tensor(self.model, placement.name, self._unloaded[placement.name])
 

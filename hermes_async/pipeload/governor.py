@@ -96,6 +96,12 @@ class MemoryGovernor:
     def free_bytes(self) -> int:
         return self.budget_bytes - self._in_use
 
+    def resize(self, budget_bytes: int) -> None:
+        """Sets another budget, not less than what is leased now."""
+        assert self._in_use <= budget_bytes
+        self.budget_bytes = budget_bytes
+        self._wake_first()
+
     async def acquire(self, holder: str, nbytes: int) -> Lease:
         """Waits until `nbytes` are free and it is this call's turn.
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hermes_async.errors import ConfigError
 
-_HEADROOM = 0.1
+HEADROOM = 0.1
+"""The share of the room that is left to others."""
 
 
 def process_rss_bytes() -> int:
@@ -34,10 +35,28 @@ def automatic_budget(root: Path = Path("/")) -> int:
     Raises:
         ConfigError: The system tells neither.
     """
+    return int(room_bytes(root) * (1 - HEADROOM))
+
+
+def room_bytes(root: Path = Path("/")) -> int:
+    """What the machine and the cgroups would still give this process.
+
+    Raises:
+        ConfigError: The system does not tell.
+    """
     rooms = [room for room in (_available(root), *_cgroup_rooms(root)) if room is not None]
     if not rooms:
         raise ConfigError("memory_budget='auto' works only on Linux; give a size such as '3GiB'")
-    return int(max(0, min(rooms)) * (1 - _HEADROOM))
+    return max(0, min(rooms))
+
+
+def stalled_share(root: Path = Path("/")) -> float:
+    """Of the last ten seconds, the share in which some task waited for memory (PSI); 0.0 where that is not told."""
+    try:
+        some = (root / "proc/pressure/memory").read_text().splitlines()[0]
+        return float(dict(item.split("=") for item in some.split()[1:])["avg10"]) / 100
+    except (OSError, ValueError, KeyError, IndexError):
+        return 0.0
 
 
 def _available(root: Path) -> int | None:

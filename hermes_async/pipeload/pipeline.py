@@ -6,7 +6,7 @@ Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Eng
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -80,7 +80,9 @@ class Pipeline:
         self._next_compute = 0
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._cycle = 0  # counts the rewinds, so that an agent sees that what it claimed is out of date
+        self._rewound = anyio.Event()
         self._abandoned = False
+        self._spare_reader: Reader | None = None
         # A limiter of our own: the application may have given all of the common worker threads away.
         self._compute_limiter = anyio.CapacityLimiter(1)
         self._first_request = anyio.Event()
@@ -103,20 +105,20 @@ class Pipeline:
             executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
             readers = [
                 await exits.enter_async_context(Reader(executor, self.read_statistics, direct=self._direct))
-                for _ in range(self._num_loading_agents)
+                for _ in range(self._num_loading_agents + 1)
             ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
             exits.callback(self._ring.close)
             exits.callback(self._close_resident)
             for reader in readers:
                 await reader.open(files)
+            self._spare_reader = readers.pop()
             await self._load_resident(readers)
             with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
-                    if self._order:
-                        for idx, reader in enumerate(readers):
-                            agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
+                    for idx, reader in enumerate(readers):
+                        agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
@@ -142,6 +144,63 @@ class Pipeline:
             async with anyio.create_task_group() as group:
                 for idx, reader in enumerate(readers):
                     group.start_soon(load, idx, reader)
+
+    async def set_resident(
+        self, resident: Collection[Stage], bind: Callable[[Stage, Buffer], None], unbind: Callable[[Stage], None]
+    ) -> None:
+        """Makes these stages the ones that stay, and streams all others; between sweeps only.
+
+        Those that no longer stay give their memory back first; then the others are read, while the ring fills.
+
+        Args:
+            bind: Puts a stage's weights into the model.
+            unbind: Takes them out.
+
+        Raises:
+            ReadError: A stage could not be read; it is streamed, and so are those that would have come after it.
+
+        Cancellation: as an error.
+        """
+        leaving = [stage for stage in self.stages if stage.resident and stage not in resident]
+        coming = [stage for stage in self.stages if not stage.resident and stage in resident]
+        if not leaving and not coming:
+            return
+        for stage in leaving:
+            unbind(stage)
+            stage.resident = False
+            self._trace_bytes(-stage.layout.weight_bytes)
+            stage.clear().close()
+        self._order = [stage for stage in self.stages if not stage.resident and stage not in coming]
+        self._rewind(0)
+        try:
+            while coming:
+                await self._make_resident(coming[0])
+                bind(coming[0], coming[0].loaded)
+                coming.pop(0)
+        finally:
+            if coming:
+                self._order = [stage for stage in self.stages if not stage.resident]
+                self._rewind(0)
+
+    async def _make_resident(self, stage: Stage) -> None:
+        assert self._spare_reader is not None
+        while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
+            await stage.emptied.wait()
+        buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
+        stage.start_loading()
+        try:
+            await self._read(self._num_loading_agents, self._spare_reader, stage, buffer)
+        except BaseException:
+            self._drop(stage)
+            buffer.close()
+            raise
+        stage.resident = True
+        stage.set_ready(buffer, None)
+
+    @property
+    def streams(self) -> bool:
+        """Whether a sweep reads any stage from disk."""
+        return any(not stage.resident for stage in self.stages)
 
     async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
         """`idx`: The loading agent's."""
@@ -182,10 +241,12 @@ class Pipeline:
     async def _claim(self) -> Stage:
         """Takes the next stage of the cycle to load, once it is EMPTY, and marks it LOADING."""
         while True:
+            while not self._order:
+                await self._rewound.wait()
             cycle = self._cycle
             stage = self._order[self._next_load]
             self._next_load = (self._next_load + 1) % len(self._order)
-            while stage.state is not StageState.EMPTY:
+            while cycle == self._cycle and stage.state is not StageState.EMPTY:
                 await stage.emptied.wait()
             if cycle == self._cycle:
                 stage.start_loading()
@@ -301,10 +362,9 @@ class Pipeline:
             self._next_compute += 1
         if stage.error is not None:
             raise stage.error
-        assert stage.buffer is not None
         if self._trace is not None:
             self._traced_stage = stage.name or "base", time.perf_counter()
-        return stage.buffer
+        return stage.loaded
 
     def leave(self, stage: Stage) -> None:
         """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
@@ -345,6 +405,8 @@ class Pipeline:
     def _rewind(self, position: int) -> None:
         """Empties the ring and loads on from `position` of the cycle."""
         self._cycle += 1
+        rewound, self._rewound = self._rewound, anyio.Event()
+        rewound.set()
         self._next_load = position
         for stage in self.stages:
             if not stage.resident and stage.state is StageState.READY:

@@ -20,7 +20,9 @@ from hermes_async.storage.buffers import align_up
 _READ_OVERHEAD_BYTES = 2 * 1024 * 1024
 """What starting one read costs, told in bytes that could have been read: a millisecond at 2 GiB/s."""
 
-_MIN_KV_TOKENS = 256
+LEAST_KV_TOKENS = 256
+"""There is always room for the KV of one sequence so long, or as long as the context."""
+
 _SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
 _WORKSPACE_SHARE = 1 / 5
 
@@ -201,9 +203,9 @@ class _Choices:
         self.budget = budget
         self.sizes = sizes
         self.config = config
-        context = sizes.context_length or _MIN_KV_TOKENS
+        context = sizes.context_length or LEAST_KV_TOKENS
         block = sizes.kv_block_tokens
-        self.min_kv = align_up(-(-min(context, _MIN_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
+        self.min_kv = align_up(-(-min(context, LEAST_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
 
     def limits(self) -> list[int]:
         """Stage sizes to consider: a whole layer, and halves of that down to where reads get too small."""
@@ -223,7 +225,7 @@ class _Choices:
         best: tuple[int, str] | None = None
         for limit in self.limits():
             partition = cut(limit)
-            slot = _slot_bytes(partition.stages)
+            slot = slot_bytes_of(partition.stages)
             kv = self._least_kv()
             workspace = self._workspace(partition, tokens, sequences, kv)
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
@@ -292,7 +294,7 @@ class _Choices:
         return best[1]
 
     def _streamed(self, partition: Partitioned, agents: int, minimum: int) -> Plan | None:
-        slot = _slot_bytes(partition.stages)
+        slot = slot_bytes_of(partition.stages)
         buffers = self._num_buffers(agents)
         fixed = partition.base.slot_bytes + buffers * slot
         least = self._least_kv()
@@ -399,5 +401,6 @@ def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int
     return frozenset(chosen)
 
 
-def _slot_bytes(stages: Sequence[StageLayout]) -> int:
+def slot_bytes_of(stages: Sequence[StageLayout]) -> int:
+    """Of a buffer that any of the stages fits into."""
     return max((stage.slot_bytes for stage in stages), default=0)

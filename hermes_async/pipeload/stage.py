@@ -88,7 +88,7 @@ class Stage:
 
     Attributes:
         idx: Its place in the model's list of stages.
-        resident: Loaded once, and never freed while the engine runs.
+        resident: Stays in memory; set between sweeps only.
         ready: Set when a load has ended; new for each load.
         emptied: Set when the buffer was given back; new for each load.
         error: Why the last load failed.
@@ -108,6 +108,12 @@ class Stage:
     @property
     def name(self) -> str:
         return self.layout.name
+
+    @property
+    def loaded(self) -> Buffer:
+        """The buffer of a stage that is READY without an error."""
+        assert self.buffer is not None
+        return self.buffer
 
     def start_loading(self) -> None:
         self.state = StageState.LOADING

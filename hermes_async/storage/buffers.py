@@ -78,9 +78,17 @@ class BufferPool:
     """
 
     def __init__(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
-        self._free = deque(Buffer(nbytes, pinned=pinned) for _ in range(num_buffers))
-        self._num_buffers = num_buffers
-        self._available = anyio.Semaphore(num_buffers, max_value=num_buffers)
+        # All mutable state: the buffers that nobody has, and how many there are in all.
+        self._free: deque[Buffer] = deque()
+        self._num_buffers = 0
+        self._available = anyio.Semaphore(0)
+        self.add(num_buffers, nbytes, pinned=pinned)
+
+    def add(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
+        """Makes more buffers, as large as those that are there."""
+        for _ in range(num_buffers):
+            self._num_buffers += 1
+            self.release(Buffer(nbytes, pinned=pinned))
 
     async def acquire(self) -> Buffer:
         """Waits for a free buffer. A cancelled wait takes nothing."""

@@ -1,0 +1,99 @@
+"""`memory_budget="auto"`: a budget that follows what the machine has to give."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import anyio
+import anyio.to_thread
+
+from hermes_async.config import format_bytes
+from hermes_async.errors import MemoryBudgetError, ReadError
+from hermes_async.pipeload.memory import HEADROOM, process_rss_bytes, room_bytes, stalled_share
+
+logger = logging.getLogger(__name__)
+
+SECONDS_BETWEEN_LOOKS = 1.0
+_PRESSURE = 0.1  # of the time spent waiting for memory, from which on some is given back
+_GIVEN_BACK = 0.1  # of the budget, where there is pressure
+_WORTH_IT = 0.2  # more than now, before the budget grows
+_LOOKS_BEFORE_GROWING = 10  # that all must say so: others may only have paused
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What the machine says.
+
+    Attributes:
+        room: Bytes that it would still give.
+        held: Bytes that the engine holds.
+        stalled: The share of time in which tasks waited for memory.
+    """
+
+    room: int
+    held: int
+    stalled: float = 0.0
+
+
+class BudgetFollower:
+    """Decides when the budget changes. Synchronous; looks at nothing itself.
+
+    When half of what was left to others is gone, the answer is at once, because the kernel's would be worse. More is
+    taken only when it has been there for ten looks and is worth a fifth, so that the engine does not give and take in
+    turn with its neighbours.
+    """
+
+    def __init__(self, budget: int, most: int) -> None:
+        self.budget = budget
+        self._most = most
+        self._looks: list[int] = []  # what each of the last looks would have allowed
+
+    def next_budget(self, look: Look) -> int | None:
+        """Another budget, or None to go on with this one."""
+        allowed = min(self._most, int((look.room + look.held) * (1 - HEADROOM)))
+        too_much = self.budget > (look.room + look.held) * (1 - HEADROOM / 2)
+        if look.stalled > _PRESSURE:
+            allowed, too_much = min(allowed, int(self.budget * (1 - _GIVEN_BACK))), True
+        self._looks = [*self._looks, allowed][-_LOOKS_BEFORE_GROWING:]
+        if too_much:
+            return allowed
+        lasting = min(self._looks)
+        if len(self._looks) == _LOOKS_BEFORE_GROWING and lasting >= min(self._most, self.budget * (1 + _WORTH_IT)):
+            return lasting if lasting > self.budget else None
+        return None
+
+    def changed(self, budget: int) -> None:
+        """Told of the budget that there is now."""
+        self.budget = budget
+        self._looks.clear()
+
+
+async def follow(budget: int, most: int, baseline_bytes: int, resize: Callable[[int], Awaitable[None]]) -> None:
+    """Looks once a second, and calls `resize`; never returns.
+
+    Args:
+        most: A budget that holds everything; more is never asked for.
+        baseline_bytes: What the process held before the engine took anything.
+    """
+    follower = BudgetFollower(budget, max(budget, most))
+    while True:
+        await anyio.sleep(SECONDS_BETWEEN_LOOKS)
+        wanted = follower.next_budget(await anyio.to_thread.run_sync(_look, baseline_bytes))
+        if wanted is None:
+            continue
+        try:
+            await resize(max(1, wanted))
+        except MemoryBudgetError as error:  # it gives back what it can
+            wanted = error.minimum_bytes or follower.budget
+            if wanted < follower.budget:
+                await resize(wanted)
+        except ReadError as error:
+            logger.warning("not all of the weights that there is memory for could be read: %s", error)
+        logger.info("the memory budget is %s now, after %s", format_bytes(wanted), format_bytes(follower.budget))
+        follower.changed(wanted)
+
+
+def _look(baseline_bytes: int) -> Look:
+    return Look(room_bytes(), max(0, process_rss_bytes() - baseline_bytes), stalled_share())

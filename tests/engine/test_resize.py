@@ -1,0 +1,238 @@
+"""Another budget for an engine that runs: more or fewer stages stay, and not one token changes."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anyio
+import pytest
+import torch
+
+from hermes_async import ConfigError, Engine, EngineClosedError, EngineConfig, MemoryBudgetError, ReadError
+from hermes_async.pipeload.stage import StageState
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, tokens, until
+
+pytestmark = pytest.mark.anyio
+
+CONFIG = EngineConfig(num_loading_agents=2, max_tokens_per_sweep=16, max_sequences=4)
+
+
+def engine_of(model: Any, memory_budget: int | str, **config: Any) -> Engine:
+    return Engine(model.path, memory_budget=memory_budget, config=replace(CONFIG, **config))
+
+
+async def smallest(model: Any) -> int:
+    async with engine_of(model, "8MiB") as engine:
+        return engine.plan.minimum_budget
+
+
+def check(engine: Engine) -> None:
+    """What is leased, planned and in memory is the same."""
+    statistics, plan = engine.statistics(), engine.plan
+    assert statistics.bytes_in_use <= statistics.memory_budget == plan.memory_budget
+    assert statistics.holders["resident weights"] == plan.resident_bytes == statistics.bytes_resident
+    assert statistics.holders["ring buffers"] == plan.ring_bytes
+    pipeline = engine._running.pipeline
+    resident = [stage for stage in pipeline.stages if stage.resident]
+    assert sum(stage.layout.slot_bytes for stage in resident) == plan.resident_bytes
+    assert all(stage.state is StageState.READY and stage.error is None for stage in resident)
+    assert not set(pipeline._order) & set(resident)
+
+
+async def test_it_grows_and_shrinks_between_requests(tiny_model: Any, no_blocking: Any) -> None:
+    least = await smallest(tiny_model)
+    async with engine_of(tiny_model, least) as engine:
+        first = engine.plan
+        for budget in (least + 30_000, least + 90_000, "8MiB", least + 60_000, least):
+            plan = await engine.resize(budget)
+            assert plan == engine.plan
+            check(engine)
+            completion = await engine.complete(tiny_model.prompts[3], tiny_model.params)
+            assert completion.token_ids == tiny_model.references[3]
+            read = engine.statistics().bytes_read
+            await engine.complete(tiny_model.prompts[0], greedy_params(3))
+            read = engine.statistics().bytes_read - read
+            assert (read == 0) == (plan.bytes_per_sweep == 0 and "embed" not in str(plan.partition))
+        assert plan.resident <= first.resident
+        await check_nothing_is_left(engine)
+
+
+async def test_bytes_read_follow_the_plan(tiny_model: Any) -> None:
+    least = await smallest(tiny_model)
+    async with engine_of(tiny_model, least, prompt_lookup=False) as engine:
+        for budget in (least + 60_000, least):
+            plan = await engine.resize(budget)
+            await engine.complete(tiny_model.prompts[1], greedy_params(2))  # the ring is full again after it
+            await until(lambda: all(s.state is StageState.READY for s in engine._running.pipeline._order[:3]))
+            before = engine.statistics()
+            await engine.complete(tiny_model.prompts[1], greedy_params(20))
+            after = engine.statistics()
+            sweeps, read = after.sweeps - before.sweeps, after.bytes_read - before.bytes_read
+            rows = 25 * 4096
+            assert abs(read - sweeps * plan.bytes_per_sweep) <= rows + 2 * plan.ring_bytes
+
+
+@pytest.mark.parametrize("seed", range(6))
+async def test_requests_and_passes_go_on(tiny_model: Any, seed: int) -> None:
+    chosen = random.Random(seed)
+    least = await smallest(tiny_model)
+    answers: dict[int, Any] = {}
+    async with engine_of(tiny_model, chosen.choice([least + 50_000, 8 << 20])) as engine:
+
+        async def ask(idx: int) -> None:
+            prompt = tiny_model.prompts[idx % 5]
+            if idx % 3 == 2:
+                output = await engine.forward(input_ids=[prompt[:16]])
+                with torch.inference_mode():
+                    expected = tiny_model.model(input_ids=torch.tensor([prompt[:16]]))
+                torch.testing.assert_close(output.logits, expected.logits, atol=1e-4, rtol=1e-4)
+            else:
+                answers[idx] = (await engine.complete(prompt, tiny_model.params)).token_ids
+
+        async def resize() -> None:
+            for _ in range(25):
+                budget = chosen.randrange(least // 2, 3 * least)
+                before = engine.plan
+                try:
+                    assert (await engine.resize(budget)).memory_budget == budget
+                except MemoryBudgetError as error:
+                    assert error.minimum_bytes is not None and error.minimum_bytes > budget
+                    assert engine.plan == before
+                check(engine)
+                for _ in range(chosen.randrange(40)):
+                    await anyio.lowlevel.checkpoint()
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(resize)
+            for idx in range(15):
+                group.start_soon(ask, idx)
+        assert answers == {idx: tiny_model.references[idx % 5] for idx in answers}
+        assert len(answers) == 10
+        await check_nothing_is_left(engine)
+        await engine.resize("8MiB")
+        check(engine)
+        assert engine.plan.bytes_per_sweep == 0
+
+
+async def test_several_at_once_are_done_in_turn(tiny_model: Any) -> None:
+    least = await smallest(tiny_model)
+    async with engine_of(tiny_model, least) as engine:
+        async with anyio.create_task_group() as group:
+            for more in (90_000, 30_000, 60_000):
+                group.start_soon(engine.resize, least + more)
+        assert engine.plan.memory_budget == least + 60_000
+        check(engine)
+
+
+# What cannot be
+
+
+async def test_below_the_smallest_nothing_changes(tiny_model: Any) -> None:
+    async with engine_of(tiny_model, "8MiB") as engine:
+        before = engine.plan
+        with pytest.raises(
+            MemoryBudgetError, match=r"that this engine cannot give back: .* of weights that always"
+        ) as caught:
+            await engine.resize("64KiB")
+        assert engine.plan == before
+        check(engine)
+        assert caught.value.minimum_bytes is not None
+        plan = await engine.resize(caught.value.minimum_bytes)
+        assert plan.resident == frozenset()
+        check(engine)
+        assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+
+
+@pytest.mark.parametrize("size", ["much", 0, -5, None])
+async def test_what_is_no_size(tiny_model: Any, size: Any) -> None:
+    async with engine_of(tiny_model, "8MiB") as engine:
+        with pytest.raises(ConfigError, match="byte size"):
+            await engine.resize(size)
+
+
+async def test_keys_and_values_in_use_are_not_given_back(long_model: Any) -> None:
+    async with engine_of(long_model, "8MiB", share_prefixes=False) as engine, engine.session() as chat:
+        await chat.complete(tokens(1, 300), greedy_params(4))
+        held = engine.statistics().kv_bytes
+        assert held == 19 * BLOCK_BYTES
+        with pytest.raises(MemoryBudgetError, match="152 KiB of KV") as caught:
+            await engine.resize("64KiB")
+        plan = await engine.resize(caught.value.minimum_bytes or 0)
+        assert plan.kv_bytes == held
+        check(engine)
+        with pytest.raises(MemoryBudgetError, match="of KV memory"):
+            await engine.complete(tokens(2, 300), greedy_params(40))
+        plan = await engine.resize("8MiB")
+        assert plan.kv_bytes > held
+        assert (await chat.complete(tokens(3, 5), greedy_params(4))).usage.cached_tokens > 290
+
+
+async def test_prefixes_that_nobody_uses_are_dropped_first(long_model: Any) -> None:
+    async with engine_of(long_model, "8MiB") as engine:
+        await engine.complete(tokens(1, 400), greedy_params(2))
+        assert engine.statistics().prefix_bytes == 25 * BLOCK_BYTES
+        with pytest.raises(MemoryBudgetError) as caught:
+            await engine.resize("64KiB")
+        await engine.resize(caught.value.minimum_bytes or 0)
+        assert engine.statistics().prefix_bytes == 16 * BLOCK_BYTES  # the room for one sequence, that always is
+        check(engine)
+
+
+async def test_a_stage_that_cannot_be_read_is_streamed(tiny_model: Any, tmp_path: Path) -> None:
+    path = shutil.copytree(tiny_model.path, tmp_path / "model")
+    shard = path / "model.safetensors"
+    data = shard.read_bytes()
+    least = await smallest(tiny_model)
+    async with Engine(path, memory_budget=least, config=CONFIG) as engine:
+        with shard.open("r+b") as file:
+            file.truncate(len(data) // 2)
+        with pytest.raises(ReadError):
+            await engine.resize("8MiB")
+        check(engine)
+        assert engine.plan.bytes_per_sweep > 0
+        with shard.open("r+b") as file:
+            file.write(data)
+        assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+        assert (await engine.resize("8MiB")).bytes_per_sweep == 0
+        check(engine)
+
+
+async def test_leaving_the_engine_while_it_is_resized(tiny_model: Any) -> None:
+    least = await smallest(tiny_model)
+    for moment in range(12):
+        errors: list[Exception] = []
+
+        async def resize(engine: Engine, budget: int, errors: list[Exception] = errors) -> None:
+            try:
+                await engine.resize(budget)
+            except EngineClosedError as error:
+                errors.append(error)
+
+        async with anyio.create_task_group() as group, engine_of(tiny_model, least) as engine:
+            group.start_soon(resize, engine, 8 << 20)
+            group.start_soon(resize, engine, least + 50_000)
+            for _ in range(2 * moment):
+                await anyio.lowlevel.checkpoint()
+        statistics = engine.statistics()
+        assert (statistics.num_leases, statistics.bytes_in_use) == (0, 0)
+        with pytest.raises(EngineClosedError):
+            await engine.resize("8MiB")
+
+
+async def test_a_resize_that_is_cancelled(tiny_model: Any) -> None:
+    least = await smallest(tiny_model)
+    async with engine_of(tiny_model, least) as engine:
+        for moment in range(10):
+            with anyio.CancelScope() as scope:
+                async with anyio.create_task_group() as group:
+                    group.start_soon(engine.resize, least + 90_000 * (moment % 2))
+                    for _ in range(moment):
+                        await anyio.lowlevel.checkpoint()
+                    scope.cancel()
+        await engine.resize(least + 60_000)
+        check(engine)
+        assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
