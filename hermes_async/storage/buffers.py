@@ -105,7 +105,13 @@ class BufferPool:
         return self._free.popleft()
 
     def release(self, buffer: Buffer) -> None:
-        """Gives a buffer back; no thread may still write to it."""
+        """Gives a buffer back; no thread may still write to it.
+
+        Raises:
+            ValueError: There were no more out.
+        """
+        if len(self._free) == self._num_buffers:
+            raise ValueError("a buffer was released that is not this pool's, or twice")
         self._free.append(buffer)
         self._available.release()
 

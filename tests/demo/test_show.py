@@ -52,6 +52,7 @@ STATISTICS = EngineStatistics(
     num_sessions=0,
     num_parked=0,
     num_parkings=0,
+    num_forwards=0,
     kv_bytes=0,
     prefix_bytes=0,
     prefix_hits=0,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AttentionInterface, BertConfig, BertForMaskedLM, BertModel
+from transformers import AttentionInterface, BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2Model
 
 from hermes_async import (
     CheckpointError,
@@ -137,21 +137,23 @@ def remote_code(directory: Path) -> None:
     (directory / "code.py").write_text("raise SystemExit('code from a checkpoint was run')")
 
 
-def bert(directory: Path) -> None:
+def an_encoder_that_is_said_to_generate(directory: Path) -> None:
     shutil.rmtree(directory)
-    BertModel(_bert_config()).save_pretrained(directory)
-
-
-def bert_with_a_head(directory: Path) -> None:
-    shutil.rmtree(directory)
-    BertForMaskedLM(_bert_config()).save_pretrained(directory)
-
-
-def _bert_config() -> BertConfig:
-    return BertConfig(
+    config = BertConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, vocab_size=50,
         max_position_embeddings=32,
     )  # fmt: skip
+    BertModel(config).save_pretrained(directory)
+    change_config(directory, architectures=["BertLMHeadModel"])
+
+
+def a_model_of_speech(directory: Path) -> None:
+    shutil.rmtree(directory)
+    config = Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=[16],
+        conv_stride=[5], conv_kernel=[10], num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    Wav2Vec2Model(config).save_pretrained(directory)
 
 
 def quantized(directory: Path) -> None:
@@ -192,8 +194,8 @@ BAD = [
     (no_model_type, CheckpointError),
     (unknown_model_type, UnsupportedModelError),
     (remote_code, UnsupportedModelError),
-    (bert, (UnsupportedModelError, MissingTensorError)),
-    (bert_with_a_head, UnsupportedModelError),
+    (an_encoder_that_is_said_to_generate, (UnsupportedModelError, MissingTensorError)),
+    (a_model_of_speech, UnsupportedModelError),
     (quantized, UnsupportedModelError),
     (other_hidden_size, CheckpointError),
     (other_vocab_size, CheckpointError),

@@ -25,6 +25,7 @@ from transformers import (
     ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
+    T5Config,
     ViTConfig,
 )
 
@@ -71,6 +72,9 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "CLIPVisionModelWithProjection": lambda: CLIPVisionConfig(**VISION),
     "CLIPModel": lambda: CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION),
     "LlamaForSequenceClassification": lambda: LlamaConfig(**TEXT, num_key_value_heads=2, num_labels=5),
+    "T5ForConditionalGeneration": lambda: T5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
+    ),
     # These generate too.
     "LlamaForCausalLM": lambda: LlamaConfig(**TEXT, num_key_value_heads=2),
     "GPT2LMHeadModel": lambda: GPT2Config(**GPT),
@@ -91,6 +95,8 @@ def some_inputs(name: str, seed: int) -> dict[str, torch.Tensor]:
         if not name.startswith("GPT"):  # their positions do not follow the mask, and what is masked differs
             inputs["input_ids"][1, -2:] = 0
             inputs["attention_mask"][1, -2:] = 0
+    if name.startswith("T5"):
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
     return inputs
 
 

@@ -332,8 +332,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llava": lambda: t.LlavaConfig(
         text_config=t.LlamaConfig(**GROUPED), vision_config=t.CLIPVisionConfig(**VISION), image_token_index=299
     ),
-    "t5": lambda: t.T5Config(**TOKENS, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=4),
-    "vit": lambda: t.ViTConfig(**VISION),
     "whisper": lambda: t.WhisperConfig(
         **TOKENS,
         d_model=64,
@@ -347,7 +345,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     ),
 }
 # Where it is not AutoModelForCausalLM.
-SAVED_FROM = {"llava": t.LlavaForConditionalGeneration, "t5": t.T5ForConditionalGeneration, "vit": t.ViTModel}
+SAVED_FROM = {"llava": t.LlavaForConditionalGeneration}
 NUM_TOKENS = 10
 
 
