@@ -82,7 +82,6 @@ def timeline(*args: object) -> Any:
 
 
 async def test_pictures(tiny_model: Any, file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     await traced(tiny_model, file)
     picture = tmp_path / "plot.png"
     for args in ((), ("--start", 0), ("--start", 0, "--seconds", 3600)):
@@ -105,7 +104,6 @@ def test_what_is_no_trace(file: Path, tmp_path: Path, content: str | None) -> No
 
 
 async def test_pictures_that_cannot_be_drawn(tiny_model: Any, file: Path, tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
     await traced(tiny_model, file)
     for args, message in (
         ((tmp_path / "plot.xyz",), "cannot be written"),
