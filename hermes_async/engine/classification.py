@@ -15,6 +15,9 @@ from transformers import AutoImageProcessor
 from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, RequestError
+from hermes_async.modeling.inputs import input_names
+
+_MAX_PIXELS = 64_000_000  # of an image: a small file may claim any number, and they are all unpacked
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,8 @@ def prepare_classification(opened: OpenedModel, item: str | os.PathLike[str], *,
         MemoryBudgetError: As `prepare_forward`.
     """
     model = opened.skeleton.model
+    if not isinstance(item, (str, os.PathLike)):
+        raise RequestError(f"a text or the path of an image is wanted, not {type(item).__name__}")
     if model.main_input_name == "pixel_values":
         inputs = _image_inputs(opened.checkpoint.path, Path(item))
     else:
@@ -67,7 +72,8 @@ def _text_inputs(opened: OpenedModel, text: str | os.PathLike[str], truncate: bo
         raise RequestError("the text is empty" if text == "" else f"a text is a str, not {type(text).__name__}")
     context = opened.skeleton.context_length
     encoded = tokenizer([text], truncation=truncate and context is not None, max_length=context, verbose=False)
-    return {name: torch.tensor(values) for name, values in encoded.items()}
+    taken = input_names(opened.skeleton.model)  # some tokenizers give more
+    return {name: torch.tensor(values) for name, values in encoded.items() if name in taken}
 
 
 def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
@@ -78,6 +84,8 @@ def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
     processor = _image_processor(checkpoint)
     try:
         with Image.open(file) as image:
+            if image.width * image.height > _MAX_PIXELS:
+                raise ValueError(f"{image.width} by {image.height} pixels are more than {_MAX_PIXELS}")
             pixels = image.convert("RGB")
     # Pillow raises whatever a broken file makes its decoders stumble over.
     except Exception as error:

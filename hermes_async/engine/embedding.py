@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
+from hermes_async.modeling.inputs import input_names
 from hermes_async.pipeload.pipeline import ungrouped
 
 Pooling = Literal["mean", "cls", "max", "last"]
@@ -147,6 +148,7 @@ def prepare_embedding(
                 context_length=context,
                 num_tokens=length,
             )
+    taken = input_names(opened.skeleton.base_model)  # some tokenizers give more
     batches = []
     for indices in _buckets(lengths, opened.plan.max_tokens_per_sweep, mixed=tokenizer.pad_token_id is not None):
         features = [{name: values[idx] for name, values in encoded.items()} for idx in indices]
@@ -155,6 +157,7 @@ def prepare_embedding(
         else:
             inputs = dict(tokenizer.pad(features, return_tensors="pt"))
         then = partial(_pool, chosen=chosen, attention_mask=inputs["attention_mask"])
+        inputs = {name: inputs[name] for name in inputs if name in taken}
         batches.append(TextBatch(indices, prepare_forward(opened, inputs, then, base=True)))
     return batches
 

@@ -40,6 +40,12 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return inputs
 
 
+def input_names(model: PreTrainedModel) -> list[str]:
+    """What the model's forward takes by name, KV caches left out."""
+    parameters = inspect.signature(model.forward).parameters.values()
+    return [item.name for item in parameters if item.kind is not item.VAR_KEYWORD and item.name not in _NOT_HERE]
+
+
 def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What to call the model with: arrays and lists made into tensors, floats in the model's dtype.
 
@@ -51,12 +57,7 @@ def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[s
             is out of the vocabulary.
         ContextLengthError: More tokens than the model has positions.
     """
-    name = type(model).__name__
-    taken = [
-        parameter.name
-        for parameter in inspect.signature(model.forward).parameters.values()
-        if parameter.kind is not parameter.VAR_KEYWORD and parameter.name not in _NOT_HERE
-    ]
+    name, taken = type(model).__name__, input_names(model)
     if not inputs:
         raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
     checked: dict[str, Any] = {}

@@ -110,6 +110,16 @@ async def test_what_is_no_image(images: Any, tmp_path: Path, content: bytes | No
             await engine.classify(file)
 
 
+async def test_an_image_of_too_many_pixels(images: Any, tmp_path: Path) -> None:
+    file = tmp_path / "image.png"
+    Image.new("1", (9_000, 9_000)).save(file)
+    async with Engine(tmp_path / "model", memory_budget="8MiB") as engine:
+        with pytest.raises(RequestError, match="9000 by 9000 pixels are more than"):
+            await engine.classify(file)
+        with pytest.raises(RequestError, match="a text or the path of an image is wanted, not int"):
+            await engine.classify(5)
+
+
 async def test_a_checkpoint_that_does_not_say_how_images_are_prepared(images: Any, tmp_path: Path) -> None:
     Image.new("L", (16, 16)).save(tmp_path / "image.png")
     for file in (tmp_path / "model").glob("*processor*"):
