@@ -1,0 +1,259 @@
+"""One run of one mode of `benchmarks.paper`, in a process of its own.
+
+    python -m benchmarks.paper_modes MODE CHECKPOINT LIMIT
+
+Everything is imported before the clock starts. The last line that is printed is the record, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+import transformers
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from benchmarks.disk import limited_disk, read_directly
+from benchmarks.paper_checkpoints import layer_groups
+from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams
+from hermes_async.pipeload.memory import process_rss_bytes
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.reader import ReadRange
+
+MIB = 2**20
+_TOKENS = 128  # of a text, or of a prompt
+_NEW_TOKENS = 8
+
+Inputs = dict[str, torch.Tensor]
+Record = dict[str, Any]
+
+
+def main() -> None:
+    transformers.utils.logging.disable_progress_bar()
+    mode, path, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
+    inputs = _inputs(path)
+    _warm_up()
+    with limited_disk(path, limit * MIB or None) as error:
+        if limit and error is not None:
+            raise SystemExit(f"the disk cannot be held: {error}")
+        baseline = process_rss_bytes()
+        record = _measure(mode, path, inputs)
+    print(json.dumps(record | {"rss_bytes": max(0, _peak_rss_bytes() - baseline)}))
+
+
+def _measure(mode: str, path: Path, inputs: Inputs) -> Record:
+    kind, _, option = mode.partition("-")
+    if kind == "disk":
+        return _disk(path)
+    if kind in ("pipeload", "budget"):
+        return anyio.run(_hermes, path, inputs, kind, option, backend_options={"use_uvloop": True})
+    kinds = {"transformers": _transformers, "compute": _compute, "baseline": _baseline, "pipeswitch": _pipeswitch}
+    return kinds[kind](path, inputs)
+
+
+def weight_bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+def _inputs(path: Path) -> Inputs:
+    config = transformers.AutoConfig.from_pretrained(path)
+    torch.manual_seed(1)
+    if config.model_type == "vit":
+        return {"pixel_values": torch.randn(1, 3, config.image_size, config.image_size)}
+    return {"input_ids": torch.randint(10, 20_000, (1, _TOKENS))}
+
+
+def _peak_rss_bytes() -> int:
+    """Of this process alone: what `getrusage` tells also counts the one that started it."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
+
+
+def _warm_up() -> None:
+    """Threads and kernels, which every mode needs and none should be charged for."""
+    nn.functional.linear(torch.randn(64, 1024), torch.randn(1024, 1024))
+
+
+def _disk(path: Path) -> Record:
+    tensors = Checkpoint.open(path).tensors.values()
+    file = max((spec.file for spec in tensors), key=lambda file: file.stat().st_size)
+    size = file.stat().st_size
+    pieces = [[ReadRange(file, offset, min(16 * MIB, size - offset), 0)] for offset in range(0, size, 16 * MIB)]
+    return {"bytes_per_s": size / read_directly(pieces, 2)}
+
+
+# --- with transformers: all at once, or layer by layer ---
+
+
+def _transformers(path: Path, inputs: Inputs) -> Record:
+    started = time.perf_counter()
+    model = _load(path)
+    return _finish(model, inputs, started) | {"memory_bytes": _model_bytes(model)}
+
+
+def _compute(path: Path, inputs: Inputs) -> Record:
+    model = _load(path)
+    _finish(model, inputs, time.perf_counter())
+    records = [_finish(model, inputs, time.perf_counter()) for _ in range(3)]
+    return sorted(records, key=lambda record: record["latency_s"])[1]
+
+
+def _load(path: Path) -> PreTrainedModel:
+    model_class, _ = _model_class(path)
+    return model_class.from_pretrained(path, local_files_only=True, dtype="auto").eval()
+
+
+def _model_class(path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
+    config = transformers.AutoConfig.from_pretrained(path)
+    return getattr(transformers, config.architectures[0]), config
+
+
+def _baseline(path: Path, inputs: Inputs) -> Record:
+    started = time.perf_counter()
+    model = _empty_model(path)
+    groups = layer_groups(model)
+    _load_groups(model, path, len(groups), lambda idx: None)
+    return _finish(model, inputs, started) | {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
+
+
+def _pipeswitch(path: Path, inputs: Inputs) -> Record:
+    """As the baseline, but the loader has a thread of its own."""
+    started = time.perf_counter()
+    model = _empty_model(path)
+    groups = layer_groups(model)
+    loaded = [threading.Event() for _ in groups]
+    _await_groups(model, groups, loaded)
+    loader = threading.Thread(target=_load_groups, args=(model, path, len(groups), lambda idx: loaded[idx].set()))
+    loader.start()
+    record = _finish(model, inputs, started)
+    loader.join()
+    return record | {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
+
+
+def _empty_model(path: Path) -> PreTrainedModel:
+    """With memory for its weights, and the buffers that no checkpoint holds (GPT-J's rotary table is one)."""
+    model_class, config = _model_class(path)
+    with torch.device("meta"):
+        model = model_class._from_config(config, dtype=config.dtype).eval()
+    model = model.to_empty(device="cpu")
+    model.tie_weights()
+    for weight in model.state_dict(keep_vars=True).values():
+        weight._is_hf_initialized = True  # as `from_pretrained` marks what it has loaded
+    model.initialize_weights()
+    return model
+
+
+def _load_groups(model: nn.Module, path: Path, count: int, done: Callable[[int], None]) -> None:
+    parameters = model.state_dict()
+    for idx in range(count):
+        with torch.inference_mode():
+            state = torch.load(path / "layers" / f"{idx}.pt", weights_only=True)
+            for name, value in state.items():
+                parameters[name].copy_(value)
+        done(idx)
+
+
+def _await_groups(model: nn.Module, groups: list[list[str]], loaded: list[threading.Event]) -> None:
+    """Each module waits for the groups that its own parameters are in."""
+    event_of = {name: event for group, event in zip(groups, loaded, strict=True) for name in group}
+    for path, module in model.named_modules():
+        names = [f"{path}.{name}" if path else name for name, _ in module.named_parameters(recurse=False)]
+        events = {event_of[name] for name in names if name in event_of}
+        if events:
+            module.register_forward_pre_hook(lambda _, args, events=events: [event.wait() for event in events] and None)
+
+
+def _model_bytes(model: PreTrainedModel) -> int:
+    return sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _largest_bytes(model: nn.Module, groups: list[list[str]]) -> int:
+    parameters = model.state_dict()
+    return max(sum(parameters[name].nbytes for name in group) for group in groups)
+
+
+def _finish(model: PreTrainedModel, inputs: Inputs, started: float) -> Record:
+    """Runs the model, and times it from `started`."""
+    with torch.inference_mode():
+        if "pixel_values" in inputs or not model.can_generate():
+            output = model(**inputs).last_hidden_state
+            return {"latency_s": time.perf_counter() - started, "output": output[0, -1, :8].tolist()}
+        moments: list[float] = []
+        streamer = _Moments(moments)
+        tokens = model.generate(
+            inputs["input_ids"], max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0, streamer=streamer,
+            attention_mask=torch.ones_like(inputs["input_ids"]),
+        )  # fmt: skip
+    per_token = (moments[-1] - moments[0]) / (_NEW_TOKENS - 1)
+    new = [float(token_id) for token_id in tokens[0, _TOKENS:]]
+    return {"latency_s": moments[0] - started, "per_token_s": per_token, "output": new}
+
+
+class _Moments:
+    """When each new token came; `generate` puts the prompt first."""
+
+    def __init__(self, moments: list[float]) -> None:
+        self._moments = moments
+        self._calls = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self._calls += 1
+        if self._calls > 1:
+            self._moments.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+# --- with this library ---
+
+
+async def _hermes(path: Path, inputs: Inputs, kind: str, option: str) -> Record:
+    weights = weight_bytes(path)
+    budget = int(weights * float(option)) if kind == "budget" else 2 * weights
+    config = EngineConfig(prompt_lookup=False)
+    if kind == "pipeload":
+        agents = int(option)
+        config = EngineConfig(
+            prompt_lookup=False, num_loading_agents=agents, max_resident_layers=agents + 1, max_tokens_per_sweep=256
+        )
+    started = time.perf_counter()
+    try:
+        async with Engine(path, memory_budget=budget, config=config) as engine:
+            return await _run_engine(engine, inputs, started)
+    except MemoryBudgetError as error:
+        return {"refused": str(error)}
+
+
+async def _run_engine(engine: Engine, inputs: Inputs, started: float) -> Record:
+    record: Record
+    if engine._model().running.opened.skeleton.generates:
+        params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
+        moments, new, sweeps = [], [], []
+        async for chunk in engine.generate(inputs["input_ids"][0].tolist(), params):
+            moments.append(time.perf_counter())
+            sweeps.append(engine.statistics().sweeps)
+            new += [float(token_id) for token_id in chunk.token_ids]
+        record = {"latency_s": moments[0] - started, "output": new, "prompt_sweeps": sweeps[0]}
+        record["per_token_s"] = (moments[-1] - moments[0]) / (_NEW_TOKENS - 1)
+    else:
+        output = (await engine.forward(**inputs)).last_hidden_state
+        record = {"latency_s": time.perf_counter() - started, "output": output[0, -1, :8].tolist()}
+    plan, done = engine.plan, engine.statistics()
+    record["memory_bytes"] = plan.resident_bytes + plan.ring_bytes
+    record["leased_bytes"] = done.peak_bytes_in_use
+    record["bytes_per_sweep"] = plan.bytes_per_sweep
+    record["bytes_read"] = plan.resident_bytes + plan.bytes_per_sweep
+    return record
+
+
+if __name__ == "__main__":
+    main()
