@@ -195,6 +195,8 @@ def _build(
         if name not in persistent:
             module, leaf = _owner(model, name)
             module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True  # comes from the checkpoint, as `from_pretrained` marks it; it is slow on meta
     model.initialize_weights()  # type: ignore[no-untyped-call]
     return model
 

@@ -43,6 +43,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 # Of log-probabilities. One sequence in one piece runs the same kernels in the same order, so only attention over a
 # cache may round another way; a bf16 number has 8 bits, an fp16 number 11, and these logits reach 10 to 20.
 ATOL = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
+# What two tokens may be apart and still count as equally likely: a few steps of numbers of that size.
+TIES = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.01}
 NUM_TOKENS = 12
 
 
@@ -68,7 +70,7 @@ async def test_a_prompt_alone_in_the_checkpoints_dtype(
     async with hermes_async.Engine(path, memory_budget="64MiB") as engine:
         for idx, prompt in enumerate(prompts):
             completions = await complete_all(engine, [prompt], num_tokens=NUM_TOKENS)
-            assert_parity(completions, expected[idx : idx + 1], atol=ATOL[dtype])
+            assert_parity(completions, expected[idx : idx + 1], atol=ATOL[dtype], ties=TIES[dtype])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bfloat16", "float16"])
@@ -112,4 +114,4 @@ async def test_float32_tensors_under_a_config_that_says_bfloat16(
     size = minimum_budget(path) if budget == "smallest" else 64 * 1024 * 1024
     async with hermes_async.Engine(path, memory_budget=size) as engine:
         completions = await complete_all(engine, short, num_tokens=NUM_TOKENS)
-    assert_parity(completions, expected, atol=ATOL[torch.bfloat16])
+    assert_parity(completions, expected, atol=ATOL[torch.bfloat16], ties=TIES[torch.bfloat16])

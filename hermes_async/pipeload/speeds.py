@@ -1,0 +1,144 @@
+"""What reading and computing take on a machine, in the terms that the planner predicts with."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+_GIB = 1 << 30
+_MIB = 1 << 20
+
+HANDOVER_SECONDS = 0.3e-3
+"""What a streamed stage costs beside its computation, where that was never measured: two hops between threads."""
+
+
+@dataclass(frozen=True, slots=True)
+class DiskSpeed:
+    """What the disk gives: bytes a second, with so many agents that read so much at once."""
+
+    num_agents: int
+    read_bytes: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """What a model takes on a machine.
+
+    A layer's time goes with its bytes, and so does that of a part of it; the head is told apart, because it computes
+    only the positions whose logits are wanted.
+
+    Attributes:
+        disk: What was measured, each pair of agents and read size once.
+        layer_seconds: By tokens in the sweep, of one byte of weights.
+        head_seconds: By outputs of the sweep, of one byte of the head's weights.
+        sweep_seconds: By outputs, what a sweep takes outside of its stages: packing, sampling, delivering.
+        handover_seconds: What each streamed stage costs beside its computation.
+        source: Where the figures come from, for people.
+        measured: Whether they come from this machine.
+    """
+
+    disk: Sequence[DiskSpeed]
+    layer_seconds: Mapping[int, float]
+    head_seconds: Mapping[int, float]
+    sweep_seconds: Mapping[int, float]
+    handover_seconds: float
+    source: str
+    measured: bool
+    notes: Sequence[str] = field(default_factory=tuple)
+
+    @property
+    def num_agents(self) -> tuple[int, ...]:
+        """The numbers of loading agents that the disk was measured with."""
+        return tuple(sorted({speed.num_agents for speed in self.disk}))
+
+    def compute_seconds(self, nbytes: int, head_bytes: int, num_tokens: int, num_outputs: int) -> float:
+        """What a sweep computes: layers, head, and what is outside of them.
+
+        Args:
+            nbytes: Of weights, without those of the head.
+        """
+        layers = nbytes * at(self.layer_seconds, num_tokens)
+        head = head_bytes * at(self.head_seconds, num_outputs) if num_outputs else 0.0
+        return layers + head + at(self.sweep_seconds, max(1, num_outputs))
+
+    def read_seconds(self, nbytes: int, num_agents: int) -> float:
+        """What one agent takes to read `nbytes` at once while so many agents read as much."""
+        return _between(self._points(num_agents), nbytes)
+
+    def _points(self, num_agents: int) -> tuple[tuple[float, float], ...]:
+        """Bytes and seconds of one read beside `num_agents - 1` others; between what was measured, in proportion."""
+        known = self.num_agents
+        right = bisect_left(known, num_agents)
+        if right < len(known) and known[right] == num_agents:
+            return _points(tuple(self.disk), num_agents)
+        if right in (0, len(known)):  # fewer share the disk less well, more share the same
+            nearest = known[min(right, len(known) - 1)]
+            return tuple((size, seconds * num_agents / nearest) for size, seconds in _points(tuple(self.disk), nearest))
+        low, high = known[right - 1], known[right]
+        share = (num_agents - low) / (high - low)
+        return tuple(
+            (size, first + share * (second - first))
+            for (size, first), (_, second) in zip(
+                _points(tuple(self.disk), low), _points(tuple(self.disk), high), strict=False
+            )
+        )
+
+
+@lru_cache(maxsize=64)
+def _points(disk: tuple[DiskSpeed, ...], num_agents: int) -> tuple[tuple[float, float], ...]:
+    measured = {
+        speed.read_bytes: num_agents * speed.read_bytes / speed.bytes_per_s
+        for speed in disk
+        if speed.num_agents == num_agents and speed.bytes_per_s > 0
+    }
+    points: list[tuple[float, float]] = []
+    for size, seconds in sorted(measured.items()):  # a larger read never takes less
+        points.append((size, max(seconds, points[-1][1] if points else 0.0)))
+    return tuple(points)
+
+
+def at(curve: Mapping[int, float], count: int) -> float:
+    """Between what was measured on a straight line, beyond it on the last one; 0.0 where nothing was."""
+    return _between(tuple(sorted(curve.items())), count)
+
+
+def _between(points: Sequence[tuple[float, float]], x: float) -> float:
+    if not points:
+        return 0.0
+    if len(points) == 1:
+        size, seconds = points[0]
+        return seconds if x <= size or not size else seconds * x / size
+    right = min(max(bisect_left([size for size, _ in points], x), 1), len(points) - 1)
+    (left_x, left_y), (right_x, right_y) = points[right - 1], points[right]
+    slope = (right_y - left_y) / (right_x - left_x)
+    if x < left_x:  # what is smaller than all takes less, and never nothing
+        return max(left_y + slope * (x - left_x), left_y * x / left_x)
+    return max(left_y, left_y + slope * (x - left_x))
+
+
+def estimated(itemsize: int) -> Speeds:
+    """What a small machine of these years does, for when nothing was measured: 1 GiB/s from disk, a millisecond to
+    start a read, 10 GiB/s of weights for one token, and 25 billion multiplications a second.
+
+    Args:
+        itemsize: Bytes of one number of the weights.
+    """
+    sizes = (_MIB, 16 * _MIB, 256 * _MIB)
+    disk = [
+        DiskSpeed(agents, size, agents * size / (agents * size / _GIB + 1e-3))
+        for agents in (1, 2, 3, 4)
+        for size in sizes
+    ]
+    by_tokens = {count: max(1 / (10 * _GIB), count / (itemsize * 25e9)) for count in (1, 2, 4, 16, 64)}
+    return Speeds(
+        disk,
+        by_tokens,
+        by_tokens,
+        {1: 2e-3, 64: 20e-3},
+        HANDOVER_SECONDS,
+        "estimated, as nothing was measured here: run `hermes-async profile`",
+        measured=False,
+    )
