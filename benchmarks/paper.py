@@ -32,14 +32,14 @@ import json
 import re
 import signal
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import paper_report
+from benchmarks import paper_modes, paper_report
 from benchmarks.paper_checkpoints import MODELS, checkpoint
 from benchmarks.paper_modes import weight_bytes
+from benchmarks.processes import preload, run_alone
 
 _MODES = (
     *("transformers", "baseline", "pipeswitch"),
@@ -47,7 +47,6 @@ _MODES = (
     *("budget-0.1", "budget-0.25", "budget-0.5"),
 )
 _MODE = re.compile(r"transformers|baseline|pipeswitch|pipeload-[1-9]\d*|budget-\d*\.?\d+")
-_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
 
 Results = dict[str, dict[str, dict[str, Any]]]
 """Model, limit, figures."""
@@ -73,11 +72,12 @@ def main() -> None:
     if unknown := {mode for mode in modes if not _MODE.fullmatch(mode)}:
         parser.error(f"unknown modes: {', '.join(sorted(unknown))}")
     if args.from_json is None:
+        preload("benchmarks.paper_modes")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
         results: Results = {}
         for name in names:
             with checkpoint(name, args.folder) as path:
-                compute = run_child("compute", path, 0)
+                compute = run_alone(paper_modes.run, "compute", path, 0)
                 for limit in limits:
                     result = evaluate(name, path, compute, limit, modes, args.runs)
                     results.setdefault(name, {})[limit_name(limit)] = result
@@ -118,14 +118,14 @@ def evaluate(
     """Every mode's figures, with the disk held at `limit` MiB/s; `compute` is what inference alone takes."""
     dtype = str(MODELS[name][1]).removeprefix("torch.")
     common = {"dtype": dtype, "weight_bytes": weight_bytes(path), "compute": compute}
-    rates = [run_child("disk", path, limit)["bytes_per_s"] for _ in range(3)]
+    rates = [run_alone(paper_modes.run, "disk", path, limit)["bytes_per_s"] for _ in range(3)]
     print("\n" + paper_report.heading(name, limit_name(limit), common | _limits(common, rates)), flush=True)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for _ in range(num_runs):
         for mode in modes:
             if not any("refused" in run for run in runs[mode]):
-                runs[mode].append(run_child(mode, path, limit))
-        rates.append(run_child("disk", path, limit)["bytes_per_s"])
+                runs[mode].append(run_alone(paper_modes.run, mode, path, limit))
+        rates.append(run_alone(paper_modes.run, "disk", path, limit)["bytes_per_s"])
     result = common | _limits(common, rates)
     result["modes"] = _compare(runs, result)
     print("\n".join(paper_report.lines(name, limit_name(limit), result)), flush=True)
@@ -183,22 +183,6 @@ def _same(output: list[float], expected: list[float]) -> bool:
     return len(output) == len(expected) and all(
         abs(one - other) <= 1e-3 * max(1, abs(other)) for one, other in zip(output, expected, strict=True)
     )
-
-
-def run_child(mode: str, path: Path, limit: int) -> dict[str, Any]:
-    subprocess.run(["sync"], check=True)
-    try:
-        _DROP_CACHES.write_text("3")
-    except OSError as error:
-        raise SystemExit(
-            f"the page cache cannot be dropped ({error}), and every figure would be wrong; be root"
-        ) from error
-    command = [sys.executable, "-m", "benchmarks.paper_modes", mode, str(path), str(limit)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{mode}: the measurement failed with exit code {done.returncode}")
-    record: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return record
 
 
 if __name__ == "__main__":

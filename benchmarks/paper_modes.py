@@ -1,14 +1,7 @@
-"""One run of one mode of `benchmarks.paper`, in a process of its own.
-
-    python -m benchmarks.paper_modes MODE CHECKPOINT LIMIT
-
-Everything is imported before the clock starts. The last line that is printed is the record, as JSON.
-"""
+"""One run of one mode of `benchmarks.paper`. Everything is imported before the clock starts."""
 
 from __future__ import annotations
 
-import json
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -36,23 +29,24 @@ Inputs = dict[str, torch.Tensor]
 Record = dict[str, Any]
 
 
-def main() -> None:
+def run(mode: str, path: Path, limit: int) -> Record:
+    """The record of one run; for a process of its own."""
     transformers.utils.logging.disable_progress_bar()
-    mode, path, limit = sys.argv[1], Path(sys.argv[2]), int(sys.argv[3])
     inputs = _inputs(path)
+    _model_class(path)
     _warm_up()
     with limited_disk(path, limit * MIB or None) as error:
         if limit and error is not None:
             raise SystemExit(f"the disk cannot be held: {error}")
         baseline = process_rss_bytes()
         record = _measure(mode, path, inputs)
-    print(json.dumps(record | {"rss_bytes": max(0, _peak_rss_bytes() - baseline)}))
+    return record | {"rss_bytes": max(0, _peak_rss_bytes() - baseline)}
 
 
 def _measure(mode: str, path: Path, inputs: Inputs) -> Record:
     kind, _, option = mode.partition("-")
     if kind == "disk":
-        return _disk(path)
+        return measure_disk(path)
     if kind in ("pipeload", "budget"):
         return anyio.run(_hermes, path, inputs, kind, option, backend_options={"use_uvloop": True})
     kinds = {"transformers": _transformers, "compute": _compute, "baseline": _baseline, "pipeswitch": _pipeswitch}
@@ -82,7 +76,8 @@ def _warm_up() -> None:
     nn.functional.linear(torch.randn(64, 1024), torch.randn(1024, 1024))
 
 
-def _disk(path: Path) -> Record:
+def measure_disk(path: Path) -> Record:
+    """The rate of plain direct reads."""
     tensors = Checkpoint.open(path).tensors.values()
     file = max((spec.file for spec in tensors), key=lambda file: file.stat().st_size)
     size = file.stat().st_size
@@ -253,7 +248,3 @@ async def _run_engine(engine: Engine, inputs: Inputs, started: float) -> Record:
     record["bytes_per_sweep"] = plan.bytes_per_sweep
     record["bytes_read"] = plan.resident_bytes + plan.bytes_per_sweep
     return record
-
-
-if __name__ == "__main__":
-    main()

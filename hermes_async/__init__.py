@@ -28,7 +28,7 @@ from hermes_async.errors import (
     UnsupportedModelError,
 )
 from hermes_async.modeling.sampling import SampledToken
-from hermes_async.pipeload.planner import Plan
+from hermes_async.pipeload.plan import Plan
 
 __version__ = "0.1.0"
 

@@ -304,6 +304,45 @@ def test_plan_keeps_to_the_most_resident_layers() -> None:
     assert record["num_resident_stages"] + record["num_buffers"] <= 3
 
 
+def test_plan_says_why_and_predicts() -> None:
+    told = hermes("plan", MODEL_PATH, "--memory", BUDGET).stdout
+    assert told.count("\nbecause ") >= 4
+    assert "estimated, as nothing was measured here" in told
+    record = last_json(hermes("plan", MODEL_PATH, "--memory", BUDGET, "--json"))
+    one, *others = record["predictions"]
+    assert one["num_sessions"] == 1
+    for prediction in (one, *others):
+        assert prediction["sweep_seconds"] >= max(0, prediction["read_seconds"] - 1e-6)
+        assert 0 < prediction["peak_bytes"] <= record["memory_budget"]
+        assert prediction["tokens_per_second"] == prediction["num_sessions"] / prediction["sweep_seconds"]
+    assert all(other["tokens_per_second"] > one["tokens_per_second"] for other in others)
+
+
+def test_plan_goes_through_all_budgets_and_draws_them(tmp_path: Path) -> None:
+    picture = tmp_path / "plan.png"
+    told = hermes("plan", MODEL_PATH, "--sweep", "--plot", picture)
+    assert told.exit_code == 0
+    assert "the smallest budget that works is" in told.stdout
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    records = last_json(hermes("plan", MODEL_PATH, "--sweep", "--json"))
+    budgets = [record["memory_budget"] for record in records]
+    assert budgets == sorted(budgets)
+    assert budgets[0] == records[0]["minimum_budget"]
+    assert all(record["num_buffers"] for record in records[:-1])
+    assert records[-1]["num_buffers"] == 0
+    speeds = [record["predictions"][0]["tokens_per_second"] for record in records]
+    assert speeds[-1] == max(speeds)
+
+
+def test_a_plot_is_of_a_sweep(tmp_path: Path) -> None:
+    result = hermes("plan", MODEL_PATH, "--plot", tmp_path / "plan.png")
+    assert result.exit_code != 0
+    assert "--plot needs --sweep" in result.output
+    result = hermes("plan", MODEL_PATH, "--sweep", "--plot", tmp_path / "no" / "plan.png")
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
+
+
 # --- Ctrl-C ---
 
 

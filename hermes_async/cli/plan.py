@@ -1,12 +1,28 @@
-"""`hermes-async plan`: how a budget would be divided, without reading a weight."""
+"""`hermes-async plan`: how a budget would be divided and what that would do, without reading a weight."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
 
 from hermes_async.cli import options
+from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
-from hermes_async.engine.opening import open_model
+from hermes_async.config import format_bytes
+from hermes_async.engine.opening import open_model, plans_by_budget
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.prediction import Prediction, predict
+
+_SESSIONS = (1, 8, 64)
+_TEXTS = (1, 4)  # of a model that does not generate
+_BUDGETS = 12
 
 
 def plan(
@@ -14,10 +30,118 @@ def plan(
     memory: options.Memory = "auto",
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    sweep: Annotated[
+        bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
+    ] = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="With --sweep, draw speed against memory.", show_default=False),
+    ] = None,
     json_output: options.Json = False,
 ) -> None:
-    """Show how a budget would be divided, without loading the model."""
+    """Show how a budget would be divided and what that would do, without loading the model."""
+    if plot is not None and not sweep:
+        raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
-        opened = open_model(model, memory, options.engine_config(loading_agents, max_resident_layers))
-        opened.close()
-        print(json.dumps(opened.plan.as_dict()) if json_output else opened.plan)
+        config = options.engine_config(loading_agents, max_resident_layers)
+        if sweep:
+            plans = plans_by_budget(model, config, _BUDGETS)
+        else:
+            opened = open_model(model, memory, config)
+            opened.close()
+            plans = [opened.plan]
+        predictions = [predictions_of(chosen) for chosen in plans]
+        if json_output:
+            records = [
+                chosen.as_dict() | {"predictions": [asdict(one) for one in predicted]}
+                for chosen, predicted in zip(plans, predictions, strict=True)
+            ]
+            print(json.dumps(records if sweep else records[0]))
+        elif sweep:
+            Console().print(_budgets_table(plans, predictions))
+        else:
+            print(plans[0])
+            Console().print(_sessions_table(plans[0], predictions[0]))
+        if plot is not None:
+            draw(plans, predictions, plot)
+
+
+def predictions_of(chosen: Plan) -> list[Prediction]:
+    """For one session, and for as many more as there is KV memory for."""
+    predicted = [predict(chosen, num_sessions=count) for count in (_SESSIONS if chosen.kv_bytes_per_token else _TEXTS)]
+    return list({prediction.num_sessions: prediction for prediction in predicted}.values())
+
+
+def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
+    table = Table(title=f"predicted; speeds {chosen.speeds.source}", title_justify="left")
+    what = "token" if chosen.kv_bytes_per_token else "text"
+    names = ("sessions" if chosen.kv_bytes_per_token else "at once", "s a sweep", "reading", "computing")
+    for name in (*names, f"{what}s/s", f"first {what if what == 'token' else 'output'}, s", "memory"):
+        table.add_column(name, justify="right")
+    for prediction in predicted:
+        seconds = (
+            prediction.sweep_seconds,
+            prediction.read_seconds,
+            prediction.compute_seconds,
+            prediction.tokens_per_second,
+            prediction.first_token_seconds,
+        )
+        numbers = [f"{value:.3g}" for value in seconds]
+        table.add_row(str(prediction.num_sessions), *numbers, format_bytes(prediction.peak_bytes))
+    return table
+
+
+def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]]) -> Table:
+    """A row for each budget; the first is the smallest that works."""
+    first = plans[0]
+    table = Table(
+        title=f"{format_bytes(first.weight_bytes)} of weights; the smallest budget that works is "
+        f"{format_bytes(first.minimum_budget)} ({first.minimum_budget} bytes)\nspeeds {first.speeds.source}",
+        title_justify="left",
+    )
+    for name in ("budget", "of the weights", "resident", "a sweep reads", "s a sweep", "first, s", "per second"):
+        table.add_column(name, justify="right")
+    for chosen, predicted in zip(plans, predictions, strict=True):
+        rates = "  ".join(f"{one.tokens_per_second:.3g} ({one.num_sessions} at once)" for one in predicted)
+        table.add_row(
+            format_bytes(chosen.memory_budget),
+            f"{chosen.memory_budget / chosen.weight_bytes:.0%}",
+            format_bytes(chosen.resident_bytes),
+            format_bytes(chosen.bytes_per_sweep),
+            f"{predicted[0].sweep_seconds:.3g}",
+            f"{predicted[0].first_token_seconds:.3g}",
+            rates,
+        )
+    return table
+
+
+def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], output: Path) -> None:
+    """Draws tokens a second against memory, a line for each number of sessions.
+
+    Raises:
+        ConfigError: matplotlib is not installed, or the picture cannot be written.
+    """
+    plots = pyplot()
+    figure, axes = plots.subplots(figsize=(8, 5), layout="constrained")
+    what = "tokens" if plans[0].kv_bytes_per_token else "texts"
+    lines: dict[int, list[tuple[float, float]]] = {}
+    most = _SESSIONS if plans[0].kv_bytes_per_token else _TEXTS
+    for chosen, predicted in zip(plans, predictions, strict=True):
+        for count in most:
+            # Where there is memory for fewer, these are what it gives.
+            prediction = max((one for one in predicted if one.num_sessions <= count), key=lambda one: one.num_sessions)
+            point = (chosen.memory_budget / 2**20, prediction.tokens_per_second)
+            lines.setdefault(count, []).append(point)
+    for count, points in lines.items():
+        label = f"{count} {'session' if what == 'tokens' else 'text'}{'s' if count > 1 else ''}"
+        axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
+    smallest, weights = plans[0].minimum_budget / 2**20, plans[0].weight_bytes / 2**20
+    axes.axvline(
+        smallest, color="gray", linestyle=":", label=f"smallest budget, {format_bytes(plans[0].minimum_budget)}"
+    )
+    axes.axvline(weights, color="gray", linestyle="--", label=f"weights, {format_bytes(plans[0].weight_bytes)}")
+    axes.set(xlabel="memory budget, MiB", ylabel=f"{what} a second, predicted", xscale="log", yscale="log")
+    axes.set_title(f"speeds {plans[0].speeds.source}", fontsize=9)
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    save(figure, output)

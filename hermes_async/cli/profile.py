@@ -7,6 +7,7 @@ import re
 import statistics
 from collections import defaultdict
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,8 +17,11 @@ from rich.table import Table
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import format_bytes
+from hermes_async.engine.profile import Profile, StageProfile
 from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
-from hermes_async.engine.profiling import Profile, StageProfile, measure
+from hermes_async.engine.profiling import asked, measure
+from hermes_async.errors import ConfigError
+from hermes_async.pipeload.trace import Event
 from hermes_async.storage.checkpoint import Checkpoint
 
 
@@ -27,29 +31,40 @@ def profile(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever was kept.")] = False,
+    trace: options.Trace = None,
     json_output: options.Json = False,
 ) -> None:
     """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
     with errors_in_one_line():
         path = find_checkpoint(model)
         config = options.engine_config(loading_agents, max_resident_layers)
-        file = profile_file(Checkpoint.open(path), f"{memory} {config}")
-        measured = None if refresh else load_profile(file)
-        if measured is None:
+        file = profile_file(Checkpoint.open(path))
+        measured = None if refresh or trace is not None else load_profile(file)
+        if measured is None or measured.asked_for != asked(memory, config):
             taken: list[Profile] = []
+            events: list[Event] = []
 
             async def work(interrupts: Interrupts) -> None:
-                taken.append(await measure(path, memory, config))
+                taken.append(await measure(path, memory, config, events))
 
             run(work)
             measured = taken[0]
             save_profile(file, measured)
+            if trace is not None:
+                _write(trace, events)
         if json_output:
             print(json.dumps(asdict(measured)))
             return
         console = Console()
         for table in (_stage_table(measured), _disk_table(measured), _kernel_table(measured)):
             console.print(table)
+
+
+def _write(file: Path, events: list[Event]) -> None:
+    try:
+        file.write_text(json.dumps(events), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"the trace file {file} cannot be written: {error.strerror or error}") from error
 
 
 def _stage_table(measured: Profile) -> Table:

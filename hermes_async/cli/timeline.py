@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
 from hermes_async.config import format_bytes
 from hermes_async.errors import ConfigError
@@ -70,17 +71,12 @@ def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
     Raises:
         ConfigError: matplotlib is not installed, or the picture cannot be written.
     """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("pictures need matplotlib: pip install 'hermes_async[bench]'") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    plots = pyplot()
     from matplotlib.patches import Patch
     from matplotlib.ticker import FuncFormatter
 
     names = list(shown.rows)
-    figure, (above, below) = pyplot.subplots(
+    figure, (above, below) = plots.subplots(
         2, 1, figsize=(14, 2.5 + 0.6 * len(names)), sharex=True, layout="constrained",
         height_ratios=[max(2, len(names)), 2],
     )  # fmt: skip
@@ -100,12 +96,7 @@ def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
     below.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(int(value))))
     below.grid(alpha=0.3)
     below.legend(loc="lower right", fontsize=8)
-    try:
-        figure.savefig(output, dpi=130)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{output} cannot be written: {error}") from error
-    finally:
-        pyplot.close(figure)
+    save(figure, output)
 
 
 _COLORS = {"load": "#4c78a8", "compute": "#54a24b", "wait": "#e45756", "free": "#b279a2", "sweep": "#bab0ac"}

@@ -40,7 +40,7 @@ from hermes_async.errors import (
     SessionClosedError,
 )
 from hermes_async.pipeload.pipeline import first_error, ungrouped
-from hermes_async.pipeload.planner import Plan
+from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.trace import Trace
 
 T = TypeVar("T")

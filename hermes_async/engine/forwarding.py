@@ -19,7 +19,7 @@ from hermes_async.modeling.inputs import checked_inputs, count_tokens
 from hermes_async.modeling.passes import ForwardPass
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
-from hermes_async.pipeload.planner import Plan
+from hermes_async.pipeload.plan import Plan
 from hermes_async.storage.rows import RowReader
 
 

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
+from hermes_async.engine.profile_store import load_profile, profile_file
 from hermes_async.errors import ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
@@ -22,7 +23,10 @@ from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, weight_bytes
 from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
-from hermes_async.pipeload.planner import ModelSizes, Plan, plan
+from hermes_async.pipeload.model_sizes import ModelSizes
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.planner import plan
+from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.rows import RowReader
 
@@ -116,18 +120,48 @@ def open_model(
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
-        cut = lru_cache(maxsize=None)(lambda limit: partition(skeleton, seen, limit))
         sizes = _sizes(skeleton, attention, seen, draft)
-        chosen = plan(budget, cut, sizes, config)
+        chosen = plan(budget, _cuts(skeleton, seen), sizes, config, _speeds(checkpoint))
         if draft is not None:
             own = chosen.kv_bytes * seen.kv.bytes_per_token // sizes.kv_bytes_per_token
             draft = replace(draft, kv_bytes=chosen.kv_bytes - own)
-            chosen = replace(chosen, kv_bytes=own)
+            chosen = replace(chosen, kv_bytes=own, kv_bytes_per_token=seen.kv.bytes_per_token)
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
         checkpoint, skeleton, attention, seen, chosen.partition, chosen, tokenizer, tokenizer_error, draft, baseline
     )
+
+
+def _speeds(checkpoint: Checkpoint) -> Speeds:
+    """As the Layer Profiler measured them on this machine, or estimated."""
+    profile = load_profile(profile_file(checkpoint))
+    return estimated() if profile is None else profile.speeds()
+
+
+def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count: int) -> list[Plan]:
+    """Plans for `count` budgets or fewer, from the smallest that works to the one in which everything stays.
+
+    Raises:
+        ConfigError, CheckpointError, UnsupportedModelError: Each as its class says.
+    """
+    with ExitStack() as always:
+        checkpoint = Checkpoint.open(source)
+        skeleton, attention, seen = _look_at(checkpoint, always)
+        sizes, cut, speeds = _sizes(skeleton, attention, seen, None), _cuts(skeleton, seen), _speeds(checkpoint)
+        most = sizes.weight_bytes * 2
+        minimum = plan(most, cut, sizes, config, speeds).minimum_budget
+        steps = max(1, count - 1)
+        budgets = [round(minimum * (1.25 * sizes.weight_bytes / minimum) ** (step / steps)) for step in range(count)]
+        plans: list[Plan] = []
+        for budget in sorted({max(minimum, budget) for budget in budgets}):
+            if not plans or plans[-1].num_buffers:
+                plans.append(plan(budget, cut, sizes, config, speeds))
+    return plans
+
+
+def _cuts(skeleton: Skeleton, seen: Probe) -> Callable[[int | None], Partition]:
+    return lru_cache(maxsize=None)(lambda limit: partition(skeleton, seen, limit))
 
 
 def _look_at(checkpoint: Checkpoint, on_error: ExitStack) -> tuple[Skeleton, PackedAttention, Probe]:
@@ -191,8 +225,17 @@ def _sizes(skeleton: Skeleton, attention: PackedAttention, seen: Probe, draft: O
         workspace_bytes=workspace,
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
+        head_name=_head_name(skeleton),
     )
     return sizes if skeleton.generates else replace(sizes, least_sweep_tokens=seen.tokens_per_image or _TEXT_TOKENS)
+
+
+def _head_name(skeleton: Skeleton) -> str:
+    """The module that makes logits of chosen positions; none where every position's output is wanted."""
+    if not skeleton.generates:
+        return ""
+    head = skeleton.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    return next((path for path, module in skeleton.model.named_modules() if module is head), "")
 
 
 def _forward_activations(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int], int]:

@@ -1,4 +1,4 @@
-"""Keeps profiles in small files: one for each model, budget, machine and set of versions; old ones are not believed."""
+"""Keeps profiles in small files: one for each model, machine and set of versions; old ones are not believed."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from typing import Any
 import torch
 import transformers
 
-from hermes_async.engine.profiling import DiskProfile, KernelProfile, Profile, StageProfile
+from hermes_async.engine.profile import KernelProfile, Profile, StageProfile
+from hermes_async.pipeload.speeds import DiskSpeed
 from hermes_async.storage.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S = 30 * 24 * 3600
-_FORMAT = 1  # of the files; another one is not read
+_FORMAT = 2  # of the files; another one is not read
 
 
-def profile_file(checkpoint: Checkpoint, memory_budget: int | str, folder: Path | None = None) -> Path:
+def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
     """Where the profile of a model lies, in `folder` or the user's cache.
 
-    The name stands for all that a measurement depends on: the tensors and where they lie, the budget, the processor and
-    its threads, the disk, and the versions of torch, transformers and the file's format.
+    The name stands for all that a measurement depends on: the tensors and where they lie, the processor and its
+    threads, the disk, and the versions of torch, transformers and the file's format. Not the budget that it was made
+    in: the profile itself tells that, and the planner makes of it what holds in others.
     """
     tensors = sorted((spec.name, spec.nbytes) for spec in checkpoint.tensors.values())
     disk = checkpoint.path.stat().st_dev
     machine = (platform.machine(), _processor(), torch.get_num_threads(), disk)
     versions = (_FORMAT, torch.__version__, transformers.__version__)
-    told = json.dumps([str(checkpoint.path.resolve()), tensors, memory_budget, machine, versions])
+    told = json.dumps([str(checkpoint.path.resolve()), tensors, machine, versions])
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hermes-async" / "profiles"
     return folder / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
@@ -47,11 +49,11 @@ def load_profile(file: Path) -> Profile | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        logger.warning("the profile %s cannot be read and is measured again: %s", file, error.strerror or error)
+        logger.warning("the profile %s cannot be read and is to be measured again: %s", file, error.strerror or error)
     except _TooOldError as error:
-        logger.warning("the profile %s is %s old and is measured again", file, error)
+        logger.warning("the profile %s is %s old and is to be measured again", file, error)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("the profile %s is damaged and is measured again: %s", file, type(error).__name__)
+        logger.warning("the profile %s is damaged and is to be measured again: %s", file, type(error).__name__)
     return None
 
 
@@ -76,6 +78,7 @@ def _from_json(record: Any) -> Profile:
         raise _TooOldError(f"{age / 86400:.0f} days")
     return Profile(
         memory_budget=int(record["memory_budget"]),
+        asked_for=str(record["asked_for"]),
         dtype=str(record["dtype"]),
         created_at=float(record["created_at"]),
         stages=tuple(
@@ -83,24 +86,33 @@ def _from_json(record: Any) -> Profile:
                 name=str(stage["name"]),
                 nbytes=int(stage["nbytes"]),
                 resident=bool(stage["resident"]),
+                head=bool(stage["head"]),
                 load_s=float(stage["load_s"]),
-                compute_s={int(tokens): float(seconds) for tokens, seconds in stage["compute_s"].items()},
+                compute_s=_by_count(stage["compute_s"]),
             )
             for stage in record["stages"]
         ),
+        layer_s=_by_count(record["layer_s"]),
+        head_s=_by_count(record["head_s"]),
+        sweep_s=_by_count(record["sweep_s"]),
+        handover_s=None if record["handover_s"] is None else float(record["handover_s"]),
         disk=tuple(
-            DiskProfile(int(disk["num_agents"]), int(disk["read_bytes"]), float(disk["bytes_per_s"]))
+            DiskSpeed(int(disk["num_agents"]), int(disk["read_bytes"]), float(disk["bytes_per_s"]))
             for disk in record["disk"]
         ),
         kernels=tuple(
             KernelProfile(
                 str(kernel["dtype"]),
                 str(kernel["kernel"]),
-                {int(tokens): float(flops) for tokens, flops in kernel["flops"].items()},
+                _by_count(kernel["flops"]),
             )
             for kernel in record["kernels"]
         ),
     )
+
+
+def _by_count(record: Any) -> dict[int, float]:
+    return {int(count): float(value) for count, value in record.items()}
 
 
 def _processor() -> str:

@@ -1,115 +1,53 @@
 """The Layer Profiler: what each stage takes to load and to compute, what the disk gives, and which kernels are fast.
 
-Stages are measured where they run: in an engine, by its own trace. So a profile holds for the budget that it was made
-in, and says which that was.
+Stages are measured where they run: in an engine, by its own trace. It runs twice where memory allows: in the budget
+that was asked for, and with all of the model in memory (or, if that was asked for, with most of it streamed), because
+while a sweep waits for the disk its computations are slower too.
 
 Source: Hermes (arXiv 2409.04249), section IV (Layer Profiler).
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
 import torch
-import torch.nn.functional as F
-from torch import nn
 
 from hermes_async.config import EngineConfig, SamplingParams
 from hermes_async.engine.engine import Engine
+from hermes_async.engine.machine import measure_disk, measure_kernels, widest_matrix
 from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.profile import Profile, StageProfile
+from hermes_async.errors import MemoryBudgetError
 from hermes_async.modeling.inputs import example_inputs
-from hermes_async.modeling.skeleton import layers_of
+from hermes_async.pipeload.memory import automatic_budget
 from hermes_async.pipeload.pipeline import ungrouped
-from hermes_async.pipeload.trace import Event, Timeline, Trace
-from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
 
-STAGE_TOKENS = (1, 16, 64)
-KERNEL_TOKENS = (1, 4, 16, 64, 256)
-AGENTS = (1, 2, 4)
-READ_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
+STAGE_TOKENS = (1, 4, 16, 64, 256)
 _REPEATS = 3  # sweeps of each number of tokens; the middle one counts
-_DISK_SECONDS = 0.5  # that each pair of agents and read size is measured for
-_KERNEL_SECONDS = 0.1
-_MAX_KERNEL_NUMBERS = 8 << 20  # of the matrix that kernels are measured with
+_STREAMED_SHARE = 0.3  # of the weights: the budget in which streaming is measured, if all fits in what was asked for
+_MAX_SWEEP_SECONDS = 5.0  # of computing, past which no larger sweep is measured
 
 
-@dataclass(frozen=True, slots=True)
-class StageProfile:
-    """One stage.
-
-    Attributes:
-        nbytes: What is read.
-        resident: It was loaded once, and stayed.
-        load_s: One load, beside those of the other agents.
-        compute_s: One computation, by the tokens in the sweep.
-    """
-
-    name: str
-    nbytes: int
-    resident: bool
-    load_s: float
-    compute_s: dict[int, float]
-
-
-@dataclass(frozen=True, slots=True)
-class DiskProfile:
-    """What the disk gives: bytes a second, with so many agents that read so much at once."""
-
-    num_agents: int
-    read_bytes: int
-    bytes_per_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class KernelProfile:
-    """How fast the model's widest matrix is multiplied: operations a second, by tokens.
-
-    Attributes:
-        kernel: "oneDNN", which torch takes by itself, or "native", without it.
-    """
-
-    dtype: str
-    kernel: str
-    flops: dict[int, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Profile:
-    """What was measured.
-
-    Attributes:
-        memory_budget: Of the engine that the stages ran in, bytes.
-        dtype: What the model computes in.
-        created_at: Seconds since 1970.
-    """
-
-    memory_budget: int
-    dtype: str
-    created_at: float
-    stages: tuple[StageProfile, ...]
-    disk: tuple[DiskProfile, ...]
-    kernels: tuple[KernelProfile, ...]
-
-
-async def measure(source: str | os.PathLike[str], memory_budget: int | str, config: EngineConfig) -> Profile:
+async def measure(
+    source: str | os.PathLike[str], memory_budget: int | str, config: EngineConfig, events: list[Event] | None = None
+) -> Profile:
     """Measures a model on this machine: some sweeps, and some seconds more.
 
     Args:
         config: Sharing and drafting are left out.
+        events: Takes what the engine's agents did.
 
     Raises:
         HermesError: As `Engine` on entering, and on running.
@@ -118,56 +56,210 @@ async def measure(source: str | os.PathLike[str], memory_budget: int | str, conf
     """
     checkpoint = await anyio.to_thread.run_sync(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
-    config = replace(config, share_prefixes=False, prompt_lookup=False)
-    trace = Trace()
-    async with Engine(checkpoint.path, memory_budget=memory_budget, config=config, trace=trace) as engine:
-        opened = engine._model().running.opened
-        compute_s, load_s = await _measure_stages(engine, opened, trace)
-    stages = tuple(
-        StageProfile(
-            stage.name,
-            stage.read_bytes,
-            idx in opened.plan.resident,
-            load_s.get(stage.name, 0.0),
-            compute_s[stage.name],
-        )
-        for idx, stage in enumerate(opened.plan.stages)
+    plainly = replace(config, share_prefixes=False, prompt_lookup=False)
+    events = [] if events is None else events
+    first = await _measure_engine(checkpoint.path, memory_budget, plainly, STAGE_TOKENS, events)
+    second = await _measure_otherwise(first, replace(plainly, max_resident_layers=None), events)
+    kernels = await anyio.to_thread.run_sync(measure_kernels, widest_matrix(first.opened.skeleton.model))
+    streamed = next((one for one in (first, second) if one is not None and one.plan.num_buffers), None)
+    # Where nothing is waited for, computing is measured best.
+    quiet = next((one for one in (first, second) if one is not None and not one.plan.num_buffers), first)
+    layer_s, head_s = quiet.seconds_per_byte(head=False), quiet.seconds_per_byte(head=True)
+    return Profile(
+        memory_budget=first.plan.memory_budget,
+        asked_for=asked(memory_budget, config),
+        dtype=str(first.opened.skeleton.dtype).removeprefix("torch."),
+        created_at=time.time(),
+        stages=first.stages(),
+        layer_s=layer_s,
+        head_s=head_s or layer_s,
+        sweep_s=quiet.seen.outside_s,
+        handover_s=None if streamed is None else streamed.handover_s(layer_s, head_s),
+        disk=disk,
+        kernels=kernels,
     )
-    kernels = await anyio.to_thread.run_sync(_measure_kernels, _widest(opened.skeleton.model))
-    dtype = str(opened.skeleton.dtype).removeprefix("torch.")
-    return Profile(opened.plan.memory_budget, dtype, time.time(), stages, disk, kernels)
 
 
-async def _measure_stages(
-    engine: Engine, opened: OpenedModel, trace: Trace
-) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Medians of computing and loading, by stage; resident stages were loaded when the engine opened."""
-    compute_s: dict[str, dict[int, float]] = defaultdict(dict)
-    loads: dict[str, list[float]] = defaultdict(list)
-    names: list[Event] = []  # what the rows are called is told once
-    for num_tokens in _token_counts(opened):
-        spans: dict[str, list[float]] = defaultdict(list)
-        for repeat in range(1 + _REPEATS):
-            await _run_sweep(engine, opened, num_tokens)
-            events = trace.drain()
-            names += [event for event in events if event["ph"] == "M"]
-            timeline = Timeline.of([*names, *(event for event in events if event["ph"] != "M")])
-            for row, row_spans in timeline.rows.items():
-                for span in row_spans:
-                    if row.startswith("loading agent"):
-                        loads[span.name].append(span.end - span.start)
-                    elif row == "inference agent" and repeat > 0 and not span.name.startswith("wait for "):
-                        spans[span.name].append(span.end - span.start)
-        for name, seconds in spans.items():
-            compute_s[name][num_tokens] = statistics.median(seconds)
-    return compute_s, {name: statistics.median(seconds) for name, seconds in loads.items()}
+def asked(memory_budget: int | str, config: EngineConfig) -> str:
+    """What tells a profile from one that was measured otherwise."""
+    return f"{memory_budget}, {config}"
 
 
-def _token_counts(opened: OpenedModel) -> list[int]:
+# --- sweeps, by the engine's own trace ---
+
+
+@dataclass(frozen=True, slots=True)
+class _Measured:
+    """An engine that ran, and what its traces show."""
+
+    opened: OpenedModel
+    seen: _Seen
+    bytes_for_everything: int
+
+    @property
+    def plan(self) -> Plan:
+        return self.opened.plan
+
+    def stages(self) -> tuple[StageProfile, ...]:
+        load_s, compute_s = self.seen.load_s, self.seen.compute_s
+        return tuple(
+            StageProfile(
+                stage.name,
+                stage.read_bytes,
+                idx in self.plan.resident,
+                idx in self.plan.head,
+                statistics.median(load_s[stage.name]) if stage.name in load_s else 0.0,
+                {count: seconds[stage.name] for count, seconds in compute_s.items() if stage.name in seconds},
+            )
+            for idx, stage in enumerate(self.plan.stages)
+        )
+
+    def seconds_per_byte(self, *, head: bool) -> dict[int, float]:
+        """By tokens, of all stages that were measured with so many."""
+        stages = [stage for stage in self.stages() if stage.head == head]
+        seconds = {}
+        for count in sorted({count for stage in stages for count in stage.compute_s}):
+            known = [stage for stage in stages if count in stage.compute_s]
+            seconds[count] = sum(stage.compute_s[count] for stage in known) / sum(stage.nbytes for stage in known)
+        return seconds
+
+    def handover_s(self, layer_s: dict[int, float], head_s: dict[int, float]) -> float:
+        """What a streamed stage takes beside what computing it takes: binding it, and handing it over."""
+        stages = [stage for stage in self.stages() if stage.compute_s]
+        least = min(count for stage in stages for count in stage.compute_s)
+        measured = sum(stage.compute_s[least] for stage in stages if least in stage.compute_s)
+        expected = sum(
+            stage.nbytes * (head_s if stage.head else layer_s).get(least, 0.0)
+            for stage in stages
+            if least in stage.compute_s
+        )
+        num_streamed = len(self.plan.stages) - len(self.plan.resident)
+        gap_s = statistics.median(self.seen.gaps_s) if self.seen.gaps_s else 0.0
+        return gap_s + max(0.0, measured - expected) / num_streamed
+
+
+async def _measure_engine(
+    path: Path, memory_budget: int | str, config: EngineConfig, counts: Sequence[int], events: list[Event]
+) -> _Measured:
+    trace, seen = Trace(), _Seen(events)
+    async with Engine(path, memory_budget=memory_budget, config=config, trace=trace) as engine:
+        running = engine._model().running
+        await _measure_sweeps(engine, running.opened, trace, seen, counts)
+        return _Measured(running.opened, seen, running.bytes_for_everything)
+
+
+async def _measure_otherwise(first: _Measured, config: EngineConfig, events: list[Event]) -> _Measured | None:
+    """The same model with all of it in memory, if it was streamed and fits, or else the other way round."""
+    plan = first.plan
+    counts: Sequence[int] = STAGE_TOKENS
+    if plan.num_buffers:
+        budget = int(1.05 * first.bytes_for_everything)
+        if budget > await anyio.to_thread.run_sync(automatic_budget):
+            return None
+    else:
+        budget, counts = max(plan.minimum_budget, int(_STREAMED_SHARE * plan.weight_bytes)), STAGE_TOKENS[:1]
+    try:
+        second = await _measure_engine(first.opened.checkpoint.path, budget, config, counts, events)
+    except MemoryBudgetError:  # the options ask for more than that
+        return None
+    return second if bool(second.plan.num_buffers) != bool(plan.num_buffers) else None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What the traces of all sweeps show so far.
+
+    Attributes:
+        compute_s: By tokens, and by stage.
+        load_s: Every load of each stage; the resident ones were loaded when the engine opened.
+        outside_s: By outputs.
+        gaps_s: Behind every streamed stage of every sweep, until the next.
+        events: All of them.
+        names: Those that tell what rows are called; each is there once.
+    """
+
+    events: list[Event]
+    compute_s: dict[int, dict[str, float]] = field(default_factory=dict)
+    load_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    outside_s: dict[int, float] = field(default_factory=dict)
+    gaps_s: list[float] = field(default_factory=list)
+    names: list[Event] = field(default_factory=list)
+
+    def drain(self, trace: Trace) -> Timeline:
+        events = trace.drain()
+        self.events += events
+        self.names += [event for event in events if event["ph"] == "M"]
+        timeline = Timeline.of([*self.names, *(event for event in events if event["ph"] != "M")])
+        for row, spans in timeline.rows.items():
+            if row.startswith("loading agent"):
+                for span in spans:
+                    self.load_s[span.name].append(span.end - span.start)
+        return timeline
+
+
+async def _measure_sweeps(
+    engine: Engine, opened: OpenedModel, trace: Trace, seen: _Seen, counts: Sequence[int]
+) -> None:
+    plan = opened.plan
+    resident = {plan.stages[idx].name for idx in plan.resident} | {plan.partition.base.name or "base"}
+    head = {plan.stages[idx].name for idx in plan.head}
+    for num_tokens in _token_counts(opened, counts):
+        if seen.compute_s and _too_long(seen, num_tokens):
+            break
+        decodes = _can_decode(opened, num_tokens)
+        if decodes:
+            await _decode(engine, num_tokens)
+        else:
+            for _ in range(1 + _REPEATS):
+                await _run_sweep(engine, opened, num_tokens)
+        sweeps = [_Sweep.of(span, seen_rows) for span, seen_rows in _sweeps(seen.drain(trace))][1:]  # one warms up
+        names = {name for sweep in sweeps for name in sweep.stage_s if decodes or name not in head}
+        seen.compute_s[num_tokens] = {
+            name: statistics.median(sweep.stage_s[name] for sweep in sweeps if name in sweep.stage_s) for name in names
+        }
+        gaps_s = [gap for sweep in sweeps for name, gap in sweep.gaps_s if name not in resident]
+        seen.gaps_s += gaps_s
+        if decodes or not opened.skeleton.generates:
+            per_stage = statistics.median(gaps_s) if gaps_s else 0.0
+            outside_s = [
+                sweep.outside_s - per_stage * sum(name not in resident for name in sweep.stage_s) for sweep in sweeps
+            ]
+            seen.outside_s[num_tokens if decodes else 1] = max(0.0, statistics.median(outside_s))
+
+
+def _too_long(seen: _Seen, num_tokens: int) -> bool:
+    count, seconds = max(seen.compute_s.items())
+    return sum(seconds.values()) * num_tokens / count > _MAX_SWEEP_SECONDS
+
+
+def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
+    """Those of `counts` that fit."""
     if opened.seen.tokens_per_image:
         return [opened.seen.tokens_per_image]
-    context = (opened.skeleton.context_length or STAGE_TOKENS[-1] + 1) - 1  # one is left to generate
-    return [count for count in STAGE_TOKENS if count <= min(context, opened.plan.max_tokens_per_sweep)]
+    most = min(opened.plan.max_tokens_per_sweep, opened.skeleton.context_length or counts[-1])
+    if opened.skeleton.generates:  # one token follows
+        kv, kv_bytes = opened.seen.kv, opened.plan.kv_bytes
+        fits = [count for count in counts if kv.nbytes(count + 1) <= kv_bytes]
+        most = min(most, max(fits, default=1), (opened.skeleton.context_length or most + 1) - 1)
+    return [count for count in counts if count <= most]
+
+
+def _can_decode(opened: OpenedModel, num_sessions: int) -> bool:
+    """Whether so many sessions have a place, and memory for their few tokens."""
+    plan, kv = opened.plan, opened.seen.kv
+    if not opened.skeleton.generates or num_sessions > plan.max_sequences:
+        return False
+    context = opened.skeleton.context_length or 2 + _REPEATS
+    return context >= 2 + _REPEATS and num_sessions * kv.nbytes(2 + _REPEATS) <= plan.kv_bytes
+
+
+async def _decode(engine: Engine, num_sessions: int) -> None:
+    """Prompts of one token: each sweep has a token of each session, and one more comes before those that count."""
+    params = SamplingParams(max_tokens=1 + _REPEATS, temperature=0, ignore_eos=True)
+    with ungrouped():
+        async with anyio.create_task_group() as sessions:
+            for _ in range(num_sessions):
+                sessions.start_soon(engine.complete, [0], params)
 
 
 async def _run_sweep(engine: Engine, opened: OpenedModel, num_tokens: int) -> None:
@@ -180,98 +272,44 @@ async def _run_sweep(engine: Engine, opened: OpenedModel, num_tokens: int) -> No
     await engine.forward(**inputs)
 
 
-async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[DiskProfile, ...]:
-    """Reads the checkpoint's largest shard with so many agents, so much at once."""
-    file, size = await anyio.to_thread.run_sync(_largest_shard, checkpoint)
-    profiles = []
-    for num_agents in AGENTS:
-        for read_bytes in READ_BYTES:
-            if num_agents * read_bytes <= size:
-                rate = await _disk_rate(file, size, num_agents, read_bytes, direct=direct)
-                profiles.append(DiskProfile(num_agents, read_bytes, rate))
-    return tuple(profiles)
+def _sweeps(timeline: Timeline) -> Iterator[tuple[Span, list[Span]]]:
+    """Each sweep, from its beginning to that of the next one, with what the inference agent did in it."""
+    sweeps = timeline.rows.get("sweeps", [])
+    inference = sorted(timeline.rows.get("inference agent", []), key=lambda span: span.start)
+    ends = [*(span.start for span in sweeps[1:]), sweeps[-1].end] if sweeps else []
+    for sweep, end in zip(sweeps, ends, strict=True):
+        period = replace(sweep, end=max(end, sweep.end))
+        yield period, [span for span in inference if sweep.start <= span.start < sweep.end]
 
 
-def _largest_shard(checkpoint: Checkpoint) -> tuple[Path, int]:
-    sizes = {file: align_down(file.stat().st_size) for file in {spec.file for spec in checkpoint.tensors.values()}}
-    file = max(sizes, key=lambda file: sizes[file])
-    return file, sizes[file]
+@dataclass(frozen=True, slots=True)
+class _Sweep:
+    """Where one sweep's time went.
 
+    Attributes:
+        stage_s: Computing, by stage.
+        gaps_s: Behind each stage until the next one, without what was waited for.
+        outside_s: All the rest, the gaps counted in.
+    """
 
-async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *, direct: bool) -> float:
-    read = ReadStatistics()
-    async with AsyncExitStack() as exits:
-        executor = ThreadPoolExecutor(num_agents, "hermes-profiler")
+    stage_s: dict[str, float]
+    gaps_s: list[tuple[str, float]]
+    outside_s: float
 
-        async def shutdown() -> None:
-            await anyio.to_thread.run_sync(executor.shutdown)
-
-        exits.push_async_callback(shutdown)
-        offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
-        started = time.perf_counter()
-
-        async def agent(reader: Reader, buffer: Buffer) -> None:
-            while time.perf_counter() < started + _DISK_SECONDS:
-                await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
-
-        agents = []
-        for _ in range(num_agents):
-            buffer = Buffer(read_bytes + ALIGNMENT)
-            exits.callback(buffer.close)
-            reader = await exits.enter_async_context(Reader(executor, read, direct=direct))
-            await reader.open([file])
-            # The first read of a buffer also waits for its pages.
-            await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
-            agents.append((reader, buffer))
-        before, started = read.bytes_read, time.perf_counter()
-        with ungrouped():
-            async with anyio.create_task_group() as group:
-                for reader, buffer in agents:
-                    group.start_soon(agent, reader, buffer)
-        return (read.bytes_read - before) / (time.perf_counter() - started)
-
-
-def _widest(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of the largest matrix of a layer, with fewer rows where it would take much memory."""
-    matrices = [
-        (parameter.shape[0], parameter.shape[1])
-        for layer in layers_of(model) or [model]
-        for parameter in layer.parameters()
-        if parameter.dim() == 2
-    ]
-    rows, columns = max(matrices, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    return max(1, min(rows, _MAX_KERNEL_NUMBERS // columns)), columns
-
-
-def _measure_kernels(shape: tuple[int, int]) -> tuple[KernelProfile, ...]:
-    profiles = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        weight = torch.randn(shape).to(dtype)
-        for kernel in ("oneDNN", "native"):
-            with torch.inference_mode(), _one_dnn(kernel == "oneDNN"):
-                rates = {count: _kernel_rate(weight, count) for count in KERNEL_TOKENS}
-            profiles.append(KernelProfile(str(dtype).removeprefix("torch."), kernel, rates))
-    return tuple(profiles)
-
-
-@contextmanager
-def _one_dnn(enabled: bool) -> Iterator[None]:
-    """Process-wide. As `torch.backends.mkldnn.flags`, which also asks for settings of other devices, and warns."""
-    torch_c: Any = torch._C
-    before = torch_c._get_mkldnn_enabled()
-    torch_c._set_mkldnn_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch_c._set_mkldnn_enabled(before)
-
-
-def _kernel_rate(weight: torch.Tensor, num_tokens: int) -> float:
-    inputs = torch.randn(num_tokens, weight.shape[1]).to(weight.dtype)
-    F.linear(inputs, weight)
-    seconds: list[float] = []
-    while not seconds or sum(seconds) < _KERNEL_SECONDS:
-        started = time.perf_counter()
-        F.linear(inputs, weight)
-        seconds.append(time.perf_counter() - started)
-    return 2 * num_tokens * weight.numel() / statistics.median(seconds)
+    @classmethod
+    def of(cls, period: Span, spans: Sequence[Span]) -> _Sweep:
+        stage_s: dict[str, float] = {}
+        gaps_s: list[tuple[str, float]] = []
+        waited, waited_since_stage = 0.0, 0.0
+        before: Span | None = None
+        for span in spans:
+            if span.name.startswith("wait for "):
+                waited += span.end - span.start
+                waited_since_stage += span.end - span.start
+                continue
+            if before is not None:
+                gaps_s.append((before.name, max(0.0, span.start - before.end - waited_since_stage)))
+            stage_s[span.name] = stage_s.get(span.name, 0.0) + span.end - span.start
+            before, waited_since_stage = span, 0.0
+        outside_s = period.end - period.start - waited - sum(stage_s.values())
+        return cls(stage_s, gaps_s, outside_s)

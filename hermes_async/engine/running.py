@@ -20,7 +20,8 @@ from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
-from hermes_async.pipeload.planner import LEAST_KV_TOKENS, Plan
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.planner import LEAST_KV_TOKENS
 from hermes_async.pipeload.resizing import resized
 from hermes_async.pipeload.stage import Stage
 from hermes_async.pipeload.trace import Trace

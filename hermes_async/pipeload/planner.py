@@ -7,166 +7,41 @@ keeps R of S bytes in memory reads S - R bytes each time round, and no other cho
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import product
-from typing import Protocol
 
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import ConfigError, MemoryBudgetError
+from hermes_async.pipeload.model_sizes import ModelSizes
+from hermes_async.pipeload.plan import Partitioned, Plan, num_outputs
+from hermes_async.pipeload.prediction import sweeps_of
+from hermes_async.pipeload.reasons import Reasons
+from hermes_async.pipeload.speeds import Speeds
 from hermes_async.pipeload.stage import StageLayout
+from hermes_async.pipeload.ways import NEW_TOKENS, StageSums, Way
 from hermes_async.storage.buffers import align_up
-
-_READ_OVERHEAD_BYTES = 2 * 1024 * 1024
-"""What starting one read costs, told in bytes that could have been read: a millisecond at 2 GiB/s."""
 
 LEAST_KV_TOKENS = 256
 """There is always room for the KV of one sequence so long, or as long as the context."""
 
 _SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
-_WORKSPACE_SHARE = 1 / 5
+_WORKSPACE_SHARE = 1 / 3  # of the budget, at the most
+_SEQUENCE_TOKENS = 32  # for which a sequence must have KV memory to be worth a place in a sweep
+
+_LOOKED_AT = 6  # of the best plans by the rough reckoning are simulated
+_CLOSE = 1.1  # and only those whose rough cost is within this of the best
+_WORTH_IT = 0.995  # what another agent, or smaller stages, must bring it down to
 
 
-class Partitioned(Protocol):
-    """A model cut into stages; see `hermes_async.modeling.partition.Partition`."""
-
-    @property
-    def base(self) -> StageLayout: ...
-    @property
-    def stages(self) -> tuple[StageLayout, ...]: ...
-    @property
-    def cast_bytes(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSizes:
-    """What the planner has to know of a model.
-
-    Attributes:
-        largest_layer_bytes: Of its transformer layers.
-        weight_bytes: All its weights.
-        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
-        kv_block_tokens: KV memory is given out for so many tokens at a time.
-        draft_bytes: Of a draft model, which is in memory beside the model.
-        context_length: Most tokens of a sequence, None without a limit.
-        workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
-        least_sweep_tokens: A sweep must have room for so many.
-    """
-
-    largest_layer_bytes: int
-    weight_bytes: int
-    kv_bytes_per_token: int
-    context_length: int | None
-    workspace_bytes: Callable[[int, int, int], int]
-    kv_block_tokens: int = 1
-    draft_bytes: int = 0
-    least_sweep_tokens: int = 8
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """How a budget is divided; `str(plan)` explains it.
-
-    Attributes:
-        memory_budget: Bytes.
-        partition: The stages, in the order in which they are computed.
-        resident: Which stages stay in memory, by index.
-        num_loading_agents: Stages read at once.
-        num_buffers: Of the ring.
-        slot_bytes: Of one buffer of the ring.
-        kv_bytes: Left for KV caches.
-        workspace_bytes: Set aside for activations.
-        max_tokens_per_sweep: Prompt and decode tokens packed into one sweep.
-        max_sequences: Sequences in one sweep.
-        minimum_budget: The smallest budget that this model runs in.
-    """
-
-    memory_budget: int
-    partition: Partitioned
-    resident: frozenset[int]
-    num_loading_agents: int
-    num_buffers: int
-    slot_bytes: int
-    kv_bytes: int
-    workspace_bytes: int
-    max_tokens_per_sweep: int
-    max_sequences: int
-    minimum_budget: int
-
-    @property
-    def max_outputs(self) -> int:
-        """Positions of one sweep whose logits are wanted: a token of each sequence, and as many drafted ones."""
-        return _num_outputs(self.max_tokens_per_sweep, self.max_sequences)
-
-    @property
-    def stages(self) -> tuple[StageLayout, ...]:
-        return self.partition.stages
-
-    @property
-    def ring_bytes(self) -> int:
-        return self.num_buffers * self.slot_bytes
-
-    @property
-    def resident_bytes(self) -> int:
-        """Weights that are loaded once, the base included."""
-        return self.partition.base.slot_bytes + sum(self.stages[idx].slot_bytes for idx in self.resident)
-
-    @property
-    def bytes_per_sweep(self) -> int:
-        """What every sweep reads from disk, without embedding rows."""
-        return sum(stage.read_bytes for idx, stage in enumerate(self.stages) if idx not in self.resident)
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.partition.base.weight_bytes + sum(stage.weight_bytes for stage in self.stages)
-
-    def as_dict(self) -> dict[str, int]:
-        """The figures, for JSON."""
-        return {
-            "memory_budget": self.memory_budget,
-            "minimum_budget": self.minimum_budget,
-            "weight_bytes": self.weight_bytes,
-            "num_stages": len(self.stages),
-            "num_resident_stages": len(self.resident),
-            "resident_bytes": self.resident_bytes,
-            "num_loading_agents": self.num_loading_agents,
-            "num_buffers": self.num_buffers,
-            "slot_bytes": self.slot_bytes,
-            "ring_bytes": self.ring_bytes,
-            "bytes_per_sweep": self.bytes_per_sweep,
-            "kv_bytes": self.kv_bytes,
-            "workspace_bytes": self.workspace_bytes,
-            "max_tokens_per_sweep": self.max_tokens_per_sweep,
-            "max_sequences": self.max_sequences,
-        }
-
-    def __str__(self) -> str:
-        if self.num_buffers:
-            ring = (
-                f"ring        {format_bytes(self.ring_bytes):>9}  {self.num_buffers} buffers of "
-                f"{format_bytes(self.slot_bytes)} for {self.num_loading_agents} loading agents"
-            )
-        else:
-            ring = "ring              0 B  everything is resident"
-        kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
-        return "\n".join((
-            f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
-            f"smallest that works is {format_bytes(self.minimum_budget)}",
-            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, "
-            f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
-            ring,
-            *kv,
-            f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "
-            f"{self.max_sequences} sequences a sweep",
-            f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",
-        ))  # fmt: skip
-
-
-def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSizes, config: EngineConfig) -> Plan:
+def plan(
+    budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSizes, config: EngineConfig, speeds: Speeds
+) -> Plan:
     """Chooses how to run a model in `budget` bytes.
 
     Args:
         cut: Partitions the model into stages of at most so many bytes; None for all of it in memory.
+        speeds: What reading and computing take.
 
     Raises:
         MemoryBudgetError: The budget is too small; the error has the smallest that works.
@@ -180,7 +55,7 @@ def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSize
     if config.kv_budget is not None and not sizes.kv_bytes_per_token:
         raise ConfigError(f"kv_budget={config.kv_budget}: this model does not generate, and keeps no KV caches")
     whole = cut(None)
-    choices = _Choices(budget - sizes.draft_bytes, sizes, config)
+    choices = _Choices(budget - sizes.draft_bytes, sizes, config, speeds)
     minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
     minimum += sizes.draft_bytes
     everything = choices.all_resident(whole, minimum)
@@ -199,13 +74,16 @@ def plan(budget: int, cut: Callable[[int | None], Partitioned], sizes: ModelSize
 
 
 class _Choices:
-    def __init__(self, budget: int, sizes: ModelSizes, config: EngineConfig) -> None:
+    def __init__(self, budget: int, sizes: ModelSizes, config: EngineConfig, speeds: Speeds) -> None:
         self.budget = budget
         self.sizes = sizes
         self.config = config
+        self.speeds = speeds
         context = sizes.context_length or LEAST_KV_TOKENS
         block = sizes.kv_block_tokens
         self.min_kv = align_up(-(-min(context, LEAST_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
+
+    # --- the smallest budget that works, and the one in which everything stays ---
 
     def limits(self) -> list[int]:
         """Stage sizes to consider: a whole layer, and halves of that down to where reads get too small."""
@@ -261,11 +139,10 @@ class _Choices:
         for (tokens, sequences), most in product(self._sweeps(), shares):
             workspace = self._workspace(partition, tokens, sequences, max(least, most))
             if weights + least + workspace <= self.budget:
-                return Plan(
-                    self.budget,
+                return self._plan(
                     partition,
                     frozenset(range(len(partition.stages))),
-                    num_loading_agents=self._agents()[0],
+                    num_loading_agents=self.config.num_loading_agents or 2,
                     num_buffers=0,
                     slot_bytes=0,
                     kv_bytes=min(max(least, most), self.budget - weights - workspace),
@@ -273,70 +150,146 @@ class _Choices:
                     max_tokens_per_sweep=tokens,
                     max_sequences=sequences,
                     minimum_budget=minimum,
+                    reasons=("all weights fit: they are read once, and no sweep waits for the disk",),
                 )
         return None
 
-    def best_streamed(self, cut: Callable[[int | None], Partitioned], minimum: int) -> Plan:
-        """The plan that reads the least in each sweep, the cost of starting reads counted in."""
-        best: tuple[float, Plan] | None = None
-        for limit in self.limits():
-            partition = cut(limit)
-            for agents in self._agents():
-                candidate = self._streamed(partition, agents, minimum)
-                if candidate is None:
-                    continue
-                streamed = len(candidate.stages) - len(candidate.resident)
-                cost = candidate.bytes_per_sweep + streamed * _READ_OVERHEAD_BYTES / agents
-                if best is None or cost < best[0]:
-                    best = cost, candidate
-        if best is None:
-            raise ConfigError(f"no plan fits {self.config} into {format_bytes(self.budget)}")
-        return best[1]
+    # --- streaming: every way is reckoned roughly, the best ones are simulated ---
 
-    def _streamed(self, partition: Partitioned, agents: int, minimum: int) -> Plan | None:
+    def best_streamed(self, cut: Callable[[int | None], Partitioned], minimum: int) -> Plan:
+        """The plan in which a request takes the least time.
+
+        Another agent takes a buffer, and smaller stages take more reads: both must bring half a percent.
+        """
+        limits = self._distinct(cut)
+        ways = [way for limit in limits for agents in self.agents() for way in self._ways(cut, limit, agents)]
+        best_of: dict[tuple[int, int], Way] = {}
+        for way in ways:
+            key = way.limit, way.agents
+            if key not in best_of or way.cost < best_of[key].cost:
+                best_of[key] = way
+        if not best_of:
+            raise ConfigError(f"no plan fits {self.config} into {format_bytes(self.budget)}")
+        ranked = sorted(best_of.values(), key=lambda way: way.cost)
+        close = [way for way in ranked[:_LOOKED_AT] if way.cost <= _CLOSE * ranked[0].cost]
+        looked_at = {(way.limit, way.agents): self._simulated(way, minimum) for way in close}
+        plainest, *others = sorted(looked_at, key=lambda key: (key[1], -key[0]))
+        chosen, (plan, cost) = plainest, looked_at[plainest]
+        for key in others:
+            candidate, seconds = looked_at[key]
+            if seconds < cost * _WORTH_IT:
+                chosen, plan, cost = key, candidate, seconds
+        return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, ways).of(plan))
+
+    def _distinct(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
+        """The stage sizes that make another partition than the next larger one."""
+        of_size = {
+            (len(cut(limit).stages), slot_bytes_of(cut(limit).stages)): limit for limit in reversed(self.limits())
+        }
+        return sorted(of_size.values(), reverse=True)
+
+    def _ways(self, cut: Callable[[int | None], Partitioned], limit: int, agents: int) -> Iterator[Way]:
+        """With each number of tokens that a sweep could have."""
+        partition = cut(limit)
         slot = slot_bytes_of(partition.stages)
         buffers = self._num_buffers(agents)
         fixed = partition.base.slot_bytes + buffers * slot
+        most = len(partition.stages)
+        if self.config.max_resident_layers is not None:
+            most = max(0, self.config.max_resident_layers - buffers)
         least = self._least_kv()
         shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
-        for kv, (tokens, sequences) in product(shares, self._sweeps()):
-            workspace = self._workspace(partition, tokens, sequences, kv)
-            room = self.budget - fixed - kv - workspace
-            smallest = (tokens, sequences) == self._smallest_sweep()
-            # Prompts should go in few sweeps; beyond that, resident weights are worth more.
-            if room >= 0 and (smallest or workspace <= self.budget * _WORKSPACE_SHARE):
+        sums = StageSums(partition, self.sizes, self.speeds, agents)
+        for kv in shares:
+            found = False
+            for tokens, sequences in self._sweeps(kv):
+                workspace = self._workspace(partition, tokens, sequences, kv)
+                room = self.budget - fixed - kv - workspace
+                smallest = tokens == self._smallest_sweep()[0]
+                if room < 0 or not (smallest or workspace <= self.budget * _WORKSPACE_SHARE):
+                    continue
+                if found and tokens < 2 * sequences:
+                    break  # what would leave sequences without a place is only for want of memory
+                found = True
+                yield Way(
+                    limit, partition, sums, agents, buffers, slot, tokens, sequences, kv, workspace, fixed, room, most
+                )
+                if not self.sizes.kv_bytes_per_token:
+                    break
+            if found:
                 break
-        else:
-            return None
-        most = (
-            len(partition.stages)
-            if self.config.max_resident_layers is None
-            else (self.config.max_resident_layers - buffers)
-        )
-        resident = spread(partition.stages, room, max(0, most))
-        left = room - sum(partition.stages[idx].slot_bytes for idx in resident)
+
+    def _simulated(self, way: Way, minimum: int) -> tuple[Plan, float]:
+        """The plan of a way to stream, and what it costs with one session's sweeps simulated."""
+        plan = self._streamed(way, minimum)
+        share = plan.bytes_per_sweep / max(1, way.sums.read_bytes)
+        if not self.sizes.kv_bytes_per_token:
+            return plan, sweeps_of(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0, num_sweeps=3)[-1]
+        sweep_s = sweeps_of(plan, num_tokens=1, num_outputs=1, num_sweeps=3)[-1]
+        return plan, way.cost_of(share) + 2 * (NEW_TOKENS - 1) * (sweep_s - way.sums.sweep_seconds(share, 1, 1))
+
+    def _streamed(self, way: Way, minimum: int) -> Plan:
+        partition, kv, workspace = way.partition, way.kv, way.workspace
+        resident = spread(partition.stages, way.room, way.most)
+        left = way.room - sum(partition.stages[idx].slot_bytes for idx in resident)
         # More KV can need more workspace, which is taken from what is left too.
-        grown = self._workspace(partition, tokens, sequences, kv + left)
+        grown = self._workspace(partition, way.tokens, way.sequences, kv + left)
         if not self._kv_is_fixed() and grown - workspace <= left:
             kv, workspace = kv + left - (grown - workspace), grown
+        return self._plan(
+            partition,
+            resident,
+            num_loading_agents=way.agents,
+            num_buffers=way.buffers,
+            slot_bytes=way.slot,
+            kv_bytes=kv,
+            workspace_bytes=workspace,
+            max_tokens_per_sweep=way.tokens,
+            max_sequences=way.sequences,
+            minimum_budget=minimum,
+            reasons=(),
+        )
+
+    def _plan(
+        self,
+        partition: Partitioned,
+        resident: frozenset[int],
+        *,
+        num_loading_agents: int,
+        num_buffers: int,
+        slot_bytes: int,
+        kv_bytes: int,
+        workspace_bytes: int,
+        max_tokens_per_sweep: int,
+        max_sequences: int,
+        minimum_budget: int,
+        reasons: tuple[str, ...],
+    ) -> Plan:
         return Plan(
             self.budget,
             partition,
             resident,
-            num_loading_agents=agents,
-            num_buffers=buffers,
-            slot_bytes=slot,
-            kv_bytes=kv,
-            workspace_bytes=workspace,
-            max_tokens_per_sweep=tokens,
-            max_sequences=sequences,
-            minimum_budget=minimum,
+            num_loading_agents,
+            num_buffers,
+            slot_bytes,
+            kv_bytes,
+            workspace_bytes,
+            max_tokens_per_sweep,
+            max_sequences,
+            minimum_budget,
+            self.sizes.kv_bytes_per_token,
+            frozenset(idx for idx, stage in enumerate(partition.stages) if self.sizes.is_head(stage)),
+            self.speeds,
+            reasons,
         )
 
-    def _agents(self) -> Sequence[int]:
+    # --- parts of plans ---
+
+    def agents(self) -> Sequence[int]:
+        """Numbers of loading agents to consider."""
         if self.config.num_loading_agents is not None:
             return (self.config.num_loading_agents,)
-        return (2, 1)
+        return self.speeds.num_agents or (1, 2)
 
     def _num_buffers(self, agents: int) -> int:
         """One being computed and one for each agent to fill, unless fewer layers may be in memory."""
@@ -362,22 +315,20 @@ class _Choices:
     def _smallest_sweep(self) -> tuple[int, int]:
         return self._sweeps()[-1]
 
-    def _sweeps(self) -> list[tuple[int, int]]:
-        """Tokens and sequences of a sweep to consider, largest first."""
+    def _sweeps(self, kv_bytes: int | None = None) -> list[tuple[int, int]]:
+        """Tokens and sequences of a sweep to consider, largest first; no more sequences than there is KV for."""
+        most = self.config.max_sequences
+        if kv_bytes is not None and self.sizes.kv_bytes_per_token:
+            most = min(most, max(1, kv_bytes // (_SEQUENCE_TOKENS * self.sizes.kv_bytes_per_token)))
         if self.config.max_tokens_per_sweep is not None:
-            tokens = self.config.max_tokens_per_sweep
-            return [(tokens, min(tokens, self.config.max_sequences))]
+            return [(self.config.max_tokens_per_sweep, min(self.config.max_tokens_per_sweep, most))]
         least = self.sizes.least_sweep_tokens
         choices = [*(tokens for tokens in _SWEEP_TOKENS if tokens > least), least]
-        return [(tokens, min(tokens, self.config.max_sequences)) for tokens in choices]
+        return [(tokens, min(tokens, most)) for tokens in choices]
 
     def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
-        outputs = _num_outputs(tokens, sequences)
+        outputs = num_outputs(tokens, sequences)
         return align_up(self.sizes.workspace_bytes(tokens, outputs, kv_bytes) + partition.cast_bytes)
-
-
-def _num_outputs(tokens: int, sequences: int) -> int:
-    return min(tokens, 2 * sequences)
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:

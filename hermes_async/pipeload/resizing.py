@@ -6,7 +6,8 @@ from dataclasses import replace
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import MemoryBudgetError
-from hermes_async.pipeload.planner import Plan, slot_bytes_of, spread
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.planner import slot_bytes_of, spread
 
 
 def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_bytes: int) -> Plan:
@@ -60,4 +61,5 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
         num_buffers=buffers,
         slot_bytes=slot,
         kv_bytes=kv,
+        reasons=("resized while it runs: stages, ring and workspace are those that it opened with",),
     )

@@ -52,7 +52,12 @@ class _Simulation:
     """State: the moment, loads under way with the share of each that is left, and what is read and computed so far."""
 
     def __init__(
-        self, order: Sequence[tuple[int, float, float]], tail_s: float, num_agents: int, num_buffers: int, speeds: Speeds
+        self,
+        order: Sequence[tuple[int, float, float]],
+        tail_s: float,
+        num_agents: int,
+        num_buffers: int,
+        speeds: Speeds,
     ) -> None:
         self.order = order
         self.tail_s = tail_s

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 
 _GIB = 1 << 30
@@ -38,21 +38,22 @@ class Speeds:
         handover_seconds: What each streamed stage costs beside its computation.
         source: Where the figures come from, for people.
         measured: Whether they come from this machine.
+        notes: What else was found, for people; a line each.
     """
 
-    disk: Sequence[DiskSpeed]
+    disk: tuple[DiskSpeed, ...]
     layer_seconds: Mapping[int, float]
     head_seconds: Mapping[int, float]
     sweep_seconds: Mapping[int, float]
     handover_seconds: float
     source: str
     measured: bool
-    notes: Sequence[str] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
 
     @property
     def num_agents(self) -> tuple[int, ...]:
         """The numbers of loading agents that the disk was measured with."""
-        return tuple(sorted({speed.num_agents for speed in self.disk}))
+        return tuple(sorted({speed.num_agents for speed in self.disk if speed.bytes_per_s > 0}))
 
     def compute_seconds(self, nbytes: int, head_bytes: int, num_tokens: int, num_outputs: int) -> float:
         """What a sweep computes: layers, head, and what is outside of them.
@@ -62,7 +63,11 @@ class Speeds:
         """
         layers = nbytes * at(self.layer_seconds, num_tokens)
         head = head_bytes * at(self.head_seconds, num_outputs) if num_outputs else 0.0
-        return layers + head + at(self.sweep_seconds, max(1, num_outputs))
+        return layers + head + self.outside_seconds(num_outputs)
+
+    def outside_seconds(self, num_outputs: int) -> float:
+        """What a sweep takes outside of its stages."""
+        return at(self.sweep_seconds, max(1, num_outputs))
 
     def read_seconds(self, nbytes: int, num_agents: int) -> float:
         """What one agent takes to read `nbytes` at once while so many agents read as much."""
@@ -73,17 +78,15 @@ class Speeds:
         known = self.num_agents
         right = bisect_left(known, num_agents)
         if right < len(known) and known[right] == num_agents:
-            return _points(tuple(self.disk), num_agents)
+            return _points(self.disk, num_agents)
         if right in (0, len(known)):  # fewer share the disk less well, more share the same
             nearest = known[min(right, len(known) - 1)]
-            return tuple((size, seconds * num_agents / nearest) for size, seconds in _points(tuple(self.disk), nearest))
+            return tuple((size, seconds * num_agents / nearest) for size, seconds in _points(self.disk, nearest))
         low, high = known[right - 1], known[right]
         share = (num_agents - low) / (high - low)
         return tuple(
             (size, first + share * (second - first))
-            for (size, first), (_, second) in zip(
-                _points(tuple(self.disk), low), _points(tuple(self.disk), high), strict=False
-            )
+            for (size, first), (_, second) in zip(_points(self.disk, low), _points(self.disk, high), strict=False)
         )
 
 
@@ -119,20 +122,17 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
     return max(left_y, left_y + slope * (x - left_x))
 
 
-def estimated(itemsize: int) -> Speeds:
-    """What a small machine of these years does, for when nothing was measured: 1 GiB/s from disk, a millisecond to
-    start a read, 10 GiB/s of weights for one token, and 25 billion multiplications a second.
-
-    Args:
-        itemsize: Bytes of one number of the weights.
+def estimated() -> Speeds:
+    """What a small machine of these years does, for when nothing was measured: 500 MiB/s from disk, a millisecond to
+    start a read, 10 GiB/s of weights for one token, and three times that time for 64 tokens.
     """
     sizes = (_MIB, 16 * _MIB, 256 * _MIB)
-    disk = [
-        DiskSpeed(agents, size, agents * size / (agents * size / _GIB + 1e-3))
+    disk = tuple(
+        DiskSpeed(agents, size, agents * size / (agents * size / (500 * _MIB) + 1e-3))
         for agents in (1, 2, 3, 4)
         for size in sizes
-    ]
-    by_tokens = {count: max(1 / (10 * _GIB), count / (itemsize * 25e9)) for count in (1, 2, 4, 16, 64)}
+    )
+    by_tokens = {count: times / (10 * _GIB) for count, times in ((1, 1.0), (8, 1.1), (64, 3.0), (256, 9.0))}
     return Speeds(
         disk,
         by_tokens,

@@ -16,9 +16,11 @@ from typer.testing import CliRunner
 from hermes_async import EngineConfig, MemoryBudgetError
 from hermes_async.cli import app
 from hermes_async.cli import profile as profile_module
-from hermes_async.engine import profiling
+from hermes_async.engine import machine, profiling
+from hermes_async.engine.profile import KernelProfile, Profile, StageProfile
 from hermes_async.engine.profile_store import MAX_AGE_S, load_profile, profile_file, save_profile
-from hermes_async.engine.profiling import DiskProfile, KernelProfile, Profile, StageProfile, measure
+from hermes_async.engine.profiling import measure
+from hermes_async.pipeload.speeds import DiskSpeed
 from hermes_async.storage.checkpoint import Checkpoint
 from tests.engines import one_loop
 
@@ -27,10 +29,18 @@ anyio_backend = one_loop(use_uvloop=True)
 
 PROFILE = Profile(
     memory_budget=8 << 20,
+    asked_for="8MiB",
     dtype="float32",
     created_at=time.time() - 60,
-    stages=(StageProfile("layers.0", 4096, False, 0.5, {1: 0.1, 16: 0.2}),),
-    disk=(DiskProfile(2, 1 << 20, 1e9),),
+    stages=(
+        StageProfile("layers.0", 4096, False, False, 0.5, {1: 0.1, 16: 0.2}),
+        StageProfile("head", 1024, True, True, 0.1, {1: 0.1}),
+    ),
+    layer_s={1: 2e-5, 16: 4e-5},
+    head_s={1: 1e-4},
+    sweep_s={1: 0.01},
+    handover_s=0.001,
+    disk=(DiskSpeed(2, 1 << 20, 1e9),),
     kernels=(KernelProfile("float32", "oneDNN", {1: 1e9}),),
 )
 
@@ -38,9 +48,9 @@ PROFILE = Profile(
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures as little as can be."""
-    monkeypatch.setattr(profiling, "_DISK_SECONDS", 0.0)
-    monkeypatch.setattr(profiling, "_KERNEL_SECONDS", 0.0)
-    monkeypatch.setattr(profiling, "READ_BYTES", (4096, 16384))
+    monkeypatch.setattr(machine, "_DISK_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "_KERNEL_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "READ_BYTES", (4096, 16384))
 
 
 # Measuring
@@ -55,12 +65,17 @@ async def test_every_stage_is_measured(tiny_model: Any, no_blocking: Any) -> Non
     for stage in profile.stages:
         assert stage.nbytes > 0
         assert stage.load_s > 0
-        assert stage.compute_s.keys() == {1, 16}  # the context is 64, of which one is left to generate
+        # The context is 64, of which one is left to generate; 16 tokens are a prompt's, whose head computes one output.
+        assert stage.compute_s.keys() == ({1, 4} if stage.head else {1, 4, 16})
         assert all(seconds > 0 for seconds in stage.compute_s.values())
+    assert [stage.name for stage in profile.stages if stage.head] == ["lm_head"]
+    assert profile.sweep_s.keys() == {1, 4}
+    assert profile.handover_s is not None
+    assert profile.handover_s >= 0
     assert {(disk.num_agents, disk.read_bytes) for disk in profile.disk} == {
-        (agents, size) for agents in (1, 2, 4) for size in (4096, 16384)
+        (agents, size) for agents in (1, 2, 3, 4) for size in (4096, 16384)
     }
-    assert all(disk.bytes_per_s >= 0 for disk in profile.disk)
+    assert all(disk.bytes_per_s > 0 for disk in profile.disk)
     assert [(kernel.dtype, kernel.kernel) for kernel in profile.kernels] == [
         (dtype, kernel) for dtype in ("float32", "bfloat16", "float16") for kernel in ("oneDNN", "native")
     ]
@@ -70,6 +85,20 @@ async def test_every_stage_is_measured(tiny_model: Any, no_blocking: Any) -> Non
 async def test_resident_stages_were_loaded_once_and_are_measured_too(tiny_model: Any) -> None:
     profile = await measure(tiny_model.path, "64MiB", EngineConfig())
     assert all(stage.resident and stage.load_s > 0 and stage.compute_s for stage in profile.stages)
+    assert profile.handover_s is not None  # was measured beside it
+    assert profile.layer_s.keys() >= {1, 4, 16}
+    assert profile.head_s.keys() >= {1, 4}
+
+
+async def test_where_not_all_fits_what_is_streamed_is_measured_alone(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profiling, "automatic_budget", lambda: 0)
+    profile = await measure(tiny_model.path, "8MiB", replace(tiny_model.config, max_tokens_per_sweep=None))
+    assert not all(stage.resident for stage in profile.stages)
+    assert profile.layer_s.keys() == {1, 4, 16}
+    assert profile.handover_s is not None
+    assert profile.handover_s >= 0
 
 
 async def test_a_model_of_images(tmp_path: Path) -> None:
@@ -79,6 +108,41 @@ async def test_a_model_of_images(tmp_path: Path) -> None:
     ViTModel(config).save_pretrained(tmp_path)
     profile = await measure(tmp_path, "8MiB", EngineConfig(max_resident_layers=2, num_loading_agents=1))
     assert all(stage.compute_s.keys() == {17} for stage in profile.stages)
+    assert not any(stage.head for stage in profile.stages)
+    assert profile.sweep_s.keys() == {1}
+
+
+def test_what_the_planner_makes_of_a_profile() -> None:
+    speeds = PROFILE.speeds()
+    assert speeds.measured
+    assert speeds.source == "measured here today, in a budget of 8.00 MiB"
+    assert (speeds.layer_seconds, speeds.head_seconds) == (PROFILE.layer_s, PROFILE.head_s)
+    assert (speeds.sweep_seconds, speeds.handover_seconds, speeds.disk) == ({1: 0.01}, 0.001, PROFILE.disk)
+    assert replace(PROFILE, created_at=time.time() - 3 * 86400).speeds().source.startswith("measured here 3 days ago")
+
+
+@pytest.mark.parametrize(
+    ("native", "bfloat16", "notes"),
+    [
+        (1e9, 1e9, ["kernels: oneDNN's in float32, as transformers"]),
+        (2e9, 1e9, ["kernels: oneDNN's in float32, as transformers; torch's own would be 2.0 times at 1, and round"]),
+        (
+            1e9,
+            3e9,
+            ["kernels: oneDNN's in float32, as transformers", "dtype: float32, as the checkpoint says; bfloat16"],
+        ),
+    ],
+)
+def test_kernels_are_told_of(native: float, bfloat16: float, notes: list[str]) -> None:
+    kernels = (
+        KernelProfile("float32", "oneDNN", {1: 1e9}),
+        KernelProfile("float32", "native", {1: native}),
+        KernelProfile("bfloat16", "oneDNN", {1: bfloat16}),
+    )
+    told = replace(PROFILE, kernels=kernels).speeds().notes
+    assert len(told) == len(set(told))
+    for note in notes:
+        assert any(line.startswith(note) for line in told)
 
 
 async def test_a_budget_that_is_too_small(tiny_model: Any) -> None:
@@ -102,7 +166,7 @@ def test_an_old_profile_is_not_believed(tmp_path: Path, age: float, caplog: pyte
     file = tmp_path / "profile.json"
     save_profile(file, replace(PROFILE, created_at=time.time() - age))
     assert load_profile(file) is None
-    assert "old and is measured again" in caplog.text
+    assert "old and is to be measured again" in caplog.text
 
 
 @pytest.mark.parametrize("content", ["", "no json", "[]", "{}", '{"created_at": 1e999}', b"\xff\xfe"])
@@ -112,10 +176,10 @@ def test_a_damaged_profile_is_not_believed(
     file = tmp_path / "profile.json"
     file.write_bytes(content.encode() if isinstance(content, str) else content)
     assert load_profile(file) is None
-    assert "measured again" in caplog.text
+    assert "to be measured again" in caplog.text
 
 
-@pytest.mark.parametrize("name", ["stages", "disk", "kernels", "memory_budget"])
+@pytest.mark.parametrize("name", ["stages", "disk", "kernels", "memory_budget", "layer_s", "sweep_s"])
 def test_a_profile_with_a_part_that_is_wrong_is_not_believed(
     tmp_path: Path, name: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -123,7 +187,7 @@ def test_a_profile_with_a_part_that_is_wrong_is_not_believed(
     save_profile(file, PROFILE)
     file.write_text(json.dumps(json.loads(file.read_text()) | {name: ["wrong"]}))
     assert load_profile(file) is None
-    assert "is damaged and is measured again" in caplog.text
+    assert "is damaged and is to be measured again" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written_costs_only_the_next_time(
@@ -137,12 +201,12 @@ def test_a_folder_that_cannot_be_written_costs_only_the_next_time(
 def test_what_a_profile_is_for(tiny_model: Any, long_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny, long = Checkpoint.open(tiny_model.path), Checkpoint.open(long_model.path)
     monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
-    file = profile_file(tiny, "8MiB")
+    file = profile_file(tiny)
     assert file.parent == Path("/cache/hermes-async/profiles")
-    assert file == profile_file(tiny, "8MiB")
-    assert len({file, profile_file(tiny, "9MiB"), profile_file(long, "8MiB")}) == 3
+    assert file == profile_file(tiny)
+    assert file != profile_file(long)
     monkeypatch.setattr("hermes_async.engine.profile_store.torch.__version__", "0")
-    assert profile_file(tiny, "8MiB") != file
+    assert profile_file(tiny) != file
 
 
 # The command
@@ -174,8 +238,10 @@ def test_the_command_measures_once(
         assert len(measured) == 1
         assert json.loads(run("--json", "--refresh")) != first
         assert len(measured) == 2
+        assert json.loads(run("--json", "--loading-agents", "1")) != first  # asked for otherwise
+        assert len(measured) == 3
         (file,) = (tmp_path / "hermes-async" / "profiles").iterdir()
         file.write_text("damaged")
         run()
-    assert len(measured) == 3
-    assert "is damaged and is measured again" in caplog.text
+    assert len(measured) == 4
+    assert "is damaged and is to be measured again" in caplog.text

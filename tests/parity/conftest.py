@@ -115,7 +115,10 @@ def assert_parity() -> Callable[..., None]:
                 torch.testing.assert_close(given, logprobs[top], atol=atol, rtol=0)
                 torch.testing.assert_close(given[:TOP_LOGPROBS], logprobs.topk(TOP_LOGPROBS).values, atol=atol, rtol=0)
                 if sampled.token_id != token_id:
-                    assert logprobs[token_id] - logprobs[sampled.token_id] < ties, (completion.token_ids, item.token_ids)
+                    assert logprobs[token_id] - logprobs[sampled.token_id] < ties, (
+                        completion.token_ids,
+                        item.token_ids,
+                    )
                     break
 
     return check

@@ -13,7 +13,11 @@ from hypothesis import strategies as st
 
 from hermes_async.config import EngineConfig
 from hermes_async.errors import ConfigError, MemoryBudgetError
-from hermes_async.pipeload.planner import ModelSizes, Plan, plan, spread
+from hermes_async.pipeload.model_sizes import ModelSizes
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.planner import plan, spread
+from hermes_async.pipeload.prediction import predict, sweeps_of
+from hermes_async.pipeload.speeds import estimated
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
 from hermes_async.storage.checkpoint import TensorSpec
@@ -78,7 +82,7 @@ class FakeModel:
         return FakePartition(layout("", self.base), tuple(stages), 0)
 
     def plan(self, budget: int, config: EngineConfig | None = None) -> Plan:
-        return plan(budget, lru_cache(maxsize=None)(self.cut), self.sizes, config or EngineConfig())
+        return plan(budget, lru_cache(maxsize=None)(self.cut), self.sizes, config or EngineConfig(), estimated())
 
     def minimum(self, config: EngineConfig | None = None) -> int:
         config = config or EngineConfig()
@@ -229,3 +233,47 @@ def test_kv_is_a_part_of_the_budget(budget: int) -> None:
 def test_a_draft_model_costs_its_bytes(model: FakeModel, draft_bytes: int) -> None:
     alone = replace(model, draft_bytes=0)
     assert replace(model, draft_bytes=draft_bytes).minimum() == alone.minimum() + draft_bytes
+
+
+@relaxed
+@given(models, configs, st.integers(0, 4000 * KIB), st.sampled_from([1, 3, 64]))
+def test_predictions_keep_to_what_is_possible(model: FakeModel, config: EngineConfig, more: int, count: int) -> None:
+    chosen = model.plan(model.minimum(config) + more, config)
+    prediction = predict(chosen, num_sessions=count, prompt_tokens=8, new_tokens=8)
+    assert 1 <= prediction.num_sessions <= min(count, chosen.max_sequences)
+    assert prediction.sweep_seconds >= prediction.compute_seconds * (1 - 1e-9)
+    # One after another: every read alone, and then its computation.
+    slowest = prediction.compute_seconds + chosen.num_loading_agents * prediction.read_seconds
+    assert prediction.sweep_seconds <= slowest * (1 + 1e-9)
+    assert prediction.first_token_seconds > 0
+    assert prediction.tokens_per_second == prediction.num_sessions / prediction.sweep_seconds
+    if prediction.num_sessions > 1:  # one is always let in, and may take more than it is expected to
+        assert prediction.peak_bytes + model.draft_bytes <= chosen.memory_budget
+
+
+@relaxed
+@given(models, st.integers(0, 6000 * KIB), st.sampled_from([2, 4, 6]))
+def test_a_plan_is_not_worse_than_the_paper_s_modes(model: FakeModel, more: int, agents: int) -> None:
+    budget = model.minimum() + more
+    try:
+        fixed = model.plan(budget, EngineConfig(num_loading_agents=agents, max_resident_layers=agents + 1))
+    except MemoryBudgetError:
+        return
+    chosen, theirs = (
+        sweeps_of(plan, num_tokens=1, num_outputs=1, num_sweeps=4)[-1] for plan in (model.plan(budget), fixed)
+    )
+    assert chosen <= 1.03 * theirs
+
+
+def test_reasons_tell_of_what_was_left_out() -> None:
+    model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
+    reasons = model.plan(4000 * KIB).reasons
+    assert any(reason.startswith("stages of up to ") for reason in reasons)
+    assert any("left out" in reason or "no memory for more" in reason for reason in reasons)
+    assert any(reason.startswith("KV caches: a tenth") for reason in reasons)
+    asked = model.plan(
+        4000 * KIB, EngineConfig(num_loading_agents=1, kv_budget="64KiB", max_tokens_per_sweep=32)
+    ).reasons
+    assert "1 loading agent, as asked for" in asked
+    assert "32 tokens a sweep, as asked for" in asked
+    assert "KV caches: as kv_budget asks for" in asked

@@ -1,0 +1,247 @@
+"""Whether plans do what they predict, whether the paper's fixed modes would do better, and how little memory is enough.
+
+    python -m benchmarks.planner [--models llama,gpt2,bert] [--budgets 0.05,0.2,0.6,1.3] [--sessions 1,8] [--limit 500]
+
+Each model is profiled first, with the disk held as in the measurements. Then, in every budget (a share of the weights),
+an engine says what it predicts and is measured: seconds a sweep, first token in an idle engine, memory. Of the sessions
+as many run as there is KV memory for. Beside it run the paper's PIPELOAD modes in the same budget: whole layers, 2, 4
+and 6 loading agents, every layer freed. No sweep can take less than max(what it must read over the disk's rate,
+compute); its share of that is printed too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import anyio
+import torch
+
+from benchmarks import paper_checkpoints
+from benchmarks.checkpoints import llama_config, random_checkpoint
+from benchmarks.disk import limited_disk
+from benchmarks.paper_modes import measure_disk, weight_bytes
+from benchmarks.processes import preload, run_alone
+from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams, format_bytes
+from hermes_async.engine.profile_store import profile_file, save_profile
+from hermes_async.engine.profiling import measure
+from hermes_async.pipeload.prediction import predict
+from hermes_async.storage.checkpoint import Checkpoint
+
+MIB = 2**20
+_PROMPT_TOKENS = 64
+_NEW_TOKENS = 12
+_TEXT_TOKENS = 128
+_SWEEPS = 6  # that are measured of each
+_RING_SECONDS = 0.5  # in which an idle engine's ring is full again
+_FIXED = (2, 4, 6)  # loading agents of the paper's modes
+_PROFILED_IN = 0.5  # of the weights, so that some stages stream and some stay
+
+_CONFIG = EngineConfig(prompt_lookup=False, share_prefixes=False)  # which use what is left
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.planner", description=__doc__.splitlines()[0])
+    parser.add_argument("--models", default="llama,gpt2,bert", help="which models (default all)")
+    parser.add_argument("--budgets", default="0.05,0.2,0.6,1.3", help="shares of the weights")
+    parser.add_argument("--sessions", default="1,8", help="sessions (texts, of bert) at once")
+    parser.add_argument("--size", type=float, default=3.0, help="GiB of llama's weights (default 3)")
+    parser.add_argument(
+        "--limit", type=int, default=500, help="MiB/s that the disk is held at (default 500; 0: not held)"
+    )
+    parser.add_argument("--folder", type=Path, default=None, help="where to make checkpoints: the disk to measure")
+    args = parser.parse_args()
+    budgets = [float(share) for share in args.budgets.split(",")]
+    sessions = [int(count) for count in args.sessions.split(",")]
+    preload("benchmarks.paper_modes", "hermes_async.engine.profiling")
+    results = {}
+    with tempfile.TemporaryDirectory(prefix="hermes-benchmark-") as cache:
+        os.environ["XDG_CACHE_HOME"] = cache  # nothing that was measured before, and nothing is left
+        for name in args.models.split(","):
+            with _checkpoint(name, args.size, args.folder) as path:
+                results[name] = evaluate(name, path, budgets, sessions, args.limit)
+    _summarize(results)
+    print(json.dumps(results))
+
+
+def _checkpoint(name: str, size: float, folder: Path | None) -> AbstractContextManager[Path]:
+    if name == "llama":
+        return random_checkpoint(llama_config(int(size * 2**30), torch.bfloat16), torch.bfloat16, folder)
+    return paper_checkpoints.checkpoint(name, folder)
+
+
+def evaluate(name: str, path: Path, budgets: list[float], sessions: list[int], limit: int) -> Record:
+    weights = weight_bytes(path)
+    profile = run_alone(run_profile, path, int(weights * _PROFILED_IN), limit)
+    held = f"held at {limit} MiB/s" if limit else "not held"
+    print(f"\n{name}: {format_bytes(weights)}, disk {held}; profiled in {profile['seconds']:.0f} s", flush=True)
+    records: Record = {"weight_bytes": weights, "budgets": {}}
+    for share in budgets:
+        budget = int(weights * share)
+        disk = run_alone(run_disk, path, limit)["bytes_per_s"]
+        record = run_alone(run_plan, path, budget, sessions, limit)
+        records["budgets"][share] = record
+        if "refused" in record:
+            print(f"  {share:.0%}: {record['refused']}", flush=True)
+            continue
+        record["disk_bytes_per_s"] = statistics.mean([disk, run_alone(run_disk, path, limit)["bytes_per_s"]])
+        record["fixed"] = {agents: run_alone(run_fixed, path, budget, agents, limit) for agents in _FIXED}
+        # Once more, after the others: the machine may have changed.
+        again = run_alone(run_plan, path, budget, sessions[:1], limit)["sessions"][sessions[0]]["sweep_s"]
+        record["sweep_s"] = statistics.mean([again, record["sessions"][sessions[0]]["sweep_s"]])
+        for line in _lines(share, budget, record):
+            print(f"  {line}", flush=True)
+    return records
+
+
+def _lines(share: float, budget: int, record: Record) -> list[str]:
+    lines = []
+    for figures in record["sessions"].values():
+        predicted = figures["predicted"]
+        limit_s = max(record["bytes_per_sweep"] / record["disk_bytes_per_s"], predicted["compute_seconds"])
+        figures["share_of_limit"] = limit_s / figures["sweep_s"]
+        figures["off"] = predicted["sweep_seconds"] / figures["sweep_s"] - 1
+        figures["first_token_off"] = predicted["first_token_seconds"] / figures["first_token_s"] - 1
+        figures["peak_off"] = predicted["peak_bytes"] / figures["peak_bytes"] - 1
+        lines.append(
+            f"{share:4.0%} ({format_bytes(budget)}), {predicted['num_sessions']} at once: a sweep "
+            f"{figures['sweep_s']:.3f} s, predicted {predicted['sweep_seconds']:.3f} ({figures['off']:+.1%}), "
+            f"{figures['share_of_limit']:.2f} of the limit; first token {figures['first_token_s']:.3f} s, predicted "
+            f"{predicted['first_token_seconds']:.3f} ({figures['first_token_off']:+.1%}); memory "
+            f"{format_bytes(figures['peak_bytes'])}, predicted {figures['peak_off']:+.1%}"
+        )
+    fixed = {agents: run["sweep_s"] for agents, run in record["fixed"].items() if "refused" not in run}
+    if fixed:
+        best = min(fixed, key=lambda agents: fixed[agents])
+        record["of_best_fixed"] = record["sweep_s"] / fixed[best]
+        lines.append(
+            f"{share:4.0%}: the best fixed mode, {best} agents, takes {fixed[best]:.3f} s a sweep; the plan takes "
+            f"{record['of_best_fixed']:.2f} of that"
+        )
+    else:
+        lines.append(f"{share:4.0%}: no fixed mode fits")
+    return lines
+
+
+def _summarize(results: dict[str, Record]) -> None:
+    runs = [run for model in results.values() for run in model["budgets"].values() if "refused" not in run]
+    figures = [one for run in runs for one in run["sessions"].values()]
+    print(f"\n{len(figures)} combinations of model, budget and sessions; within 15 % of what was predicted:")
+    for key, what in (("off", "seconds a sweep"), ("first_token_off", "first token"), ("peak_off", "memory")):
+        within = sum(abs(one[key]) <= 0.15 for one in figures)
+        worst = max((one[key] for one in figures), key=abs)
+        print(f"  {what:16} {within} of {len(figures)}, the farthest off by {worst:+.1%}")
+    beside = [run["of_best_fixed"] for run in runs if "of_best_fixed" in run]
+    if beside:
+        print(
+            f"  beside the best fixed mode a sweep takes at most {max(beside):.2f} of its time (at most 1.03 is asked)"
+        )
+
+
+# --- in processes of their own ---
+
+
+def run_profile(path: Path, budget: int, limit: int) -> Record:
+    with limited_disk(path, limit * MIB or None):
+        started = time.perf_counter()
+        profile = anyio.run(measure, path, budget, EngineConfig(), backend_options={"use_uvloop": True})
+        save_profile(profile_file(Checkpoint.open(path)), profile)
+        return {"seconds": time.perf_counter() - started}
+
+
+def run_disk(path: Path, limit: int) -> Record:
+    with limited_disk(path, limit * MIB or None):
+        return measure_disk(path)
+
+
+def run_plan(path: Path, budget: int, sessions: list[int], limit: int) -> Record:
+    with limited_disk(path, limit * MIB or None):
+        return anyio.run(_run_plan, path, budget, sessions, _CONFIG, backend_options={"use_uvloop": True})
+
+
+def run_fixed(path: Path, budget: int, agents: int, limit: int) -> Record:
+    config = replace(_CONFIG, num_loading_agents=agents, max_resident_layers=agents + 1)
+    with limited_disk(path, limit * MIB or None):
+        record = anyio.run(_run_plan, path, budget, [1], config, backend_options={"use_uvloop": True})
+    return record if "refused" in record else {"sweep_s": record["sessions"][1]["sweep_s"]}
+
+
+async def _run_plan(path: Path, budget: int, sessions: list[int], config: EngineConfig) -> Record:
+    try:
+        async with Engine(path, memory_budget=budget, config=config) as engine:
+            plan = engine.plan
+            record: Record = {"bytes_per_sweep": plan.bytes_per_sweep, "plan": plan.as_dict(), "sessions": {}}
+            measure_engine = _measure_decoding if plan.kv_bytes_per_token else _measure_forward
+            tokens = _PROMPT_TOKENS if plan.kv_bytes_per_token else _TEXT_TOKENS
+            for count in sessions:
+                predicted = predict(plan, num_sessions=count, prompt_tokens=tokens, new_tokens=_NEW_TOKENS)
+                figures = await measure_engine(engine, predicted.num_sessions)
+                figures["predicted"] = {name: getattr(predicted, name) for name in predicted.__slots__}
+                figures["peak_bytes"] = engine.statistics().peak_bytes_in_use
+                record["sessions"][count] = figures
+            return record
+    except MemoryBudgetError as error:
+        return {"refused": str(error)}
+
+
+async def _measure_decoding(engine: Engine, count: int) -> Record:
+    params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
+    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    generator = torch.Generator().manual_seed(count)
+
+    def prompt() -> list[int]:
+        return torch.randint(10, 20_000, (_PROMPT_TOKENS,), generator=generator).tolist()
+
+    first_token_s = []
+    for _ in range(4 if count == 1 else 2):  # the first fills the ring
+        started = time.perf_counter()
+        await engine.complete(prompt(), one)
+        first_token_s.append(time.perf_counter() - started)
+        await anyio.sleep(_RING_SECONDS)
+    moments: list[list[float]] = [[] for _ in range(count)]
+
+    async def session(idx: int) -> None:
+        async for _ in engine.generate(prompt(), params):
+            moments[idx].append(time.perf_counter())
+
+    async with anyio.create_task_group() as tasks:
+        for idx in range(count):
+            tasks.start_soon(session, idx)
+    # While all of them decode: after the last one's first token, before the first one's last.
+    started, ended = max(own[0] for own in moments), min(own[-1] for own in moments)
+    gaps = [after - before for before, after in pairwise(moments[0]) if started <= before and after <= ended]
+    return {"sweep_s": statistics.median(gaps), "first_token_s": statistics.median(first_token_s[1:])}
+
+
+async def _measure_forward(engine: Engine, count: int) -> Record:
+    async def forward() -> None:
+        await engine.forward(input_ids=torch.randint(10, 20_000, (1, _TEXT_TOKENS)))
+
+    first_token_s, sweeps_s = [], []
+    for _ in range(4):
+        started = time.perf_counter()
+        await forward()
+        first_token_s.append(time.perf_counter() - started)
+        await anyio.sleep(_RING_SECONDS)
+    for _ in range(_SWEEPS):
+        started = time.perf_counter()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(forward)
+        sweeps_s.append(time.perf_counter() - started)
+    return {"sweep_s": statistics.median(sweeps_s[1:]), "first_token_s": statistics.median(first_token_s[1:])}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,48 @@
+"""Measurements in processes of their own, that have imported everything before and find nothing in the page cache."""
+
+from __future__ import annotations
+
+import multiprocessing
+import subprocess
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+_DROP_CACHES = Path("/proc/sys/vm/drop_caches")
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def preload(*modules: str) -> None:
+    """Names what every process has imported already; before the first one is started."""
+    _CONTEXT.set_forkserver_preload(list(modules))
+
+
+def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Drops the page cache, and returns what `measure(*args)` returns in a process of its own.
+
+    Raises:
+        SystemExit: The cache cannot be dropped (only root may), or the measurement failed.
+    """
+    subprocess.run(["sync"], check=True)
+    try:
+        _DROP_CACHES.write_text("3")
+    except OSError as error:
+        raise SystemExit(
+            f"the page cache cannot be dropped ({error}), and every figure would be wrong; be root"
+        ) from error
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_send, args=(send, measure, args))
+    process.start()
+    send.close()
+    try:
+        record: dict[str, Any] = receive.recv()
+    except EOFError:
+        raise SystemExit(f"{measure.__name__}{args}: the measurement failed") from None
+    finally:
+        process.join()
+    return record
+
+
+def _send(send: Connection, measure: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
+    send.send(measure(*args))

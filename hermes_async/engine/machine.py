@@ -1,0 +1,132 @@
+"""What the machine gives, measured alone: the disk by agents and read size, kernels by dtype and tokens."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import anyio
+import anyio.to_thread
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hermes_async.engine.profile import KernelProfile
+from hermes_async.modeling.skeleton import layers_of
+from hermes_async.pipeload.pipeline import ungrouped
+from hermes_async.pipeload.speeds import DiskSpeed
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+
+KERNEL_TOKENS = (1, 4, 16, 64, 256)
+AGENTS = (1, 2, 3, 4)
+READ_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
+_DISK_SECONDS = 0.5  # that each pair of agents and read size is measured for
+_KERNEL_SECONDS = 0.1
+_MAX_KERNEL_NUMBERS = 8 << 20  # of the matrix that kernels are measured with
+
+
+async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[DiskSpeed, ...]:
+    """Reads the checkpoint's largest shard with so many agents, so much at once."""
+    file, size = await anyio.to_thread.run_sync(_largest_shard, checkpoint)
+    profiles = []
+    for num_agents in AGENTS:
+        for read_bytes in READ_BYTES:
+            if num_agents * read_bytes <= size:
+                rate = await _disk_rate(file, size, num_agents, read_bytes, direct=direct)
+                profiles.append(DiskSpeed(num_agents, read_bytes, rate))
+    return tuple(profiles)
+
+
+def _largest_shard(checkpoint: Checkpoint) -> tuple[Path, int]:
+    sizes = {file: align_down(file.stat().st_size) for file in {spec.file for spec in checkpoint.tensors.values()}}
+    file = max(sizes, key=lambda file: sizes[file])
+    return file, sizes[file]
+
+
+async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *, direct: bool) -> float:
+    read = ReadStatistics()
+    async with AsyncExitStack() as exits:
+        executor = ThreadPoolExecutor(num_agents, "hermes-profiler")
+
+        async def shutdown() -> None:
+            await anyio.to_thread.run_sync(executor.shutdown)
+
+        exits.push_async_callback(shutdown)
+        offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
+        started = time.perf_counter()
+
+        async def agent(reader: Reader, buffer: Buffer) -> None:
+            await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
+            while time.perf_counter() < started + _DISK_SECONDS:
+                await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
+
+        agents = []
+        for _ in range(num_agents):
+            buffer = Buffer(read_bytes + ALIGNMENT)
+            exits.callback(buffer.close)
+            reader = await exits.enter_async_context(Reader(executor, read, direct=direct))
+            await reader.open([file])
+            # The first read of a buffer also waits for its pages.
+            await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
+            agents.append((reader, buffer))
+        before, started = read.bytes_read, time.perf_counter()
+        with ungrouped():
+            async with anyio.create_task_group() as group:
+                for reader, buffer in agents:
+                    group.start_soon(agent, reader, buffer)
+        return (read.bytes_read - before) / (time.perf_counter() - started)
+
+
+def widest_matrix(model: nn.Module) -> tuple[int, int]:
+    """Rows and columns of the largest matrix of a layer, with fewer rows where it would take much memory."""
+    matrices = [
+        (parameter.shape[0], parameter.shape[1])
+        for layer in layers_of(model) or [model]
+        for parameter in layer.parameters()
+        if parameter.dim() == 2
+    ]
+    rows, columns = max(matrices, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
+    return max(1, min(rows, _MAX_KERNEL_NUMBERS // columns)), columns
+
+
+def measure_kernels(shape: tuple[int, int]) -> tuple[KernelProfile, ...]:
+    """Multiplies a matrix of `shape` in each dtype, with oneDNN and without; for a worker thread."""
+    profiles = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        weight = torch.randn(shape).to(dtype)
+        for kernel in ("oneDNN", "native"):
+            with torch.inference_mode(), _one_dnn(kernel == "oneDNN"):
+                rates = {count: _kernel_rate(weight, count) for count in KERNEL_TOKENS}
+            profiles.append(KernelProfile(str(dtype).removeprefix("torch."), kernel, rates))
+    return tuple(profiles)
+
+
+@contextmanager
+def _one_dnn(enabled: bool) -> Iterator[None]:
+    """Process-wide. As `torch.backends.mkldnn.flags`, which also asks for settings of other devices, and warns."""
+    torch_c: Any = torch._C
+    before = torch_c._get_mkldnn_enabled()
+    torch_c._set_mkldnn_enabled(enabled)
+    try:
+        yield
+    finally:
+        torch_c._set_mkldnn_enabled(before)
+
+
+def _kernel_rate(weight: torch.Tensor, num_tokens: int) -> float:
+    inputs = torch.randn(num_tokens, weight.shape[1]).to(weight.dtype)
+    F.linear(inputs, weight)
+    seconds: list[float] = []
+    while not seconds or sum(seconds) < _KERNEL_SECONDS:
+        started = time.perf_counter()
+        F.linear(inputs, weight)
+        seconds.append(time.perf_counter() - started)
+    return 2 * num_tokens * weight.numel() / statistics.median(seconds)

@@ -1,0 +1,38 @@
+"""What the planner has to know of a model: bytes, and bounds by tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from hermes_async.pipeload.stage import StageLayout
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSizes:
+    """What the planner has to know of a model.
+
+    Attributes:
+        largest_layer_bytes: Of its transformer layers.
+        weight_bytes: All its weights.
+        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
+        kv_block_tokens: KV memory is given out for so many tokens at a time.
+        draft_bytes: Of a draft model, which is in memory beside the model.
+        context_length: Most tokens of a sequence, None without a limit.
+        workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
+        least_sweep_tokens: A sweep must have room for so many.
+        head_name: The module that makes logits; what is under it computes only the positions that are wanted.
+    """
+
+    largest_layer_bytes: int
+    weight_bytes: int
+    kv_bytes_per_token: int
+    context_length: int | None
+    workspace_bytes: Callable[[int, int, int], int]
+    kv_block_tokens: int = 1
+    draft_bytes: int = 0
+    least_sweep_tokens: int = 8
+    head_name: str = ""
+
+    def is_head(self, stage: StageLayout) -> bool:
+        return bool(self.head_name) and (stage.name + ".").startswith(self.head_name + ".")

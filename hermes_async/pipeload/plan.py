@@ -1,0 +1,137 @@
+"""A plan: how a budget is divided between resident stages, the ring, KV caches and workspace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from hermes_async.config import format_bytes
+from hermes_async.pipeload.speeds import Speeds
+from hermes_async.pipeload.stage import StageLayout
+
+
+class Partitioned(Protocol):
+    """A model cut into stages; see `hermes_async.modeling.partition.Partition`."""
+
+    @property
+    def base(self) -> StageLayout: ...
+    @property
+    def stages(self) -> tuple[StageLayout, ...]: ...
+    @property
+    def cast_bytes(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How a budget is divided; `str(plan)` explains it.
+
+    Attributes:
+        memory_budget: Bytes.
+        partition: The stages, in the order in which they are computed.
+        resident: Which stages stay in memory, by index.
+        num_loading_agents: Stages read at once.
+        num_buffers: Of the ring.
+        slot_bytes: Of one buffer of the ring.
+        kv_bytes: Left for KV caches.
+        workspace_bytes: Set aside for activations.
+        max_tokens_per_sweep: Prompt and decode tokens packed into one sweep.
+        max_sequences: Sequences in one sweep.
+        minimum_budget: The smallest budget that this model runs in.
+        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
+        head: Which stages are the output head or a part of it, by index.
+        speeds: What the planner took reading and computing to take.
+        reasons: Why it chose as it did, a line each.
+    """
+
+    memory_budget: int
+    partition: Partitioned
+    resident: frozenset[int]
+    num_loading_agents: int
+    num_buffers: int
+    slot_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    max_tokens_per_sweep: int
+    max_sequences: int
+    minimum_budget: int
+    kv_bytes_per_token: int
+    head: frozenset[int]
+    speeds: Speeds
+    reasons: tuple[str, ...] = ()
+
+    @property
+    def max_outputs(self) -> int:
+        """Positions of one sweep whose logits are wanted: a token of each sequence, and as many drafted ones."""
+        return num_outputs(self.max_tokens_per_sweep, self.max_sequences)
+
+    @property
+    def stages(self) -> tuple[StageLayout, ...]:
+        return self.partition.stages
+
+    @property
+    def ring_bytes(self) -> int:
+        return self.num_buffers * self.slot_bytes
+
+    @property
+    def resident_bytes(self) -> int:
+        """Weights that are loaded once, the base included."""
+        return self.partition.base.slot_bytes + sum(self.stages[idx].slot_bytes for idx in self.resident)
+
+    @property
+    def bytes_per_sweep(self) -> int:
+        """What every sweep reads from disk, without embedding rows."""
+        return sum(stage.read_bytes for idx, stage in enumerate(self.stages) if idx not in self.resident)
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.partition.base.weight_bytes + sum(stage.weight_bytes for stage in self.stages)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The figures, for JSON."""
+        return {
+            "memory_budget": self.memory_budget,
+            "minimum_budget": self.minimum_budget,
+            "weight_bytes": self.weight_bytes,
+            "num_stages": len(self.stages),
+            "num_resident_stages": len(self.resident),
+            "resident_bytes": self.resident_bytes,
+            "num_loading_agents": self.num_loading_agents,
+            "num_buffers": self.num_buffers,
+            "slot_bytes": self.slot_bytes,
+            "ring_bytes": self.ring_bytes,
+            "bytes_per_sweep": self.bytes_per_sweep,
+            "kv_bytes": self.kv_bytes,
+            "workspace_bytes": self.workspace_bytes,
+            "max_tokens_per_sweep": self.max_tokens_per_sweep,
+            "max_sequences": self.max_sequences,
+            "speeds": self.speeds.source,
+            "reasons": list(self.reasons),
+        }
+
+    def __str__(self) -> str:
+        if self.num_buffers:
+            agents = f"{self.num_loading_agents} loading agent{'s' if self.num_loading_agents > 1 else ''}"
+            ring = (
+                f"ring        {format_bytes(self.ring_bytes):>9}  {self.num_buffers} buffers of "
+                f"{format_bytes(self.slot_bytes)} for {agents}"
+            )
+        else:
+            ring = "ring              0 B  everything is resident"
+        kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
+        return "\n".join((
+            f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
+            f"smallest that works is {format_bytes(self.minimum_budget)}",
+            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, "
+            f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
+            ring,
+            *kv,
+            f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "
+            f"{self.max_sequences} sequences a sweep",
+            f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",
+            *(f"because     {reason}" for reason in self.reasons),
+        ))  # fmt: skip
+
+
+def num_outputs(tokens: int, sequences: int) -> int:
+    """Positions of one sweep whose logits may be wanted."""
+    return min(tokens, 2 * sequences)

@@ -1,0 +1,103 @@
+"""Why a plan is as it is: a line for each choice, with what the nearest others would have given."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from hermes_async.config import EngineConfig, format_bytes
+from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.ways import Way
+
+
+class Reasons:
+    """What to say of one way to stream.
+
+    Args:
+        chosen: The way.
+        best_of: The best way with each stage size and number of agents.
+        ways: All that were reckoned.
+    """
+
+    def __init__(
+        self, config: EngineConfig, chosen: Way, best_of: Mapping[tuple[int, int], Way], ways: Sequence[Way]
+    ) -> None:
+        self._config = config
+        self._way = chosen
+        self._best_of = best_of
+        self._ways = ways
+
+    def of(self, plan: Plan) -> tuple[str, ...]:
+        lines = [self._stages(), self._agents(), self._resident(plan)]
+        if plan.kv_bytes_per_token:
+            asked = self._config.kv_budget is not None
+            kv = "as kv_budget asks for" if asked else "a tenth of the budget, and what no stage fits into"
+            lines += [f"KV caches: {kv}", self._tokens()]
+        else:
+            lines.append(f"{self._way.tokens} tokens a sweep: the most whose activations fit in a third of the budget")
+        return (*lines, *plan.speeds.notes)
+
+    def _stages(self) -> str:
+        way, size = self._way, f"stages of up to {format_bytes(self._way.slot)}"
+        if self._config.max_resident_layers is not None:
+            return f"{size}: whole layers, as max_resident_layers={self._config.max_resident_layers} asks for"
+        limits = sorted({limit for limit, agents in self._best_of if agents == way.agents}, reverse=True)
+        place = limits.index(way.limit)
+        others = []
+        for name, idx in (("larger", place - 1), ("smaller", place + 1)):
+            if 0 <= idx < len(limits):
+                other = self._best_of[limits[idx], way.agents]
+                others.append(f"{name} ones ({format_bytes(other.slot)}) {_change(way, other)}")
+        return f"{size}: {', '.join(others) or 'no other size works'}"
+
+    def _agents(self) -> str:
+        way, name = self._way, f"{self._way.agents} loading agent{'s' if self._way.agents > 1 else ''}"
+        if self._config.num_loading_agents is not None:
+            return f"{name}, as asked for"
+        fewer = [agents for limit, agents in self._best_of if limit == way.limit and agents < way.agents]
+        more = [agents for limit, agents in self._best_of if limit == way.limit and agents > way.agents]
+        parts = []
+        if fewer:
+            parts.append(f"{max(fewer)} {_change(way, self._best_of[way.limit, max(fewer)])}")
+        if more:
+            other = self._best_of[way.limit, min(more)]
+            cost = format_bytes((other.buffers - way.buffers) * way.slot)
+            parts.append(f"{min(more)} {_change(way, other)}, and cost {cost}: left out")
+        else:
+            parts.append("more were not measured, or there is no memory for their buffers")
+        return f"{name}: {'; '.join(parts)}"
+
+    def _resident(self, plan: Plan) -> str:
+        streamed = len(plan.stages) - len(plan.resident)
+        if self._config.max_resident_layers is not None:
+            return f"{len(plan.resident)} resident stages, as max_resident_layers asks for; {streamed} are streamed"
+        return (
+            f"{len(plan.resident)} resident stages, spread over the depth: what ring, KV and workspace leave; "
+            f"{streamed} are streamed"
+        )
+
+    def _tokens(self) -> str:
+        way, name = self._way, f"{self._way.tokens} tokens a sweep"
+        if self._config.max_tokens_per_sweep is not None:
+            return f"{name}, as asked for"
+        same = [other for other in self._ways if (other.limit, other.agents) == (way.limit, way.agents)]
+        fewer = [other for other in same if other.tokens < way.tokens]
+        more = [other for other in same if other.tokens > way.tokens]
+        parts = []
+        if fewer:
+            less = max(fewer, key=lambda other: other.tokens)
+            parts.append(f"{less.tokens} {_change(way, less)}")
+        if more:
+            larger = min(more, key=lambda other: other.tokens)
+            taken = format_bytes(larger.workspace - way.workspace)
+            parts.append(f"{larger.tokens} {_change(way, larger)}, with {taken} less for weights")
+        else:
+            parts.append("activations of more would take over a third of the budget")
+        return f"{name}: {'; '.join(parts)}"
+
+
+def _change(chosen: Way, other: Way) -> str:
+    """How another choice compares, in words."""
+    percent = 100 * (other.cost / chosen.cost - 1) if chosen.cost else 0.0
+    if abs(percent) < 0.05:
+        return "would take as long"
+    return f"would take {abs(percent):.1f} % {'longer' if percent > 0 else 'less'}"

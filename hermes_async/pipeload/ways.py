@@ -1,0 +1,96 @@
+"""Ways to stream a model, and a rough reckoning of what each costs: max(read, compute), sweep by sweep."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+
+from hermes_async.pipeload.model_sizes import ModelSizes
+from hermes_async.pipeload.plan import Partitioned
+from hermes_async.pipeload.speeds import Speeds
+
+# What a plan is chosen by: the time that one session takes, and that which as many as there is KV for take together.
+_PROMPT_TOKENS = 64
+NEW_TOKENS = 64
+
+
+class StageSums:
+    """What all stages of a partition take together, if none were resident."""
+
+    def __init__(self, partition: Partitioned, sizes: ModelSizes, speeds: Speeds, agents: int) -> None:
+        self._partition, self._agents = partition, agents
+        self.sizes, self.speeds = sizes, speeds
+        self.num_stages = len(partition.stages)
+        self.slot_bytes = sum(stage.slot_bytes for stage in partition.stages)
+        self.read_bytes = sum(stage.read_bytes for stage in partition.stages)
+        self.head_bytes = sum(stage.read_bytes for stage in partition.stages if sizes.is_head(stage))
+
+    @cached_property
+    def read_s(self) -> float:
+        counts: dict[int, int] = {}
+        for stage in self._partition.stages:
+            counts[stage.read_bytes] = counts.get(stage.read_bytes, 0) + 1
+        seconds = sum(count * self.speeds.read_seconds(size, self._agents) for size, count in counts.items())
+        return seconds / self._agents
+
+    def sweep_seconds(self, share: float, num_tokens: int, num_outputs: int) -> float:
+        """A sweep that streams so great a share of the weights: whatever takes longer, reading or computing."""
+        layers = self.read_bytes - self.head_bytes
+        compute_s = self.speeds.compute_seconds(layers, self.head_bytes, num_tokens, num_outputs)
+        return max(share * self.read_s, compute_s + share * self.num_stages * self.speeds.handover_seconds)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to stream a model: how it is cut, how many agents read, and how much goes into a sweep.
+
+    Attributes:
+        limit: Bytes of a stage at the most.
+        sums: What all its stages take.
+        agents: Loading agents.
+        buffers: Of the ring, `slot` bytes each.
+        tokens: Of a sweep at the most, of `sequences`.
+        kv: Bytes for KV caches.
+        workspace: Bytes for activations.
+        room: Bytes for resident stages.
+        fixed: Bytes of what always stays, and of the ring.
+        most: Stages that may be resident.
+    """
+
+    limit: int
+    partition: Partitioned
+    sums: StageSums
+    agents: int
+    buffers: int
+    slot: int
+    tokens: int
+    sequences: int
+    kv: int
+    workspace: int
+    fixed: int
+    room: int
+    most: int
+
+    @cached_property
+    def cost(self) -> float:
+        """What sessions would take, in seconds."""
+        share = 1 - min(self.room, self.most * self.slot) / max(1, self.sums.slot_bytes)
+        return self.cost_of(max(0.0, share))
+
+    def cost_of(self, share: float) -> float:
+        """The same, if so great a share of the weights is streamed.
+
+        What one session takes, and what all of them take together; without generating, one sweep.
+        """
+        sizes = self.sums.sizes
+        if not sizes.kv_bytes_per_token:
+            return self.sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
+        prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
+        total = 0.0
+        for num_sessions in (1, self.sequences):
+            whole, rest = divmod(num_sessions * prompt_tokens, self.tokens)
+            sweeps = [(whole, self.tokens), (1 if rest else 0, rest), (NEW_TOKENS - 1, num_sessions)]
+            for num_sweeps, num_tokens in sweeps:
+                total += num_sweeps * self.sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
+        return total
