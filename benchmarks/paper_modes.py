@@ -116,7 +116,9 @@ def _baseline(path: Path, inputs: Inputs) -> Record:
     model = _empty_model(path)
     groups = layer_groups(model)
     _load_groups(model, path, len(groups), lambda idx: None)
-    return _finish(model, inputs, started) | {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
+    load_s = time.perf_counter() - started
+    memory = {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
+    return _finish(model, inputs, started) | memory | {"load_s": load_s}
 
 
 def _pipeswitch(path: Path, inputs: Inputs) -> Record:

@@ -31,8 +31,19 @@ def heading(name: str, limit: str, result: Figures) -> str:
     )
 
 
+def _deserialising(result: Figures) -> str:
+    loader = result["deserialising"]
+    return (
+        f"PipeSwitch's own loader, which deserialises, takes {loader['load_s']:.2f} s for all layers: with it, "
+        f"overlapping can win {loader['ceiling']:.2f} at the most over loading first"
+    )
+
+
 def lines(name: str, limit: str, result: Figures) -> list[str]:
-    return [heading(name, limit, result), *(_line(mode, figures) for mode, figures in result["modes"].items())]
+    head = [heading(name, limit, result)]
+    if "deserialising" in result:
+        head.append(f"  {_deserialising(result)}")
+    return [*head, *(_line(mode, figures) for mode, figures in result["modes"].items())]
 
 
 def _line(mode: str, figures: Figures) -> str:
@@ -44,6 +55,8 @@ def _line(mode: str, figures: Figures) -> str:
     if figures.get("prompt_sweeps", 1) > 1:
         parts.append(f", the prompt in {figures['prompt_sweeps']:.0f} sweeps")
     parts.append(")")
+    if "by_loader" in figures:
+        parts.append(f"; {_parts(figures)}")
     if "token_limit_s" in figures:
         parts.append(f", {figures['per_token_s']:.3f} s a token ({figures['token_share_of_limit']:.2f} of its limit")
         if "token_ratio_expected" in figures:
@@ -58,6 +71,13 @@ def _line(mode: str, figures: Figures) -> str:
 
 def _ratio(figures: Figures) -> str:
     return f"{figures['token_ratio_measured']:.2f} of pipeload-2's, expected {figures['token_ratio_expected']:.2f}"
+
+
+def _parts(figures: Figures) -> str:
+    return (
+        f"{figures['times_pipeswitch']:.2f} = {figures['by_overlap']:.2f} by overlapping better x "
+        f"{figures['by_loader']:.2f} by the loader x {1 / figures['share_of_limit']:.2f} of the limit"
+    )
 
 
 def _less(figures: Figures) -> str:
@@ -98,7 +118,11 @@ def _section(name: str, limit: str, result: Figures) -> str:
     rows += [
         f"| {mode} | {' | '.join(text(figures) for text in columns.values())} |" for mode, figures in measured.items()
     ]
-    notes = [
+    notes = [f"- {_deserialising(result)}."] if "deserialising" in result else []
+    notes += [
+        f"- {mode}: speed beside PipeSwitch {_parts(fig)}." for mode, fig in measured.items() if "by_loader" in fig
+    ]
+    notes += [
         f"- {mode}: a token takes {_ratio(figures)}."
         for mode, figures in measured.items()
         if "token_ratio_expected" in figures

@@ -28,7 +28,9 @@ from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
 KERNEL_TOKENS = (1, 4, 16, 64, 256)
 AGENTS = (1, 2, 3, 4)
 READ_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
-_DISK_SECONDS = 0.5  # that each pair of agents and read size is measured for
+_DISK_SECONDS = 0.7  # that each pair of agents and read size is measured for
+_DISK_REST_SECONDS = 0.2  # of them that do not count
+_DISK_READS = 2  # of each agent at the least, that count
 _KERNEL_SECONDS = 0.1
 _MAX_KERNEL_NUMBERS = 8 << 20  # of the matrix that kernels are measured with
 
@@ -52,7 +54,9 @@ def _largest_shard(checkpoint: Checkpoint) -> tuple[Path, int]:
 
 
 async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *, direct: bool) -> float:
-    read = ReadStatistics()
+    """From when each agent has read once: a disk that rested gives more at first, and buffers wait for their pages."""
+    ended: list[list[float]] = [[] for _ in range(num_agents)]
+    offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
     async with AsyncExitStack() as exits:
         executor = ThreadPoolExecutor(num_agents, "hermes-profiler")
 
@@ -60,29 +64,30 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
             await anyio.to_thread.run_sync(executor.shutdown)
 
         exits.push_async_callback(shutdown)
-        offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
         started = time.perf_counter()
 
-        async def agent(reader: Reader, buffer: Buffer) -> None:
-            await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
-            while time.perf_counter() < started + _DISK_SECONDS:
+        async def agent(reader: Reader, buffer: Buffer, moments: list[float]) -> None:
+            while len(moments) <= _DISK_READS or time.perf_counter() < started + _DISK_SECONDS:
                 await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
+                moments.append(time.perf_counter())
 
         agents = []
-        for _ in range(num_agents):
+        for moments in ended:
             buffer = Buffer(read_bytes + ALIGNMENT)
             exits.callback(buffer.close)
-            reader = await exits.enter_async_context(Reader(executor, read, direct=direct))
+            reader = await exits.enter_async_context(Reader(executor, ReadStatistics(), direct=direct))
             await reader.open([file])
-            # The first read of a buffer also waits for its pages.
-            await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
-            agents.append((reader, buffer))
-        before, started = read.bytes_read, time.perf_counter()
+            agents.append((reader, buffer, moments))
+        started = time.perf_counter()
         with ungrouped():
             async with anyio.create_task_group() as group:
-                for reader, buffer in agents:
-                    group.start_soon(agent, reader, buffer)
-        return (read.bytes_read - before) / (time.perf_counter() - started)
+                for one in agents:
+                    group.start_soon(agent, *one)
+    began = max(started + _DISK_REST_SECONDS, *(moments[0] for moments in ended))
+    counted = sorted(moment for moments in ended for moment in moments if moment > began)
+    if len(counted) < _DISK_READS:  # a fast disk, or short measurements
+        began, counted = started, sorted(itertools.chain(*ended))
+    return len(counted) * read_bytes / (counted[-1] - began)
 
 
 def widest_matrix(model: nn.Module) -> tuple[int, int]:

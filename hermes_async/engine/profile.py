@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hermes_async.config import format_bytes
 from hermes_async.pipeload.speeds import HANDOVER_SECONDS, DiskSpeed, Speeds
@@ -56,6 +56,8 @@ class Profile:
             there is memory for that.
         head_s: The same of the head, by outputs.
         sweep_s: What a sweep takes outside of its stages, by its outputs.
+        disk: What it gives, read alone.
+        read_share: How fast an engine reads, as a share of that.
         handover_s: What a streamed stage takes beside its computation; None where none was streamed.
     """
 
@@ -69,6 +71,7 @@ class Profile:
     sweep_s: dict[int, float]
     handover_s: float | None
     disk: tuple[DiskSpeed, ...]
+    read_share: float
     kernels: tuple[KernelProfile, ...]
 
     def speeds(self) -> Speeds:
@@ -76,7 +79,7 @@ class Profile:
         age_days = max(0.0, time.time() - self.created_at) / 86400
         when = "today" if age_days < 1 else f"{age_days:.0f} days ago"
         return Speeds(
-            disk=self.disk,
+            disk=tuple(replace(speed, bytes_per_s=speed.bytes_per_s * self.read_share) for speed in self.disk),
             layer_seconds=self.layer_s,
             head_seconds=self.head_s,
             sweep_seconds=self.sweep_s,

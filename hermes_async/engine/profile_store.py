@@ -100,6 +100,7 @@ def _from_json(record: Any) -> Profile:
             DiskSpeed(int(disk["num_agents"]), int(disk["read_bytes"]), float(disk["bytes_per_s"]))
             for disk in record["disk"]
         ),
+        read_share=float(record["read_share"]),
         kernels=tuple(
             KernelProfile(
                 str(kernel["dtype"]),

@@ -31,12 +31,14 @@ from hermes_async.modeling.inputs import example_inputs
 from hermes_async.pipeload.memory import automatic_budget
 from hermes_async.pipeload.pipeline import ungrouped
 from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.speeds import DiskSpeed, read_seconds
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
 
 STAGE_TOKENS = (1, 4, 16, 64, 256)
 _REPEATS = 3  # sweeps of each number of tokens; the middle one counts
 _STREAMED_SHARE = 0.3  # of the weights: the budget in which streaming is measured, if all fits in what was asked for
+_STALL_SHARE = 0.1  # of a sweep: one that waits longer for its weights takes as long as reading them
 _MAX_SWEEP_SECONDS = 5.0  # of computing, past which no larger sweep is measured
 
 
@@ -64,6 +66,7 @@ async def measure(
     streamed = next((one for one in (first, second) if one is not None and one.plan.num_buffers), None)
     # Where nothing is waited for, computing is measured best.
     quiet = next((one for one in (first, second) if one is not None and not one.plan.num_buffers), first)
+    read_share = None if streamed is None else streamed.read_share(disk)
     layer_s, head_s = quiet.seconds_per_byte(head=False), quiet.seconds_per_byte(head=True)
     return Profile(
         memory_budget=first.plan.memory_budget,
@@ -76,6 +79,7 @@ async def measure(
         sweep_s=quiet.seen.outside_s,
         handover_s=None if streamed is None else streamed.handover_s(layer_s, head_s),
         disk=disk,
+        read_share=read_share or 1.0,
         kernels=kernels,
     )
 
@@ -137,6 +141,18 @@ class _Measured:
         gap_s = statistics.median(self.seen.gaps_s) if self.seen.gaps_s else 0.0
         return gap_s + max(0.0, measured - expected) / num_streamed
 
+    def read_share(self, disk: tuple[DiskSpeed, ...]) -> float | None:
+        """How fast the engine reads, as a share of what the disk alone gave; None if it never waited for reads.
+
+        Whole sweeps are long enough to tell what a disk gives that has its moods.
+        """
+        if not self.seen.read_s:
+            return None
+        agents = self.plan.num_loading_agents
+        streamed = [stage for idx, stage in enumerate(self.plan.stages) if idx not in self.plan.resident]
+        alone_s = sum(read_seconds(disk, stage.read_bytes, agents) for stage in streamed) / agents
+        return alone_s / statistics.median(self.seen.read_s)
+
 
 async def _measure_engine(
     path: Path, memory_budget: int | str, config: EngineConfig, counts: Sequence[int], events: list[Event]
@@ -174,6 +190,7 @@ class _Seen:
         load_s: Every load of each stage; the resident ones were loaded when the engine opened.
         outside_s: By outputs.
         gaps_s: Behind every streamed stage of every sweep, until the next.
+        read_s: Of every sweep that waited for its weights, and so took as long as reading them.
         events: All of them.
         names: Those that tell what rows are called; each is there once.
     """
@@ -183,6 +200,7 @@ class _Seen:
     load_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     outside_s: dict[int, float] = field(default_factory=dict)
     gaps_s: list[float] = field(default_factory=list)
+    read_s: list[float] = field(default_factory=list)
     names: list[Event] = field(default_factory=list)
 
     def drain(self, trace: Trace) -> Timeline:
@@ -220,6 +238,7 @@ async def _measure_sweeps(
         gaps_s = [gap for sweep in sweeps for name, gap in sweep.gaps_s if name not in resident]
         seen.gaps_s += gaps_s
         if decodes or not opened.skeleton.generates:
+            seen.read_s += [sweep.seconds for sweep in sweeps if sweep.waited_s > _STALL_SHARE * sweep.seconds]
             per_stage = statistics.median(gaps_s) if gaps_s else 0.0
             outside_s = [
                 sweep.outside_s - per_stage * sum(name not in resident for name in sweep.stage_s) for sweep in sweeps
@@ -287,11 +306,15 @@ class _Sweep:
     """Where one sweep's time went.
 
     Attributes:
+        seconds: From its beginning to that of the next one.
+        waited_s: For weights.
         stage_s: Computing, by stage.
         gaps_s: Behind each stage until the next one, without what was waited for.
         outside_s: All the rest, the gaps counted in.
     """
 
+    seconds: float
+    waited_s: float
     stage_s: dict[str, float]
     gaps_s: list[tuple[str, float]]
     outside_s: float
@@ -311,5 +334,5 @@ class _Sweep:
                 gaps_s.append((before.name, max(0.0, span.start - before.end - waited_since_stage)))
             stage_s[span.name] = stage_s.get(span.name, 0.0) + span.end - span.start
             before, waited_since_stage = span, 0.0
-        outside_s = period.end - period.start - waited - sum(stage_s.values())
-        return cls(stage_s, gaps_s, outside_s)
+        seconds = period.end - period.start
+        return cls(seconds, waited, stage_s, gaps_s, seconds - waited - sum(stage_s.values()))

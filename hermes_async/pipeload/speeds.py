@@ -71,26 +71,32 @@ class Speeds:
 
     def read_seconds(self, nbytes: int, num_agents: int) -> float:
         """What one agent takes to read `nbytes` at once while so many agents read as much."""
-        return _between(self._points(num_agents), nbytes)
+        return read_seconds(self.disk, nbytes, num_agents)
 
-    def _points(self, num_agents: int) -> tuple[tuple[float, float], ...]:
-        """Bytes and seconds of one read beside `num_agents - 1` others; between what was measured, in proportion."""
-        known = self.num_agents
-        right = bisect_left(known, num_agents)
-        if right < len(known) and known[right] == num_agents:
-            return _points(self.disk, num_agents)
-        if right in (0, len(known)):  # fewer share the disk less well, more share the same
-            nearest = known[min(right, len(known) - 1)]
-            return tuple((size, seconds * num_agents / nearest) for size, seconds in _points(self.disk, nearest))
-        low, high = known[right - 1], known[right]
-        share = (num_agents - low) / (high - low)
-        return tuple(
-            (size, first + share * (second - first))
-            for (size, first), (_, second) in zip(_points(self.disk, low), _points(self.disk, high), strict=False)
-        )
+
+def read_seconds(disk: tuple[DiskSpeed, ...], nbytes: int, num_agents: int) -> float:
+    """What one agent takes to read `nbytes` at once while so many agents read as much; 0.0 where nothing is known."""
+    return _between(_points_for(disk, num_agents), nbytes)
 
 
 @lru_cache(maxsize=64)
+def _points_for(disk: tuple[DiskSpeed, ...], num_agents: int) -> tuple[tuple[float, float], ...]:
+    """Bytes and seconds of one read beside `num_agents - 1` others; between what was measured, in proportion."""
+    known = sorted({speed.num_agents for speed in disk if speed.bytes_per_s > 0})
+    if not known:
+        return ()
+    right = bisect_left(known, num_agents)
+    if right < len(known) and known[right] == num_agents:
+        return _points(disk, num_agents)
+    if right in (0, len(known)):  # fewer share the disk less well, more share the same
+        nearest = known[min(right, len(known) - 1)]
+        return tuple((size, seconds * num_agents / nearest) for size, seconds in _points(disk, nearest))
+    low, high = known[right - 1], known[right]
+    share = (num_agents - low) / (high - low)
+    both = zip(_points(disk, low), _points(disk, high), strict=False)
+    return tuple((size, first + share * (second - first)) for (size, first), (_, second) in both)
+
+
 def _points(disk: tuple[DiskSpeed, ...], num_agents: int) -> tuple[tuple[float, float], ...]:
     measured = {
         speed.read_bytes: num_agents * speed.read_bytes / speed.bytes_per_s

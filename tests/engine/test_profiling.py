@@ -41,6 +41,7 @@ PROFILE = Profile(
     sweep_s={1: 0.01},
     handover_s=0.001,
     disk=(DiskSpeed(2, 1 << 20, 1e9),),
+    read_share=0.9,
     kernels=(KernelProfile("float32", "oneDNN", {1: 1e9}),),
 )
 
@@ -49,6 +50,7 @@ PROFILE = Profile(
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Measures as little as can be."""
     monkeypatch.setattr(machine, "_DISK_SECONDS", 0.0)
+    monkeypatch.setattr(machine, "_DISK_REST_SECONDS", 0.0)
     monkeypatch.setattr(machine, "_KERNEL_SECONDS", 0.0)
     monkeypatch.setattr(machine, "READ_BYTES", (4096, 16384))
 
@@ -117,7 +119,8 @@ def test_what_the_planner_makes_of_a_profile() -> None:
     assert speeds.measured
     assert speeds.source == "measured here today, in a budget of 8.00 MiB"
     assert (speeds.layer_seconds, speeds.head_seconds) == (PROFILE.layer_s, PROFILE.head_s)
-    assert (speeds.sweep_seconds, speeds.handover_seconds, speeds.disk) == ({1: 0.01}, 0.001, PROFILE.disk)
+    assert (speeds.sweep_seconds, speeds.handover_seconds) == ({1: 0.01}, 0.001)
+    assert speeds.disk == (DiskSpeed(2, 1 << 20, 0.9e9),)
     assert replace(PROFILE, created_at=time.time() - 3 * 86400).speeds().source.startswith("measured here 3 days ago")
 
 
