@@ -29,6 +29,7 @@ from hermes_async.errors import (
 )
 from hermes_async.modeling.sampling import SampledToken
 from hermes_async.pipeload.plan import Plan
+from hermes_async.pipeload.prediction import Prediction, predict
 
 __version__ = "0.1.0"
 
@@ -52,6 +53,7 @@ __all__ = [
     "MissingTensorError",
     "ParkingError",
     "Plan",
+    "Prediction",
     "QueueFullError",
     "ReadError",
     "RequestError",
@@ -66,4 +68,5 @@ __all__ = [
     "Usage",
     "format_bytes",
     "parse_bytes",
+    "predict",
 ]

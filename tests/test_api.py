@@ -24,6 +24,7 @@ API = [
     "MissingTensorError",
     "ParkingError",
     "Plan",
+    "Prediction",
     "QueueFullError",
     "ReadError",
     "RequestError",
@@ -38,6 +39,7 @@ API = [
     "Usage",
     "format_bytes",
     "parse_bytes",
+    "predict",
 ]
 
 
