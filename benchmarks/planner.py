@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from contextlib import AbstractContextManager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ def main() -> None:
     args = parser.parse_args()
     budgets = [float(share) for share in args.budgets.split(",")]
     sessions = [int(count) for count in args.sessions.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
     preload("benchmarks.paper_modes", "hermes_async.engine.profiling")
     results = {}
     with tempfile.TemporaryDirectory(prefix="hermes-benchmark-") as cache:
@@ -183,11 +186,16 @@ async def _run_plan(path: Path, budget: int, sessions: list[int], config: Engine
             plan = engine.plan
             record: Record = {"bytes_per_sweep": plan.bytes_per_sweep, "plan": plan.as_dict(), "sessions": {}}
             measure_engine = _measure_decoding if plan.kv_bytes_per_token else _measure_forward
-            tokens = _PROMPT_TOKENS if plan.kv_bytes_per_token else _TEXT_TOKENS
+            generates = plan.kv_bytes_per_token > 0
+            first = predict(plan, prompt_tokens=_PROMPT_TOKENS if generates else _TEXT_TOKENS, new_tokens=1)
+            tokens = 1 if generates else _TEXT_TOKENS
             for count in sessions:
                 predicted = predict(plan, num_sessions=count, prompt_tokens=tokens, new_tokens=_NEW_TOKENS)
                 figures = await measure_engine(engine, predicted.num_sessions)
-                figures["predicted"] = {name: getattr(predicted, name) for name in predicted.__slots__}
+                figures["predicted"] = asdict(predicted) | {
+                    "first_token_seconds": first.first_token_seconds,
+                    "peak_bytes": max(predicted.peak_bytes, first.peak_bytes),
+                }
                 figures["peak_bytes"] = engine.statistics().peak_bytes_in_use
                 record["sessions"][count] = figures
             return record
@@ -200,19 +208,19 @@ async def _measure_decoding(engine: Engine, count: int) -> Record:
     one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
     generator = torch.Generator().manual_seed(count)
 
-    def prompt() -> list[int]:
-        return torch.randint(10, 20_000, (_PROMPT_TOKENS,), generator=generator).tolist()
+    def prompt(num_tokens: int) -> list[int]:
+        return torch.randint(10, 20_000, (num_tokens,), generator=generator).tolist()
 
     first_token_s = []
     for _ in range(4 if count == 1 else 2):  # the first fills the ring
         started = time.perf_counter()
-        await engine.complete(prompt(), one)
+        await engine.complete(prompt(_PROMPT_TOKENS), one)
         first_token_s.append(time.perf_counter() - started)
         await anyio.sleep(_RING_SECONDS)
     moments: list[list[float]] = [[] for _ in range(count)]
 
     async def session(idx: int) -> None:
-        async for _ in engine.generate(prompt(), params):
+        async for _ in engine.generate(prompt(1), params):
             moments[idx].append(time.perf_counter())
 
     async with anyio.create_task_group() as tasks:

@@ -5,16 +5,16 @@ Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Eng
 
 from __future__ import annotations
 
+import queue
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
-from typing import TypeVar
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import anyio
 import anyio.from_thread
-import anyio.lowlevel
 import anyio.to_thread
 
 from hermes_async.errors import ReadError
@@ -31,6 +31,22 @@ class SweepAbandoned(BaseException):
 
     A BaseException, so that no `except Exception` of a model's forward holds it up.
     """
+
+
+@dataclass(eq=False, slots=True)
+class _Sweep:
+    """What the inference agent is to compute, and then what came of it."""
+
+    compute: Callable[[], Any]
+    done: anyio.Event = field(default_factory=anyio.Event)
+    result: Any = None
+    error: BaseException | None = None
+
+    def run(self) -> None:
+        try:
+            self.result = self.compute()
+        except BaseException as error:  # raised again where the sweep is awaited
+            self.error = error
 
 
 @dataclass(slots=True)
@@ -83,10 +99,8 @@ class Pipeline:
         self._rewound = anyio.Event()
         self._abandoned = False
         self._spare_reader: Reader | None = None
-        # A limiter of our own: the application may have given all of the common worker threads away.
-        self._compute_limiter = anyio.CapacityLimiter(1)
+        self._sweeps: queue.SimpleQueue[_Sweep | None] = queue.SimpleQueue()  # None ends the inference agent
         self._first_request = anyio.Event()
-        self._cancelled_class: type[BaseException] = CancelledError
         self._wait_scope: anyio.CancelScope | None = None
         self._trace = trace
         self._traced_bytes = 0  # of weights in memory or on their way there
@@ -117,11 +131,13 @@ class Pipeline:
             with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
+                    agents.start_soon(self._inference_agent, name="hermes inference agent")
                     for idx, reader in enumerate(readers):
                         agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
+                        self._sweeps.put(None)
                         agents.cancel_scope.cancel()
 
     # --- Loading Agents and Daemon Agent: tasks on the event loop ---
@@ -273,10 +289,23 @@ class Pipeline:
             self._traced_bytes += more
             self._trace.count("weights", bytes=self._traced_bytes)
 
-    # --- Inference Agent: one compute thread at a time ---
+    # --- Inference Agent: one compute thread ---
+
+    async def _inference_agent(self) -> None:
+        """Computes all sweeps on one thread.
+
+        Another thread would have kernel threads of its own, and those that are idle slow down those that compute.
+        """
+        # A limiter of our own: the application may have given all of the common worker threads away.
+        await anyio.to_thread.run_sync(self._compute_sweeps, limiter=anyio.CapacityLimiter(1))
+
+    def _compute_sweeps(self) -> None:
+        while (sweep := self._sweeps.get()) is not None:
+            sweep.run()
+            anyio.from_thread.run_sync(sweep.done.set)
 
     async def sweep(self, compute: Callable[[], T]) -> T:
-        """Runs `compute` on a worker thread, where it may call `enter` and `leave`; one call at a time.
+        """Runs `compute` on the inference agent's thread, where it may call `enter` and `leave`; one call at a time.
 
         The ring goes on into the next sweep. After an error or an abandoned sweep it starts over.
 
@@ -288,7 +317,6 @@ class Pipeline:
         """
         self.start_streaming()
         self._abandoned = False
-        self._cancelled_class = anyio.get_cancelled_exc_class()
         if any(stage.error is not None for stage in self._order):
             self._rewind(0)
         self._next_compute = 0
@@ -296,11 +324,8 @@ class Pipeline:
         stalled_before = self.statistics.stall_seconds
         complete = False
         try:
-            result = await anyio.to_thread.run_sync(compute, limiter=self._compute_limiter)
+            result = await self._computed(compute)
             complete = True
-        except SweepAbandoned:
-            await anyio.lowlevel.checkpoint_if_cancelled()
-            raise
         finally:
             self._trace_computed()
             if self._trace is not None:
@@ -313,6 +338,21 @@ class Pipeline:
                 del self._order[self._next_compute :]  # the model did not visit these
                 self._rewind(0)
         self.statistics.sweeps += 1
+        return result
+
+    async def _computed(self, compute: Callable[[], T]) -> T:
+        sweep = _Sweep(compute)
+        self._sweeps.put(sweep)
+        try:
+            await sweep.done.wait()
+        except anyio.get_cancelled_exc_class():
+            self.abandon()
+            with anyio.CancelScope(shield=True):
+                await sweep.done.wait()
+            raise
+        if sweep.error is not None:
+            raise sweep.error
+        result: T = sweep.result
         return result
 
     def start_streaming(self) -> None:
@@ -333,10 +373,6 @@ class Pipeline:
         """
         if self._abandoned:
             raise SweepAbandoned
-        try:
-            anyio.from_thread.check_cancelled()
-        except self._cancelled_class:
-            raise SweepAbandoned from None
 
     def enter(self, stage: Stage) -> Buffer:
         """Called by the compute thread: waits until `stage` is READY and returns its buffer.
