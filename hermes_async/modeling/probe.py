@@ -5,8 +5,10 @@ The zeros are one anonymous mapping that is never written to, so they take no me
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +25,8 @@ from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, S
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, get_tensor, layers_of, set_tensor, token_embedding
 from hermes_async.storage.buffers import Buffer
+
+logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 1
 
@@ -142,10 +146,8 @@ def probe_forward(skeleton: Skeleton) -> Probe:
         lengths.append(next((item.shape[1] for item in given if isinstance(item, torch.Tensor) and item.dim() == 3), 0))
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers_of(model)]
-    run = partial(model, **inputs)
     try:
-        names, input_ids = list(model.state_dict()), inputs.get("input_ids")
-        visits, embeds_input_ids = _watch(model, names, input_ids, run, "on token ids or images")
+        visits, embeds_input_ids = _watch_forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
@@ -155,12 +157,38 @@ def probe_forward(skeleton: Skeleton) -> Probe:
     return replace(seen, tokens_per_image=max(lengths), pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]))
 
 
+def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, int], bool]:
+    """As `_watch`. An image is as many tokens as it is, so it goes through shapes alone where the model allows that."""
+    on_what = "on token ids or images"
+    if "input_ids" not in inputs:
+        shapes = {name: value.to("meta") for name, value in inputs.items()}
+        try:
+            with _buffers_on_meta(model):
+                return _watch(model, [], None, partial(model, **shapes), on_what)
+        except UnsupportedModelError as error:
+            logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
+    names, input_ids = list(model.state_dict()), inputs.get("input_ids")
+    return _watch(model, names, input_ids, partial(model, **inputs), on_what)
+
+
+@contextmanager
+def _buffers_on_meta(model: nn.Module) -> Iterator[None]:
+    real = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
+    try:
+        for name, buffer in real.items():
+            set_tensor(model, name, buffer.to("meta"))
+        yield
+    finally:
+        for name, buffer in real.items():
+            set_tensor(model, name, buffer)
+
+
 def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
 ) -> tuple[dict[str, int], bool]:
     """The turn of each module with weights, and whether the input embedding is called once, with the input ids."""
     unloaded = {name: get_tensor(model, name) for name in names}
-    zeros = Buffer(max(tensor.nbytes for tensor in unloaded.values()))
+    zeros = Buffer(max((tensor.nbytes for tensor in unloaded.values()), default=1))
     visits: dict[str, int] = {}
     embedded: list[bool] = []
 

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from hermes_async import EngineConfig, MemoryBudgetError
 from hermes_async.cli import app
 from hermes_async.cli import profile as profile_module
+from hermes_async.cli.timeline import read
 from hermes_async.engine import machine, profiling
 from hermes_async.engine.profile import KernelProfile, Profile, StageProfile
 from hermes_async.engine.profile_store import MAX_AGE_S, load_profile, profile_file, save_profile
@@ -248,3 +249,17 @@ def test_the_command_measures_once(
         run()
     assert len(measured) == 4
     assert "is damaged and is to be measured again" in caplog.text
+
+
+def test_the_command_writes_a_trace(tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    arguments = ["profile", str(tiny_model.path), "--memory", "8MiB", "--max-resident-layers", "3", "--json"]
+    for _ in range(2):  # also where there is a profile already
+        trace = tmp_path / "trace.json"
+        assert CliRunner().invoke(app, [*arguments, "--trace", str(trace)]).exit_code == 0
+        rows = read(trace).rows
+        assert {"sweeps", "inference agent", "daemon agent", "loading agent 0"} <= rows.keys()
+        trace.unlink()
+    result = CliRunner().invoke(app, [*arguments, "--trace", str(tmp_path / "no" / "trace.json")])
+    assert result.exit_code == 1
+    assert "cannot be written" in result.output
