@@ -119,9 +119,10 @@ def _section(name: str, limit: str, result: Figures) -> str:
         f"| {mode} | {' | '.join(text(figures) for text in columns.values())} |" for mode, figures in measured.items()
     ]
     notes = [f"- {_deserialising(result)}."] if "deserialising" in result else []
-    notes += [
-        f"- {mode}: speed beside PipeSwitch {_parts(fig)}." for mode, fig in measured.items() if "by_loader" in fig
-    ]
+    beside = {mode: figures for mode, figures in measured.items() if "by_loader" in figures}
+    if beside:
+        fastest = max(beside, key=lambda mode: beside[mode]["times_pipeswitch"])
+        notes.append(f"- {fastest}: speed beside PipeSwitch {_parts(beside[fastest])}.")
     notes += [
         f"- {mode}: a token takes {_ratio(figures)}."
         for mode, figures in measured.items()
@@ -163,6 +164,7 @@ def _draw_limit(limit: str, by_model: dict[str, Figures], file: Path) -> None:
     from matplotlib.patches import Patch
 
     modes = list(dict.fromkeys(mode for result in by_model.values() for mode in result["modes"]))
+    modes.sort(key=lambda mode: (mode.startswith("budget-"), mode if mode.startswith("budget-") else ""))
     colors = _colors(modes)
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(12, 5.6), layout="constrained")
     step = 0.82 / len(modes)

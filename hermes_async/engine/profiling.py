@@ -35,8 +35,10 @@ from hermes_async.pipeload.speeds import DiskSpeed, read_seconds
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
 
-STAGE_TOKENS = (1, 4, 16, 64, 256)
+STAGE_TOKENS = (1, 4, 8, 16, 64, 256)
 _REPEATS = 3  # sweeps of each number of tokens; the middle one counts
+_QUICK_REPEATS = 9  # where no sweep reads
+_QUICK_WARM_UPS = 3  # of them that do not count: threads and caches come to speed
 _STREAMED_SHARE = 0.3  # of the weights: the budget in which streaming is measured, if all fits in what was asked for
 _STALL_SHARE = 0.1  # of a sweep: one that waits longer for its weights takes as long as reading them
 _MAX_SWEEP_SECONDS = 5.0  # of computing, past which no larger sweep is measured
@@ -59,9 +61,9 @@ async def measure(
     checkpoint = await anyio.to_thread.run_sync(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
     plainly = replace(config, share_prefixes=False, prompt_lookup=False)
-    events = [] if events is None else events
-    first = await _measure_engine(checkpoint.path, memory_budget, plainly, STAGE_TOKENS, events)
-    second = await _measure_otherwise(first, replace(plainly, max_resident_layers=None), events)
+    trace, events = Trace(), [] if events is None else events
+    first = await _measure_engine(checkpoint.path, memory_budget, plainly, STAGE_TOKENS, trace, _Seen(events))
+    second = await _measure_otherwise(first, replace(plainly, max_resident_layers=None), trace, _Seen(events))
     kernels = await anyio.to_thread.run_sync(measure_kernels, widest_matrix(first.opened.skeleton.model))
     streamed = next((one for one in (first, second) if one is not None and one.plan.num_buffers), None)
     # Where nothing is waited for, computing is measured best.
@@ -155,16 +157,15 @@ class _Measured:
 
 
 async def _measure_engine(
-    path: Path, memory_budget: int | str, config: EngineConfig, counts: Sequence[int], events: list[Event]
+    path: Path, memory_budget: int | str, config: EngineConfig, counts: Sequence[int], trace: Trace, seen: _Seen
 ) -> _Measured:
-    trace, seen = Trace(), _Seen(events)
     async with Engine(path, memory_budget=memory_budget, config=config, trace=trace) as engine:
         running = engine._model().running
         await _measure_sweeps(engine, running.opened, trace, seen, counts)
         return _Measured(running.opened, seen, running.bytes_for_everything)
 
 
-async def _measure_otherwise(first: _Measured, config: EngineConfig, events: list[Event]) -> _Measured | None:
+async def _measure_otherwise(first: _Measured, config: EngineConfig, trace: Trace, seen: _Seen) -> _Measured | None:
     """The same model with all of it in memory, if it was streamed and fits, or else the other way round."""
     plan = first.plan
     counts: Sequence[int] = STAGE_TOKENS
@@ -175,7 +176,7 @@ async def _measure_otherwise(first: _Measured, config: EngineConfig, events: lis
     else:
         budget, counts = max(plan.minimum_budget, int(_STREAMED_SHARE * plan.weight_bytes)), STAGE_TOKENS[:1]
     try:
-        second = await _measure_engine(first.opened.checkpoint.path, budget, config, counts, events)
+        second = await _measure_engine(first.opened.checkpoint.path, budget, config, counts, trace, seen)
     except MemoryBudgetError:  # the options ask for more than that
         return None
     return second if bool(second.plan.num_buffers) != bool(plan.num_buffers) else None
@@ -191,8 +192,7 @@ class _Seen:
         outside_s: By outputs.
         gaps_s: Behind every streamed stage of every sweep, until the next.
         read_s: Of every sweep that waited for its weights, and so took as long as reading them.
-        events: All of them.
-        names: Those that tell what rows are called; each is there once.
+        events: All of them; what a row is called is told once.
     """
 
     events: list[Event]
@@ -201,13 +201,12 @@ class _Seen:
     outside_s: dict[int, float] = field(default_factory=dict)
     gaps_s: list[float] = field(default_factory=list)
     read_s: list[float] = field(default_factory=list)
-    names: list[Event] = field(default_factory=list)
 
     def drain(self, trace: Trace) -> Timeline:
         events = trace.drain()
         self.events += events
-        self.names += [event for event in events if event["ph"] == "M"]
-        timeline = Timeline.of([*self.names, *(event for event in events if event["ph"] != "M")])
+        names = [event for event in self.events if event["ph"] == "M"]
+        timeline = Timeline.of([*names, *(event for event in events if event["ph"] != "M")])
         for row, spans in timeline.rows.items():
             if row.startswith("loading agent"):
                 for span in spans:
@@ -224,13 +223,15 @@ async def _measure_sweeps(
     for num_tokens in _token_counts(opened, counts):
         if seen.compute_s and _too_long(seen, num_tokens):
             break
-        decodes = _can_decode(opened, num_tokens)
+        repeats, warm_ups = (_REPEATS, 1) if plan.num_buffers else (_QUICK_REPEATS, _QUICK_WARM_UPS)
+        decodes = _can_decode(opened, num_tokens, repeats)
         if decodes:
-            await _decode(engine, num_tokens)
+            await _decode(engine, num_tokens, repeats)
         else:
+            warm_ups = 1
             for _ in range(1 + _REPEATS):
                 await _run_sweep(engine, opened, num_tokens)
-        sweeps = [_Sweep.of(span, seen_rows) for span, seen_rows in _sweeps(seen.drain(trace))][1:]  # one warms up
+        sweeps = [_Sweep.of(span, seen_rows) for span, seen_rows in _sweeps(seen.drain(trace))][warm_ups:]
         names = {name for sweep in sweeps for name in sweep.stage_s if decodes or name not in head}
         seen.compute_s[num_tokens] = {
             name: statistics.median(sweep.stage_s[name] for sweep in sweeps if name in sweep.stage_s) for name in names
@@ -263,18 +264,18 @@ def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
     return [count for count in counts if count <= most]
 
 
-def _can_decode(opened: OpenedModel, num_sessions: int) -> bool:
+def _can_decode(opened: OpenedModel, num_sessions: int, repeats: int) -> bool:
     """Whether so many sessions have a place, and memory for their few tokens."""
     plan, kv = opened.plan, opened.seen.kv
     if not opened.skeleton.generates or num_sessions > plan.max_sequences:
         return False
-    context = opened.skeleton.context_length or 2 + _REPEATS
-    return context >= 2 + _REPEATS and num_sessions * kv.nbytes(2 + _REPEATS) <= plan.kv_bytes
+    context = opened.skeleton.context_length or 2 + repeats
+    return context >= 2 + repeats and num_sessions * kv.nbytes(2 + repeats) <= plan.kv_bytes
 
 
-async def _decode(engine: Engine, num_sessions: int) -> None:
-    """Prompts of one token: each sweep has a token of each session, and one more comes before those that count."""
-    params = SamplingParams(max_tokens=1 + _REPEATS, temperature=0, ignore_eos=True)
+async def _decode(engine: Engine, num_sessions: int, repeats: int) -> None:
+    """Prompts of one token: each sweep has a token of each session."""
+    params = SamplingParams(max_tokens=1 + repeats, temperature=0, ignore_eos=True)
     with ungrouped():
         async with anyio.create_task_group() as sessions:
             for _ in range(num_sessions):

@@ -68,11 +68,11 @@ async def test_every_stage_is_measured(tiny_model: Any, no_blocking: Any) -> Non
     for stage in profile.stages:
         assert stage.nbytes > 0
         assert stage.load_s > 0
-        # The context is 64, of which one is left to generate; 16 tokens are a prompt's, whose head computes one output.
-        assert stage.compute_s.keys() == ({1, 4} if stage.head else {1, 4, 16})
+        # The context is 64, of which one is left to generate; 8 tokens are a prompt's, whose head computes one output.
+        assert stage.compute_s.keys() == ({1, 4} if stage.head else {1, 4, 8, 16})
         assert all(seconds > 0 for seconds in stage.compute_s.values())
     assert [stage.name for stage in profile.stages if stage.head] == ["lm_head"]
-    assert profile.sweep_s.keys() == {1, 4}
+    assert profile.sweep_s.keys() >= {1, 4}
     assert profile.handover_s is not None
     assert profile.handover_s >= 0
     assert {(disk.num_agents, disk.read_bytes) for disk in profile.disk} == {
@@ -99,7 +99,7 @@ async def test_where_not_all_fits_what_is_streamed_is_measured_alone(
     monkeypatch.setattr(profiling, "automatic_budget", lambda: 0)
     profile = await measure(tiny_model.path, "8MiB", replace(tiny_model.config, max_tokens_per_sweep=None))
     assert not all(stage.resident for stage in profile.stages)
-    assert profile.layer_s.keys() == {1, 4, 16}
+    assert profile.layer_s.keys() == {1, 4, 8, 16}
     assert profile.handover_s is not None
     assert profile.handover_s >= 0
 
