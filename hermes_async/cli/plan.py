@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -98,19 +99,22 @@ def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Predict
         title=f"{format_bytes(first.weight_bytes)} of weights; the smallest budget that works is "
         f"{format_bytes(first.minimum_budget)} ({first.minimum_budget} bytes)\nspeeds {first.speeds.source}",
         title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for name in ("budget", "of the weights", "resident", "a sweep reads", "s a sweep", "first, s", "per second"):
-        table.add_column(name, justify="right")
+    what = "tokens" if first.kv_bytes_per_token else "texts"
+    for name in ("budget", "resident", "reads", "s/sweep", "first, s", f"{what}/s", "most at once"):
+        table.add_column(name, justify="right", no_wrap=True)
     for chosen, predicted in zip(plans, predictions, strict=True):
-        rates = "  ".join(f"{one.tokens_per_second:.3g} ({one.num_sessions} at once)" for one in predicted)
+        one, most = predicted[0], predicted[-1]
         table.add_row(
             format_bytes(chosen.memory_budget),
-            f"{chosen.memory_budget / chosen.weight_bytes:.0%}",
             format_bytes(chosen.resident_bytes),
             format_bytes(chosen.bytes_per_sweep),
-            f"{predicted[0].sweep_seconds:.3g}",
-            f"{predicted[0].first_token_seconds:.3g}",
-            rates,
+            f"{one.sweep_seconds:.3g}",
+            f"{one.first_token_seconds:.3g}",
+            f"{one.tokens_per_second:.3g}",
+            f"{most.num_sessions}: {most.tokens_per_second:.3g}/s",
         )
     return table
 
