@@ -14,7 +14,8 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     """The plan of an engine that goes on with another budget: the same stages, and more or fewer of them resident.
 
     Ring and workspace stay as they are. KV memory keeps what it has, or a tenth of the budget if that is more, unless
-    the budget would not do without a part of it. Where nothing was streamed so far and has to be now, a ring is made.
+    the budget would not do without a part of it. Where nothing was streamed so far and has to be now, a ring is made;
+    a stage whose tensors another module is tied to stays.
 
     Args:
         kv_least: Bytes that sequences hold now, or that one must have room for.
@@ -29,10 +30,13 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     fixed = base + current.workspace_bytes + other_bytes
     if not current.num_buffers and fixed + weights + kv_least <= budget:
         return replace(current, memory_budget=budget, kv_bytes=min(kv_most, budget - fixed - weights))
+    shared = {idx for idx, stage in enumerate(stages) if stage.is_shared}
+    always = base + sum(stages[idx].slot_bytes for idx in shared)
     buffers, slot = current.num_buffers, current.slot_bytes
     if not buffers:
-        buffers, slot = current.num_loading_agents + 1, slot_bytes_of(stages)
-    fixed += buffers * slot
+        buffers = current.num_loading_agents + 1
+        slot = slot_bytes_of([stage for idx, stage in enumerate(stages) if idx not in shared])
+    fixed += always - base + buffers * slot
     kv = max(current.kv_bytes, budget // 10) if current.num_buffers else budget // 10
     kv = max(kv_least, min(kv, kv_most, budget - fixed))
     minimum = fixed + kv_least
@@ -40,24 +44,24 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     if room < 0:
         raise MemoryBudgetError(
             f"a budget of {format_bytes(budget)} is less than the {format_bytes(minimum)} that this engine cannot give "
-            f"back: {format_bytes(base)} of weights that always stay, {buffers} buffers of {format_bytes(slot)}, "
+            f"back: {format_bytes(always)} of weights that always stay, {buffers} buffers of {format_bytes(slot)}, "
             f"{format_bytes(current.workspace_bytes)} of workspace, {format_bytes(kv)} of KV"
             + (f" and {format_bytes(other_bytes)} of a draft model" if other_bytes else ""),
             requested_bytes=minimum,
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    kept = sorted(current.resident)
+    kept = sorted(current.resident - shared)
     if sum(stages[idx].slot_bytes for idx in kept) > room:
         resident = {kept[idx] for idx in spread([stages[idx] for idx in kept], room, len(kept))}
     else:
         left = room - sum(stages[idx].slot_bytes for idx in kept)
-        others = [idx for idx in range(len(stages)) if idx not in current.resident]
+        others = [idx for idx in range(len(stages)) if idx not in current.resident | shared]
         resident = {*kept, *(others[idx] for idx in spread([stages[idx] for idx in others], left, len(others)))}
     return replace(
         current,
         memory_budget=budget,
-        resident=frozenset(resident),
+        resident=frozenset(resident | shared),
         num_buffers=buffers,
         slot_bytes=slot,
         kv_bytes=kv,

@@ -47,6 +47,11 @@ class StageLayout:
     def read_bytes(self) -> int:
         return sum(item.nbytes for item in self.ranges)
 
+    @property
+    def is_shared(self) -> bool:
+        """Whether other modules' parameters lie in it too (tied weights): it cannot be freed behind its own module."""
+        return any(not placement.name.startswith(f"{self.name}.") for placement in self.placements)
+
     @classmethod
     def of(cls, name: str, tensors: Iterable[tuple[str, TensorSpec]]) -> StageLayout:
         """Lays out the tensors, each under the parameter name it is for. Two names may share one tensor."""

@@ -11,6 +11,7 @@ from typing import Any
 import anyio
 import pytest
 import torch
+from transformers import GPT2Config, LlamaConfig
 
 from hermes_async import ConfigError, Engine, EngineClosedError, EngineConfig, MemoryBudgetError, ReadError
 from hermes_async.pipeload.stage import StageState
@@ -59,6 +60,32 @@ async def test_it_grows_and_shrinks_between_requests(tiny_model: Any, no_blockin
             assert (read == 0) == (plan.bytes_per_sweep == 0 and "embed" not in str(plan.partition))
         assert plan.resident <= first.resident
         await check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+async def test_tied_weights_stay_where_both_of_their_modules_find_them(
+    name: str, random_model: Any, save_model: Any
+) -> None:
+    """Opened with all of it in memory, a tied head is loaded with the input embedding."""
+    sizes = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2}
+    config: Any = GPT2Config(**sizes, n_embd=64, n_layer=8, n_head=4, n_positions=128)
+    if name == "llama":
+        config = LlamaConfig(
+            **sizes, hidden_size=64, intermediate_size=96, num_hidden_layers=8, num_attention_heads=4,
+            num_key_value_heads=2, max_position_embeddings=128, tie_word_embeddings=True,
+        )  # fmt: skip
+    path = save_model(random_model(config))
+    params = greedy_params(12)
+    async with Engine(path, memory_budget="8MiB", config=replace(CONFIG, share_prefixes=False)) as engine:
+        assert engine.plan.num_buffers == 0
+        expected = await engine.complete([5, 6, 7], params)
+        with pytest.raises(MemoryBudgetError) as caught:
+            await engine.resize(1)
+        for budget in (caught.value.minimum_bytes, "8MiB", caught.value.minimum_bytes):
+            await engine.resize(budget)
+            check(engine)
+            assert bool(engine.plan.bytes_per_sweep) == (budget != "8MiB")
+            assert (await engine.complete([5, 6, 7], params)).token_ids == expected.token_ids
 
 
 async def test_bytes_read_follow_the_plan(tiny_model: Any) -> None:
