@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
+from hermes_async.errors import EngineError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
@@ -101,6 +102,9 @@ class StreamedModel:
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
             self._streamed_embedding, self._unloaded_embedding = embedding, embedding.weight
             self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
+        for module in model.modules():
+            if module._parameters:
+                self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # behind those that load
 
     def bind_resident(self) -> None:
         """Binds the stages that stay; they must be loaded."""
@@ -232,3 +236,10 @@ class StreamedModel:
         assert rows is not None
         set_tensor(module, "weight", rows[0].to(get_tensor(module, "weight").dtype))
         return (rows[1], *args[1:])
+
+
+def _check_loaded(module: nn.Module, args: Any) -> None:
+    """torch multiplies by a weight on the meta device without an error, and gives what happens to lie in memory."""
+    for name, parameter in module._parameters.items():
+        if parameter is not None and parameter.is_meta:
+            raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")

@@ -99,12 +99,12 @@ class _Choices:
         """The smallest budget that works, and what it is made of."""
         agents = self.config.num_loading_agents or 1
         buffers = self._num_buffers(agents)
-        tokens, sequences = self._smallest_sweep()
+        kv = self._least_kv()
+        tokens, sequences = self._sweeps(kv)[-1]
         best: tuple[int, str] | None = None
         for limit in self.limits():
             partition = cut(limit)
             slot = slot_bytes_of(partition.stages)
-            kv = self._least_kv()
             workspace = self._workspace(partition, tokens, sequences, kv)
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
             if best is None or total < best[0]:
@@ -124,7 +124,7 @@ class _Choices:
             return sys.maxsize, ""
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
         kv = self._least_kv()
-        workspace = self._workspace(partition, *self._smallest_sweep(), kv)
+        workspace = self._workspace(partition, *self._sweeps()[-1], kv)
         return weights + kv + workspace, (
             f"{format_bytes(weights)} of weights, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
         )
@@ -205,7 +205,7 @@ class _Choices:
             for tokens, sequences in self._sweeps(kv):
                 workspace = self._workspace(partition, tokens, sequences, kv)
                 room = self.budget - fixed - kv - workspace
-                smallest = tokens == self._smallest_sweep()[0]
+                smallest = tokens == self._sweeps()[-1][0]
                 if room < 0 or not (smallest or workspace <= self.budget * _WORKSPACE_SHARE):
                     continue
                 if found and tokens < 2 * sequences:
@@ -311,9 +311,6 @@ class _Choices:
 
     def _kv_share(self, fixed: int) -> int:
         return min(self.budget // 10, max(0, self.budget - fixed) // 2)
-
-    def _smallest_sweep(self) -> tuple[int, int]:
-        return self._sweeps()[-1]
 
     def _sweeps(self, kv_bytes: int | None = None) -> list[tuple[int, int]]:
         """Tokens and sequences of a sweep to consider, largest first; no more sequences than there is KV for."""
