@@ -139,20 +139,18 @@ def minimum_budget() -> Callable[[Path], int]:
 
 @pytest.fixture(scope="session")
 def middle_budget() -> Callable[[Path, int], int]:
-    """A budget in which some stages are resident and some are not."""
+    """A budget in which some stages are resident and some are not.
+
+    Of models as small as these, whose reads take no longer than starting them, more memory may go into a larger ring.
+    """
 
     def middle(path: Path, minimum: int) -> int:
-        low, high = minimum, 64 * 1024 * 1024
-        while high - low > 4096:
-            budget = (low + high) // 2
+        for step in range(1, 80):
+            budget = minimum + step * minimum // 20
             opened = open_model(path, budget, hermes_async.EngineConfig())
             opened.close()
-            if not opened.plan.resident:
-                low = budget
-            elif len(opened.plan.resident) == len(opened.plan.stages):
-                high = budget
-            else:
+            if 0 < len(opened.plan.resident) < len(opened.plan.stages):
                 return budget
-        raise AssertionError(f"no budget between {minimum} and 64 MiB keeps only some stages of {path} resident")
+        raise AssertionError(f"no budget keeps only some stages of {path} resident")
 
     return middle
