@@ -19,7 +19,7 @@ from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_f
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
 from hermes_async.modeling.inputs import input_names
-from hermes_async.pipeload.pipeline import ungrouped
+from hermes_async.pipeload.groups import ungrouped
 
 Pooling = Literal["mean", "cls", "max", "last"]
 """What is made of a text's tokens: their mean or maximum, or the first or last one alone."""

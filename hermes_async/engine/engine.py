@@ -39,7 +39,7 @@ from hermes_async.errors import (
     RequestError,
     SessionClosedError,
 )
-from hermes_async.pipeload.pipeline import first_error, ungrouped
+from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.trace import Trace
 

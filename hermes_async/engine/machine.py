@@ -19,7 +19,7 @@ from torch import nn
 
 from hermes_async.engine.profile import KernelProfile
 from hermes_async.modeling.skeleton import layers_of
-from hermes_async.pipeload.pipeline import ungrouped
+from hermes_async.pipeload.groups import ungrouped
 from hermes_async.pipeload.speeds import DiskSpeed
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
 from hermes_async.storage.checkpoint import Checkpoint

@@ -28,8 +28,8 @@ from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.profile import Profile, StageProfile
 from hermes_async.errors import MemoryBudgetError
 from hermes_async.modeling.inputs import example_inputs
+from hermes_async.pipeload.groups import ungrouped
 from hermes_async.pipeload.memory import automatic_budget
-from hermes_async.pipeload.pipeline import ungrouped
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.speeds import DiskSpeed, read_seconds
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import TypeVar
 
 import anyio
 import anyio.from_thread
 import anyio.to_thread
 
 from hermes_async.errors import ReadError
+from hermes_async.pipeload.groups import ungrouped
 from hermes_async.pipeload.stage import Stage, StageState
+from hermes_async.pipeload.sweep_work import SweepWork
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import Buffer, BufferPool
 from hermes_async.storage.reader import Reader, ReadStatistics
@@ -31,22 +33,6 @@ class SweepAbandoned(BaseException):
 
     A BaseException, so that no `except Exception` of a model's forward holds it up.
     """
-
-
-@dataclass(eq=False, slots=True)
-class _Sweep:
-    """What the inference agent is to compute, and then what came of it."""
-
-    compute: Callable[[], Any]
-    done: anyio.Event = field(default_factory=anyio.Event)
-    result: Any = None
-    error: BaseException | None = None
-
-    def run(self) -> None:
-        try:
-            self.result = self.compute()
-        except BaseException as error:  # raised again where the sweep is awaited
-            self.error = error
 
 
 @dataclass(slots=True)
@@ -99,7 +85,7 @@ class Pipeline:
         self._rewound = anyio.Event()
         self._abandoned = False
         self._spare_reader: Reader | None = None
-        self._sweeps: queue.SimpleQueue[_Sweep | None] = queue.SimpleQueue()  # None ends the inference agent
+        self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
         self._first_request = anyio.Event()
         self._wait_scope: anyio.CancelScope | None = None
         self._trace = trace
@@ -341,7 +327,7 @@ class Pipeline:
         return result
 
     async def _computed(self, compute: Callable[[], T]) -> T:
-        sweep = _Sweep(compute)
+        sweep = SweepWork(compute)
         self._sweeps.put(sweep)
         try:
             await sweep.done.wait()
@@ -454,20 +440,3 @@ class Pipeline:
         for stage in self.stages:
             if stage.buffer is not None:
                 stage.clear().close()
-
-
-@contextmanager
-def ungrouped() -> Iterator[None]:
-    """Raises the first error of a group by itself: no bare group reaches a user."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        error = first_error(group)
-        raise error from error.__cause__
-
-
-def first_error(error: BaseException) -> BaseException:
-    """The first error of a group; any other error itself."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
