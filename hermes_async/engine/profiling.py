@@ -139,9 +139,8 @@ class _Measured:
             for stage in stages
             if least in stage.compute_s
         )
-        num_streamed = len(self.plan.stages) - len(self.plan.resident)
         gap_s = statistics.median(self.seen.gaps_s) if self.seen.gaps_s else 0.0
-        return gap_s + max(0.0, measured - expected) / num_streamed
+        return gap_s + max(0.0, measured - expected) / len(self.plan.streamed)
 
     def read_share(self, disk: tuple[DiskSpeed, ...]) -> float | None:
         """How fast the engine reads, as a share of what the disk alone gave; None if it never waited for reads.
@@ -151,8 +150,7 @@ class _Measured:
         if not self.seen.read_s:
             return None
         agents = self.plan.num_loading_agents
-        streamed = [stage for idx, stage in enumerate(self.plan.stages) if idx not in self.plan.resident]
-        alone_s = sum(read_seconds(disk, stage.read_bytes, agents) for stage in streamed) / agents
+        alone_s = sum(read_seconds(disk, stage.read_bytes, agents) for stage in self.plan.streamed) / agents
         return alone_s / statistics.median(self.seen.read_s)
 
 

@@ -78,9 +78,14 @@ class Plan:
         return self.partition.base.slot_bytes + sum(self.stages[idx].slot_bytes for idx in self.resident)
 
     @property
+    def streamed(self) -> tuple[StageLayout, ...]:
+        """The stages that every sweep reads."""
+        return tuple(stage for idx, stage in enumerate(self.stages) if idx not in self.resident)
+
+    @property
     def bytes_per_sweep(self) -> int:
         """What every sweep reads from disk, without embedding rows."""
-        return sum(stage.read_bytes for idx, stage in enumerate(self.stages) if idx not in self.resident)
+        return sum(stage.read_bytes for stage in self.streamed)
 
     @property
     def weight_bytes(self) -> int:

@@ -211,9 +211,7 @@ class _Choices:
                 if found and tokens < 2 * sequences:
                     break  # what would leave sequences without a place is only for want of memory
                 found = True
-                yield Way(
-                    limit, partition, sums, agents, buffers, slot, tokens, sequences, kv, workspace, fixed, room, most
-                )
+                yield Way(limit, partition, sums, agents, buffers, slot, tokens, sequences, kv, workspace, room, most)
                 if not self.sizes.kv_bytes_per_token:
                     break
             if found:

@@ -72,12 +72,12 @@ def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int,
         num_passes: Forward passes in each sweep, each with `num_tokens`; sequences that generate are one.
     """
     speeds = plan.speeds
+    layer_s, head_s = speeds.seconds_per_byte(num_tokens, num_outputs)
     costs = []
     for idx, stage in enumerate(plan.stages):
-        layers, head = (0, stage.read_bytes) if idx in plan.head else (stage.read_bytes, 0)
-        seconds = speeds.compute_seconds(layers, head, num_tokens, num_outputs) - speeds.outside_seconds(num_outputs)
         streamed = idx not in plan.resident
-        seconds = num_passes * seconds + streamed * speeds.handover_seconds
+        seconds = num_passes * stage.read_bytes * (head_s if idx in plan.head else layer_s)
+        seconds += streamed * speeds.handover_seconds
         costs.append(StageCost(stage.read_bytes if streamed else 0, seconds))
     return sweep_seconds(
         costs,
@@ -92,10 +92,9 @@ def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int,
 def parts_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int = 1) -> tuple[float, float]:
     """What a sweep reads and what it computes, in seconds, each by itself."""
     speeds = plan.speeds
-    streamed = [stage for idx, stage in enumerate(plan.stages) if idx not in plan.resident]
     agents = plan.num_loading_agents
-    read_s = sum(speeds.read_seconds(stage.read_bytes, agents) for stage in streamed) / agents
+    read_s = sum(speeds.read_seconds(stage.read_bytes, agents) for stage in plan.streamed) / agents
     head = sum(plan.stages[idx].read_bytes for idx in plan.head)
     layers = sum(stage.read_bytes for stage in plan.stages) - head
     compute_s = speeds.compute_seconds(layers, head, num_tokens, num_outputs)
-    return read_s, num_passes * compute_s + len(streamed) * speeds.handover_seconds
+    return read_s, num_passes * compute_s + len(plan.streamed) * speeds.handover_seconds

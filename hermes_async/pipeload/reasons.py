@@ -67,7 +67,7 @@ class Reasons:
         return f"{name}: {'; '.join(parts)}"
 
     def _resident(self, plan: Plan) -> str:
-        streamed = len(plan.stages) - len(plan.resident)
+        streamed = len(plan.streamed)
         if self._config.max_resident_layers is not None:
             return f"{len(plan.resident)} resident stages, as max_resident_layers asks for; {streamed} are streamed"
         return (

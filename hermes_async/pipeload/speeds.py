@@ -61,9 +61,13 @@ class Speeds:
         Args:
             nbytes: Of weights, without those of the head.
         """
-        layers = nbytes * at(self.layer_seconds, num_tokens)
-        head = head_bytes * at(self.head_seconds, num_outputs) if num_outputs else 0.0
-        return layers + head + self.outside_seconds(num_outputs)
+        layer_s, head_s = self.seconds_per_byte(num_tokens, num_outputs)
+        return nbytes * layer_s + head_bytes * head_s + self.outside_seconds(num_outputs)
+
+    def seconds_per_byte(self, num_tokens: int, num_outputs: int) -> tuple[float, float]:
+        """What computing one byte of weights takes: of layers, and of the head."""
+        head_s = at(self.head_seconds, num_outputs) if num_outputs else 0.0
+        return at(self.layer_seconds, num_tokens), head_s
 
     def outside_seconds(self, num_outputs: int) -> float:
         """What a sweep takes outside of its stages."""

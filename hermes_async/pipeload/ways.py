@@ -54,7 +54,6 @@ class Way:
         kv: Bytes for KV caches.
         workspace: Bytes for activations.
         room: Bytes for resident stages.
-        fixed: Bytes of what always stays, and of the ring.
         most: Stages that may be resident.
     """
 
@@ -68,7 +67,6 @@ class Way:
     sequences: int
     kv: int
     workspace: int
-    fixed: int
     room: int
     most: int
 
