@@ -170,5 +170,5 @@ async def running_draft_model(
         )
         exits.callback(model.close)
         await exits.enter_async_context(pipeline.running())
-        model.bind_resident()
+        await pipeline.wait_resident()
         yield DraftModel(opened, model, pool, vocab_size)

@@ -53,8 +53,9 @@ class Engine:
             async for chunk in engine.generate("Once upon a time"):
                 print(chunk.text, end="", flush=True)
 
-    Entering opens the checkpoint and loads the resident stages. Leaving ends every request: one that is still
-    iterated over gets `EngineClosedError`. Used from one event loop (asyncio or uvloop); not thread-safe.
+    Entering opens the checkpoint, and begins to load; the first sweep goes on with each stage as soon as it is there.
+    Leaving ends every request: one that is still iterated over gets `EngineClosedError`. Used from one event loop
+    (asyncio or uvloop); not thread-safe.
 
     Args:
         source: A checkpoint's directory, or an id on the Hugging Face hub.
@@ -74,7 +75,7 @@ class Engine:
         CheckpointError: The checkpoint cannot be used.
         UnsupportedModelError: The architecture would not run right.
         MemoryBudgetError: The budget is too small; the error has the smallest that works.
-        ReadError: Weights could not be read.
+        ReadError: A file of weights could not be opened, or the draft model not be read.
     """
 
     def __init__(
@@ -95,8 +96,7 @@ class Engine:
         self._config = config or EngineConfig()
         self._on_event = on_event
         self._trace = trace
-        # All mutable state. `_running` is there from the loading of the resident stages on, `_serving` from right after
-        # that; both stay for their counts.
+        # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
         self._tasks: anyio.abc.TaskGroup | None = None
         self._running: RunningModel | None = None
         self._serving: Serving | None = None
@@ -283,7 +283,7 @@ class Engine:
     async def resize(self, memory_budget: int | str) -> Plan:
         """Takes more memory, or gives some back, between two sweeps; requests go on, and get the same tokens.
 
-        More or fewer stages stay resident. The stages themselves, the ring and the workspace are those that the engine
+        More or fewer stages stay resident; those that newly stay are loaded while requests go on. The stages themselves, the ring and the workspace are those that the engine
         opened with; KV memory is given back only where nothing else is left, and never while it is in use.
 
         Args:
@@ -296,7 +296,6 @@ class Engine:
             ConfigError: Not a byte size.
             MemoryBudgetError: Less than the engine cannot give back; the error has the smallest that works, and nothing
                 has changed.
-            ReadError: A stage that would stay could not be read; the engine goes on without it.
             EngineClosedError, EngineFailedError: The engine was left, or failed.
 
         Cancellation: what has begun goes on.
@@ -363,9 +362,8 @@ class Engine:
             serving.leave(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """Tokenizes and checks what a user gave, on a worker thread, while the first stages are read."""
+        """Tokenizes and checks what a user gave, on a worker thread."""
         serving = self._model()
-        serving.running.pipeline.start_streaming()
         ready = anyio.Event()
         serving.preparing.add(ready)
         try:

@@ -92,18 +92,21 @@ class SweepRunner:
             rows = None if self._rows is None else await self._rows.read(needed)
             if all(item.request.aborted for item in sweep):  # `abandon` came before the pipeline's sweep began
                 raise SweepAbandoned
-            before = replace(self._pipeline.statistics)
+            before, opening = replace(self._pipeline.statistics), self._pipeline.loads_resident
             outcomes = await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
-            self._record_times(len(token_ids), before)
+            self._record_times(len(token_ids), before, opening)
             return outcomes
         finally:
             self.sweep = ()
 
-    def _record_times(self, num_tokens: int, before: PipelineStatistics) -> None:
+    def _record_times(self, num_tokens: int, before: PipelineStatistics, opening: bool) -> None:
+        """`opening`: Stages that stay were read too, which says nothing of the sweeps to come."""
         now = self._pipeline.statistics
         compute_seconds = now.compute_seconds - before.compute_seconds
         stall_seconds = now.stall_seconds - before.stall_seconds
         self._times.record(num_tokens, compute_seconds)
+        if opening:
+            return
         if self._pipeline.streams:
             self._times.record_stalls(compute_seconds + stall_seconds, stall_seconds)
         else:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -71,9 +71,8 @@ class RunningModel:
 
         Raises:
             MemoryBudgetError: It cannot give so much back; nothing has changed.
-            ReadError: A stage could not be read; the budget is the new one, and fewer stages stay than could.
 
-        Cancellation: as a `ReadError`.
+        Cancellation: leaves the model fit only to be closed.
         """
         plan = self._resized(budget)
         kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
@@ -86,14 +85,9 @@ class RunningModel:
         self.governor.resize(budget)
         self.ring_lease.grow_nowait(num_buffers * plan.slot_bytes)
         self.ring.add(num_buffers, plan.slot_bytes)
-        more = plan.resident_bytes - self.opened.plan.resident_bytes
-        self.weights_lease.grow_nowait(more)
-        try:
-            await self._set_resident(plan.resident)
-        finally:
-            resident = frozenset(idx for idx, stage in enumerate(self._planned_stages()) if stage.resident)
-            self.opened.plan = replace(plan, resident=resident)
-            self.weights_lease.shrink(plan.resident_bytes - self.opened.plan.resident_bytes)
+        self.weights_lease.grow_nowait(plan.resident_bytes - self.opened.plan.resident_bytes)
+        await self._set_resident(plan.resident)
+        self.opened.plan = plan
 
     def _resized(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.opened.skeleton
@@ -109,27 +103,24 @@ class RunningModel:
 
     async def _set_resident(self, resident: Collection[int]) -> None:
         """By the stages' numbers in the plan; the base, which the plan does not count, always stays."""
-        planned = self._planned_stages()
-        base = self.pipeline.stages[: len(self.pipeline.stages) - len(planned)]
-        stages = [*base, *(planned[idx] for idx in sorted(resident))]
-        await self.pipeline.set_resident(stages, self.model.bind, self.model.unbind)
-
-    def _planned_stages(self) -> Sequence[Stage]:
-        return self.pipeline.stages[len(self.pipeline.stages) - len(self.opened.plan.stages) :]
+        stages = self.pipeline.stages
+        num_base = len(stages) - len(self.opened.plan.stages)
+        staying = [*stages[:num_base], *(stages[num_base + idx] for idx in sorted(resident))]
+        await self.pipeline.set_resident(staying, self.model.unbind)
 
 
 @asynccontextmanager
 async def running_model(
     opened: OpenedModel, config: EngineConfig, release: Callable[[Request], None], trace: Trace | None = None
 ) -> AsyncGenerator[RunningModel, None]:
-    """Takes the plan's memory, loads what is resident and starts the agents; undoes all of it in reverse order.
+    """Takes the plan's memory and starts the agents, which begin to load; undoes all of it in reverse order.
 
     Args:
         release: Gives an aborted request's memory back; called on the event loop.
         trace: Told of what the agents do.
 
     Raises:
-        ReadError: Weights could not be read.
+        ReadError: A file could not be opened, or a draft model not be read.
     """
     plan, partition = opened.plan, opened.partition
     governor = MemoryGovernor(plan.memory_budget)
@@ -170,7 +161,6 @@ async def running_model(
         )
         exits.callback(model.close)
         await exits.enter_async_context(pipeline.running())
-        model.bind_resident()
         rows = None
         if partition.streamed_embedding is not None:
             executor = exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))

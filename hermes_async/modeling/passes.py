@@ -62,12 +62,12 @@ class ForwardPass:
 
 
 class TurnThread:
-    """A thread that runs a pass, and rests whenever it has come to a streamed stage or through one.
+    """A thread that runs a pass, and rests where it has come to a stage that is to be loaded, or through a streamed one.
 
     Like a generator: `resume` lets it run, and returns when it rests again or has ended.
 
     Attributes:
-        at: The streamed stage that it is about to enter, or has just gone through; None before the first.
+        at: The stage that it is about to enter, or has just gone through; None before the first.
         entering: Whether it is about to enter it.
         ended: It will never run again.
     """
@@ -134,7 +134,7 @@ def run_in_turns(
     Args:
         run: Runs one pass on the calling thread, which tells of the stages it comes to by `TurnThread.rest`.
         enter: Makes a stage's weights ready and binds them; whatever it raises ends all passes.
-        leave: Undoes that.
+        leave: Undoes that, unless it is a stage that stays.
 
     Raises:
         BaseException: As `enter`.

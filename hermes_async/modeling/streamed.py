@@ -58,7 +58,7 @@ class StreamedModel:
     """A model on the meta device whose stages are bound when they are entered and unbound when they are left.
 
     Args:
-        stages: All stages; a stage's name is its module's.
+        stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
         streamed_embedding: The input embedding is not loaded; each batch brings the rows it needs.
         gate: Asked before and after each stage.
         on_stage: Called by the compute thread before each stage of a packed sweep, resident ones too, with its batch.
@@ -78,11 +78,13 @@ class StreamedModel:
         self._attention = attention
         self._gate = gate
         self._on_stage = on_stage
-        # All mutable state: what is called before each stage, the embedding rows that are bound next, and the streamed
-        # stages whose weights are bound. Where passes take turns, each of their threads has a turn of its own.
+        # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
+        # whose weights are bound, streamed ones and those that stay. Where passes take turns, each of their threads has
+        # a turn of its own.
         self._before_stage: Callable[[], None] = lambda: None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: list[Stage] = []
+        self._bound_resident: set[Stage] = set()
         self._here = threading.local()
         self._unloaded = {
             placement.name: get_tensor(model, placement.name)
@@ -91,7 +93,10 @@ class StreamedModel:
         }
         self._stages = tuple(stages)
         self._hooks: list[RemovableHandle] = []
+        self._base = next((stage for stage in stages if not stage.name), None)
         for stage in stages:
+            if stage is self._base:
+                continue
             module = model.get_submodule(stage.name)
             self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
             self._hooks.append(module.register_forward_hook(self._leaving(stage)))
@@ -105,12 +110,6 @@ class StreamedModel:
         for module in model.modules():
             if module._parameters:
                 self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # behind those that load
-
-    def bind_resident(self) -> None:
-        """Binds the stages that stay; they must be loaded."""
-        for stage in self._stages:
-            if stage.resident:
-                self.bind(stage, stage.loaded)
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Runs one sweep on the calling thread; logits [outputs, vocab].
@@ -165,6 +164,8 @@ class StreamedModel:
     ) -> Iterator[None]:
         self._before_stage, self._rows = before_stage, rows
         try:
+            if self._base is not None:
+                self._enter(self._base)
             yield
         finally:
             self._rows = None
@@ -187,7 +188,7 @@ class StreamedModel:
                 self._before_stage()
                 self._enter(stage)
                 return
-            if not stage.resident:
+            if stage not in self._bound_resident:
                 turn.rest(stage, entering=True)
             turn.forward_pass.check_dropped()
 
@@ -196,11 +197,9 @@ class StreamedModel:
     def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             turn = self._turn()
-            if stage.resident:
-                return
             if turn is None:
                 self._leave(stage)
-            else:
+            elif not stage.resident:
                 turn.rest(stage, entering=False)
 
         return leave
@@ -210,16 +209,22 @@ class StreamedModel:
 
     def _enter(self, stage: Stage) -> None:
         buffer = self._gate.enter(stage)
-        if not stage.resident:
-            self.bind(stage, buffer)
+        if stage in self._bound_resident:
+            return
+        self._bind(stage, buffer)
+        if stage.resident:
+            self._bound_resident.add(stage)
+        else:
             self._bound.append(stage)
 
     def _leave(self, stage: Stage) -> None:
+        if stage.resident:
+            return
         self._bound.remove(stage)
         self.unbind(stage)
         self._gate.leave(stage)
 
-    def bind(self, stage: Stage, buffer: Buffer) -> None:
+    def _bind(self, stage: Stage, buffer: Buffer) -> None:
         """Puts a stage's weights into the model, as views of `buffer`."""
         for placement in stage.layout.placements:
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
@@ -227,6 +232,7 @@ class StreamedModel:
 
     def unbind(self, stage: Stage) -> None:
         """Takes a stage's weights out of the model."""
+        self._bound_resident.discard(stage)
         for placement in stage.layout.placements:
             set_tensor(self.model, placement.name, self._unloaded[placement.name])
 

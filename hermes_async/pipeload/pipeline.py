@@ -1,4 +1,4 @@
-"""PIPELOAD: resident stages loaded once, the others cycling through a ring of buffers.
+"""PIPELOAD: resident stages loaded once, on the first sweep's way, the others cycling through a ring of buffers.
 
 Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Engine).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import queue
 import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -76,17 +77,17 @@ class Pipeline:
         self._pinned = pinned
         self._num_loading_agents = num_loading_agents
         # All mutable state. `_order` is the cycle of streamed stages as the model visits them; `_next_load` is where
-        # the loading agents are in it, `_next_compute` where the sweep is. `_free_later` feeds the daemon.
+        # the loading agents are in it, `_next_compute` where the sweep is. `_missing` are the resident stages still to
+        # be loaded. `_entered` is the stage that was entered last. `_free_later` feeds the daemon.
         self._order = [stage for stage in stages if not stage.resident]
+        self._missing = deque(stage for stage in stages if stage.resident)
         self._next_load = 0
         self._next_compute = 0
+        self._entered = 0
+        self._loads_changed = anyio.Event()  # there may be something for a loading agent that found nothing
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
-        self._cycle = 0  # counts the rewinds, so that an agent sees that what it claimed is out of date
-        self._rewound = anyio.Event()
         self._abandoned = False
-        self._spare_reader: Reader | None = None
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
-        self._first_request = anyio.Event()
         self._wait_scope: anyio.CancelScope | None = None
         self._trace = trace
         self._traced_bytes = 0  # of weights in memory or on their way there
@@ -94,10 +95,10 @@ class Pipeline:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Loads the resident stages, then keeps the agents at work until the block is left.
+        """Keeps the agents at work until the block is left; they begin to read at once.
 
         Raises:
-            ReadError: A resident stage could not be read.
+            ReadError: A file could not be opened.
         """
         async with AsyncExitStack() as exits:
             exits.callback(self._free_later.close)
@@ -105,15 +106,13 @@ class Pipeline:
             executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
             readers = [
                 await exits.enter_async_context(Reader(executor, self.read_statistics, direct=self._direct))
-                for _ in range(self._num_loading_agents + 1)
+                for _ in range(self._num_loading_agents)
             ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
             exits.callback(self._ring.close)
             exits.callback(self._close_resident)
             for reader in readers:
                 await reader.open(files)
-            self._spare_reader = readers.pop()
-            await self._load_resident(readers)
             with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
@@ -126,83 +125,113 @@ class Pipeline:
                         self._sweeps.put(None)
                         agents.cancel_scope.cancel()
 
-    # --- Loading Agents and Daemon Agent: tasks on the event loop ---
-
-    async def _load_resident(self, readers: Sequence[Reader]) -> None:
-        waiting = iter([stage for stage in self.stages if stage.resident])
-
-        async def load(idx: int, reader: Reader) -> None:
-            for stage in waiting:
-                buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
-                stage.start_loading()
-                try:
-                    await self._read(idx, reader, stage, buffer)
-                except BaseException:
-                    self._drop(stage)
-                    raise
-                stage.set_ready(buffer, None)
-
-        with ungrouped():
-            async with anyio.create_task_group() as group:
-                for idx, reader in enumerate(readers):
-                    group.start_soon(load, idx, reader)
-
-    async def set_resident(
-        self, resident: Collection[Stage], bind: Callable[[Stage, Buffer], None], unbind: Callable[[Stage], None]
-    ) -> None:
-        """Makes these stages the ones that stay, and streams all others; between sweeps only.
-
-        Those that no longer stay give their memory back first; then the others are read, while the ring fills.
-
-        Args:
-            bind: Puts a stage's weights into the model.
-            unbind: Takes them out.
+    async def wait_resident(self) -> None:
+        """Waits until every resident stage is in memory.
 
         Raises:
-            ReadError: A stage could not be read; it is streamed, and so are those that would have come after it.
+            ReadError: One could not be read.
+        """
+        for stage in self.stages:
+            while stage.resident and stage.state is not StageState.READY:
+                await stage.ready.wait()
+            if stage.resident and stage.error is not None:
+                raise stage.error
 
-        Cancellation: as an error.
+    async def set_resident(self, resident: Collection[Stage], unbind: Callable[[Stage], None]) -> None:
+        """Makes these stages the ones that stay, and streams all others; between sweeps only.
+
+        Returns when those that no longer stay have given their memory back. Those that stay from now on are loaded next,
+        as those that stay from the beginning are.
+
+        Args:
+            unbind: Takes a stage's weights out of the model.
+
+        Cancellation: some stages stay, or are streamed, already, and the others are what they were.
         """
         leaving = [stage for stage in self.stages if stage.resident and stage not in resident]
         coming = [stage for stage in self.stages if not stage.resident and stage in resident]
-        if not leaving and not coming:
-            return
-        for stage in leaving:
-            unbind(stage)
-            stage.resident = False
-            self._trace_bytes(-stage.layout.weight_bytes)
-            stage.clear().close()
         self._order = [stage for stage in self.stages if not stage.resident and stage not in coming]
         self._rewind(0)
         try:
-            while coming:
-                await self._make_resident(coming[0])
-                bind(coming[0], coming[0].loaded)
-                coming.pop(0)
+            for stage in leaving:
+                while stage.state is StageState.LOADING:
+                    await stage.ready.wait()
+                unbind(stage)
+                stage.resident = False
+                self._unload_resident(stage)
+            for stage in coming:
+                while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
+                    await stage.emptied.wait()
+                stage.resident = True
         finally:
-            if coming:
-                self._order = [stage for stage in self.stages if not stage.resident]
-                self._rewind(0)
+            self._order = [stage for stage in self.stages if not stage.resident]
+            self._find_missing()
+            self._rewind(0)
 
-    async def _make_resident(self, stage: Stage) -> None:
-        assert self._spare_reader is not None
-        while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
-            await stage.emptied.wait()
-        buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
-        stage.start_loading()
-        try:
-            await self._read(self._num_loading_agents, self._spare_reader, stage, buffer)
-        except BaseException:
-            self._drop(stage)
-            buffer.close()
-            raise
-        stage.resident = True
-        stage.set_ready(buffer, None)
+    @property
+    def loads_resident(self) -> bool:
+        """Whether any stage that stays is not in memory yet."""
+        return any(stage.resident and stage.state is not StageState.READY for stage in self.stages)
 
     @property
     def streams(self) -> bool:
         """Whether a sweep reads any stage from disk."""
         return any(not stage.resident for stage in self.stages)
+
+    # --- Loading Agents and Daemon Agent: tasks on the event loop ---
+
+    async def _loading_agent(self, idx: int, reader: Reader) -> None:
+        """Reads what is needed next and has a place; only that there is none holds it back."""
+        while True:
+            stage, buffer = await self._claim()
+            error: ReadError | None = None
+            try:
+                await self._read(idx, reader, stage, buffer)
+            except ReadError as read_error:
+                error = read_error
+            except BaseException:
+                self._drop(stage, buffer)
+                raise
+            if stage.stale:
+                # Never READY, not even for a moment: the compute thread would take the buffer.
+                self._drop(stage, buffer)
+            else:
+                stage.set_ready(buffer, error)
+
+    async def _claim(self) -> tuple[Stage, Buffer]:
+        """Takes the next stage to load, and marks it LOADING; with the buffer it goes into."""
+        while True:
+            stages = [stage for stage in (self._next_missing(), self._next_streamed()) if stage is not None]
+            if stages:
+                break
+            await self._loads_changed.wait()
+        stage = min(stages, key=self._distance)
+        if stage.resident:
+            self._missing.popleft()
+            buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
+        else:
+            self._next_load = (self._next_load + 1) % len(self._order)
+            buffer = self._ring.acquire_nowait()
+        stage.start_loading()
+        return stage, buffer
+
+    def _next_missing(self) -> Stage | None:
+        return self._missing[0] if self._missing else None
+
+    def _next_streamed(self) -> Stage | None:
+        """The next stage of the cycle, if it is EMPTY and there is a buffer for it."""
+        if not self._order or not self._ring.statistics().num_free:
+            return None
+        stage = self._order[self._next_load]
+        return stage if stage.state is StageState.EMPTY else None
+
+    def _distance(self, stage: Stage) -> int:
+        """How many stages there are until this one is needed."""
+        return (stage.idx - self._entered) % len(self.stages)
+
+    def _wake_loading_agents(self) -> None:
+        changed, self._loads_changed = self._loads_changed, anyio.Event()
+        changed.set()
 
     async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
         """`idx`: The loading agent's."""
@@ -215,45 +244,6 @@ class Pipeline:
                 row, nbytes = f"loading agent {idx}", stage.layout.read_bytes
                 self._trace.span(row, stage.name or "base", started, time.perf_counter(), bytes=nbytes)
 
-    async def _loading_agent(self, idx: int, reader: Reader) -> None:
-        """Reads the next stage of the cycle whenever a buffer is free; only free buffers hold it back."""
-        await self._first_request.wait()
-        while True:
-            buffer = await self._ring.acquire()
-            stage: Stage | None = None
-            error: ReadError | None = None
-            try:
-                stage = await self._claim()
-                await self._read(idx, reader, stage, buffer)
-            except ReadError as read_error:
-                error = read_error
-            except BaseException:
-                self._ring.release(buffer)
-                if stage is not None:
-                    self._drop(stage)
-                raise
-            assert stage is not None
-            if stage.stale:
-                # Never READY, not even for a moment: the compute thread would take the buffer.
-                self._ring.release(buffer)
-                self._drop(stage)
-            else:
-                stage.set_ready(buffer, error)
-
-    async def _claim(self) -> Stage:
-        """Takes the next stage of the cycle to load, once it is EMPTY, and marks it LOADING."""
-        while True:
-            while not self._order:
-                await self._rewound.wait()
-            cycle = self._cycle
-            stage = self._order[self._next_load]
-            self._next_load = (self._next_load + 1) % len(self._order)
-            while cycle == self._cycle and stage.state is not StageState.EMPTY:
-                await stage.emptied.wait()
-            if cycle == self._cycle:
-                stage.start_loading()
-                return stage
-
     async def _daemon_agent(self) -> None:
         """Frees what was computed, which lets the next load in."""
         async for stage in self._to_free:
@@ -261,14 +251,31 @@ class Pipeline:
 
     def _free(self, stage: Stage) -> None:
         self._ring.release(stage.clear())
+        self._wake_loading_agents()
         if self._trace is not None:
             now = time.perf_counter()
             self._trace.span("daemon agent", f"free {stage.name}", now, now)
         self._trace_bytes(-stage.layout.weight_bytes)
 
-    def _drop(self, stage: Stage) -> None:
+    def _drop(self, stage: Stage, buffer: Buffer) -> None:
+        """Of a stage that is LOADING."""
+        if stage.resident:
+            buffer.close()
+        else:
+            self._ring.release(buffer)
         stage.drop()
+        self._wake_loading_agents()
         self._trace_bytes(-stage.layout.weight_bytes)
+
+    def _unload_resident(self, stage: Stage) -> None:
+        """Gives its memory back, if it has any."""
+        if stage.buffer is not None:
+            stage.clear().close()
+            self._trace_bytes(-stage.layout.weight_bytes)
+
+    def _find_missing(self) -> None:
+        self._missing = deque(stage for stage in self.stages if stage.resident and stage.state is StageState.EMPTY)
+        self._wake_loading_agents()
 
     def _trace_bytes(self, more: int) -> None:
         if self._trace is not None:
@@ -301,10 +308,8 @@ class Pipeline:
 
         Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
         """
-        self.start_streaming()
         self._abandoned = False
-        if any(stage.error is not None for stage in self._order):
-            self._rewind(0)
+        self._load_again()
         self._next_compute = 0
         started = time.perf_counter()
         stalled_before = self.statistics.stall_seconds
@@ -313,6 +318,7 @@ class Pipeline:
             result = await self._computed(compute)
             complete = True
         finally:
+            self._entered = 0
             self._trace_computed()
             if self._trace is not None:
                 self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started, time.perf_counter())
@@ -341,9 +347,16 @@ class Pipeline:
         result: T = sweep.result
         return result
 
-    def start_streaming(self) -> None:
-        """Lets the loading agents begin to fill the ring, ahead of the first sweep; from then on they never stop."""
-        self._first_request.set()
+    def _load_again(self) -> None:
+        """What could not be read is read again."""
+        failed = [stage for stage in self.stages if stage.error is not None]
+        if any(not stage.resident for stage in failed):
+            self._rewind(0)
+        for stage in failed:
+            if stage.resident:
+                self._unload_resident(stage)
+        if failed:
+            self._find_missing()
 
     def abandon(self) -> None:
         """Ends the running sweep at its next stage."""
@@ -369,18 +382,19 @@ class Pipeline:
         """
         self._trace_computed()
         self.check_abandoned()
+        self._entered = stage.idx
+        if stage.state is not StageState.READY or not self._is_next(stage):
+            started = time.perf_counter()
+            try:
+                anyio.from_thread.run(self._wait_ready, stage)
+            except CancelledError:
+                raise SweepAbandoned from None
+            finally:
+                ended = time.perf_counter()
+                self.statistics.stall_seconds += ended - started
+                if self._trace is not None:
+                    self._trace.span("inference agent", f"wait for {stage.name or 'base'}", started, ended)
         if not stage.resident:
-            if not self._is_next(stage) or stage.state is not StageState.READY:
-                started = time.perf_counter()
-                try:
-                    anyio.from_thread.run(self._wait_ready, stage)
-                except CancelledError:
-                    raise SweepAbandoned from None
-                finally:
-                    ended = time.perf_counter()
-                    self.statistics.stall_seconds += ended - started
-                    if self._trace is not None:
-                        self._trace.span("inference agent", f"wait for {stage.name}", started, ended)
             self._next_compute += 1
         if stage.error is not None:
             raise stage.error
@@ -401,6 +415,9 @@ class Pipeline:
             self._trace.span("inference agent", name, started, time.perf_counter())
 
     def _is_next(self, stage: Stage) -> bool:
+        """Whether it comes in the order that is known; what is resident may be entered at any time."""
+        if stage.resident:
+            return True
         return self._next_compute < len(self._order) and self._order[self._next_compute] is stage
 
     async def _wait_ready(self, stage: Stage) -> None:
@@ -426,17 +443,16 @@ class Pipeline:
 
     def _rewind(self, position: int) -> None:
         """Empties the ring and loads on from `position` of the cycle."""
-        self._cycle += 1
-        rewound, self._rewound = self._rewound, anyio.Event()
-        rewound.set()
         self._next_load = position
         for stage in self.stages:
-            if not stage.resident and stage.state is StageState.READY:
+            if stage.resident:
+                continue
+            if stage.state is StageState.READY:
                 self._free(stage)
             elif stage.state is StageState.LOADING:
                 stage.stale = True
+        self._wake_loading_agents()
 
     def _close_resident(self) -> None:
         for stage in self.stages:
-            if stage.buffer is not None:
-                stage.clear().close()
+            self._unload_resident(stage)

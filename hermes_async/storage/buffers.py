@@ -63,25 +63,23 @@ class Buffer:
 
 @dataclass(frozen=True, slots=True)
 class BufferPoolStatistics:
-    """Attributes: num_buffers: all; num_free: not in use; num_waiting: tasks that wait for one."""
+    """Attributes: num_buffers: all; num_free: not in use."""
 
     num_buffers: int
     num_free: int
-    num_waiting: int
 
 
 class BufferPool:
-    """The ring: a fixed number of equal buffers, handed out first come, first served.
+    """The ring: a fixed number of equal buffers.
 
-    The number of buffers is what caps how many streamed stages are in memory at once; the pool is the semaphore that
-    holds the loading agents back. Event-loop side only.
+    Their number is what caps how many streamed stages are in memory at once, and so what holds the loading agents back.
+    Event-loop side only.
     """
 
     def __init__(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
         # All mutable state: the buffers that nobody has, and how many there are in all.
         self._free: deque[Buffer] = deque()
         self._num_buffers = 0
-        self._available = anyio.Semaphore(0)
         self.add(num_buffers, nbytes, pinned=pinned)
 
     def add(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
@@ -90,18 +88,14 @@ class BufferPool:
             self._num_buffers += 1
             self.release(Buffer(nbytes, pinned=pinned))
 
-    async def acquire(self) -> Buffer:
-        """Waits for a free buffer. A cancelled wait takes nothing."""
-        await self._available.acquire()
-        return self._free.popleft()
-
     def acquire_nowait(self) -> Buffer:
         """Takes a free buffer.
 
         Raises:
             anyio.WouldBlock: None is free.
         """
-        self._available.acquire_nowait()
+        if not self._free:
+            raise anyio.WouldBlock
         return self._free.popleft()
 
     def release(self, buffer: Buffer) -> None:
@@ -113,10 +107,9 @@ class BufferPool:
         if len(self._free) == self._num_buffers:
             raise ValueError("a buffer was released that is not this pool's, or twice")
         self._free.append(buffer)
-        self._available.release()
 
     def statistics(self) -> BufferPoolStatistics:
-        return BufferPoolStatistics(self._num_buffers, len(self._free), self._available.statistics().tasks_waiting)
+        return BufferPoolStatistics(self._num_buffers, len(self._free))
 
     def close(self) -> None:
         """Frees the memory of the buffers that were given back."""

@@ -53,7 +53,7 @@ async def test_what_a_trace_holds(tiny_model: Any, file: Path) -> None:
         assert all(one.end <= other.start + 1e-6 for one, other in pairwise(spans))
     weights = [value for _, value in timeline.counters["weights"]]
     assert max(weights) <= plan.resident_bytes + plan.ring_bytes
-    assert min(weights) > 0
+    assert weights[-1] == 0 <= min(weights)
 
 
 async def test_without_a_file_nothing_is_traced(tiny_model: Any) -> None:

@@ -26,7 +26,6 @@ NUM_REQUESTS = 125  # cancelled ones of each engine; four seeds, two event loops
 
 async def settle(engine: Engine) -> None:
     """Returns when the ring is full and nobody waits for anything but the next request."""
-    engine._running.pipeline.start_streaming()  # as the first request does
     busy = (StageState.LOADING, StageState.SPENT)
     while True:
         await anyio.wait_all_tasks_blocked()

@@ -133,18 +133,26 @@ async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it
 
 
 @pytest.mark.parametrize("resident", [True, False])
-async def test_an_io_error_while_opening(tiny_model: Any, disk: Any, resident: bool) -> None:
+async def test_an_io_error_of_what_stays(tiny_model: Any, disk: Any, resident: bool) -> None:
+    """All of it, or only the vectors that always stay: the engine goes on, and reads them again."""
     before = set(AttentionInterface._global_mapping)
+    broken = True
 
     def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
-        raise OSError(errno.EIO, "Input/output error")
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return read()
 
     disk.on_read = on_read
     config = None if resident else tiny_model.config
-    with pytest.raises(ReadError) as caught:
-        async with Engine(tiny_model.path, memory_budget="8MiB", config=config):
-            pytest.fail("entered")
-    assert (caught.value.path, caught.value.errno) == (tiny_model.shard, errno.EIO)
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
+        for _ in range(2):
+            with pytest.raises(ReadError) as caught:
+                await engine.complete(tiny_model.prompts[1], tiny_model.params)
+            assert (caught.value.path, caught.value.errno) == (tiny_model.shard, errno.EIO)
+        broken = False
+        await settle(engine)
+        await check_answers(engine, tiny_model)
     assert not [thread for thread in threading.enumerate() if thread.name.startswith("hermes")]
     assert set(AttentionInterface._global_mapping) == before
 

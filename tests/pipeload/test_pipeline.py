@@ -50,7 +50,6 @@ async def test_the_ring_is_full_while_idle_and_goes_on_into_the_next_sweep(make_
     rig = make_rig(agents=2)
     statistics = rig.pipeline.read_statistics
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         await rig.settle()
         assert rig.states() == ["ready"] * 3 + ["empty"] * 3
         for sweeps in range(1, 4):
@@ -62,13 +61,50 @@ async def test_the_ring_is_full_while_idle_and_goes_on_into_the_next_sweep(make_
             assert statistics.bytes_read == sum(map(len, rig.expected * sweeps + rig.expected[:3]))
 
 
-async def test_before_the_first_request_only_resident_stages_are_read(make_rig: Callable[..., Any]) -> None:
-    rig = make_rig(agents=2, resident=(1, 4))
+async def test_what_is_needed_first_is_read_first_and_a_full_ring_holds_up_only_what_is_streamed(
+    make_rig: Callable[..., Any], disk: Any
+) -> None:
+    rig = make_rig(agents=1, num_stages=8, resident=(1, 4, 7))
+    offsets = [stage.layout.ranges[0].offset // 4096 * 4096 for stage in rig.stages]
+    read_at: list[int] = []
+
+    def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
+        read_at.append(offset)
+        return read()
+
+    disk.on_read = on_read
     async with rig.pipeline.running():
         await rig.settle()
-        assert rig.states() == ["empty", "ready", "empty", "empty", "ready", "empty"]
-        assert rig.pipeline.read_statistics.num_reads == 2
+        assert read_at == [offsets[idx] for idx in (0, 1, 2, 4, 7)]
         assert all(await rig.pipeline.sweep(rig.compute()))
+        await rig.settle()
+        assert read_at[5:] == [offsets[idx] for idx in (3, 5, 6, 0, 2)]
+
+
+async def test_a_sweep_begins_before_the_resident_stages_are_there(
+    make_rig: Callable[..., Any], gate: Callable[..., Any], sweeping: Callable[..., Any]
+) -> None:
+    rig = make_rig(agents=2, resident=(1, 4))
+    held = gate(rig.stages[4])
+    entered: list[int] = []
+    async with rig.pipeline.running():
+        async with sweeping(rig, None, entered.append) as result:
+            await held.wait_entered()
+            while len(entered) < 4:
+                await anyio.sleep(0.001)
+            await anyio.wait_all_tasks_blocked()
+            assert entered == [0, 1, 2, 3]
+            assert rig.pipeline.loads_resident
+            held.may_pass.set()
+        assert result == [[True] * 6]
+        assert not rig.pipeline.loads_resident
+
+
+async def test_waiting_for_the_resident_stages(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(agents=2, resident=(1, 4))
+    async with rig.pipeline.running():
+        await rig.pipeline.wait_resident()
+        assert [rig.stages[idx].state for idx in (1, 4)] == [StageState.READY] * 2
 
 
 async def test_resident_stages_are_read_once(make_rig: Callable[..., Any]) -> None:
@@ -99,7 +135,6 @@ async def test_no_more_than_the_agents_read_at_once(make_rig: Callable[..., Any]
 
     disk.on_read = on_read
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         await rig.settle()
     assert most == 2
 
@@ -153,7 +188,6 @@ async def test_a_failure_in_the_idle_ring_is_no_failure_of_the_next_sweep(
 
     disk.on_read = on_read
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         await rig.settle()
         assert [stage.error is not None for stage in rig.stages] == [True] * 3 + [False] * 3
         fail = False
@@ -177,20 +211,58 @@ async def test_a_truncated_file_is_a_short_read(make_rig: Callable[..., Any]) ->
 
 
 @pytest.mark.parametrize("agents", [1, 3])
-async def test_a_resident_stage_that_fails_is_a_read_error_and_no_group(
+async def test_a_resident_stage_that_fails_is_tried_again_by_the_next_sweep(
     make_rig: Callable[..., Any], disk: Any, agents: int
 ) -> None:
     rig = make_rig(agents=agents, resident=(0, 1, 2, 3))
+    broken = True
 
     def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
-        raise OSError(errno.EIO, "Input/output error")
+        if broken:
+            raise OSError(errno.EIO, "Input/output error")
+        return read()
 
     disk.on_read = on_read
-    with pytest.raises(ReadError):
-        async with rig.pipeline.running():
-            pytest.fail("entered")
+    async with rig.pipeline.running():
+        with pytest.raises(ReadError):
+            await rig.pipeline.wait_resident()
+        for _ in range(2):
+            with pytest.raises(ReadError):
+                await rig.pipeline.sweep(rig.compute())
+        await rig.settle()
+        broken = False
+        reads = rig.pipeline.read_statistics.num_reads
+        assert all(await rig.pipeline.sweep(rig.compute()))
+        await rig.settle()
+        rig.check_integrity()
+        assert rig.pipeline.read_statistics.num_reads - reads == 6 + min(agents + 1, 2)
     assert disk.num_open == 0
     assert all(stage.buffer is None for stage in rig.stages)
+
+
+async def test_another_choice_of_what_stays(make_rig: Callable[..., Any], gate: Callable[..., Any]) -> None:
+    rig = make_rig(agents=2, resident=(0, 3))
+    unbound: list[int] = []
+    held = gate(rig.stages[3])
+    async with rig.pipeline.running():
+        await held.wait_entered()
+        async with anyio.create_task_group() as group:
+            # One that is being read leaves, one that was not comes; nothing is waited for but the read.
+            args = ([rig.stages[1], rig.stages[5]], lambda stage: unbound.append(stage.idx))
+            group.start_soon(rig.pipeline.set_resident, *args)
+            await anyio.wait_all_tasks_blocked()
+            held.may_pass.set()
+        assert unbound == [0, 3]
+        assert [stage.idx for stage in rig.stages if stage.resident] == [1, 5]
+        assert rig.stages[0].buffer is None or not rig.stages[0].resident
+        for _ in range(2):
+            assert all(await rig.pipeline.sweep(rig.compute()))
+        await rig.settle()
+        rig.check_integrity()
+        reads = rig.pipeline.read_statistics.num_reads
+        assert all(await rig.pipeline.sweep(rig.compute()))
+        await rig.settle()
+        assert rig.pipeline.read_statistics.num_reads - reads == 4
 
 
 async def test_a_file_that_is_not_there(make_rig: Callable[..., Any], disk: Any) -> None:
@@ -295,7 +367,6 @@ async def test_the_model_skips_to_a_stage_that_is_being_loaded(
     rig = make_rig(agents=2)
     held = gate(rig.stages[2])
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         await held.wait_entered()
         async with sweeping(rig, [0, 2, 1, 3, 4, 5]) as result:
             while rig.stages[0].state is not StageState.EMPTY and not rig.stages[2].stale:
@@ -313,7 +384,6 @@ async def test_abandoned_while_it_waits_for_a_stage(
     rig = make_rig(agents=1)
     held = gate(rig.stages[0])
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         async with sweeping(rig) as result:
             await held.wait_entered()
             await anyio.wait_all_tasks_blocked()
@@ -388,7 +458,6 @@ async def test_a_sweep_cancelled_while_it_waits_for_a_stage(
     rig = make_rig(agents=1)
     held = gate(rig.stages[0])
     async with rig.pipeline.running():
-        rig.pipeline.start_streaming()
         await held.wait_entered()
         with anyio.CancelScope() as scope:
             async with sweeping(rig):
