@@ -283,8 +283,9 @@ class Engine:
     async def resize(self, memory_budget: int | str) -> Plan:
         """Takes more memory, or gives some back, between two sweeps; requests go on, and get the same tokens.
 
-        More or fewer stages stay resident; those that newly stay are loaded while requests go on. The stages themselves, the ring and the workspace are those that the engine
-        opened with; KV memory is given back only where nothing else is left, and never while it is in use.
+        More or fewer stages stay resident; those that newly stay are loaded while requests go on. The stages
+        themselves, the ring and the workspace are those that the engine opened with; KV memory is given back only where
+        nothing else is left, and never while it is in use.
 
         Args:
             memory_budget: Bytes, or "3GiB".

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import queue
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -20,6 +19,7 @@ import anyio.to_thread
 
 from hermes_async.errors import ReadError
 from hermes_async.pipeload.groups import ungrouped
+from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.sweep_work import SweepWork
 from hermes_async.pipeload.trace import Trace
@@ -74,22 +74,14 @@ class Pipeline:
         self.read_statistics = statistics
         self._ring = ring
         self._direct = direct
-        self._pinned = pinned
         self._num_loading_agents = num_loading_agents
-        # All mutable state. `_order` is the cycle of streamed stages as the model visits them; `_next_load` is where
-        # the loading agents are in it, `_next_compute` where the sweep is. `_missing` are the resident stages still to
-        # be loaded. `_entered` is the stage that was entered last. `_free_later` feeds the daemon.
-        self._order = [stage for stage in stages if not stage.resident]
-        self._missing = deque(stage for stage in stages if stage.resident)
-        self._next_load = 0
-        self._next_compute = 0
-        self._entered = 0
-        self._loads_changed = anyio.Event()  # there may be something for a loading agent that found nothing
+        self._trace = trace
+        # All mutable state. `load_order` says what is read next, and `_free_later` feeds the daemon.
+        self.load_order = LoadOrder(self.stages, ring, self._free, pinned=pinned)
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._abandoned = False
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
         self._wait_scope: anyio.CancelScope | None = None
-        self._trace = trace
         self._traced_bytes = 0  # of weights in memory or on their way there
         self._traced_stage: tuple[str, float] | None = None  # what is computed, and since when
 
@@ -110,7 +102,7 @@ class Pipeline:
             ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
             exits.callback(self._ring.close)
-            exits.callback(self._close_resident)
+            exits.callback(self._close_stages)
             for reader in readers:
                 await reader.open(files)
             with ungrouped():
@@ -140,8 +132,8 @@ class Pipeline:
     async def set_resident(self, resident: Collection[Stage], unbind: Callable[[Stage], None]) -> None:
         """Makes these stages the ones that stay, and streams all others; between sweeps only.
 
-        Returns when those that no longer stay have given their memory back. Those that stay from now on are loaded next,
-        as those that stay from the beginning are.
+        Returns when those that no longer stay have given their memory back. Those that stay from now on are loaded
+        next, as those that stay from the beginning are.
 
         Args:
             unbind: Takes a stage's weights out of the model.
@@ -150,23 +142,21 @@ class Pipeline:
         """
         leaving = [stage for stage in self.stages if stage.resident and stage not in resident]
         coming = [stage for stage in self.stages if not stage.resident and stage in resident]
-        self._order = [stage for stage in self.stages if not stage.resident and stage not in coming]
-        self._rewind(0)
+        self.load_order.stream(stage for stage in self.stages if not stage.resident and stage not in coming)
         try:
             for stage in leaving:
                 while stage.state is StageState.LOADING:
                     await stage.ready.wait()
                 unbind(stage)
                 stage.resident = False
-                self._unload_resident(stage)
+                self._unload(stage)
             for stage in coming:
                 while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
                     await stage.emptied.wait()
                 stage.resident = True
         finally:
-            self._order = [stage for stage in self.stages if not stage.resident]
-            self._find_missing()
-            self._rewind(0)
+            self.load_order.stream(stage for stage in self.stages if not stage.resident)
+            self.load_order.find_missing()
 
     @property
     def loads_resident(self) -> bool:
@@ -183,7 +173,7 @@ class Pipeline:
     async def _loading_agent(self, idx: int, reader: Reader) -> None:
         """Reads what is needed next and has a place; only that there is none holds it back."""
         while True:
-            stage, buffer = await self._claim()
+            stage, buffer = await self.load_order.claim()
             error: ReadError | None = None
             try:
                 await self._read(idx, reader, stage, buffer)
@@ -197,41 +187,6 @@ class Pipeline:
                 self._drop(stage, buffer)
             else:
                 stage.set_ready(buffer, error)
-
-    async def _claim(self) -> tuple[Stage, Buffer]:
-        """Takes the next stage to load, and marks it LOADING; with the buffer it goes into."""
-        while True:
-            stages = [stage for stage in (self._next_missing(), self._next_streamed()) if stage is not None]
-            if stages:
-                break
-            await self._loads_changed.wait()
-        stage = min(stages, key=self._distance)
-        if stage.resident:
-            self._missing.popleft()
-            buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
-        else:
-            self._next_load = (self._next_load + 1) % len(self._order)
-            buffer = self._ring.acquire_nowait()
-        stage.start_loading()
-        return stage, buffer
-
-    def _next_missing(self) -> Stage | None:
-        return self._missing[0] if self._missing else None
-
-    def _next_streamed(self) -> Stage | None:
-        """The next stage of the cycle, if it is EMPTY and there is a buffer for it."""
-        if not self._order or not self._ring.statistics().num_free:
-            return None
-        stage = self._order[self._next_load]
-        return stage if stage.state is StageState.EMPTY else None
-
-    def _distance(self, stage: Stage) -> int:
-        """How many stages there are until this one is needed."""
-        return (stage.idx - self._entered) % len(self.stages)
-
-    def _wake_loading_agents(self) -> None:
-        changed, self._loads_changed = self._loads_changed, anyio.Event()
-        changed.set()
 
     async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
         """`idx`: The loading agent's."""
@@ -251,7 +206,7 @@ class Pipeline:
 
     def _free(self, stage: Stage) -> None:
         self._ring.release(stage.clear())
-        self._wake_loading_agents()
+        self.load_order.wake()
         if self._trace is not None:
             now = time.perf_counter()
             self._trace.span("daemon agent", f"free {stage.name}", now, now)
@@ -264,18 +219,14 @@ class Pipeline:
         else:
             self._ring.release(buffer)
         stage.drop()
-        self._wake_loading_agents()
+        self.load_order.wake()
         self._trace_bytes(-stage.layout.weight_bytes)
 
-    def _unload_resident(self, stage: Stage) -> None:
+    def _unload(self, stage: Stage) -> None:
         """Gives its memory back, if it has any."""
         if stage.buffer is not None:
             stage.clear().close()
             self._trace_bytes(-stage.layout.weight_bytes)
-
-    def _find_missing(self) -> None:
-        self._missing = deque(stage for stage in self.stages if stage.resident and stage.state is StageState.EMPTY)
-        self._wake_loading_agents()
 
     def _trace_bytes(self, more: int) -> None:
         if self._trace is not None:
@@ -310,7 +261,6 @@ class Pipeline:
         """
         self._abandoned = False
         self._load_again()
-        self._next_compute = 0
         started = time.perf_counter()
         stalled_before = self.statistics.stall_seconds
         complete = False
@@ -318,17 +268,12 @@ class Pipeline:
             result = await self._computed(compute)
             complete = True
         finally:
-            self._entered = 0
             self._trace_computed()
             if self._trace is not None:
                 self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started, time.perf_counter())
             stalled = self.statistics.stall_seconds - stalled_before
             self.statistics.compute_seconds += time.perf_counter() - started - stalled
-            if not complete:
-                self._rewind(0)
-            elif 0 < self._next_compute < len(self._order):
-                del self._order[self._next_compute :]  # the model did not visit these
-                self._rewind(0)
+            self.load_order.end_sweep(complete=complete)
         self.statistics.sweeps += 1
         return result
 
@@ -351,12 +296,12 @@ class Pipeline:
         """What could not be read is read again."""
         failed = [stage for stage in self.stages if stage.error is not None]
         if any(not stage.resident for stage in failed):
-            self._rewind(0)
+            self.load_order.rewind(0)
         for stage in failed:
             if stage.resident:
-                self._unload_resident(stage)
+                self._unload(stage)
         if failed:
-            self._find_missing()
+            self.load_order.find_missing()
 
     def abandon(self) -> None:
         """Ends the running sweep at its next stage."""
@@ -382,8 +327,7 @@ class Pipeline:
         """
         self._trace_computed()
         self.check_abandoned()
-        self._entered = stage.idx
-        if stage.state is not StageState.READY or not self._is_next(stage):
+        if stage.state is not StageState.READY or not self.load_order.is_next(stage):
             started = time.perf_counter()
             try:
                 anyio.from_thread.run(self._wait_ready, stage)
@@ -394,8 +338,7 @@ class Pipeline:
                 self.statistics.stall_seconds += ended - started
                 if self._trace is not None:
                     self._trace.span("inference agent", f"wait for {stage.name or 'base'}", started, ended)
-        if not stage.resident:
-            self._next_compute += 1
+        self.load_order.enter(stage)
         if stage.error is not None:
             raise stage.error
         if self._trace is not None:
@@ -414,15 +357,9 @@ class Pipeline:
             (name, started), self._traced_stage = self._traced_stage, None
             self._trace.span("inference agent", name, started, time.perf_counter())
 
-    def _is_next(self, stage: Stage) -> bool:
-        """Whether it comes in the order that is known; what is resident may be entered at any time."""
-        if stage.resident:
-            return True
-        return self._next_compute < len(self._order) and self._order[self._next_compute] is stage
-
     async def _wait_ready(self, stage: Stage) -> None:
-        if not self._is_next(stage):
-            self._reorder(stage)
+        if not self.load_order.is_next(stage):
+            self.load_order.reorder(stage)
         with anyio.CancelScope() as self._wait_scope:
             while not self._abandoned and stage.state is not StageState.READY:
                 await stage.ready.wait()
@@ -430,29 +367,10 @@ class Pipeline:
         if self._abandoned:
             raise SweepAbandoned
 
-    def _reorder(self, stage: Stage) -> None:
-        """The model visits its stages in another order than was known: learn it, and load on from here."""
-        if stage in self._order[self._next_compute :]:
-            del self._order[self._order.index(stage, self._next_compute)]
-        self._order.insert(self._next_compute, stage)
-        self._rewind(self._next_compute)
-
     def _spend(self, stage: Stage) -> None:
         stage.state = StageState.SPENT
         self._free_later.send_nowait(stage)
 
-    def _rewind(self, position: int) -> None:
-        """Empties the ring and loads on from `position` of the cycle."""
-        self._next_load = position
+    def _close_stages(self) -> None:
         for stage in self.stages:
-            if stage.resident:
-                continue
-            if stage.state is StageState.READY:
-                self._free(stage)
-            elif stage.state is StageState.LOADING:
-                stage.stale = True
-        self._wake_loading_agents()
-
-    def _close_resident(self) -> None:
-        for stage in self.stages:
-            self._unload_resident(stage)
+            self._unload(stage)

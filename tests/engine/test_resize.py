@@ -41,7 +41,7 @@ def check(engine: Engine) -> None:
     resident = [stage for stage in pipeline.stages if stage.resident]
     assert sum(stage.layout.slot_bytes for stage in resident) == plan.resident_bytes
     assert all(stage.error is None for stage in resident)
-    assert not set(pipeline._order) & set(resident)
+    assert not set(pipeline.load_order.cycle) & set(resident)
 
 
 async def test_it_grows_and_shrinks_between_requests(tiny_model: Any, no_blocking: Any) -> None:
@@ -94,7 +94,7 @@ async def test_bytes_read_follow_the_plan(tiny_model: Any) -> None:
         for budget in (least + 60_000, least):
             plan = await engine.resize(budget)
             await engine.complete(tiny_model.prompts[1], greedy_params(2))  # the ring is full again after it
-            await until(lambda: all(s.state is StageState.READY for s in engine._running.pipeline._order[:3]))
+            await until(lambda: all(s.state is StageState.READY for s in engine._running.pipeline.load_order.cycle[:3]))
             before = engine.statistics()
             await engine.complete(tiny_model.prompts[1], greedy_params(20))
             after = engine.statistics()

@@ -11,6 +11,7 @@ from typing import Any
 
 import anyio
 import anyio.from_thread
+import anyio.lowlevel
 import anyio.to_thread
 import pytest
 
@@ -91,7 +92,7 @@ async def test_a_sweep_begins_before_the_resident_stages_are_there(
         async with sweeping(rig, None, entered.append) as result:
             await held.wait_entered()
             while len(entered) < 4:
-                await anyio.sleep(0.001)
+                await anyio.lowlevel.checkpoint()
             await anyio.wait_all_tasks_blocked()
             assert entered == [0, 1, 2, 3]
             assert rig.pipeline.loads_resident
