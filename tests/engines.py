@@ -38,9 +38,10 @@ def open_engine(model: Any, on_event: Callable[[RequestEvent], None] | None = No
 
 
 async def until(condition: Callable[[], bool]) -> None:
+    """Polls. It sleeps in between, as a loop that never rests leaves the compute thread no time."""
     with anyio.fail_after(30):
-        while not condition():
-            await anyio.lowlevel.checkpoint()
+        while not condition():  # noqa: ASYNC110
+            await anyio.sleep(0.002)
 
 
 async def check_nothing_is_left(engine: Engine) -> None:

@@ -64,8 +64,8 @@ class ForwardPass:
 class TurnThread:
     """A thread that runs a pass, and rests where it has come to a stage whose weights are not bound.
 
-    It rests again behind it, if the stage is a streamed one. Like a generator: `resume` lets it run, and returns when it
-    rests again or has ended.
+    It rests again behind it, if the stage is a streamed one. Like a generator: `resume` lets it run, and returns when
+    it rests again or has ended.
 
     Attributes:
         at: The stage that it is about to enter, or has just gone through; None before the first.

@@ -431,8 +431,6 @@ async def test_everyone_is_told_when_the_engine_is_left(long_model: Any) -> None
         with pytest.raises(EngineClosedError):
             async for _ in turn:
                 pass
-        with anyio.fail_after(10):
-            while len(errors) < 2:
-                await anyio.lowlevel.checkpoint()
+        await until(lambda: len(errors) == 2)
     statistics = engine.statistics()
     assert (statistics.num_leases, statistics.num_waiting, statistics.num_sessions) == (0, 0, 0)

@@ -20,6 +20,7 @@ from hermes_async import (
     RequestError,
     SamplingParams,
 )
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
 
@@ -29,8 +30,7 @@ def open_engine(model: Any, **config: Any) -> Engine:
 
 
 async def check_idle(engine: Engine) -> None:
-    while engine.statistics().num_running:  # a request that was left ends at the next stage
-        await anyio.lowlevel.checkpoint()
+    await until(lambda: not engine.statistics().num_running)  # a request that was left ends at the next stage
     statistics = engine.statistics()
     assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 4)
 
@@ -170,11 +170,9 @@ async def test_abort_a_waiting_request(tiny_model: Any) -> None:
             async for _ in engine.generate(tiny_model.prompts[1], tiny_model.params):
                 if "waiting" not in engine._serving.requests and not completions:
                     group.start_soon(user)
-                    while engine.statistics().num_waiting == 0:
-                        await anyio.lowlevel.checkpoint()
+                    await until(lambda: engine.statistics().num_waiting > 0)
                     assert await engine.abort("waiting")
-                    while not completions:
-                        await anyio.lowlevel.checkpoint()
+                    await until(lambda: bool(completions))
         assert (completions[0].finish_reason, completions[0].token_ids) == ("abort", ())
         assert completions[0].usage.completion_tokens == 0
         await check_idle(engine)

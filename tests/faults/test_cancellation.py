@@ -18,6 +18,7 @@ from anyio.abc import TaskGroup
 
 from hermes_async import Engine, EngineConfig, RequestError
 from hermes_async.pipeload.stage import StageState
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
 
@@ -237,8 +238,7 @@ class Users:
     async def queued(self, group: TaskGroup, name: str, num_tokens: int = 12) -> None:
         """Returns when the request is in the queue, or past it."""
         group.start_soon(self.consume, name, num_tokens)
-        while ("queued", name) not in self.events:
-            await anyio.lowlevel.checkpoint()
+        await until(lambda: ("queued", name) in self.events)
 
     async def abort_at_once(self, *names: str) -> None:
         """In one turn of the event loop."""

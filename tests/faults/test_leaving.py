@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from hermes_async import Engine, EngineClosedError, EngineConfig
 from hermes_async.pipeload.stage import StageState
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
 
@@ -63,8 +64,7 @@ async def test_running_and_waiting_requests_are_told(tiny_model: Any) -> None:
         async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
             for idx in range(5):
                 group.start_soon(user, idx)
-            while engine.statistics().num_waiting < 3 or engine.statistics().tokens_generated < 3:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: engine.statistics().num_waiting >= 3 and engine.statistics().tokens_generated >= 3)
         statistics = engine.statistics()
         assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 0)
     assert errors == [EngineClosedError] * 5
@@ -88,8 +88,7 @@ async def test_an_error_of_the_body_comes_out_as_itself_while_requests_run(tiny_
         with pytest.raises(ZeroDivisionError):
             async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
                 group.start_soon(user)
-                while engine.statistics().num_running == 0:
-                    await anyio.lowlevel.checkpoint()
+                await until(lambda: engine.statistics().num_running > 0)
                 raise ZeroDivisionError
     assert len(told) == 1
     left.check_nothing()

@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from hermes_async import Engine, ReadError, RequestEvent, ShortReadError
 from hermes_async.pipeload.stage import StageState
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
 
@@ -123,8 +124,7 @@ async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it
         disk.on_read = on_read
         async with anyio.create_task_group() as group:
             group.start_soon(user, "leader")
-            while "leader" not in engine._serving.requests:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: "leader" in engine._serving.requests)
             group.start_soon(user, "follower")
         assert isinstance(ends["leader"], ReadError)
         assert ends["follower"].token_ids == tiny_model.references[4]
