@@ -36,6 +36,9 @@ _DRAFT_TOKENS = 256
 _TEXT_TOKENS = 64
 """A model that does not generate must have room for at least so many tokens of text at once."""
 
+_LONG_TEXT_TOKENS = 512
+"""And should have room for so many: the context of most encoders."""
+
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model"),
@@ -227,7 +230,14 @@ def _sizes(skeleton: Skeleton, attention: PackedAttention, seen: Probe, draft: O
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
     )
-    return sizes if skeleton.generates else replace(sizes, least_sweep_tokens=seen.tokens_per_image or _TEXT_TOKENS)
+    if skeleton.generates:
+        return sizes
+    long_text = min(_LONG_TEXT_TOKENS, skeleton.context_length or _LONG_TEXT_TOKENS)
+    return replace(
+        sizes,
+        least_sweep_tokens=seen.tokens_per_image or _TEXT_TOKENS,
+        long_text_tokens=0 if seen.tokens_per_image else long_text,
+    )
 
 
 def _head_name(skeleton: Skeleton) -> str:

@@ -21,6 +21,7 @@ class ModelSizes:
         context_length: Most tokens of a sequence, None without a limit.
         workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
         least_sweep_tokens: A sweep must have room for so many.
+        long_text_tokens: And for so many if it can, even where that takes much of the budget; 0 where texts are cut.
         head_name: The module that makes logits; what is under it computes only the positions that are wanted.
     """
 
@@ -32,6 +33,7 @@ class ModelSizes:
     kv_block_tokens: int = 1
     draft_bytes: int = 0
     least_sweep_tokens: int = 8
+    long_text_tokens: int = 0
     head_name: str = ""
 
     def is_head(self, stage: StageLayout) -> bool:

@@ -205,8 +205,8 @@ class _Choices:
             for tokens, sequences in self._sweeps(kv):
                 workspace = self._workspace(partition, tokens, sequences, kv)
                 room = self.budget - fixed - kv - workspace
-                smallest = tokens == self._sweeps()[-1][0]
-                if room < 0 or not (smallest or workspace <= self.budget * _WORKSPACE_SHARE):
+                needed = tokens <= max(self._sweeps()[-1][0], self.sizes.long_text_tokens)
+                if room < 0 or not (needed or workspace <= self.budget * _WORKSPACE_SHARE):
                     continue
                 if found and tokens < 2 * sequences:
                     break  # what would leave sequences without a place is only for want of memory
@@ -222,7 +222,8 @@ class _Choices:
         plan = self._streamed(way, minimum)
         share = plan.bytes_per_sweep / max(1, way.sums.read_bytes)
         if not self.sizes.kv_bytes_per_token:
-            return plan, sweeps_of(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0, num_sweeps=3)[-1]
+            sweep_s = sweeps_of(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0, num_sweeps=3)[-1]
+            return plan, way.sweeps_of_long_text * sweep_s
         sweep_s = sweeps_of(plan, num_tokens=1, num_outputs=1, num_sweeps=3)[-1]
         return plan, way.cost_of(share) + 2 * (NEW_TOKENS - 1) * (sweep_s - way.sums.sweep_seconds(share, 1, 1))
 
@@ -318,7 +319,8 @@ class _Choices:
         if self.config.max_tokens_per_sweep is not None:
             return [(self.config.max_tokens_per_sweep, min(self.config.max_tokens_per_sweep, most))]
         least = self.sizes.least_sweep_tokens
-        choices = [*(tokens for tokens in _SWEEP_TOKENS if tokens > least), least]
+        counts = {*_SWEEP_TOKENS, self.sizes.long_text_tokens, least}
+        choices = sorted((tokens for tokens in counts if tokens >= least), reverse=True)
         return [(tokens, min(tokens, most)) for tokens in choices]
 
     def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:

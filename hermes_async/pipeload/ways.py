@@ -70,6 +70,10 @@ class Way:
     room: int
     most: int
 
+    @property
+    def sweeps_of_long_text(self) -> int:
+        return max(1, -(-self.sums.sizes.long_text_tokens // self.tokens))
+
     @cached_property
     def cost(self) -> float:
         """What sessions would take, in seconds."""
@@ -79,11 +83,12 @@ class Way:
     def cost_of(self, share: float) -> float:
         """The same, if so great a share of the weights is streamed.
 
-        What one session takes, and what all of them take together; without generating, one sweep.
+        What one session takes, and what all of them take together; without generating, as many sweeps as a long text
+        would be cut into.
         """
         sizes = self.sums.sizes
         if not sizes.kv_bytes_per_token:
-            return self.sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
+            return self.sweeps_of_long_text * self.sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
         prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
         total = 0.0
         for num_sessions in (1, self.sequences):
