@@ -152,7 +152,7 @@ class Forwarding:
     async def sweep(self, requests: list[ForwardRequest]) -> None:
         """Runs a sweep; each request then is done.
 
-        Cancellation: ends within one stage; the requests are not done.
+        Cancellation: ends within one stage; the requests are not done until `end` is called.
         """
         self._running = requests
         passes = [request.forward_pass for request in requests]
@@ -166,8 +166,7 @@ class Forwarding:
             pass
         except HermesError as read_error:
             error = read_error
-        finally:
-            self._running = []
+        self._running = []
         for request in requests:
             request.end(error or self._error_of(request.forward_pass))
 

@@ -153,8 +153,9 @@ async def test_when_all_passes_are_cancelled_the_sweep_ends(encoder: Encoder, nu
         assert engine.statistics().sweeps == sweeps + 1
 
 
+@pytest.mark.parametrize("running", [False, True])
 @pytest.mark.parametrize("num_passes", [1, 3])
-async def test_leaving_the_engine_ends_passes(encoder: Encoder, num_passes: int) -> None:
+async def test_leaving_the_engine_ends_passes(encoder: Encoder, num_passes: int, running: bool) -> None:
     errors: list[BaseException] = []
 
     async def run(engine: Engine, length: int) -> None:
@@ -165,10 +166,12 @@ async def test_leaving_the_engine_ends_passes(encoder: Encoder, num_passes: int)
 
     async with anyio.create_task_group() as group, open_engine(encoder) as engine:
         reader = engine._running.pipeline.enter
-        engine._running.pipeline.enter = lambda stage: (anyio.from_thread.run(anyio.sleep, 0), reader(stage))[1]
+        engine._running.pipeline.enter = lambda stage: (anyio.from_thread.run(anyio.sleep, 0.02), reader(stage))[1]
         for length in range(num_passes):
             group.start_soon(run, engine, 3 + length)
         await until(lambda: engine.statistics().num_forwards == num_passes)
+        if running:
+            await until(lambda: len(engine._serving.forwarding._running) == num_passes)
     assert len(errors) == num_passes
     with pytest.raises(EngineClosedError):
         await engine.forward(input_ids=[[1]])
