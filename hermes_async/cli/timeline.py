@@ -38,7 +38,7 @@ def read(file: Path) -> Timeline:
 def timeline(
     file: Annotated[Path, typer.Argument(help="A trace, as --trace writes it.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The picture: .png, .svg or .pdf.")],
-    start: Annotated[float | None, typer.Option(help="Seconds into the trace; without it, the first sweep.")] = None,
+    start: Annotated[float | None, typer.Option(help="Seconds into the trace; without it, where work begins.")] = None,
     seconds: Annotated[float | None, typer.Option(help="How many to show; without it, two sweeps.")] = None,
 ) -> None:
     """Draw a trace: loads, computations, waits and frees, and the memory of weights under them."""
@@ -57,8 +57,9 @@ def timeline(
 def _window(everything: Timeline, start: float | None, seconds: float | None) -> tuple[float, float]:
     sweeps = everything.rows.get("sweeps", [])
     ends = [span.end for row in everything.rows.values() for span in row]
-    if start is None:
-        start = sweeps[0].start if sweeps else 0.0
+    if start is None:  # what was loaded before the first sweep too, unless the engine then had nothing to do
+        first = sweeps[0] if sweeps else Span("", 0.0, 0.0)
+        start = first.start if first.start > first.end - first.start else 0.0
     following = [span for span in sweeps if span.end > start][:2]
     if seconds is not None:
         return start, start + seconds
@@ -81,10 +82,13 @@ def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
         height_ratios=[max(2, len(names)), 2],
     )  # fmt: skip
     for place, name in enumerate(names):
+        if name == "inference agent":  # between its stages and its waits, a sweep computes what has no weights
+            sweeps = [(span.start, span.end - span.start) for span in shown.rows.get("sweeps", ())]
+            above.broken_barh(sweeps, (len(names) - 1 - place - 0.4, 0.8), color=_COLORS[_OUTSIDE])
         _draw_row(above, len(names) - 1 - place, name, shown.rows[name], start, end)
     above.set(yticks=range(len(names)), yticklabels=names[::-1], ylim=(-0.6, len(names) - 0.4))
     above.grid(axis="x", alpha=0.3)
-    above.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], ncols=5, fontsize=8,
+    above.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], ncols=6, fontsize=8,
                  loc="lower center", bbox_to_anchor=(0.5, 1.0))  # fmt: skip
     for name, values in shown.counters.items():
         moments = [moment for moment, _ in values]
@@ -99,7 +103,15 @@ def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
     save(figure, output)
 
 
-_COLORS = {"load": "#4c78a8", "compute": "#54a24b", "wait": "#e45756", "free": "#b279a2", "sweep": "#bab0ac"}
+_OUTSIDE = "compute outside of stages"
+_COLORS = {
+    "load": "#4c78a8",
+    "compute": "#54a24b",
+    _OUTSIDE: "#b7dfb0",
+    "wait": "#e45756",
+    "free": "#b279a2",
+    "sweep": "#bab0ac",
+}
 
 
 def _draw_row(axes: Any, height: int, row: str, spans: list[Span], start: float, end: float) -> None:

@@ -14,6 +14,9 @@ from typing import Any
 
 Event = dict[str, Any]
 
+_ROWS = ("loading agent", "inference agent", "daemon agent", "sweeps")
+"""What rows begin with, in the order in which they are drawn."""
+
 
 class Trace:
     """Collects events; any thread may add some, and one drains them now and then.
@@ -101,10 +104,14 @@ class Timeline:
         """What happens in these seconds; a counter begins with what it was before."""
         rows = {
             name: [span for span in spans if span.end >= start and span.start <= end]
-            for name, spans in sorted(self.rows.items(), key=lambda item: item[0] == "sweeps")
+            for name, spans in sorted(self.rows.items(), key=lambda row: _place(row[0]))
         }
         counters = {}
         for name, values in self.counters.items():
             before = [(start, value) for moment, value in values if moment < start][-1:]
             counters[name] = before + [(moment, value) for moment, value in values if start <= moment <= end]
         return Timeline({name: spans for name, spans in rows.items() if spans}, counters)
+
+
+def _place(row: str) -> int:
+    return next((place for place, name in enumerate(_ROWS) if row.startswith(name)), len(_ROWS))
