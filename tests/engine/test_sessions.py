@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
+import time
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from hermes_async import (
     SamplingParams,
     SessionClosedError,
 )
+from hermes_async.engine.prompt import prepare
 from tests.engines import check_nothing_is_left, greedy_params, one_loop, open_engine, until
 
 pytestmark = pytest.mark.anyio
@@ -643,6 +645,12 @@ async def test_closing_a_session_while_its_turn_waits(long_model: Any) -> None:
 async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its turn is told, and computes nothing."""
     ends: list[Any] = []
+
+    def prepare_slowly(*args: Any, **kwargs: Any) -> Any:
+        time.sleep(0.1)
+        return prepare(*args, **kwargs)
+
+    monkeypatch.setattr("hermes_async.engine.engine.prepare", prepare_slowly)
 
     async def take_turn() -> None:
         try:
