@@ -144,12 +144,14 @@ class Pipeline:
         coming = [stage for stage in self.stages if not stage.resident and stage in resident]
         self.load_order.stream(stage for stage in self.stages if not stage.resident and stage not in coming)
         try:
-            for stage in leaving:
+            # What is not being read goes at once: so no agent takes a stage that is about to leave.
+            for stage in sorted(leaving, key=lambda stage: stage.state is StageState.LOADING):
                 while stage.state is StageState.LOADING:
                     await stage.ready.wait()
                 unbind(stage)
                 stage.resident = False
                 self._unload(stage)
+                self.load_order.find_missing()
             for stage in coming:
                 while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
                     await stage.emptied.wait()
