@@ -44,7 +44,7 @@ from benchmarks.processes import preload, run_alone
 _MODES = (
     *("transformers", "baseline", "pipeswitch"),
     *("pipeload-2", "pipeload-4", "pipeload-6"),
-    *("budget-0.1", "budget-0.25", "budget-0.5"),
+    *("budget-0.1", "budget-0.15", "budget-0.25", "budget-0.5"),
 )
 _MODE = re.compile(r"transformers|baseline|pipeswitch|pipeload-[1-9]\d*|budget-\d*\.?\d+")
 
