@@ -17,6 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.pytorch_utils import Conv1D
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
@@ -183,6 +184,32 @@ def _buffers_on_meta(model: nn.Module) -> Iterator[None]:
             set_tensor(model, name, buffer)
 
 
+@contextmanager
+def _zeros_for_zeros(model: nn.Module) -> Iterator[None]:
+    """Plain layers whose weights are all zero give zeros: they need not compute them, which is most of the time."""
+    plain = [module for module in model.modules() if type(module) in (nn.Linear, nn.LayerNorm, Conv1D)]
+    for module in plain:
+        module.forward = partial(_zeros, module, module.forward)
+    try:
+        yield
+    finally:
+        for module in plain:
+            del module.forward
+
+
+def _zeros(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
+    """What `forward` gives; where the input does not fit, it says so itself."""
+    weight = module.weight
+    if not isinstance(weight, torch.Tensor) or given.dtype != weight.dtype:
+        return forward(given)
+    if isinstance(module, nn.LayerNorm):
+        fits, size = given.shape[-weight.dim() :] == weight.shape, given.shape[-1]
+    else:
+        size, expected = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
+        fits = given.shape[-1] == expected
+    return given.new_zeros(*given.shape[:-1], size) if fits else forward(given)
+
+
 def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
 ) -> tuple[dict[str, int], bool]:
@@ -214,7 +241,7 @@ def _watch(
     try:
         for name, tensor in unloaded.items():
             set_tensor(model, name, zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
-        with torch.inference_mode():
+        with torch.inference_mode(), _zeros_for_zeros(model):
             run()
     except UnsupportedModelError:
         raise
