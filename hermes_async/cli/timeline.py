@@ -58,8 +58,7 @@ def _window(everything: Timeline, start: float | None, seconds: float | None) ->
     sweeps = everything.rows.get("sweeps", [])
     ends = [span.end for row in everything.rows.values() for span in row]
     if start is None:  # what was loaded before the first sweep too, unless the engine then had nothing to do
-        first = sweeps[0] if sweeps else Span("", 0.0, 0.0)
-        start = first.start if first.start > first.end - first.start else 0.0
+        start = sweeps[0].start if sweeps and sweeps[0].start > sweeps[0].end - sweeps[0].start else 0.0
     following = [span for span in sweeps if span.end > start][:2]
     if seconds is not None:
         return start, start + seconds
@@ -81,11 +80,11 @@ def draw(shown: Timeline, start: float, end: float, output: Path) -> None:
         2, 1, figsize=(14, 2.5 + 0.6 * len(names)), sharex=True, layout="constrained",
         height_ratios=[max(2, len(names)), 2],
     )  # fmt: skip
-    for place, name in enumerate(names):
+    for height, name in enumerate(reversed(names)):
         if name == "inference agent":  # between its stages and its waits, a sweep computes what has no weights
             sweeps = [(span.start, span.end - span.start) for span in shown.rows.get("sweeps", ())]
-            above.broken_barh(sweeps, (len(names) - 1 - place - 0.4, 0.8), color=_COLORS[_OUTSIDE])
-        _draw_row(above, len(names) - 1 - place, name, shown.rows[name], start, end)
+            above.broken_barh(sweeps, (height - 0.4, 0.8), color=_COLORS[_OUTSIDE])
+        _draw_row(above, height, name, shown.rows[name], start, end)
     above.set(yticks=range(len(names)), yticklabels=names[::-1], ylim=(-0.6, len(names) - 0.4))
     above.grid(axis="x", alpha=0.3)
     above.legend(handles=[Patch(color=color, label=kind) for kind, color in _COLORS.items()], ncols=6, fontsize=8,

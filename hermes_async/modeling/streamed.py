@@ -79,12 +79,10 @@ class StreamedModel:
         self._gate = gate
         self._on_stage = on_stage
         # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
-        # whose weights are bound, streamed ones and those that stay. Where passes take turns, each of their threads has
-        # a turn of its own.
+        # whose weights are bound. Where passes take turns, each of their threads has a turn of its own.
         self._before_stage: Callable[[], None] = lambda: None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
-        self._bound: list[Stage] = []
-        self._bound_resident: set[Stage] = set()
+        self._bound: set[Stage] = set()
         self._here = threading.local()
         self._unloaded = {
             placement.name: get_tensor(model, placement.name)
@@ -171,8 +169,8 @@ class StreamedModel:
             self._rows = None
             if self._streamed_embedding is not None:
                 set_tensor(self._streamed_embedding, "weight", self._unloaded_embedding)
-            while self._bound:
-                self.unbind(self._bound.pop())
+            for stage in [stage for stage in self._bound if not stage.resident]:
+                self.unbind(stage)
 
     def close(self) -> None:
         """Unbinds everything and takes the hooks off."""
@@ -188,7 +186,7 @@ class StreamedModel:
                 self._before_stage()
                 self._enter(stage)
                 return
-            if stage not in self._bound_resident:
+            if stage not in self._bound:
                 turn.rest(stage, entering=True)
             turn.forward_pass.check_dropped()
 
@@ -209,30 +207,24 @@ class StreamedModel:
 
     def _enter(self, stage: Stage) -> None:
         buffer = self._gate.enter(stage)
-        if stage in self._bound_resident:
-            return
-        self._bind(stage, buffer)
-        if stage.resident:
-            self._bound_resident.add(stage)
-        else:
-            self._bound.append(stage)
+        if stage not in self._bound:
+            self._bind(stage, buffer)
 
     def _leave(self, stage: Stage) -> None:
-        if stage.resident:
-            return
-        self._bound.remove(stage)
-        self.unbind(stage)
-        self._gate.leave(stage)
+        if not stage.resident:
+            self.unbind(stage)
+            self._gate.leave(stage)
 
     def _bind(self, stage: Stage, buffer: Buffer) -> None:
         """Puts a stage's weights into the model, as views of `buffer`."""
         for placement in stage.layout.placements:
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
             set_tensor(self.model, placement.name, view.to(self._unloaded[placement.name].dtype))
+        self._bound.add(stage)
 
     def unbind(self, stage: Stage) -> None:
         """Takes a stage's weights out of the model."""
-        self._bound_resident.discard(stage)
+        self._bound.discard(stage)
         for placement in stage.layout.placements:
             set_tensor(self.model, placement.name, self._unloaded[placement.name])
 

@@ -109,9 +109,10 @@ class LoadOrder:
     # --- starting over ---
 
     def stream(self, stages: Iterable[Stage]) -> None:
-        """Makes these the streamed stages."""
+        """Makes these the streamed stages, and looks for resident ones that are to be loaded."""
         self.cycle = list(stages)
         self.rewind(0)
+        self.find_missing()
 
     def rewind(self, position: int) -> None:
         """Empties the ring and loads on from `position` of the cycle."""

@@ -158,7 +158,6 @@ class Pipeline:
                 stage.resident = True
         finally:
             self.load_order.stream(stage for stage in self.stages if not stage.resident)
-            self.load_order.find_missing()
 
     @property
     def loads_resident(self) -> bool:

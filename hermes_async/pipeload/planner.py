@@ -199,14 +199,14 @@ class _Choices:
             most = max(0, self.config.max_resident_layers - buffers)
         least = self._least_kv()
         shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
+        needed = max(self._sweeps()[-1][0], self.sizes.long_text_tokens)  # whatever workspace they take
         sums = StageSums(partition, self.sizes, self.speeds, agents)
         for kv in shares:
             found = False
             for tokens, sequences in self._sweeps(kv):
                 workspace = self._workspace(partition, tokens, sequences, kv)
                 room = self.budget - fixed - kv - workspace
-                needed = tokens <= max(self._sweeps()[-1][0], self.sizes.long_text_tokens)
-                if room < 0 or not (needed or workspace <= self.budget * _WORKSPACE_SHARE):
+                if room < 0 or (tokens > needed and workspace > self.budget * _WORKSPACE_SHARE):
                     continue
                 if found and tokens < 2 * sequences:
                     break  # what would leave sequences without a place is only for want of memory

@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import pytest
 
 from hermes_async import (

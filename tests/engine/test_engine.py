@@ -7,7 +7,6 @@ from contextlib import aclosing
 from typing import Any
 
 import anyio
-import anyio.lowlevel
 import pytest
 
 from hermes_async import (

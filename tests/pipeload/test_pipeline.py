@@ -19,6 +19,7 @@ from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import StageState
 from hermes_async.storage.buffers import Buffer
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
 
@@ -91,8 +92,7 @@ async def test_a_sweep_begins_before_the_resident_stages_are_there(
     async with rig.pipeline.running():
         async with sweeping(rig, None, entered.append) as result:
             await held.wait_entered()
-            while len(entered) < 4:
-                await anyio.lowlevel.checkpoint()
+            await until(lambda: len(entered) >= 4)
             await anyio.wait_all_tasks_blocked()
             assert entered == [0, 1, 2, 3]
             assert rig.pipeline.loads_resident
@@ -255,7 +255,6 @@ async def test_another_choice_of_what_stays(make_rig: Callable[..., Any], gate: 
             held.may_pass.set()
         assert unbound == [0, 3]
         assert [stage.idx for stage in rig.stages if stage.resident] == [1, 5]
-        assert rig.stages[0].buffer is None or not rig.stages[0].resident
         for _ in range(2):
             assert all(await rig.pipeline.sweep(rig.compute()))
         await rig.settle()
