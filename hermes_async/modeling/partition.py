@@ -51,7 +51,7 @@ class _Cutter:
         self.model = skeleton.model
         self.seen = seen
         self.limit = max_stage_bytes
-        self.dtypes = {name: tensor.dtype for name, tensor in self.model.state_dict().items()}
+        self.dtypes = dict(skeleton.dtypes)
         self.base: list[str] = []
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -24,7 +26,7 @@ from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.inputs import example_inputs
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
-from hermes_async.modeling.skeleton import Skeleton, get_tensor, layers_of, set_tensor, token_embedding
+from hermes_async.modeling.skeleton import Skeleton, layers_of, owners, put_tensor, set_tensor, token_embedding
 from hermes_async.storage.buffers import Buffer
 
 logger = logging.getLogger(__name__)
@@ -164,7 +166,7 @@ def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> t
     if "input_ids" not in inputs:
         shapes = {name: value.to("meta") for name, value in inputs.items()}
         try:
-            with _buffers_on_meta(model):
+            with _buffers_on_meta(model), _ShapesOnly():
                 return _watch(model, [], None, partial(model, **shapes), on_what)
         except UnsupportedModelError as error:
             logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
@@ -182,6 +184,21 @@ def _buffers_on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for name, buffer in real.items():
             set_tensor(model, name, buffer)
+
+
+class _ShapesOnly(TorchFunctionMode):
+    """On the meta device torch works attention and GELU out step by step; their shapes are known at once."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.gelu and args:
+            return torch.empty_like(args[0])
+        if func is F.scaled_dot_product_attention and len(args) >= 3:
+            query, key, value = args[:3]
+            if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.shape[-1] == key.shape[-1]:
+                return query.new_empty(*query.shape[:-1], value.shape[-1])
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -214,7 +231,8 @@ def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
 ) -> tuple[dict[str, int], bool]:
     """The turn of each module with weights, and whether the input embedding is called once, with the input ids."""
-    unloaded = {name: get_tensor(model, name) for name in names}
+    place_of = owners(model, names)
+    unloaded: dict[str, torch.Tensor] = {name: getattr(*place) for name, place in place_of.items()}
     zeros = Buffer(max((tensor.nbytes for tensor in unloaded.values()), default=1))
     visits: dict[str, int] = {}
     embedded: list[bool] = []
@@ -240,7 +258,7 @@ def _watch(
         hooks.append(embedding.register_forward_pre_hook(embedding_called))
     try:
         for name, tensor in unloaded.items():
-            set_tensor(model, name, zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
+            put_tensor(*place_of[name], zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
         with torch.inference_mode(), _zeros_for_zeros(model):
             run()
     except UnsupportedModelError:
@@ -254,5 +272,5 @@ def _watch(
         for hook in hooks:
             hook.remove()
         for name, tensor in unloaded.items():
-            set_tensor(model, name, tensor)
+            put_tensor(*place_of[name], tensor)
     return visits, embedded == [True]

@@ -22,6 +22,7 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.initialization import no_init_weights
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
@@ -34,6 +35,7 @@ class Skeleton:
     Attributes:
         tensors: The checkpoint's tensor for each parameter and persistent buffer, tied names included.
         dtype: What the model computes in.
+        dtypes: Those of single parameters and persistent buffers; some are kept in float32 whatever `dtype` is.
         generates: It is a causal language model, which the engine generates with; others only run forward.
         eos_token_ids: The model's end-of-sequence tokens.
         context_length: Most tokens of a sequence; None where the model names no limit.
@@ -42,6 +44,7 @@ class Skeleton:
     model: PreTrainedModel
     tensors: dict[str, TensorSpec]
     dtype: torch.dtype
+    dtypes: dict[str, torch.dtype]
     generates: bool
     eos_token_ids: frozenset[int]
     context_length: int | None
@@ -123,8 +126,9 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     else:
         model = _build(encoder, config, dtype, None, where)
     tensors = resolve_tensors(model, checkpoint)
+    dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     eos_token_ids = frozenset[int]() if encoder else _eos_token_ids(checkpoint, config)
-    return Skeleton(model, tensors, dtype, encoder is None, eos_token_ids, _context_length(model))
+    return Skeleton(model, tensors, dtype, dtypes, encoder is None, eos_token_ids, _context_length(model))
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -178,7 +182,7 @@ def _build(
 ) -> PreTrainedModel:
     """`attention`: the implementation; None for transformers' choice."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention
             )
@@ -273,7 +277,11 @@ def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Makes `value` the parameter or buffer `name` of `model`, without a copy."""
-    module, leaf = _owner(model, name)
+    put_tensor(*_owner(model, name), value)
+
+
+def put_tensor(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    """Makes `value` the module's own parameter or buffer `leaf`, without a copy."""
     if leaf in module._parameters:
         value = nn.Parameter(value, requires_grad=False)
     setattr(module, leaf, value)
@@ -297,6 +305,12 @@ def plain_attention(model: PreTrainedModel) -> str:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The modules that stand in lists: transformer layers, and whatever else there is several of."""
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
+
+
+def owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
+    """The module that each of these parameters and buffers belongs to, and its name there."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {name: (modules[path], leaf) for name in names for path, _, leaf in [name.rpartition(".")]}
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -87,11 +87,9 @@ class _Choices:
 
     def limits(self) -> list[int]:
         """Stage sizes to consider: a whole layer, and halves of that down to where reads get too small."""
-        if self.config.max_resident_layers is not None:
-            return [self.sizes.largest_layer_bytes]
+        limits = [self.sizes.largest_layer_bytes]
         smallest = max(16 * 1024, self.sizes.weight_bytes // 256)
-        limits = [max(smallest, self.sizes.largest_layer_bytes)]
-        while limits[-1] > smallest:
+        while limits[-1] > smallest and self.config.max_resident_layers is None:
             limits.append(max(smallest, limits[-1] // 2))
         return limits
 

@@ -65,7 +65,7 @@ class _Simulation:
         # A stage that is in the ring is not read again before it is computed.
         self.num_buffers = min(num_buffers, len(order))
         self.speeds = speeds
-        self.read_s: dict[tuple[int, int], float] = {}
+        self.read_s: dict[int, list[float]] = {0: []}
         self.now = 0.0
         self.loading: dict[int, float] = {}
         self.loaded: set[int] = set(range(self.num_buffers))
@@ -91,39 +91,38 @@ class _Simulation:
         """Lets so much time pass."""
         left = seconds
         while left > 0:
-            self._start_loads()
-            step = min(left, self._until_loaded())
-            self._pass(step)
-            left -= step
+            left -= self._step(left)
 
     def _wait_for(self, idx: int) -> None:
         while idx not in self.loaded:
-            self._start_loads()
-            self._pass(self._until_loaded())
+            self._step(float("inf"))
 
     def _start_loads(self) -> None:
         while len(self.loading) < self.num_agents and self.next_load - self.num_computed < self.num_buffers:
             self.loading[self.next_load] = 1.0
             self.next_load += 1
 
-    def _until_loaded(self) -> float:
-        if not self.loading:
-            return float("inf")
-        return min(left * self._read_s(idx) for idx, left in self.loading.items())
-
-    def _pass(self, seconds: float) -> None:
-        if seconds == float("inf"):
-            return
+    def _step(self, most_s: float) -> float:
+        """Lets time pass until a load ends, or `most_s` if that is less; returns how much it was."""
+        self._start_loads()
+        whole_s, num_stages = self._read_seconds(len(self.loading)), len(self.order)
+        loads = [(idx, left, whole_s[idx % num_stages]) for idx, left in self.loading.items()]
+        seconds = min([most_s, *(left * each_s for _, left, each_s in loads)])
         self.now += seconds
-        for idx, left in list(self.loading.items()):
-            left -= seconds / self._read_s(idx)
-            self.loading[idx] = left
-        for idx in [idx for idx, left in self.loading.items() if left <= 1e-9]:
-            del self.loading[idx]
-            self.loaded.add(idx)
+        for idx, left, each_s in loads:
+            left -= seconds / each_s
+            if left <= 1e-9:
+                del self.loading[idx]
+                self.loaded.add(idx)
+            else:
+                self.loading[idx] = left
+        return seconds
 
-    def _read_s(self, idx: int) -> float:
-        key = self.order[idx % len(self.order)][0], len(self.loading)
-        if key not in self.read_s:
-            self.read_s[key] = self.speeds.read_seconds(*key)
-        return self.read_s[key]
+    def _read_seconds(self, num_loads: int) -> list[float]:
+        """What reading each stage takes while there are so many loads."""
+        if num_loads not in self.read_s:
+            of_size = {
+                nbytes: self.speeds.read_seconds(nbytes, num_loads) for nbytes in {nbytes for nbytes, *_ in self.order}
+            }
+            self.read_s[num_loads] = [of_size[nbytes] for nbytes, *_ in self.order]
+        return self.read_s[num_loads]

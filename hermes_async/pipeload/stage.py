@@ -33,6 +33,7 @@ class StageLayout:
         name: The module's name in the model.
         placements: One for each parameter.
         ranges: What is read; neighbours in a file are read together.
+        read_bytes: Of all the ranges.
         slot_bytes: The buffer it needs.
         weight_bytes: Its parameters alone, without alignment and gaps.
     """
@@ -40,12 +41,9 @@ class StageLayout:
     name: str
     placements: tuple[Placement, ...]
     ranges: tuple[ReadRange, ...]
+    read_bytes: int
     slot_bytes: int
     weight_bytes: int
-
-    @property
-    def read_bytes(self) -> int:
-        return sum(item.nbytes for item in self.ranges)
 
     @property
     def is_shared(self) -> bool:
@@ -75,7 +73,8 @@ class StageLayout:
             position = next(within) if spec.nbytes else 0
             placements.append(Placement(parameter, position, spec.dtype, spec.shape))
         weight_bytes = sum(spec.nbytes for spec in distinct.values())
-        return cls(name, tuple(placements), tuple(ranges), end, weight_bytes)
+        read_bytes = sum(item.nbytes for item in ranges)
+        return cls(name, tuple(placements), tuple(ranges), read_bytes, end, weight_bytes)
 
 
 class StageState(enum.Enum):

@@ -13,7 +13,7 @@ from hermes_async.errors import ReadError
 from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
 from hermes_async.pipeload.stage import Stage, StageLayout
 
-STAGES = [Stage(idx, StageLayout(f"stage {idx}", (), (), 0, 0), resident=False) for idx in range(4)]
+STAGES = [Stage(idx, StageLayout(f"stage {idx}", (), (), 0, 0, 0), resident=False) for idx in range(4)]
 
 
 class Sweep:
