@@ -29,10 +29,10 @@ demo: $(INSTALLED)
 	$(VENV)/bin/hermes-async demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q
+	$(VENV)/bin/python -m pytest -q -n auto
 
 coverage: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q --cov --cov-fail-under=90
+	$(VENV)/bin/python -m pytest -q -n auto --cov --cov-fail-under=90
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
