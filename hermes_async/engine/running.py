@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import anyio.to_thread
 
 from hermes_async.config import EngineConfig
 from hermes_async.engine.draft_model import DraftModel, running_draft_model
@@ -144,23 +146,17 @@ async def running_model(
             direct=config.direct_io,
             trace=trace,
         )
-        replace_linears(opened.skeleton.model, partition.linear_blocks)
         runner: SweepRunner | None = None
 
         def on_stage(batch: PackedBatch) -> None:
             assert runner is not None
             runner.drop_aborted(batch)
 
-        model = StreamedModel(
-            opened.skeleton.model,
-            opened.attention,
-            stages,
-            streamed_embedding=partition.streamed_embedding is not None,
-            gate=pipeline,
-            on_stage=on_stage,
-        )
-        exits.callback(model.close)
+        behind_pipeline = exits.enter_context(ExitStack())
         await exits.enter_async_context(pipeline.running())
+        # The agents read by now, and need the event loop for it.
+        model = await anyio.to_thread.run_sync(_streamed_model, opened, stages, pipeline, on_stage)
+        behind_pipeline.callback(model.close)
         rows = None
         if partition.streamed_embedding is not None:
             executor = exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
@@ -205,6 +201,21 @@ async def running_model(
             draft_model,
             trace,
         )
+
+
+def _streamed_model(
+    opened: OpenedModel, stages: Sequence[Stage], pipeline: Pipeline, on_stage: Callable[[PackedBatch], None]
+) -> StreamedModel:
+    partition, model = opened.partition, opened.skeleton.model
+    replace_linears(model, partition.linear_blocks)
+    return StreamedModel(
+        model,
+        opened.attention,
+        stages,
+        streamed_embedding=partition.streamed_embedding is not None,
+        gate=pipeline,
+        on_stage=on_stage,
+    )
 
 
 def _stages(opened: OpenedModel) -> list[Stage]:

@@ -166,7 +166,7 @@ def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> t
     if "input_ids" not in inputs:
         shapes = {name: value.to("meta") for name, value in inputs.items()}
         try:
-            with _buffers_on_meta(model), _ShapesOnly():
+            with _buffers_on_meta(model):
                 return _watch(model, [], None, partial(model, **shapes), on_what)
         except UnsupportedModelError as error:
             logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
@@ -186,18 +186,18 @@ def _buffers_on_meta(model: nn.Module) -> Iterator[None]:
             set_tensor(model, name, buffer)
 
 
-class _ShapesOnly(TorchFunctionMode):
-    """On the meta device torch works attention and GELU out step by step; their shapes are known at once."""
+class _ZeroFunctions(TorchFunctionMode):
+    """As `_zeros_for_zeros`, for attention and GELU. On the meta device torch would work out each of their steps."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         if func is F.gelu and args:
-            return torch.empty_like(args[0])
+            return torch.zeros_like(args[0])
         if func is F.scaled_dot_product_attention and len(args) >= 3:
             query, key, value = args[:3]
             if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.shape[-1] == key.shape[-1]:
-                return query.new_empty(*query.shape[:-1], value.shape[-1])
+                return query.new_zeros(*query.shape[:-1], value.shape[-1])
         return func(*args, **(kwargs or {}))
 
 
@@ -259,7 +259,7 @@ def _watch(
     try:
         for name, tensor in unloaded.items():
             put_tensor(*place_of[name], zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
-        with torch.inference_mode(), _zeros_for_zeros(model):
+        with torch.inference_mode(), _zeros_for_zeros(model), _ZeroFunctions():
             run()
     except UnsupportedModelError:
         raise

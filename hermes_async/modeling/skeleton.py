@@ -22,7 +22,6 @@ from transformers import (
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
-from transformers.initialization import no_init_weights
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
@@ -182,7 +181,7 @@ def _build(
 ) -> PreTrainedModel:
     """`attention`: the implementation; None for transformers' choice."""
     try:
-        with torch.device("meta"), no_init_weights():
+        with torch.device("meta"):
             model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
                 config, dtype=dtype, attn_implementation=attention
             )

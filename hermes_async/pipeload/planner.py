@@ -15,7 +15,7 @@ from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Partitioned, Plan, num_outputs
-from hermes_async.pipeload.prediction import sweeps_of
+from hermes_async.pipeload.prediction import steady_seconds
 from hermes_async.pipeload.reasons import Reasons
 from hermes_async.pipeload.speeds import Speeds
 from hermes_async.pipeload.stage import StageLayout
@@ -220,9 +220,9 @@ class _Choices:
         plan = self._streamed(way, minimum)
         share = plan.bytes_per_sweep / max(1, way.sums.read_bytes)
         if not self.sizes.kv_bytes_per_token:
-            sweep_s = sweeps_of(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0, num_sweeps=3)[-1]
+            sweep_s = steady_seconds(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0)
             return plan, way.sweeps_of_long_text * sweep_s
-        sweep_s = sweeps_of(plan, num_tokens=1, num_outputs=1, num_sweeps=3)[-1]
+        sweep_s = steady_seconds(plan, num_tokens=1, num_outputs=1)
         return plan, way.cost_of(share) + 2 * (NEW_TOKENS - 1) * (sweep_s - way.sums.sweep_seconds(share, 1, 1))
 
     def _streamed(self, way: Way, minimum: int) -> Plan:

@@ -46,7 +46,7 @@ def predict(plan: Plan, *, num_sessions: int = 1, prompt_tokens: int = 64, new_t
     else:
         num_sessions = max(1, min(num_sessions, plan.max_tokens_per_sweep // prompt_tokens))
     tokens, outputs, passes = (num_sessions, num_sessions, 1) if kv_bytes else (prompt_tokens, 0, num_sessions)
-    sweep_s = sweeps_of(plan, num_tokens=tokens, num_outputs=outputs, num_sweeps=4, num_passes=passes)[-1]
+    sweep_s = steady_seconds(plan, num_tokens=tokens, num_outputs=outputs, num_passes=passes)
     read_s, compute_s = parts_of(plan, num_tokens=tokens, num_outputs=outputs, num_passes=passes)
     return Prediction(
         num_sessions=num_sessions,
@@ -63,6 +63,12 @@ def _first_token_seconds(plan: Plan, prompt_tokens: int, num_outputs: int) -> fl
     chunk = min(prompt_tokens, plan.max_tokens_per_sweep)
     num_sweeps = math.ceil(prompt_tokens / chunk)
     return sum(sweeps_of(plan, num_tokens=chunk, num_outputs=num_outputs, num_sweeps=num_sweeps))
+
+
+def steady_seconds(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int = 1) -> float:
+    """One sweep when the ring has long been going round: the mean of two, for a long one and a short may take turns."""
+    sweeps = sweeps_of(plan, num_tokens=num_tokens, num_outputs=num_outputs, num_sweeps=3, num_passes=num_passes)
+    return (sweeps[-2] + sweeps[-1]) / 2
 
 
 def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int, num_passes: int = 1) -> list[float]:

@@ -66,9 +66,9 @@ class StageLayout:
             within = (
                 item.position + spec.offset - item.offset
                 for item in ranges
-                if item.file == spec.file
-                and item.offset <= spec.offset
+                if item.offset <= spec.offset
                 and spec.offset + spec.nbytes <= item.offset + item.nbytes
+                and item.file == spec.file
             )
             position = next(within) if spec.nbytes else 0
             placements.append(Placement(parameter, position, spec.dtype, spec.shape))

@@ -109,9 +109,10 @@ def merge_extents(specs: Iterable[TensorSpec], *, max_gap: int = 65536) -> list[
     without elements has nothing to read and adds no extent.
     """
     extents: list[Extent] = []
-    for spec in sorted((spec for spec in specs if spec.nbytes), key=lambda spec: (spec.file, spec.offset)):
+    # By the text of its path, which takes a fraction of what comparing paths does.
+    for spec in sorted((spec for spec in specs if spec.nbytes), key=lambda spec: (str(spec.file), spec.offset)):
         last = extents[-1] if extents else None
-        if last and last.file == spec.file and spec.offset - (last.offset + last.nbytes) <= max_gap:
+        if last and spec.offset - (last.offset + last.nbytes) <= max_gap and last.file == spec.file:
             end = max(last.offset + last.nbytes, spec.offset + spec.nbytes)
             extents[-1] = Extent(last.file, last.offset, end - last.offset)
         else:

@@ -16,7 +16,7 @@ from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan, spread
-from hermes_async.pipeload.prediction import predict, sweeps_of
+from hermes_async.pipeload.prediction import predict, steady_seconds, sweeps_of
 from hermes_async.pipeload.speeds import estimated
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
@@ -251,8 +251,11 @@ def test_predictions_keep_to_what_is_possible(model: FakeModel, config: EngineCo
         assert prediction.peak_bytes + model.draft_bytes <= chosen.memory_budget
 
 
+large_enough = models.filter(lambda model: min(model.layers) >= 16 * KIB)  # for a stage, as the planner sees it
+
+
 @relaxed
-@given(models, st.integers(0, 6000 * KIB), st.sampled_from([2, 4, 6]))
+@given(large_enough, st.integers(0, 6000 * KIB), st.sampled_from([2, 4, 6]))
 def test_a_plan_is_not_worse_than_the_paper_s_modes(model: FakeModel, more: int, agents: int) -> None:
     budget = model.minimum() + more
     try:
@@ -275,7 +278,7 @@ def seconds_of(plan: Plan, num_sessions: int, prompt_tokens: int) -> float:
         for tokens, count in chunks
         if tokens and count
     ]
-    decoding = sweeps_of(plan, num_tokens=num_sessions, num_outputs=num_sessions, num_sweeps=4)[-1]
+    decoding = steady_seconds(plan, num_tokens=num_sessions, num_outputs=num_sessions)
     return sum(prompts) + 63 * decoding
 
 
