@@ -209,21 +209,30 @@ class _Choices:
                 if found and tokens < 2 * sequences:
                     break  # what would leave sequences without a place is only for want of memory
                 found = True
-                yield Way(limit, partition, sums, agents, buffers, slot, tokens, sequences, kv, workspace, room, most)
+                rounds = self.config.max_sequences / sequences
+                yield Way(
+                    limit, partition, sums, agents, buffers, slot, tokens, sequences, rounds, kv, workspace, room, most
+                )
                 if not self.sizes.kv_bytes_per_token:
                     break
             if found:
                 break
 
     def _simulated(self, way: Way, minimum: int) -> tuple[Plan, float]:
-        """The plan of a way to stream, and what it costs with one session's sweeps simulated."""
+        """The plan of a way to stream, and what it costs with its sweeps simulated."""
         plan = self._streamed(way, minimum)
         share = plan.bytes_per_sweep / max(1, way.sums.read_bytes)
         if not self.sizes.kv_bytes_per_token:
             sweep_s = steady_seconds(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0)
             return plan, way.sweeps_of_long_text * sweep_s
-        sweep_s = steady_seconds(plan, num_tokens=1, num_outputs=1)
-        return plan, way.cost_of(share) + 2 * (NEW_TOKENS - 1) * (sweep_s - way.sums.sweep_seconds(share, 1, 1))
+
+        def slower(sessions: int) -> float:
+            """A sweep of so many, than it was reckoned to be."""
+            simulated_s = steady_seconds(plan, num_tokens=sessions, num_outputs=sessions)
+            return simulated_s - way.sums.sweep_seconds(share, sessions, sessions)
+
+        longer_s = (NEW_TOKENS - 1) * (slower(1) + way.rounds * slower(way.sequences))
+        return plan, way.cost_of(share) + longer_s
 
     def _streamed(self, way: Way, minimum: int) -> Plan:
         partition, kv, workspace = way.partition, way.kv, way.workspace

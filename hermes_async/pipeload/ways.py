@@ -10,7 +10,7 @@ from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Partitioned
 from hermes_async.pipeload.speeds import Speeds
 
-# What a plan is chosen by: the time that one session takes, and that which as many as there is KV for take together.
+# What a plan is chosen by: the time that one session takes, and that which as many as may run at once take.
 _PROMPT_TOKENS = 64
 NEW_TOKENS = 64
 
@@ -51,6 +51,7 @@ class Way:
         agents: Loading agents.
         buffers: Of the ring, `slot` bytes each.
         tokens: Of a sweep at the most, of `sequences`.
+        rounds: In which so many sequences at a time come to `EngineConfig.max_sequences`.
         kv: Bytes for KV caches.
         workspace: Bytes for activations.
         room: Bytes for resident stages.
@@ -65,6 +66,7 @@ class Way:
     slot: int
     tokens: int
     sequences: int
+    rounds: float
     kv: int
     workspace: int
     room: int
@@ -83,17 +85,17 @@ class Way:
     def cost_of(self, share: float) -> float:
         """The same, if so great a share of the weights is streamed.
 
-        What one session takes, and what all of them take together; without generating, as many sweeps as a long text
-        would be cut into.
+        What one session takes, and what as many as may ever run take, in rounds of those that there is room for at
+        once; without generating, as many sweeps as a long text would be cut into.
         """
         sizes = self.sums.sizes
         if not sizes.kv_bytes_per_token:
             return self.sweeps_of_long_text * self.sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
         prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
         total = 0.0
-        for num_sessions in (1, self.sequences):
+        for num_sessions, rounds in ((1, 1.0), (self.sequences, self.rounds)):
             whole, rest = divmod(num_sessions * prompt_tokens, self.tokens)
             sweeps = [(whole, self.tokens), (1 if rest else 0, rest), (NEW_TOKENS - 1, num_sessions)]
             for num_sweeps, num_tokens in sweeps:
-                total += num_sweeps * self.sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
+                total += rounds * num_sweeps * self.sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
         return total
