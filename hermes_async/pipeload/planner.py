@@ -177,7 +177,8 @@ class _Choices:
             candidate, seconds = looked_at[key]
             if seconds < cost * _WORTH_IT:
                 chosen, plan, cost = key, candidate, seconds
-        return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, ways).of(plan))
+        simulated = {key: seconds for key, (_, seconds) in looked_at.items()}
+        return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, simulated, ways).of(plan))
 
     def _distinct(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
         """The stage sizes that make another partition than the next larger one."""

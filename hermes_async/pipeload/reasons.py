@@ -15,15 +15,22 @@ class Reasons:
     Args:
         chosen: The way.
         best_of: The best way with each stage size and number of agents.
+        simulated: What those of them cost that were simulated.
         ways: All that were reckoned.
     """
 
     def __init__(
-        self, config: EngineConfig, chosen: Way, best_of: Mapping[tuple[int, int], Way], ways: Sequence[Way]
+        self,
+        config: EngineConfig,
+        chosen: Way,
+        best_of: Mapping[tuple[int, int], Way],
+        simulated: Mapping[tuple[int, int], float],
+        ways: Sequence[Way],
     ) -> None:
         self._config = config
         self._way = chosen
         self._best_of = best_of
+        self._simulated = simulated
         self._ways = ways
 
     def of(self, plan: Plan) -> tuple[str, ...]:
@@ -46,7 +53,7 @@ class Reasons:
         for name, idx in (("larger", place - 1), ("smaller", place + 1)):
             if 0 <= idx < len(limits):
                 other = self._best_of[limits[idx], way.agents]
-                others.append(f"{name} ones ({format_bytes(other.slot)}) {_change(way, other)}")
+                others.append(f"{name} ones ({format_bytes(other.slot)}) {self._compared(other)}")
         return f"{size}: {', '.join(others) or 'no other size works'}"
 
     def _agents(self) -> str:
@@ -57,11 +64,11 @@ class Reasons:
         more = [agents for limit, agents in self._best_of if limit == way.limit and agents > way.agents]
         parts = []
         if fewer:
-            parts.append(f"{max(fewer)} {_change(way, self._best_of[way.limit, max(fewer)])}")
+            parts.append(f"{max(fewer)} {self._compared(self._best_of[way.limit, max(fewer)])}")
         if more:
             other = self._best_of[way.limit, min(more)]
             cost = format_bytes((other.buffers - way.buffers) * way.slot)
-            parts.append(f"{min(more)} {_change(way, other)}, and cost {cost}: left out")
+            parts.append(f"{min(more)} {self._compared(other)}, and cost {cost}: left out")
         else:
             parts.append("more were not measured, or there is no memory for their buffers")
         return f"{name}: {'; '.join(parts)}"
@@ -85,19 +92,26 @@ class Reasons:
         parts = []
         if fewer:
             less = max(fewer, key=lambda other: other.tokens)
-            parts.append(f"{less.tokens} {_change(way, less)}")
+            parts.append(f"{less.tokens} {_change(way.cost, less.cost)}")
         if more:
             larger = min(more, key=lambda other: other.tokens)
             taken = format_bytes(larger.workspace - way.workspace)
-            parts.append(f"{larger.tokens} {_change(way, larger)}, with {taken} less for weights")
+            parts.append(f"{larger.tokens} {_change(way.cost, larger.cost)}, with {taken} less for weights")
         else:
             parts.append("activations of more would take over a third of the budget")
         return f"{name}: {'; '.join(parts)}"
 
+    def _compared(self, other: Way) -> str:
+        """With another stage size or number of agents: as simulated, where both were, for by that it was chosen."""
+        keys = [(way.limit, way.agents) for way in (self._way, other)]
+        if all(key in self._simulated for key in keys):
+            return _change(*(self._simulated[key] for key in keys))
+        return _change(self._way.cost, other.cost)
 
-def _change(chosen: Way, other: Way) -> str:
-    """How another choice compares, in words."""
-    percent = 100 * (other.cost / chosen.cost - 1) if chosen.cost else 0.0
+
+def _change(chosen: float, other: float) -> str:
+    """How the cost of another choice compares, in words."""
+    percent = 100 * (other / chosen - 1) if chosen else 0.0
     if abs(percent) < 0.05:
         return "would take as long"
     return f"would take {abs(percent):.1f} % {'longer' if percent > 0 else 'less'}"
