@@ -33,7 +33,7 @@ def run(mode: str, path: Path, limit: int) -> Record:
     """The record of one run; for a process of its own."""
     transformers.utils.logging.disable_progress_bar()
     inputs = _inputs(path)
-    _warm_up(path)
+    _warm_up(path, inputs)
     with limited_disk(path, limit * MIB or None) as error:
         if limit and error is not None:
             raise SystemExit(f"the disk cannot be held: {error}")
@@ -70,7 +70,7 @@ def _peak_rss_bytes() -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
-def _warm_up(path: Path) -> None:
+def _warm_up(path: Path, inputs: Inputs) -> None:
     """Runs one layer of the model, whose threads and kernels every mode needs and none should be charged for.
 
     With an empty page cache a kernel's code is read when it first runs, in line behind the weights on a held disk.
@@ -79,7 +79,7 @@ def _warm_up(path: Path) -> None:
     config.num_hidden_layers = 1
     if hasattr(config, "vocab_size"):
         config.vocab_size = 1000
-    inputs = {name: value % 1000 if name == "input_ids" else value for name, value in _inputs(path).items()}
+    inputs = {name: value % 1000 if name == "input_ids" else value for name, value in inputs.items()}
     model = model_class._from_config(config, dtype=config.dtype).eval()
     with torch.inference_mode():
         model(**inputs)

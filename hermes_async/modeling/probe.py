@@ -7,8 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -19,14 +18,13 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.pytorch_utils import Conv1D
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.inputs import example_inputs
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
-from hermes_async.modeling.skeleton import Skeleton, layers_of, owners, put_tensor, set_tensor, token_embedding
+from hermes_async.modeling.skeleton import Skeleton, layers_of, replaced_tensors, token_embedding
 from hermes_async.storage.buffers import Buffer
 
 logger = logging.getLogger(__name__)
@@ -165,8 +163,9 @@ def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> t
     on_what = "on token ids or images"
     if "input_ids" not in inputs:
         shapes = {name: value.to("meta") for name, value in inputs.items()}
+        buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers() if not buffer.is_meta}
         try:
-            with _buffers_on_meta(model):
+            with replaced_tensors(model, buffers):
                 return _watch(model, [], None, partial(model, **shapes), on_what)
         except UnsupportedModelError as error:
             logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
@@ -174,66 +173,50 @@ def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> t
     return _watch(model, names, input_ids, partial(model, **inputs), on_what)
 
 
-@contextmanager
-def _buffers_on_meta(model: nn.Module) -> Iterator[None]:
-    real = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_meta}
-    try:
-        for name, buffer in real.items():
-            set_tensor(model, name, buffer.to("meta"))
-        yield
-    finally:
-        for name, buffer in real.items():
-            set_tensor(model, name, buffer)
+class _ZerosForZeros(TorchFunctionMode):
+    """Where weights are all zero, what is computed from them is too: most of the time would go into that.
 
-
-class _ZeroFunctions(TorchFunctionMode):
-    """As `_zeros_for_zeros`, for attention and GELU. On the meta device torch would work out each of their steps."""
+    On the meta device torch would also work out each step of attention and GELU. What does not fit is left to the
+    function itself, which says so.
+    """
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is F.gelu and args:
-            return torch.zeros_like(args[0])
-        if func is F.scaled_dot_product_attention and len(args) >= 3:
-            query, key, value = args[:3]
+        kwargs = kwargs or {}
+        shape = _shape_of_zeros(func, args, kwargs)
+        return func(*args, **kwargs) if shape is None else args[0].new_zeros(shape)
+
+
+def _shape_of_zeros(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
+    """Of what `func` gives, if that is known to be zero."""
+    match func, args:
+        case F.linear, (given, weight, *_) if _alike(given, weight) and given.shape[-1] == weight.shape[-1]:
+            return (*given.shape[:-1], *weight.shape[:-1])
+        case torch.addmm, (_, given, weight) if _alike(given, weight) and given.shape[-1] == weight.shape[0]:
+            return (*given.shape[:-1], weight.shape[-1])
+        case F.layer_norm, (given, shape) if _alike(given, kwargs.get("weight")):
+            return tuple(given.shape) if given.shape[-len(shape) :] == kwargs["weight"].shape else None
+        case F.gelu, (given, *_):
+            return tuple(given.shape)
+        case F.scaled_dot_product_attention, (query, key, value, *_):
             if query.shape[:-2] == key.shape[:-2] == value.shape[:-2] and query.shape[-1] == key.shape[-1]:
-                return query.new_zeros(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
+                return (*query.shape[:-1], value.shape[-1])
+    return None
 
 
-@contextmanager
-def _zeros_for_zeros(model: nn.Module) -> Iterator[None]:
-    """Plain layers whose weights are all zero give zeros: they need not compute them, which is most of the time."""
-    plain = [module for module in model.modules() if type(module) in (nn.Linear, nn.LayerNorm, Conv1D)]
-    for module in plain:
-        module.forward = partial(_zeros, module, module.forward)
-    try:
-        yield
-    finally:
-        for module in plain:
-            del module.forward
-
-
-def _zeros(module: nn.Module, forward: Callable[[torch.Tensor], torch.Tensor], given: torch.Tensor) -> torch.Tensor:
-    """What `forward` gives; where the input does not fit, it says so itself."""
-    weight = module.weight
-    if not isinstance(weight, torch.Tensor) or given.dtype != weight.dtype:
-        return forward(given)
-    if isinstance(module, nn.LayerNorm):
-        fits, size = given.shape[-weight.dim() :] == weight.shape, given.shape[-1]
-    else:
-        size, expected = weight.shape if isinstance(module, nn.Linear) else weight.shape[::-1]
-        fits = given.shape[-1] == expected
-    return given.new_zeros(*given.shape[:-1], size) if fits else forward(given)
+def _alike(given: torch.Tensor, weight: torch.Tensor | None) -> bool:
+    """Whether they can be computed with each other: a weight that stayed on the meta device must be noticed."""
+    return weight is not None and given.dtype == weight.dtype and given.device == weight.device
 
 
 def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
 ) -> tuple[dict[str, int], bool]:
     """The turn of each module with weights, and whether the input embedding is called once, with the input ids."""
-    place_of = owners(model, names)
-    unloaded: dict[str, torch.Tensor] = {name: getattr(*place) for name, place in place_of.items()}
-    zeros = Buffer(max((tensor.nbytes for tensor in unloaded.values()), default=1))
+    unloaded = model.state_dict(keep_vars=True)
+    block = Buffer(max((unloaded[name].nbytes for name in names), default=1))
+    zeros = {name: block.tensor(0, unloaded[name].dtype, tuple(unloaded[name].shape)) for name in names}
     visits: dict[str, int] = {}
     embedded: list[bool] = []
 
@@ -257,9 +240,7 @@ def _watch(
     if embedding is not None and input_ids is not None:
         hooks.append(embedding.register_forward_pre_hook(embedding_called))
     try:
-        for name, tensor in unloaded.items():
-            put_tensor(*place_of[name], zeros.tensor(0, tensor.dtype, tuple(tensor.shape)))
-        with torch.inference_mode(), _zeros_for_zeros(model), _ZeroFunctions():
+        with replaced_tensors(model, zeros), torch.inference_mode(), _ZerosForZeros():
             run()
     except UnsupportedModelError:
         raise
@@ -271,6 +252,4 @@ def _watch(
     finally:
         for hook in hooks:
             hook.remove()
-        for name, tensor in unloaded.items():
-            put_tensor(*place_of[name], tensor)
     return visits, embedded == [True]

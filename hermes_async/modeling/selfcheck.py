@@ -23,7 +23,7 @@ from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, Segment, SequenceKV, num_blocks
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.probe import probe_model
-from hermes_async.modeling.skeleton import build_model, get_tensor, set_tensor
+from hermes_async.modeling.skeleton import build_model, replaced_tensors
 
 logger = logging.getLogger(__name__)
 
@@ -136,8 +136,8 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
 @contextmanager
 def _noise(model: PreTrainedModel) -> Iterator[None]:
     """Every matrix a view of one block of noise, each at a place of its own; norms near one, biases near zero."""
-    names = list(dict(_weights(model)))
-    largest = max(get_tensor(model, name).numel() for name in names)
+    weights = dict(_weights(model))
+    largest = max(tensor.numel() for tensor in weights.values())
     if largest * 4 > _MAX_NOISE_BYTES:
         raise MemoryError(f"the largest matrix has {largest} elements")
     generator = torch.Generator().manual_seed(0)
@@ -148,18 +148,13 @@ def _noise(model: PreTrainedModel) -> Iterator[None]:
     width = embedding.embedding_dim
     period = torch.randn(1 << 16, generator=generator).mul_(0.8 / width**0.5)
     block = period.repeat(-(-(largest + places) // period.numel()))
-    unloaded = {name: get_tensor(model, name) for name in names}
-    try:
-        for idx, (name, tensor) in enumerate(unloaded.items()):
-            start = idx * 61 % places
-            value = block[start : start + tensor.numel()].view(tensor.shape)
-            if tensor.dim() <= 1 and not name.endswith("bias"):
-                value = 1 + value
-            set_tensor(model, name, value)
+    values: dict[str, torch.Tensor] = {}
+    for idx, (name, tensor) in enumerate(weights.items()):
+        start = idx * 61 % places
+        value = block[start : start + tensor.numel()].view(tensor.shape)
+        values[name] = 1 + value if tensor.dim() <= 1 and not name.endswith("bias") else value
+    with replaced_tensors(model, values):
         yield
-    finally:
-        for name, tensor in unloaded.items():
-            set_tensor(model, name, tensor)
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -276,14 +277,22 @@ def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
 
 def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
     """Makes `value` the parameter or buffer `name` of `model`, without a copy."""
-    put_tensor(*_owner(model, name), value)
+    _put(*_owner(model, name), value)
 
 
-def put_tensor(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
-    """Makes `value` the module's own parameter or buffer `leaf`, without a copy."""
-    if leaf in module._parameters:
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(module, leaf, value)
+@contextmanager
+def replaced_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block these are the parameters and buffers of `model` with these names; then its own are again."""
+    modules = dict(model.named_modules(remove_duplicate=False))  # far quicker than to look each up by its path
+    places = [(modules[path], leaf) for path, _, leaf in (name.rpartition(".") for name in values)]
+    own = [getattr(*place) for place in places]
+    try:
+        for place, value in zip(places, values.values(), strict=True):
+            _put(*place, value)
+        yield
+    finally:
+        for place, tensor in zip(places, own, strict=True):
+            _put(*place, tensor)
 
 
 def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> int:
@@ -306,15 +315,15 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
-def owners(model: nn.Module, names: Iterable[str]) -> dict[str, tuple[nn.Module, str]]:
-    """The module that each of these parameters and buffers belongs to, and its name there."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    return {name: (modules[path], leaf) for name in names for path, _, leaf in [name.rpartition(".")]}
-
-
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     path, _, leaf = name.rpartition(".")
     return model.get_submodule(path), leaf
+
+
+def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
+    if leaf in module._parameters:
+        value = nn.Parameter(value, requires_grad=False)
+    setattr(module, leaf, value)
 
 
 def _first_line(error: BaseException) -> str:
