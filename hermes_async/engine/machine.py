@@ -28,7 +28,7 @@ from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
 KERNEL_TOKENS = (1, 4, 16, 64, 256)
 AGENTS = (1, 2, 3, 4)
 READ_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
-_DISK_SECONDS = 0.7  # that each pair of agents and read size is measured for
+_DISK_SECONDS = 1.0  # that each pair of agents and read size is measured for
 _DISK_REST_SECONDS = 0.2  # of them that do not count
 _DISK_READS = 2  # of each agent at the least, that count
 _KERNEL_SECONDS = 0.1

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hermes_async.config import format_bytes
-from hermes_async.pipeload.speeds import HANDOVER_SECONDS, DiskSpeed, Speeds
+from hermes_async.pipeload.speeds import HANDOVER_SECONDS, DiskSpeed, Speeds, without_noise
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Profile:
         head_s: The same of the head, by outputs.
         sweep_s: What a sweep takes outside of its stages, by its outputs.
         disk: What it gives, read alone.
-        read_share: How fast an engine reads, as a share of that.
+        read_share: How fast an engine reads, as a share of that without its noise.
         handover_s: What a streamed stage takes beside its computation; None where none was streamed.
     """
 
@@ -79,7 +79,9 @@ class Profile:
         age_days = max(0.0, time.time() - self.created_at) / 86400
         when = "today" if age_days < 1 else f"{age_days:.0f} days ago"
         return Speeds(
-            disk=tuple(replace(speed, bytes_per_s=speed.bytes_per_s * self.read_share) for speed in self.disk),
+            disk=tuple(
+                replace(speed, bytes_per_s=speed.bytes_per_s * self.read_share) for speed in without_noise(self.disk)
+            ),
             layer_seconds=self.layer_s,
             head_seconds=self.head_s,
             sweep_seconds=self.sweep_s,

@@ -31,7 +31,7 @@ from hermes_async.modeling.inputs import example_inputs
 from hermes_async.pipeload.groups import ungrouped
 from hermes_async.pipeload.memory import automatic_budget
 from hermes_async.pipeload.plan import Plan
-from hermes_async.pipeload.speeds import DiskSpeed, read_seconds
+from hermes_async.pipeload.speeds import DiskSpeed, read_seconds, without_noise
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
 
@@ -68,7 +68,7 @@ async def measure(
     streamed = next((one for one in (first, second) if one is not None and one.plan.num_buffers), None)
     # Where nothing is waited for, computing is measured best.
     quiet = next((one for one in (first, second) if one is not None and not one.plan.num_buffers), first)
-    read_share = None if streamed is None else streamed.read_share(disk)
+    read_share = None if streamed is None else streamed.read_share(without_noise(disk))
     layer_s, head_s = quiet.seconds_per_byte(head=False), quiet.seconds_per_byte(head=True)
     return Profile(
         memory_budget=first.plan.memory_budget,

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import statistics
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 _GIB = 1 << 30
@@ -21,6 +22,17 @@ class DiskSpeed:
     num_agents: int
     read_bytes: int
     bytes_per_s: float
+
+
+def without_noise(disk: Sequence[DiskSpeed]) -> tuple[DiskSpeed, ...]:
+    """The disk with one rate for all that comes within a tenth of what it gives at the most.
+
+    Each rate is measured for a second, and is off by some percent. Who plans by the best of many would take the one
+    that is off the most, and expect too much of it.
+    """
+    most = max((speed.bytes_per_s for speed in disk), default=0.0)
+    plateau = statistics.median([speed.bytes_per_s for speed in disk if speed.bytes_per_s >= 0.85 * most] or [0.0])
+    return tuple(replace(speed, bytes_per_s=plateau) if speed.bytes_per_s >= 0.9 * plateau else speed for speed in disk)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hermes_async.pipeload.speeds import DiskSpeed, Speeds, at, estimated
+from hermes_async.pipeload.speeds import DiskSpeed, Speeds, at, estimated, without_noise
 
 MIB = 1 << 20
 
@@ -41,6 +41,14 @@ def test_agents_share_the_disk() -> None:
     assert known.num_agents == (1, 4)
     one, two, four, eight = (known.read_seconds(MIB, agents) for agents in (1, 2, 4, 8))
     assert (two, four, eight) == pytest.approx((2 * one, 4 * one, 8 * one))
+
+
+def test_rates_that_cannot_be_told_apart_are_one() -> None:
+    rates = {(1, MIB): 100.0, (1, 16 * MIB): 480.0, (2, MIB): 430.0, (2, 16 * MIB): 540.0, (3, 16 * MIB): 500.0}
+    disk = [DiskSpeed(agents, size, rate) for (agents, size), rate in rates.items()]
+    assert [speed.bytes_per_s for speed in without_noise(disk)] == [100.0, 500.0, 430.0, 500.0, 500.0]
+    assert without_noise(without_noise(disk)) == without_noise(disk)
+    assert without_noise([]) == ()
 
 
 def test_a_sweep_is_layers_and_head_and_what_is_outside() -> None:
