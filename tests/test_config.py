@@ -216,6 +216,7 @@ def test_the_engine_s_defaults() -> None:
         "prompt_lookup": True,
         "parking_dir": None,
         "direct_io": True,
+        "kernels": "default",
     }
 
 
@@ -230,6 +231,7 @@ def test_the_engine_s_defaults() -> None:
         {"max_buffered_chunks": 1},
         {"kv_budget": 1},
         {"share_prefixes": False, "prompt_lookup": False, "direct_io": False},
+        {"kernels": "fastest"},
         {"parking_dir": "parked"},
         {"parking_dir": Path("parked")},
     ],
@@ -251,6 +253,7 @@ def test_options_at_the_edge_of_their_range_are_accepted(options: dict[str, Any]
         *[("share_prefixes", value) for value in (None, 1, "no")],
         *[("prompt_lookup", value) for value in (None, 0, "yes")],
         *[("direct_io", value) for value in (None, 1)],
+        *[("kernels", value) for value in (None, "", "native", True)],
         *[("parking_dir", value) for value in (b"parked", 3, False)],
     ],
 )

@@ -29,12 +29,13 @@ def chat(
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    kernels: options.Kernels = "default",
     trace: options.Trace = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        config = options.engine_config(loading_agents, max_resident_layers)
+        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
         path = find_checkpoint(model)
         draft = None if draft_model is None else find_checkpoint(draft_model)
 

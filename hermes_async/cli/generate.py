@@ -44,6 +44,7 @@ def generate(
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    kernels: options.Kernels = "default",
     trace: options.Trace = None,
     json_output: options.Json = False,
 ) -> None:
@@ -61,7 +62,7 @@ def generate(
             stop=tuple(stop or ()),
             ignore_eos=ignore_eos,
         )
-        config = options.engine_config(loading_agents, max_resident_layers)
+        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
         path = find_checkpoint(model)
         draft = None if draft_model is None else find_checkpoint(draft_model)
 

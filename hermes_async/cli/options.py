@@ -52,6 +52,14 @@ MaxResidentLayers = Annotated[
     int | None,
     typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
 ]
+Kernels = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH",
+        help="default computes as transformers does; fastest takes what `profile` found to be faster, and rounds "
+        "otherwise.",
+    ),
+]
 Trace = Annotated[
     Path | None,
     typer.Option(
@@ -63,7 +71,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as th
 
 
 def engine_config(
-    loading_agents: int | None, max_resident_layers: int | None, *, kv_budget: int | None = None
+    loading_agents: int | None,
+    max_resident_layers: int | None,
+    *,
+    kv_budget: int | None = None,
+    kernels: str = "default",
 ) -> EngineConfig:
     """The engine's options, from those of the command."""
-    return EngineConfig(num_loading_agents=loading_agents, max_resident_layers=max_resident_layers, kv_budget=kv_budget)
+    return EngineConfig(
+        num_loading_agents=loading_agents,
+        max_resident_layers=max_resident_layers,
+        kv_budget=kv_budget,
+        kernels=kernels,
+    )

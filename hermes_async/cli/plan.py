@@ -31,6 +31,7 @@ def plan(
     memory: options.Memory = "auto",
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
+    kernels: options.Kernels = "default",
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
     ] = False,
@@ -44,7 +45,7 @@ def plan(
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
-        config = options.engine_config(loading_agents, max_resident_layers)
+        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
         if sweep:
             plans = plans_by_budget(model, config, _BUDGETS)
         else:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
-from typing import Any
 
 import anyio
 import anyio.to_thread
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.engine.profile import KernelProfile
+from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.skeleton import layers_of
 from hermes_async.pipeload.groups import ungrouped
 from hermes_async.pipeload.speeds import DiskSpeed
@@ -108,22 +107,10 @@ def measure_kernels(shape: tuple[int, int]) -> tuple[KernelProfile, ...]:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.randn(shape).to(dtype)
         for kernel in ("oneDNN", "native"):
-            with torch.inference_mode(), _one_dnn(kernel == "oneDNN"):
+            with torch.inference_mode(), without_one_dnn() if kernel == "native" else nullcontext():
                 rates = {count: _kernel_rate(weight, count) for count in KERNEL_TOKENS}
             profiles.append(KernelProfile(str(dtype).removeprefix("torch."), kernel, rates))
     return tuple(profiles)
-
-
-@contextmanager
-def _one_dnn(enabled: bool) -> Iterator[None]:
-    """Process-wide. As `torch.backends.mkldnn.flags`, which also asks for settings of other devices, and warns."""
-    torch_c: Any = torch._C
-    before = torch_c._get_mkldnn_enabled()
-    torch_c._set_mkldnn_enabled(enabled)
-    try:
-        yield
-    finally:
-        torch_c._set_mkldnn_enabled(before)
 
 
 def _kernel_rate(weight: torch.Tensor, num_tokens: int) -> float:

@@ -88,19 +88,22 @@ class Profile:
             handover_seconds=HANDOVER_SECONDS if self.handover_s is None else self.handover_s,
             source=f"measured here {when}, in a budget of {format_bytes(self.memory_budget)}",
             measured=True,
-            notes=tuple(self._kernel_notes()),
+            notes=tuple(self._dtype_notes()),
+            native_gain=self._native_gain(),
         )
 
-    def _kernel_notes(self) -> Iterator[str]:
-        """Which kernel is the fastest in the model's dtype, by tokens; and which dtype would be."""
+    def _native_gain(self) -> dict[int, float]:
+        """How many times as fast torch's own kernels are as oneDNN's, in the model's dtype, by tokens."""
         own = {kernel.kernel: kernel.flops for kernel in self.kernels if kernel.dtype == self.dtype}
-        if "oneDNN" not in own:
+        if "oneDNN" not in own or "native" not in own:
+            return {}
+        return {count: own["native"][count] / flops for count, flops in own["oneDNN"].items() if count in own["native"]}
+
+    def _dtype_notes(self) -> Iterator[str]:
+        """Which other dtype would be faster."""
+        ours = next((one.flops for one in self.kernels if (one.dtype, one.kernel) == (self.dtype, "oneDNN")), None)
+        if not ours:
             return
-        ours = own["oneDNN"]
-        slower = {count: own["native"][count] / ours[count] for count in ours if "native" in own}
-        ahead = [f"{ratio:.1f} times at {count}" for count, ratio in slower.items() if ratio > 1.1]
-        left = f"; torch's own would be {', '.join(ahead)}, and round otherwise than transformers" if ahead else ""
-        yield f"kernels: oneDNN's in {self.dtype}, as transformers{left}"
         others = {kernel.dtype: kernel.flops for kernel in self.kernels if kernel.kernel == "oneDNN"}
         for count in sorted({min(ours), max(ours)}):
             best = max(others, key=lambda dtype: others[dtype][count])

@@ -60,7 +60,7 @@ async def measure(
     """
     checkpoint = await anyio.to_thread.run_sync(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
-    plainly = replace(config, share_prefixes=False, prompt_lookup=False)
+    plainly = replace(config, share_prefixes=False, prompt_lookup=False, kernels="default")
     trace, events = Trace(), [] if events is None else events
     first = await _measure_engine(checkpoint.path, memory_budget, plainly, STAGE_TOKENS, trace, _Seen(events))
     second = await _measure_otherwise(first, replace(plainly, max_resident_layers=None), trace, _Seen(events))

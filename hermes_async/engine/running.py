@@ -213,6 +213,7 @@ def _streamed_model(
         opened.attention,
         stages,
         streamed_embedding=partition.streamed_embedding is not None,
+        native_tokens=opened.plan.speeds.native_tokens,
         gate=pipeline,
         on_stage=on_stage,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Protocol
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from hermes_async.errors import EngineError
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
 from hermes_async.modeling.skeleton import get_tensor, plain_attention, set_tensor
@@ -60,6 +61,7 @@ class StreamedModel:
     Args:
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
         streamed_embedding: The input embedding is not loaded; each batch brings the rows it needs.
+        native_tokens: Packed sweeps of at most so many tokens are computed by torch's own kernels, without oneDNN's.
         gate: Asked before and after each stage.
         on_stage: Called by the compute thread before each stage of a packed sweep, resident ones too, with its batch.
     """
@@ -71,11 +73,13 @@ class StreamedModel:
         stages: Sequence[Stage],
         *,
         streamed_embedding: bool,
+        native_tokens: int = 0,
         gate: StageGate,
         on_stage: Callable[[PackedBatch], None],
     ) -> None:
         self.model = model
         self._attention = attention
+        self._native_tokens = native_tokens
         self._gate = gate
         self._on_stage = on_stage
         # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
@@ -119,7 +123,8 @@ class StreamedModel:
         rows = None
         if batch.embedding_rows is not None and batch.embedding_index is not None:
             rows = batch.embedding_rows, batch.embedding_index
-        with self._running(partial(self._on_stage, batch), rows):
+        native = batch.input_ids.numel() <= self._native_tokens
+        with without_one_dnn() if native else nullcontext(), self._running(partial(self._on_stage, batch), rows):
             return forward_packed(self.model, self._attention, batch)
 
     def run_passes(self, passes: Sequence[ForwardPass]) -> None:

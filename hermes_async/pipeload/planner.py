@@ -55,6 +55,8 @@ def plan(
     if config.kv_budget is not None and not sizes.kv_bytes_per_token:
         raise ConfigError(f"kv_budget={config.kv_budget}: this model does not generate, and keeps no KV caches")
     whole = cut(None)
+    if config.kernels == "fastest":
+        speeds = speeds.with_fastest_kernels()
     choices = _Choices(budget - sizes.draft_bytes, sizes, config, speeds)
     minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
     minimum += sizes.draft_bytes
@@ -148,7 +150,10 @@ class _Choices:
                     max_tokens_per_sweep=tokens,
                     max_sequences=sequences,
                     minimum_budget=minimum,
-                    reasons=("all weights fit: they are read once, and no sweep waits for the disk",),
+                    reasons=(
+                        "all weights fit: they are read once, and no sweep waits for the disk",
+                        *self.speeds.reasons,
+                    ),
                 )
         return None
 

@@ -41,7 +41,7 @@ class Reasons:
             lines += [f"KV caches: {kv}", self._tokens()]
         else:
             lines.append(f"{self._way.tokens} tokens a sweep: the most whose activations fit in a third of the budget")
-        return (*lines, *plan.speeds.notes)
+        return (*lines, *plan.speeds.reasons)
 
     def _stages(self) -> str:
         way, size = self._way, f"stages of up to {format_bytes(self._way.slot)}"

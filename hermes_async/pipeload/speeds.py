@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import takewhile
 
 _GIB = 1 << 30
 _MIB = 1 << 20
 
 HANDOVER_SECONDS = 0.3e-3
 """What a streamed stage costs beside its computation, where that was never measured: two hops between threads."""
+
+
+_WORTH_NATIVE = 1.1  # times as fast as oneDNN's kernels, from where torch's own are said to be faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +55,8 @@ class Speeds:
         source: Where the figures come from, for people.
         measured: Whether they come from this machine.
         notes: What else was found, for people; a line each.
+        native_gain: By tokens, how many times as fast torch's own kernels are as oneDNN's, which torch takes by itself.
+        native_tokens: Sweeps of at most so many tokens are computed by torch's own.
     """
 
     disk: tuple[DiskSpeed, ...]
@@ -61,6 +67,51 @@ class Speeds:
     source: str
     measured: bool
     notes: tuple[str, ...] = ()
+    native_gain: Mapping[int, float] = field(default_factory=dict)
+    native_tokens: int = 0
+
+    def with_fastest_kernels(self) -> Speeds:
+        """With torch's own kernels for the sweeps of few tokens that they are faster for."""
+        counts = sorted(self.native_gain)
+        ahead = list(takewhile(lambda count: self.native_gain[count] > _WORTH_NATIVE, counts))
+        if not ahead:
+            return self
+        most, gains = ahead[-1], [self.native_gain[count] for count in ahead]
+
+        def faster(curve: Mapping[int, float]) -> dict[int, float]:
+            known = {**{count: at(curve, count) for count in (*ahead, most + 1)}, **curve} if curve else {}
+            return {
+                count: seconds / gains[max(0, bisect_right(ahead, count) - 1)] if count <= most else seconds
+                for count, seconds in known.items()
+            }
+
+        return replace(
+            self,
+            layer_seconds=faster(self.layer_seconds),
+            head_seconds=faster(self.head_seconds),
+            native_tokens=most,
+        )
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Which kernels are taken and what else was found, for people; a line each."""
+        ahead = [
+            f"{gain:.1f} times at {count}"
+            for count, gain in self.native_gain.items()
+            if gain > _WORTH_NATIVE and count <= (self.native_tokens or count)
+        ]
+        if self.native_tokens:
+            tokens = f"{self.native_tokens} token{'s' if self.native_tokens > 1 else ''}"
+            kernels = (
+                f"kernels: torch's own in sweeps of up to {tokens} ({', '.join(ahead)} as fast as oneDNN's), which "
+                "round otherwise than transformers"
+            )
+        elif not self.measured:
+            kernels = "kernels: torch's default, as nothing was measured here"
+        else:
+            left = f"; torch's own would be {', '.join(ahead)}, and round otherwise: kernels='fastest'" if ahead else ""
+            kernels = f"kernels: torch's default, as transformers{left}"
+        return (kernels, *self.notes)
 
     @property
     def num_agents(self) -> tuple[int, ...]:

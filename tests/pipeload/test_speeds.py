@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,6 +58,17 @@ def test_a_sweep_is_layers_and_head_and_what_is_outside() -> None:
     assert known.compute_seconds(10**9, 10**9, 1, 1) == pytest.approx(1.0 + 2.0 + 0.5)
     assert known.compute_seconds(10**9, 10**9, 64, 0) == pytest.approx(4.0 + 0.5)
     assert known.compute_seconds(0, 0, 64, 64) == pytest.approx(1.0)
+
+
+def test_the_fastest_kernels_of_few_tokens() -> None:
+    known = replace(speeds(), native_gain={1: 2.0, 4: 1.5, 16: 0.9, 64: 3.0})
+    assert known.native_tokens == 0
+    fast = known.with_fastest_kernels()
+    assert fast.native_tokens == 4  # from where they are slower, nothing is asked of them any more
+    for count, gain in ((1, 2.0), (4, 1.5), (5, 1.0), (16, 1.0), (64, 1.0), (256, 1.0)):
+        assert at(fast.layer_seconds, count) == pytest.approx(at(known.layer_seconds, count) / gain)
+    assert "up to 4 tokens (2.0 times at 1, 1.5 times at 4 as fast" in fast.reasons[0]
+    assert replace(known, native_gain={1: 1.0, 4: 9.0}).with_fastest_kernels().native_tokens == 0
 
 
 @given(st.integers(1, 1 << 34), st.integers(1, 16), st.integers(1, 4096))
