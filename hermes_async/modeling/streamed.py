@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,7 +16,7 @@ from hermes_async.errors import EngineError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
+from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
 from hermes_async.modeling.skeleton import get_tensor, plain_attention, set_tensor
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
@@ -83,11 +82,10 @@ class StreamedModel:
         self._gate = gate
         self._on_stage = on_stage
         # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
-        # whose weights are bound. Where passes take turns, each of their threads has a turn of its own.
+        # whose weights are bound.
         self._before_stage: Callable[[], None] = lambda: None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: set[Stage] = set()
-        self._here = threading.local()
         self._unloaded = {
             placement.name: get_tensor(model, placement.name)
             for stage in stages
@@ -134,14 +132,14 @@ class StreamedModel:
             ReadError: A stage could not be read.
             SweepAbandoned: From the gate, or because no pass came to its end.
         """
-        with self._plain_attention():
+        with self._plain_attention(), torch.inference_mode():
             if len(passes) == 1:
                 (alone,) = passes
                 with self._running(alone.check_dropped, alone.embedding):
                     alone.run()
             else:
                 with self._running(lambda: None, None):
-                    run_in_turns(passes, self._run_in_turn, self._enter, self._leave)
+                    run_in_turns(passes, self._enter, self._leave)
         if not any(forward_pass.completed for forward_pass in passes):
             raise SweepAbandoned  # nobody came to the end, so the stages that were not visited mean nothing
 
@@ -156,10 +154,6 @@ class StreamedModel:
         finally:
             if packed:
                 self.model.set_attn_implementation(self._attention.name)
-
-    def _run_in_turn(self, thread: TurnThread) -> None:
-        self._here.turn = thread
-        thread.forward_pass.run()
 
     @contextmanager
     def _running(
@@ -186,7 +180,7 @@ class StreamedModel:
 
     def _entering(self, stage: Stage) -> Callable[[nn.Module, Any], None]:
         def enter(module: nn.Module, args: Any) -> None:
-            turn = self._turn()
+            turn = Turn.current()
             if turn is None:
                 self._before_stage()
                 self._enter(stage)
@@ -199,16 +193,13 @@ class StreamedModel:
 
     def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            turn = self._turn()
+            turn = Turn.current()
             if turn is None:
                 self._leave(stage)
             elif not stage.resident:
                 turn.rest(stage, entering=False)
 
         return leave
-
-    def _turn(self) -> TurnThread | None:
-        return getattr(self._here, "turn", None)
 
     def _enter(self, stage: Stage) -> None:
         buffer = self._gate.enter(stage)
@@ -234,7 +225,7 @@ class StreamedModel:
             set_tensor(self.model, placement.name, self._unloaded[placement.name])
 
     def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        turn = self._turn()
+        turn = Turn.current()
         rows = self._rows if turn is None else turn.forward_pass.embedding
         assert rows is not None
         set_tensor(module, "weight", rows[0].to(get_tensor(module, "weight").dtype))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from hermes_async.errors import ReadError
-from hermes_async.modeling.passes import ForwardPass, TurnThread, run_in_turns
+from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
 from hermes_async.pipeload.stage import Stage, StageLayout
 
 STAGES = [Stage(idx, StageLayout(f"stage {idx}", (), (), 0, 0, 0), resident=False) for idx in range(4)]
@@ -22,12 +22,12 @@ class Sweep:
     def __init__(self) -> None:
         self.log: list[tuple[Any, ...]] = []
         self.on_enter: Callable[[Stage], None] = lambda stage: None
-        self._here = threading.local()
         self._num_computing = 0
 
     def visiting(self, name: str, stages: list[int], fail_at: int | None = None) -> ForwardPass:
         def compute() -> str:
-            turn: TurnThread = self._here.turn
+            turn = Turn.current()
+            assert turn is not None
             for idx in stages:
                 turn.rest(STAGES[idx], entering=True)
                 turn.forward_pass.check_dropped()
@@ -43,17 +43,13 @@ class Sweep:
         return ForwardPass(compute)
 
     def run(self, *passes: ForwardPass) -> None:
-        def run(turn: TurnThread) -> None:
-            self._here.turn = turn
-            turn.forward_pass.run()
-
         def enter(stage: Stage) -> None:
             self.on_enter(stage)
             self.log.append(("enter", stage.idx))
 
         before = threading.active_count()
         try:
-            run_in_turns(passes, run, enter, lambda stage: self.log.append(("leave", stage.idx)))
+            run_in_turns(passes, enter, lambda stage: self.log.append(("leave", stage.idx)))
         finally:
             assert threading.active_count() == before
 
