@@ -123,9 +123,15 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     encoder = encoder_class(config)
     if encoder is None:
         model = build_model(config, dtype, attention, where=where)
-    else:
+        try:
+            tensors = resolve_tensors(model, checkpoint)
+        except MissingTensorError as error:
+            encoder = _headless_class(config, model, error.names)
+            if encoder is None:
+                raise
+    if encoder is not None:
         model = _build(encoder, config, dtype, None, where)
-    tensors = resolve_tensors(model, checkpoint)
+        tensors = resolve_tensors(model, checkpoint)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     eos_token_ids = frozenset[int]() if encoder else _eos_token_ids(checkpoint, config)
     return Skeleton(model, tensors, dtype, dtypes, encoder is None, eos_token_ids, _context_length(model))
@@ -134,7 +140,8 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that `config` names, if that is no causal language model: an encoder, or a model with another head.
 
-    A decoder without a head (`LlamaModel`) counts as the causal language model that it is part of.
+    A decoder without a head (`LlamaModel`) counts as the causal language model that it is part of. Whether the
+    checkpoint has a head for it, `build_skeleton` finds out.
     """
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None)
@@ -144,6 +151,20 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return None
     is_decoder = _class_for(AutoModelForCausalLM, config) and not _class_for(AutoModelForMaskedLM, config)
     return None if is_decoder and model_class is _class_for(AutoModel, config) else model_class
+
+
+def _headless_class(
+    config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str]
+) -> type[PreTrainedModel] | None:
+    """The decoder that `config` names, where it is `model` but for the head, and only the head is missing."""
+    base = _class_for(AutoModel, config)
+    if base is None or base.__name__ not in (config.architectures or ()):
+        return None
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    of_head = {
+        f"{path}.{name}" for path, module in model.named_modules() if module is head for name in head.state_dict()
+    }
+    return base if set(missing) <= of_head else None
 
 
 def _class_for(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:

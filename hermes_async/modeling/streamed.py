@@ -54,8 +54,40 @@ def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]
         setattr(model.get_submodule(parent), leaf, StreamedLinear(linear, block_rows).eval())
 
 
+class _Nothing:
+    """What stands in for weights that are not loaded: tensors in the CPU's memory that take none of it.
+
+    On the meta device a weight would mislead a model that asks it where tensors are to be made, and torch multiplies by
+    it without an error and gives what happens to lie in memory. These are NaN, all of one number.
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[torch.dtype, torch.Tensor] = {}
+        self._places: set[int] = set()
+
+    def instead_of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """With its shape and dtype."""
+        if tensor.dtype not in self._numbers:
+            number = torch.zeros((), dtype=tensor.dtype)
+            if tensor.is_floating_point():
+                number.fill_(torch.nan)
+            self._numbers[tensor.dtype] = number
+            self._places.add(number.data_ptr())
+        return self._numbers[tensor.dtype].expand(tensor.shape)
+
+    def check_loaded(self, module: nn.Module, args: Any) -> None:
+        """A forward pre-hook.
+
+        Raises:
+            EngineError: A parameter of the module is not loaded.
+        """
+        for name, parameter in module._parameters.items():
+            if parameter is not None and parameter.data_ptr() in self._places:
+                raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")
+
+
 class StreamedModel:
-    """A model on the meta device whose stages are bound when they are entered and unbound when they are left.
+    """A model without weights, whose stages are bound when they are entered and unbound when they are left.
 
     Args:
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
@@ -86,11 +118,14 @@ class StreamedModel:
         self._before_stage: Callable[[], None] = lambda: None
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: set[Stage] = set()
+        nothing = _Nothing()
         self._unloaded = {
-            placement.name: get_tensor(model, placement.name)
+            placement.name: nothing.instead_of(get_tensor(model, placement.name))
             for stage in stages
             for placement in stage.layout.placements
         }
+        for name, tensor in self._unloaded.items():
+            set_tensor(model, name, tensor)
         self._stages = tuple(stages)
         self._hooks: list[RemovableHandle] = []
         self._base = next((stage for stage in stages if not stage.name), None)
@@ -105,11 +140,12 @@ class StreamedModel:
             embedding = model.get_input_embeddings()
             assert isinstance(embedding, nn.Embedding)
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
-            self._streamed_embedding, self._unloaded_embedding = embedding, embedding.weight
+            self._streamed_embedding, self._unloaded_embedding = embedding, nothing.instead_of(embedding.weight)
+            set_tensor(embedding, "weight", self._unloaded_embedding)
             self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
         for module in model.modules():
             if module._parameters:
-                self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # behind those that load
+                self._hooks.append(module.register_forward_pre_hook(nothing.check_loaded))  # behind those that load
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Runs one sweep on the calling thread; logits [outputs, vocab].
@@ -230,10 +266,3 @@ class StreamedModel:
         assert rows is not None
         set_tensor(module, "weight", rows[0].to(get_tensor(module, "weight").dtype))
         return (rows[1], *args[1:])
-
-
-def _check_loaded(module: nn.Module, args: Any) -> None:
-    """torch multiplies by a weight on the meta device without an error, and gives what happens to lie in memory."""
-    for name, parameter in module._parameters.items():
-        if parameter is not None and parameter.is_meta:
-            raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")

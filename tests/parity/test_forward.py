@@ -21,7 +21,9 @@ from transformers import (
     DistilBertConfig,
     GPT2Config,
     GPTJConfig,
+    Kosmos2_5Config,
     LlamaConfig,
+    MistralConfig,
     ModernBertConfig,
     PreTrainedConfig,
     RobertaConfig,
@@ -72,6 +74,9 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "CLIPVisionModelWithProjection": lambda: CLIPVisionConfig(**VISION),
     "CLIPModel": lambda: CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION),
     "LlamaForSequenceClassification": lambda: LlamaConfig(**TEXT, num_key_value_heads=2, num_labels=5),
+    "MistralModel": lambda: MistralConfig(
+        **TEXT, num_key_value_heads=2
+    ),  # its checkpoint has no head: no text, but vectors
     "T5ForConditionalGeneration": lambda: T5Config(
         vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),
@@ -152,6 +157,21 @@ async def test_passes_together_and_alone_are_those_of_transformers(subject: Subj
         assert (engine.plan.bytes_per_sweep == 0) == (budget == "resident")
     for actual, expected in zip(outputs, [*subject.expected, subject.expected[0]], strict=True):
         check_same(actual, expected)
+
+
+async def test_a_weight_that_is_asked_for_its_device_before_it_is_loaded(
+    random_model: Callable[..., Any], save_model: Callable[..., Path]
+) -> None:
+    """A model that makes tensors on that device would compute with ones that hold nothing."""
+    text = {"vocab_size": 300, "embed_dim": 32, "ffn_dim": 64, "layers": 2, "attention_heads": 4}
+    vision = LAYERS | {"head_dim": 8, "patch_embed_hidden_size": 48, "patch_size": 4, "max_num_patches": 16}
+    config = Kosmos2_5Config(text_config=text | {"max_position_embeddings": 64}, vision_config=vision)
+    path = save_model(random_model(config, model_class=transformers.Kosmos2_5Model))
+    inputs = some_inputs("Kosmos2_5Model", 0)
+    with torch.inference_mode():
+        expected = transformers.Kosmos2_5Model.from_pretrained(path).eval()(**inputs)
+    async with Engine(path, memory_budget="64MiB") as engine:
+        check_same(await engine.forward(**inputs), expected)
 
 
 def test_what_a_checkpoint_names_decides_whether_it_generates() -> None:
