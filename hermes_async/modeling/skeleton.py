@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
@@ -149,6 +149,8 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return None
     if model_class is _class_for(AutoModelForCausalLM, config):
         return None
+    if config.is_encoder_decoder:
+        return model_class
     is_decoder = _class_for(AutoModelForCausalLM, config) and not _class_for(AutoModelForMaskedLM, config)
     return None if is_decoder and model_class is _class_for(AutoModel, config) else model_class
 
@@ -160,11 +162,7 @@ def _headless_class(
     base = _class_for(AutoModel, config)
     if base is None or base.__name__ not in (config.architectures or ()):
         return None
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    of_head = {
-        f"{path}.{name}" for path, module in model.named_modules() if module is head for name in head.state_dict()
-    }
-    return base if set(missing) <= of_head else None
+    return None if any(name.startswith(f"{model.base_model_prefix}.") for name in missing) else base
 
 
 def _class_for(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -246,13 +244,17 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             renamed, converted = rename_source_key(name, [], [], prefix, expected)
         if renamed not in expected:
             continue
-        if converted is not None:
+        if converted is None:
+            found[renamed] = checkpoint.tensors[name]
+            continue
+        pieces = _pieces(renamed, checkpoint.tensors[name], converters, converted)
+        if not pieces:
             raise UnsupportedModelError(
-                f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only renamed tensors can "
-                "be used in place",
+                f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only tensors that are "
+                "renamed, or cut along their first dimension, can be used in place",
                 path=checkpoint.path,
             )
-        found[renamed] = checkpoint.tensors[name]
+        found.update(pieces)
     for name, spec in found.items():
         shape = tuple(expected[name].shape)
         if spec.shape != shape:
@@ -277,6 +279,30 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             names=missing,
         )
     return found
+
+
+def _pieces(renamed: str, spec: TensorSpec, converters: list[WeightConverter], pattern: str) -> dict[str, TensorSpec]:
+    """The parameters that lie one after another in a tensor, such as query, key and value; none where it is otherwise.
+
+    Args:
+        renamed: The first of them.
+        pattern: The source pattern of the converter that the tensor is for.
+    """
+    converter = next(one for one in converters if pattern in one.source_patterns)
+    targets = converter.target_patterns
+    cuts = [type(operation) is Chunk and operation.dim == 0 for operation in converter.operations]
+    plain = len(targets) > 1 and not any("\\" in target for target in targets) and targets[0] in renamed
+    if (
+        cuts != [True]
+        or len(converter.source_patterns) > 1
+        or not plain
+        or not spec.shape
+        or spec.shape[0] % len(targets)
+    ):
+        return {}
+    before, _, behind = renamed.partition(targets[0])
+    rows = spec.shape[0] // len(targets)
+    return {f"{before}{name}{behind}": spec.rows(rows * idx, rows * (idx + 1)) for idx, name in enumerate(targets)}
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:

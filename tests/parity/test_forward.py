@@ -23,8 +23,10 @@ from transformers import (
     GPTJConfig,
     Kosmos2_5Config,
     LlamaConfig,
+    MarianConfig,
     MistralConfig,
     ModernBertConfig,
+    NomicBertConfig,
     PreTrainedConfig,
     RobertaConfig,
     T5Config,
@@ -77,6 +79,20 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "MistralModel": lambda: MistralConfig(
         **TEXT, num_key_value_heads=2
     ),  # its checkpoint has no head: no text, but vectors
+    "NomicBertModel": lambda: NomicBertConfig(**TEXT),  # its checkpoint has query, key and value in one tensor
+    "MarianModel": lambda: MarianConfig(
+        vocab_size=300,
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        decoder_start_token_id=0,
+    ),
     "T5ForConditionalGeneration": lambda: T5Config(
         vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),
@@ -100,7 +116,7 @@ def some_inputs(name: str, seed: int) -> dict[str, torch.Tensor]:
         if not name.startswith("GPT"):  # their positions do not follow the mask, and what is masked differs
             inputs["input_ids"][1, -2:] = 0
             inputs["attention_mask"][1, -2:] = 0
-    if name.startswith("T5"):
+    if name.startswith(("T5", "Marian")):
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
     return inputs
 
@@ -184,4 +200,5 @@ def test_what_a_checkpoint_names_decides_whether_it_generates() -> None:
     assert named(BertConfig(is_decoder=True), "BertLMHeadModel") is None
     assert named(BertConfig(), "BertModel") is transformers.BertModel
     assert named(LlamaConfig(), "LlamaForTokenClassification") is transformers.LlamaForTokenClassification
+    assert named(MarianConfig(), "MarianModel") is transformers.MarianModel
     assert named(ViTConfig(), "ViTModel") is transformers.ViTModel
