@@ -289,16 +289,12 @@ def _pieces(renamed: str, spec: TensorSpec, converters: list[WeightConverter], p
         pattern: The source pattern of the converter that the tensor is for.
     """
     converter = next(one for one in converters if pattern in one.source_patterns)
+    operation, *others = converter.operations
     targets = converter.target_patterns
-    cuts = [type(operation) is Chunk and operation.dim == 0 for operation in converter.operations]
-    plain = len(targets) > 1 and not any("\\" in target for target in targets) and targets[0] in renamed
-    if (
-        cuts != [True]
-        or len(converter.source_patterns) > 1
-        or not plain
-        or not spec.shape
-        or spec.shape[0] % len(targets)
-    ):
+    cuts = type(operation) is Chunk and operation.dim == 0 and not others and len(converter.source_patterns) == 1
+    plainly = len(targets) > 1 and targets[0] in renamed and not any("\\" in target for target in targets)
+    evenly = bool(spec.shape) and spec.shape[0] % len(targets) == 0
+    if not (cuts and plainly and evenly):
         return {}
     before, _, behind = renamed.partition(targets[0])
     rows = spec.shape[0] // len(targets)

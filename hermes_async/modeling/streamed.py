@@ -82,7 +82,7 @@ class _Nothing:
             EngineError: A parameter of the module is not loaded.
         """
         for name, parameter in module._parameters.items():
-            if parameter is not None and parameter.data_ptr() in self._places:
+            if parameter is not None and (parameter.is_meta or parameter.data_ptr() in self._places):
                 raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")
 
 
