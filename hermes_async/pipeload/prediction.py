@@ -82,9 +82,8 @@ def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int,
     costs = []
     for idx, stage in enumerate(plan.stages):
         streamed = idx not in plan.resident
-        seconds = num_passes * stage.read_bytes * (head_s if idx in plan.head else layer_s)
-        seconds += streamed * speeds.handover_seconds
-        costs.append(StageCost(stage.read_bytes if streamed else 0, seconds))
+        seconds = stage.read_bytes * (head_s if idx in plan.head else layer_s) + streamed * speeds.handover_seconds
+        costs.append(StageCost(stage.read_bytes if streamed else 0, num_passes * seconds))
     return sweep_seconds(
         costs,
         num_agents=plan.num_loading_agents,
@@ -103,4 +102,4 @@ def parts_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int =
     head = sum(plan.stages[idx].read_bytes for idx in plan.head)
     layers = sum(stage.read_bytes for stage in plan.stages) - head
     compute_s = speeds.compute_seconds(layers, head, num_tokens, num_outputs)
-    return read_s, num_passes * compute_s + len(plan.streamed) * speeds.handover_seconds
+    return read_s, num_passes * (compute_s + len(plan.streamed) * speeds.handover_seconds)
