@@ -32,11 +32,17 @@ def without_noise(disk: Sequence[DiskSpeed]) -> tuple[DiskSpeed, ...]:
     """The disk with one rate for all that comes within a tenth of what it gives at the most.
 
     Each rate is measured for a second, and is off by some percent. Who plans by the best of many would take the one
-    that is off the most, and expect too much of it.
+    that is off the most, and expect too much of it. What one agent gives is not made more: it leaves the disk alone
+    between two reads, the longer the busier the processor is.
     """
     most = max((speed.bytes_per_s for speed in disk), default=0.0)
     plateau = statistics.median([speed.bytes_per_s for speed in disk if speed.bytes_per_s >= 0.85 * most] or [0.0])
-    return tuple(replace(speed, bytes_per_s=plateau) if speed.bytes_per_s >= 0.9 * plateau else speed for speed in disk)
+
+    def settled(speed: DiskSpeed) -> DiskSpeed:
+        least = plateau if speed.num_agents == 1 else 0.9 * plateau
+        return replace(speed, bytes_per_s=plateau) if speed.bytes_per_s >= least else speed
+
+    return tuple(settled(speed) for speed in disk)
 
 
 @dataclass(frozen=True, slots=True)
