@@ -305,7 +305,7 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     """The model's input embedding, where its input is token ids."""
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:
+    except NotImplementedError:  # so transformers says that a model has none
         return None
     return embedding if isinstance(embedding, nn.Embedding) else None
 

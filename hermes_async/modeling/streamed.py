@@ -124,9 +124,9 @@ class StreamedModel:
             for stage in stages
             for placement in stage.layout.placements
         }
-        for name, tensor in self._unloaded.items():
-            set_tensor(model, name, tensor)
         self._stages = tuple(stages)
+        for stage in stages:
+            self.unbind(stage)
         self._hooks: list[RemovableHandle] = []
         self._base = next((stage for stage in stages if not stage.name), None)
         for stage in stages:

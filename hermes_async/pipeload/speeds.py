@@ -15,7 +15,6 @@ _MIB = 1 << 20
 HANDOVER_SECONDS = 0.3e-3
 """What a streamed stage costs beside its computation, where that was never measured: two hops between threads."""
 
-
 _WORTH_NATIVE = 1.1  # times as fast as oneDNN's kernels, from where torch's own are said to be faster
 
 

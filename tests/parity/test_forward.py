@@ -76,9 +76,8 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "CLIPVisionModelWithProjection": lambda: CLIPVisionConfig(**VISION),
     "CLIPModel": lambda: CLIPConfig(text_config=CLIP_TEXT, vision_config=VISION),
     "LlamaForSequenceClassification": lambda: LlamaConfig(**TEXT, num_key_value_heads=2, num_labels=5),
-    "MistralModel": lambda: MistralConfig(
-        **TEXT, num_key_value_heads=2
-    ),  # its checkpoint has no head: no text, but vectors
+    # Its checkpoint has no head: no text, but vectors.
+    "MistralModel": lambda: MistralConfig(**TEXT, num_key_value_heads=2),
     "NomicBertModel": lambda: NomicBertConfig(**TEXT),  # its checkpoint has query, key and value in one tensor
     "MarianModel": lambda: MarianConfig(
         vocab_size=300,
