@@ -63,9 +63,10 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
             await anyio.to_thread.run_sync(executor.shutdown)
 
         exits.push_async_callback(shutdown)
+        reader = await exits.enter_async_context(Reader([file], executor, ReadStatistics(), direct=direct))
         started = time.perf_counter()
 
-        async def agent(reader: Reader, buffer: Buffer, moments: list[float]) -> None:
+        async def agent(buffer: Buffer, moments: list[float]) -> None:
             while len(moments) <= _DISK_READS or time.perf_counter() < started + _DISK_SECONDS:
                 await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
                 moments.append(time.perf_counter())
@@ -74,9 +75,7 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
         for moments in ended:
             buffer = Buffer(read_bytes + ALIGNMENT)
             exits.callback(buffer.close)
-            reader = await exits.enter_async_context(Reader(executor, ReadStatistics(), direct=direct))
-            await reader.open([file])
-            agents.append((reader, buffer, moments))
+            agents.append((buffer, moments))
         started = time.perf_counter()
         with ungrouped():
             async with anyio.create_task_group() as group:

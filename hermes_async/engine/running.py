@@ -160,8 +160,8 @@ async def running_model(
         rows = None
         if partition.streamed_embedding is not None:
             executor = exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
-            reader = await exits.enter_async_context(Reader(executor, read_statistics, direct=config.direct_io))
-            await reader.open([partition.streamed_embedding.file])
+            files = [partition.streamed_embedding.file]
+            reader = await exits.enter_async_context(Reader(files, executor, read_statistics, direct=config.direct_io))
             rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
             exits.callback(rows.close)
         draft_model = None

@@ -5,10 +5,12 @@ Source: Hermes (arXiv 2409.04249), sections III (PIPELOAD) and IV (Execution Eng
 
 from __future__ import annotations
 
+import asyncio
 import queue
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -81,7 +83,8 @@ class Pipeline:
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._abandoned = False
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
-        self._wait_scope: anyio.CancelScope | None = None
+        self._arrived = threading.Condition()  # for the compute thread: a load has ended, or the sweep was abandoned
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
         self._traced_bytes = 0  # of weights in memory or on their way there
         self._traced_stage: tuple[str, float] | None = None  # what is computed, and since when
 
@@ -96,24 +99,21 @@ class Pipeline:
             exits.callback(self._free_later.close)
             exits.callback(self._to_free.close)
             executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
-            readers = [
-                await exits.enter_async_context(Reader(executor, self.read_statistics, direct=self._direct))
-                for _ in range(self._num_loading_agents)
-            ]
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
+            reader = await exits.enter_async_context(Reader(files, executor, self.read_statistics, direct=self._direct))
             exits.callback(self._ring.close)
             exits.callback(self._close_stages)
-            for reader in readers:
-                await reader.open(files)
+            self._loop = asyncio.get_running_loop()
             with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
                     agents.start_soon(self._inference_agent, name="hermes inference agent")
-                    for idx, reader in enumerate(readers):
+                    for idx in range(self._num_loading_agents):
                         agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
+                        self.abandon()
                         self._sweeps.put(None)
                         agents.cancel_scope.cancel()
 
@@ -188,6 +188,7 @@ class Pipeline:
                 self._drop(stage, buffer)
             else:
                 stage.set_ready(buffer, error)
+                self._tell_compute_thread()
 
     async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
         """`idx`: The loading agent's."""
@@ -307,8 +308,11 @@ class Pipeline:
     def abandon(self) -> None:
         """Ends the running sweep at its next stage."""
         self._abandoned = True
-        if self._wait_scope is not None:
-            self._wait_scope.cancel()
+        self._tell_compute_thread()
+
+    def _tell_compute_thread(self) -> None:
+        with self._arrived:
+            self._arrived.notify_all()
 
     def check_abandoned(self) -> None:
         """Called by the compute thread.
@@ -330,15 +334,12 @@ class Pipeline:
         self.check_abandoned()
         if stage.state is not StageState.READY or not self.load_order.is_next(stage):
             started = time.perf_counter()
-            try:
-                anyio.from_thread.run(self._wait_ready, stage)
-            except CancelledError:
-                raise SweepAbandoned from None
-            finally:
-                ended = time.perf_counter()
-                self.statistics.stall_seconds += ended - started
-                if self._trace is not None:
-                    self._trace.span("inference agent", f"wait for {stage.name or 'base'}", started, ended)
+            self._wait_ready(stage)
+            ended = time.perf_counter()
+            self.statistics.stall_seconds += ended - started
+            if self._trace is not None:
+                self._trace.span("inference agent", f"wait for {stage.name or 'base'}", started, ended)
+            self.check_abandoned()
         self.load_order.enter(stage)
         if stage.error is not None:
             raise stage.error
@@ -350,7 +351,9 @@ class Pipeline:
         """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
         self._trace_computed()
         if not stage.resident:
-            anyio.from_thread.run_sync(self._spend, stage)
+            assert self._loop is not None
+            stage.state = StageState.SPENT
+            self._loop.call_soon_threadsafe(self._free_later.send_nowait, stage)  # and does not wait for it
 
     def _trace_computed(self) -> None:
         """What was computed since a stage was entered; resident ones are not left, but end where the next begins."""
@@ -358,19 +361,12 @@ class Pipeline:
             (name, started), self._traced_stage = self._traced_stage, None
             self._trace.span("inference agent", name, started, time.perf_counter())
 
-    async def _wait_ready(self, stage: Stage) -> None:
+    def _wait_ready(self, stage: Stage) -> None:
+        """Returns when it is READY, or the sweep abandoned."""
         if not self.load_order.is_next(stage):
-            self.load_order.reorder(stage)
-        with anyio.CancelScope() as self._wait_scope:
-            while not self._abandoned and stage.state is not StageState.READY:
-                await stage.ready.wait()
-        self._wait_scope = None
-        if self._abandoned:
-            raise SweepAbandoned
-
-    def _spend(self, stage: Stage) -> None:
-        stage.state = StageState.SPENT
-        self._free_later.send_nowait(stage)
+            anyio.from_thread.run_sync(self.load_order.reorder, stage)
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._abandoned or stage.state is StageState.READY)
 
     def _close_stages(self) -> None:
         for stage in self.stages:

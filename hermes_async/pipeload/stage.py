@@ -88,7 +88,9 @@ class StageState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Stage:
-    """One stage at run time. Event-loop side only, but the compute thread reads `state`, `buffer` and `error`.
+    """One stage at run time.
+
+    Event-loop side only, but the compute thread reads `state`, `buffer` and `error`, and makes a READY stage SPENT.
 
     Attributes:
         idx: Its place in the model's list of stages.

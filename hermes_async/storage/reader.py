@@ -6,9 +6,10 @@ The only place that reads weights, imports aiofiles, and turns an `OSError` of a
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import aiofiles
+import aiofiles.os
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import align_down, align_up
@@ -44,7 +45,7 @@ class ReadStatistics:
     """What the readers have read so far.
 
     Attributes:
-        seconds: The readers' own times added up, which overlap.
+        seconds: The time of each call, added up; calls overlap.
     """
 
     bytes_read: int = 0
@@ -52,52 +53,41 @@ class ReadStatistics:
     seconds: float = 0.0
 
 
-class _Handle:
-    """One open shard of one reader; seek and readinto share its position, so no two reads use it at once."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.file: Any = None
-        self.direct = False
-        self.position = 0
-
-
 class Reader:
-    """Reads ranges one after another, through one handle for each shard; use one reader for each parallel stream.
+    """Reads ranges of some shards; any number of calls may be under way at once, as many as the executor has threads.
 
-    Owned with `async with`: leaving closes its files. Reads bypass the page cache where the file system allows it;
-    elsewhere they are buffered and the cache is dropped behind them.
+    Owned with `async with`: entering opens every shard, so one that is renamed or removed later can still be read, and
+    leaving closes them. Reads bypass the page cache where the file system allows it; elsewhere they are buffered and
+    the cache is dropped behind them.
+
+    Raises:
+        ReadError: On entering: a shard cannot be opened.
     """
 
-    def __init__(self, executor: ThreadPoolExecutor, statistics: ReadStatistics, *, direct: bool = True) -> None:
+    def __init__(
+        self, files: Collection[Path], executor: ThreadPoolExecutor, statistics: ReadStatistics, *, direct: bool = True
+    ) -> None:
+        self._files = files
         self._executor = executor
         self._statistics = statistics
         self._direct = direct and bool(_O_DIRECT)
-        self._handles: dict[Path, _Handle] = {}
-        self._advice_limiter = anyio.CapacityLimiter(1)
+        self._shards: dict[Path, _Shard] = {}
+        self._read_in_thread = aiofiles.os.wrap(self._read)
 
     async def __aenter__(self) -> Self:
+        try:
+            for file in self._files:
+                with anyio.CancelScope(shield=True):
+                    await self._open(file)
+        except BaseException:
+            await self._close()
+            raise
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        with anyio.CancelScope(shield=True):
-            while self._handles:
-                await self._handles.popitem()[1].file.close()
-
-    async def open(self, files: Sequence[Path]) -> None:
-        """Opens every shard now, so that one that is renamed or removed later can still be read.
-
-        Raises:
-            ReadError: A shard cannot be opened.
-        """
-        for file in files:
-            with anyio.CancelScope(shield=True):
-                try:
-                    await self._open(file)
-                except OSError as error:
-                    raise _read_error("opening", file, 0, error) from error
+        await self._close()
 
     async def read(self, ranges: Sequence[ReadRange], view: memoryview) -> None:
         """Reads every range into `view`, which is written from the block before each `position` to the block after.
@@ -109,22 +99,64 @@ class Reader:
             ShortReadError: A shard ended before its header says.
             ReadError: The operating system refused or broke off a read.
 
-        Cancellation: each read is shielded, because its thread goes on writing; after a cancelled call no thread
-        writes to `view` any more.
+        Cancellation: shielded, because a thread goes on writing; after a cancelled call none writes to `view` any more.
         """
-        for item in ranges:
-            with anyio.CancelScope(shield=True):
-                started = time.perf_counter()
-                try:
-                    await self._read_range(item, view)
-                except OSError as error:
-                    raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
-                finally:
-                    self._statistics.seconds += time.perf_counter() - started
-            await anyio.lowlevel.checkpoint_if_cancelled()
+        with anyio.CancelScope(shield=True):
+            started = time.perf_counter()
+            try:
+                await self._read_in_thread(ranges, view, executor=self._executor)
+            finally:
+                self._statistics.seconds += time.perf_counter() - started
+        self._statistics.bytes_read += sum(item.nbytes for item in ranges)
+        self._statistics.num_reads += len(ranges)
+        await anyio.lowlevel.checkpoint_if_cancelled()
 
-    async def _read_range(self, item: ReadRange, view: memoryview) -> None:
-        handle = await self._open(item.file)
+    def _read(self, ranges: Sequence[ReadRange], view: memoryview) -> None:
+        """On a thread of the executor: one hop for all ranges, for each hop stops what computes for a moment."""
+        for item in ranges:
+            try:
+                self._shards[item.file].read(item, view)
+            except OSError as error:
+                raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+
+    async def _open(self, path: Path) -> None:
+        try:
+            try:
+                shard = await self._open_shard(path, direct=self._direct)
+            except OSError as error:
+                if not self._direct or error.errno != errno.EINVAL:
+                    raise
+                shard = await self._open_shard(path, direct=False)
+        except OSError as error:
+            raise _read_error("opening", path, 0, error) from error
+        self._shards[path] = shard
+
+    async def _open_shard(self, path: Path, *, direct: bool) -> _Shard:
+        flags = _O_DIRECT if direct else 0
+        file = await aiofiles.open(
+            path,
+            "rb",
+            buffering=0,
+            opener=lambda path, mode: os.open(path, mode | flags),
+            executor=self._executor,
+        )
+        return _Shard(path, file, direct=direct)
+
+    async def _close(self) -> None:
+        with anyio.CancelScope(shield=True):
+            while self._shards:
+                await self._shards.popitem()[1].file.close()
+
+
+class _Shard:
+    """One open file, read at any place by several threads at once."""
+
+    def __init__(self, path: Path, file: Any, *, direct: bool) -> None:
+        self.path = path
+        self.file = file
+        self._direct = direct
+
+    def read(self, item: ReadRange, view: memoryview) -> None:
         base = align_down(item.offset)
         before = item.offset - base
         start = item.position - before
@@ -132,9 +164,9 @@ class Reader:
         done = 0
         while True:
             target = view[start + done : start + align_up(wanted)]
-            done_now = done + await self._read_once(handle, base + done, target)
+            done_now = done + self._read_once(base + done, target)
             if done_now >= wanted:
-                break
+                return
             if align_down(done_now) == done:
                 actual = max(0, done_now - before)
                 raise ShortReadError(
@@ -146,56 +178,22 @@ class Reader:
                     actual=actual,
                 )
             done = align_down(done_now)
-        self._statistics.bytes_read += item.nbytes
-        self._statistics.num_reads += 1
 
-    async def _read_once(self, handle: _Handle, offset: int, target: memoryview) -> int:
-        """One `readinto` at `offset`; where the file system refuses it as direct I/O, once more without."""
+    def _read_once(self, offset: int, target: memoryview) -> int:
+        """One system call at `offset`; where the file system refuses it as direct I/O, from now on without."""
+        fd = self.file.fileno()
+        direct = self._direct
         try:
-            if handle.position != offset:
-                await handle.file.seek(offset)
-            handle.position = -1
-            count: int = await handle.file.readinto(target)
+            count = os.preadv(fd, [target], offset)
         except OSError as error:
-            if not handle.direct or error.errno != errno.EINVAL:
+            if not direct or error.errno != errno.EINVAL:
                 raise
-            refused = handle.file
-            await self._open_file(handle, direct=False)  # may fail: the file may have been removed
-            await refused.close()
-            return await self._read_once(handle, offset, target)
-        handle.position = offset + count
-        if not handle.direct and hasattr(os, "posix_fadvise"):
-            await anyio.to_thread.run_sync(_drop_cache, handle.file.fileno, offset, count, limiter=self._advice_limiter)
+            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+            self._direct = False
+            return self._read_once(offset, target)
+        if not direct and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
         return count
-
-    async def _open(self, path: Path) -> _Handle:
-        handle = self._handles.get(path)
-        if handle is None:
-            handle = _Handle(path)
-            try:
-                await self._open_file(handle, direct=self._direct)
-            except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
-                    raise
-                await self._open_file(handle, direct=False)
-            self._handles[path] = handle
-        return handle
-
-    async def _open_file(self, handle: _Handle, *, direct: bool) -> None:
-        flags = _O_DIRECT if direct else 0
-        handle.file = await aiofiles.open(
-            handle.path,
-            "rb",
-            buffering=0,
-            opener=lambda path, mode: os.open(path, mode | flags),
-            executor=self._executor,
-        )
-        handle.direct = direct
-        handle.position = 0
-
-
-def _drop_cache(fileno: Callable[[], int], offset: int, count: int) -> None:
-    os.posix_fadvise(fileno(), offset, count, os.POSIX_FADV_DONTNEED)
 
 
 def _read_error(doing: str, path: Path, offset: int, error: OSError) -> ReadError:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiofiles
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -69,41 +68,3 @@ def tiny_model(_tiny_model: TinyModel) -> Iterator[TinyModel]:
     yield _tiny_model
     if not _tiny_model.shard.exists() or _tiny_model.shard.read_bytes() != data:
         _tiny_model.shard.write_bytes(data)
-
-
-class Disk:
-    """What lies between aiofiles and the files.
-
-    `on_open` is called by the reader's thread with the path; `on_read` with the path, the offset and the read itself.
-    Both may wait or raise.
-    """
-
-    def __init__(self) -> None:
-        self.on_open: Callable[[Path], None] = lambda path: None
-        self.on_read: Callable[[Path, int, Callable[[], int]], int] = lambda path, offset, read: read()
-
-
-class _File:
-    def __init__(self, file: Any, path: Path, disk: Disk) -> None:
-        self._file, self._path, self._disk = file, path, disk
-
-    def readinto(self, target: memoryview) -> int:
-        return self._disk.on_read(self._path, self._file.tell(), lambda: self._file.readinto(target))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk = Disk()
-    real_open = aiofiles.open
-
-    async def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
-        disk.on_open(path)
-        handle = await real_open(path, *args, **kwargs)
-        handle._file = _File(handle._file, path, disk)
-        return handle
-
-    monkeypatch.setattr("hermes_async.storage.reader.aiofiles.open", opened)
-    return disk

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import aiofiles
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
@@ -22,53 +21,12 @@ from hermes_async.pipeload.stage import Stage, StageLayout, StageState
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import ReadStatistics
+from tests.disks import Disk
 
 
 @pytest.fixture(params=["asyncio", "uvloop"])
 def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
-class Disk:
-    """What lies between aiofiles and the files.
-
-    `on_read` is called by the reader's thread with the path, the offset and the read itself; it may wait, raise, or
-    return another count.
-    """
-
-    def __init__(self) -> None:
-        self.on_read: Callable[[Path, int, Callable[[], int]], int] = lambda path, offset, read: read()
-        self.num_open = 0
-
-
-class _File:
-    def __init__(self, file: Any, path: Path, disk: Disk) -> None:
-        self._file, self._path, self._disk = file, path, disk
-        disk.num_open += 1
-
-    def readinto(self, target: memoryview) -> int:
-        return self._disk.on_read(self._path, self._file.tell(), lambda: self._file.readinto(target))
-
-    def close(self) -> None:
-        self._disk.num_open -= not self._file.closed
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk = Disk()
-    real_open = aiofiles.open
-
-    async def opened(path: Path, *args: Any, **kwargs: Any) -> Any:
-        handle = await real_open(path, *args, **kwargs)
-        handle._file = _File(handle._file, path, disk)
-        return handle
-
-    monkeypatch.setattr("hermes_async.storage.reader.aiofiles.open", opened)
-    return disk
 
 
 class Rig:

@@ -99,7 +99,7 @@ async def test_a_read_puts_every_tensor_in_its_place(tmp_path: Path) -> None:
     layout = StageLayout.of("layer", items)
     buffer = Buffer(layout.slot_bytes)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader(executor, ReadStatistics()) as reader:
+        async with Reader([tmp_path / "a", tmp_path / "b"], executor, ReadStatistics()) as reader:
             await reader.read(layout.ranges, buffer.view)
     for placement, (_, tensor) in zip(layout.placements, items, strict=True):
         view = buffer.tensor(placement.position, placement.dtype, placement.shape)

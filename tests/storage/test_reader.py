@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import aiofiles
 import anyio
 import anyio.to_thread
 import pytest
@@ -20,6 +18,7 @@ import pytest
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+from tests.disks import Disk, Read
 
 pytestmark = pytest.mark.anyio
 
@@ -32,54 +31,6 @@ def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
     return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
-class Disk:
-    """What lies between aiofiles and the file: `on_read` is called by the reader's thread, and may wait or raise."""
-
-    def __init__(self) -> None:
-        self.on_read: Callable[[bool, Callable[[int | None], int]], int] = lambda direct, read: read(None)
-        self.flags: list[int] = []
-        self.num_open = 0
-
-
-class _File:
-    def __init__(self, file: Any, direct: bool, disk: Disk) -> None:
-        self._file, self._direct, self._disk = file, direct, disk
-
-    def readinto(self, target: memoryview) -> int:
-        return self._disk.on_read(self._direct, lambda most: self._file.readinto(target[:most]))
-
-    def close(self) -> None:
-        self._disk.num_open -= not self._file.closed
-        self._file.close()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-
-@pytest.fixture
-def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
-    disk = Disk()
-    real_open = aiofiles.open
-
-    async def opened(path: Path, *args: Any, opener: Callable[[str, int], int], **kwargs: Any) -> Any:
-        flags = 0
-
-        def spying(path: str, mode: int) -> int:
-            fd = opener(path, mode)
-            nonlocal flags
-            flags = getattr(os, "O_DIRECT", 0) & fcntl.fcntl(fd, fcntl.F_GETFL)
-            return fd
-
-        handle = await real_open(path, *args, opener=spying, **kwargs)
-        disk.flags.append(flags)
-        disk.num_open += 1
-        handle._file = _File(handle._file, bool(flags), disk)
-        return handle
-
-    monkeypatch.setattr("hermes_async.storage.reader.aiofiles.open", opened)
-    return disk
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "shard"
@@ -87,12 +38,19 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    path = tmp_path / "other"
+    path.write_bytes(DATA[::-1])
+    return path
+
+
 class Reading:
     """A reader with its statistics, and where ranges are put."""
 
-    def __init__(self, executor: ThreadPoolExecutor, direct: bool) -> None:
+    def __init__(self, files: Sequence[Path], executor: ThreadPoolExecutor, *, direct: bool) -> None:
         self.statistics = ReadStatistics()
-        self.reader = Reader(executor, self.statistics, direct=direct)
+        self.reader = Reader(files, executor, self.statistics, direct=direct)
         self.buffer = Buffer(16 * ALIGNMENT)
 
     async def read(self, *spans: tuple[Path, int, int]) -> list[bytes]:
@@ -111,9 +69,9 @@ def place(spans: Sequence[tuple[Path, int, int]]) -> list[ReadRange]:
 
 
 @pytest.fixture(params=[True, False], ids=["direct", "buffered"])
-async def reading(request: pytest.FixtureRequest, disk: Disk) -> AsyncIterator[Reading]:
-    with ThreadPoolExecutor(1, "test-reader") as executor:
-        reading = Reading(executor, request.param)
+async def reading(request: pytest.FixtureRequest, disk: Disk, file: Path, other: Path) -> AsyncIterator[Reading]:
+    with ThreadPoolExecutor(2, "test-reader") as executor:
+        reading = Reading([file, other], executor, direct=request.param)
         async with reading.reader:
             yield reading
         assert disk.num_open == 0
@@ -132,9 +90,7 @@ async def test_any_range(reading: Reading, file: Path, offset: int, nbytes: int)
     assert reading.statistics.seconds > 0
 
 
-async def test_many_ranges_of_many_files_in_any_order(reading: Reading, file: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    other.write_bytes(DATA[::-1])
+async def test_many_ranges_of_many_files_in_any_order(reading: Reading, file: Path, other: Path) -> None:
     spans = [(file, 5000, 100), (other, 3, 4096), (file, 0, 10), (file, 5000, 5000), (other, SIZE - 5, 5)]
     contents = {file: DATA, other: DATA[::-1]}
     assert await reading.read(*spans) == [contents[path][start : start + length] for path, start, length in spans]
@@ -144,23 +100,41 @@ async def test_many_ranges_of_many_files_in_any_order(reading: Reading, file: Pa
 async def test_each_file_is_opened_once(reading: Reading, disk: Disk, file: Path) -> None:
     for _ in range(3):
         await reading.read((file, 0, 100), (file, 9000, 100))
-    assert len(disk.flags) == 1
+    assert len(disk.opened_directly) == 2  # and the other one
+
+
+async def test_several_calls_at_once(reading: Reading, disk: Disk, file: Path, other: Path) -> None:
+    both = threading.Barrier(2)
+
+    def together(path: Path, offset: int, read: Read) -> int:
+        both.wait(30)
+        return read()
+
+    disk.on_read = together
+    buffers = [Buffer(16 * ALIGNMENT) for _ in range(2)]
+    async with anyio.create_task_group() as group:
+        for buffer, offset in zip(buffers, (77, 5000), strict=True):
+            group.start_soon(reading.reader.read, place([(file, offset, 1000)]), buffer.view)
+    assert [bytes(buffer.view[offset % 4096 :][:1000]) for buffer, offset in zip(buffers, (77, 5000), strict=True)] == [
+        DATA[77:1077],
+        DATA[5000:6000],
+    ]
 
 
 async def test_direct_reads_are_direct_and_the_others_are_not(disk: Disk, file: Path) -> None:
     with ThreadPoolExecutor(1) as executor:
         for direct in (True, False):
-            reading = Reading(executor, direct)
+            reading = Reading([file], executor, direct=direct)
             async with reading.reader:
                 await reading.read((file, 0, 100))
-    assert [bool(flags) for flags in disk.flags] == [hasattr(os, "O_DIRECT"), False]
+    assert disk.opened_directly == [hasattr(os, "O_DIRECT"), False]
 
 
 @pytest.mark.parametrize("most", [ALIGNMENT, ALIGNMENT + 100, 2 * ALIGNMENT + 1])
 async def test_short_reads_go_on(reading: Reading, disk: Disk, file: Path, most: int) -> None:
     if reading.reader._direct:
         most -= most % ALIGNMENT
-    disk.on_read = lambda direct, read: read(most)
+    disk.on_read = lambda path, offset, read: read(most)
     assert await reading.read((file, 77, SIZE - 77)) == [DATA[77:]]
 
 
@@ -174,7 +148,6 @@ async def test_short_reads_go_on(reading: Reading, disk: Disk, file: Path, most:
 async def test_a_file_that_ends_early(
     reading: Reading, file: Path, length: int, offset: int, nbytes: int, actual: int
 ) -> None:
-    await reading.reader.open([file])
     with file.open("r+b") as shard:
         shard.truncate(length)
     with pytest.raises(ShortReadError) as caught:
@@ -186,17 +159,16 @@ async def test_a_file_that_ends_early(
     assert await reading.read((file, offset, nbytes)) == [DATA[offset : offset + nbytes]]
 
 
-async def test_a_missing_file(reading: Reading, tmp_path: Path) -> None:
+async def test_a_missing_file(disk: Disk, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "nothing"
-    with pytest.raises(ReadError) as caught:
-        await reading.reader.open([path])
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ReadError, match="No such file") as caught:
+        async with Reader([file, path], executor, ReadStatistics()):
+            pytest.fail("entered")
     assert (caught.value.path, caught.value.offset, caught.value.errno) == (path, 0, errno.ENOENT)
-    with pytest.raises(ReadError, match="No such file"):
-        await reading.read((path, 10, 10))
+    assert (len(disk.opened_directly), disk.num_open) == (1, 0)
 
 
 async def test_a_file_removed_after_it_was_opened(reading: Reading, file: Path) -> None:
-    await reading.reader.open([file])
     file.unlink()  # noqa: ASYNC240
     assert await reading.read((file, 77, 1000)) == [DATA[77:1077]]
 
@@ -206,7 +178,7 @@ async def test_an_io_error_has_path_and_offset_and_the_next_read_works(
 ) -> None:
     await reading.read((file, 0, 10))
 
-    def fail(direct: bool, read: Callable[[int | None], int]) -> int:
+    def fail(path: Path, offset: int, read: Read) -> int:
         raise OSError(errno.EIO, "Input/output error")
 
     disk.on_read = fail
@@ -215,46 +187,41 @@ async def test_an_io_error_has_path_and_offset_and_the_next_read_works(
     assert not isinstance(caught.value, ShortReadError)
     assert (caught.value.path, caught.value.offset, caught.value.errno) == (file, 5001, errno.EIO)
     assert isinstance(caught.value.__cause__, OSError)
-    disk.on_read = lambda direct, read: read(None)
+    disk.on_read = lambda path, offset, read: read()
     assert await reading.read((file, 5001, 10)) == [DATA[5001:5011]]
     assert reading.statistics.num_reads == 2
 
 
-async def test_where_direct_reads_are_refused_they_are_buffered(reading: Reading, disk: Disk, file: Path) -> None:
-    def refuse(direct: bool, read: Callable[[int | None], int]) -> int:
-        if direct:
+@pytest.mark.parametrize("removed", [False, True])
+async def test_where_direct_reads_are_refused_they_are_buffered(
+    reading: Reading, disk: Disk, file: Path, removed: bool
+) -> None:
+    num_refused = 0
+
+    def refuse(path: Path, offset: int, read: Read) -> int:
+        nonlocal num_refused
+        if read.direct:
+            num_refused += 1
             raise OSError(errno.EINVAL, "Invalid argument")
-        return read(None)
+        return read()
 
     disk.on_read = refuse
+    if removed:
+        file.unlink()  # noqa: ASYNC240
     for _ in range(2):
         assert await reading.read((file, 77, 9000), (file, 5, 10)) == [DATA[77:9077], DATA[5:15]]
-    assert disk.num_open == 1
-    assert len(disk.flags) == (2 if disk.flags[0] else 1)
+    assert num_refused == disk.opened_directly[0]
 
 
 async def test_a_buffered_read_that_is_refused_is_an_error(reading: Reading, disk: Disk, file: Path) -> None:
-    def refuse(direct: bool, read: Callable[[int | None], int]) -> int:
-        raise OSError(errno.EINVAL, "Invalid argument")
-
-    disk.on_read = refuse
-    with pytest.raises(ReadError) as caught:
-        await reading.read((file, 0, 10))
-    assert caught.value.errno == errno.EINVAL
-
-
-async def test_refused_when_the_file_was_removed_meanwhile(reading: Reading, disk: Disk, file: Path) -> None:
-    """It cannot be opened again without direct I/O; that is an error of ours, each time."""
-    await reading.reader.open([file])
-    file.unlink()  # noqa: ASYNC240
-
-    def refuse(direct: bool, read: Callable[[int | None], int]) -> int:
+    def refuse(path: Path, offset: int, read: Read) -> int:
         raise OSError(errno.EINVAL, "Invalid argument")
 
     disk.on_read = refuse
     for _ in range(2):
-        with pytest.raises(ReadError):
+        with pytest.raises(ReadError) as caught:
             await reading.read((file, 0, 10))
+        assert caught.value.errno == errno.EINVAL
 
 
 async def test_direct_opening_refused(disk: Disk, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,20 +234,21 @@ async def test_direct_opening_refused(disk: Disk, file: Path, monkeypatch: pytes
 
     monkeypatch.setattr("hermes_async.storage.reader.os.open", refuse)
     with ThreadPoolExecutor(1) as executor:
-        reading = Reading(executor, True)
+        reading = Reading([file], executor, direct=True)
         async with reading.reader:
             assert await reading.read((file, 77, 9000)) == [DATA[77:9077]]
-    assert disk.flags == [0]
+    assert disk.opened_directly == [False]
 
 
 async def test_a_cancelled_call_returns_when_its_thread_has_written(reading: Reading, disk: Disk, file: Path) -> None:
     entered, may_pass, ended = threading.Event(), threading.Event(), threading.Event()
 
-    def slow(direct: bool, read: Callable[[int | None], int]) -> int:
+    def slow(path: Path, offset: int, read: Read) -> int:
         entered.set()
         assert may_pass.wait(30)
-        count = read(None)
-        ended.set()
+        count = read()
+        if offset:
+            ended.set()
         return count
 
     disk.on_read = slow
@@ -301,14 +269,13 @@ async def test_a_cancelled_call_returns_when_its_thread_has_written(reading: Rea
         may_pass.set()
     assert returned == [True]
     assert scope.cancelled_caught
-    assert reading.statistics.num_reads == 1  # the second range was not begun
-    disk.on_read = lambda direct, read: read(None)
+    disk.on_read = lambda path, offset, read: read()
     assert await reading.read((file, 5000, 1000)) == [DATA[5000:6000]]
 
 
 async def test_leaving_closes_files_even_when_cancelled(disk: Disk, file: Path) -> None:
     with ThreadPoolExecutor(1) as executor, anyio.CancelScope() as scope:
-        reading = Reading(executor, True)
+        reading = Reading([file], executor, direct=True)
         async with reading.reader:
             await reading.read((file, 0, 10))
             scope.cancel()

@@ -38,7 +38,7 @@ def matrix(
 
 async def read_rows(spec: TensorSpec, rows: list[int], max_rows: int, statistics: ReadStatistics | None = None) -> Any:
     with ThreadPoolExecutor(1) as executor:
-        async with Reader(executor, statistics or ReadStatistics()) as reader:
+        async with Reader([spec.file], executor, statistics or ReadStatistics()) as reader:
             row_reader = RowReader(spec, reader, max_rows)
             views = await row_reader.read(rows)
             copied = [view.clone() for view in views]
@@ -66,7 +66,7 @@ async def test_neighbours_are_read_together_and_far_ones_apart(tmp_path: Path) -
 async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
     tensor, spec = matrix(tmp_path, 10, 8)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader(executor, ReadStatistics()) as reader:
+        async with Reader([spec.file], executor, ReadStatistics()) as reader:
             row_reader = RowReader(spec, reader, 1)
             for row in (0, 9, 4):
                 assert torch.equal((await row_reader.read([row]))[0], tensor[row])

@@ -1,0 +1,77 @@
+"""A disk between the reader and the files, whose opens and reads a test can hold, fail and count."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiofiles
+import pytest
+
+
+@dataclass(frozen=True)
+class Read:
+    """One read that is about to be done; calling it does it, of `most` bytes where that is given.
+
+    Attributes:
+        direct: Past the page cache.
+    """
+
+    direct: bool
+    call: Callable[[int | None], int]
+
+    def __call__(self, most: int | None = None) -> int:
+        return self.call(most)
+
+
+class Disk:
+    """Whatever is called here may wait or raise.
+
+    Attributes:
+        on_open: Called with the path, by the event loop, before a shard is opened.
+        on_read: Called by the reader's thread with the path, the offset and the read; it returns the count.
+        opened_directly: Of each shard that was opened, whether past the page cache.
+        paths: Of the shards that are open, by file descriptor.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.on_open: Callable[[Path], None] = lambda path: None
+        self.on_read: Callable[[Path, int, Read], int] = lambda path, offset, read: read()
+        self.opened_directly: list[bool] = []
+        self.paths: dict[int, Path] = {}
+        self._real_open, self._real_read = aiofiles.open, os.preadv
+        patch.setattr("hermes_async.storage.reader.aiofiles.open", self._open)
+        patch.setattr("hermes_async.storage.reader.os.preadv", self._read)
+
+    @property
+    def num_open(self) -> int:
+        return len(self.paths)
+
+    async def _open(self, path: Path, *args: Any, **kwargs: Any) -> Any:
+        self.on_open(path)
+        handle: Any = await self._real_open(path, *args, **kwargs)  # type: ignore[call-overload]
+        fd = handle.fileno()
+        self.opened_directly.append(self._is_direct(fd))
+        self.paths[fd] = path
+        close = handle.close
+
+        async def closing() -> None:
+            self.paths.pop(fd, None)
+            await close()
+
+        handle.close = closing
+        return handle
+
+    def _is_direct(self, fd: int) -> bool:
+        return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))
+
+    def _read(self, fd: int, views: list[memoryview], offset: int) -> int:
+        if fd not in self.paths:  # not a shard
+            return self._real_read(fd, views, offset)
+        (view,) = views
+        read = Read(self._is_direct(fd), lambda most: self._real_read(fd, [view[:most]], offset))
+        return self.on_read(self.paths[fd], offset, read)
