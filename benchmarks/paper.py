@@ -58,6 +58,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="leave GPT-J (12 GB in bfloat16) out")
     parser.add_argument("--modes", default=",".join(_MODES), help="which modes (default all), N and X freely chosen")
     parser.add_argument("--runs", type=int, default=5, help="runs of each mode; medians count (default 5)")
+    parser.add_argument("--new-tokens", type=int, default=8, help="that GPT generates, 2 at the least (default 8)")
     parser.add_argument("--limit", default="0", help="MiB/s that the disk is held at, one or several; 0: not held")
     parser.add_argument("--folder", type=Path, default=None, help="where to make checkpoints: the disk to measure")
     parser.add_argument("--json", type=Path, default=None, help="write the results into this file too")
@@ -71,15 +72,16 @@ def main() -> None:
         parser.error(f"unknown models: {', '.join(sorted(unknown))}")
     if unknown := {mode for mode in modes if not _MODE.fullmatch(mode)}:
         parser.error(f"unknown modes: {', '.join(sorted(unknown))}")
+    if args.new_tokens < 2:
+        parser.error("a token's time is that between two: --new-tokens must be at least 2")
     if args.from_json is None:
         preload("benchmarks.paper_modes")
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
         results: Results = {}
         for name in names:
             with checkpoint(name, args.folder) as path:
-                compute = run_alone(paper_modes.run, "compute", path, 0)
                 for limit in limits:
-                    result = evaluate(name, path, compute, limit, modes, args.runs)
+                    result = evaluate(name, path, limit, modes, args.runs, args.new_tokens)
                     results.setdefault(name, {})[limit_name(limit)] = result
                     _save(results, args)
     else:
@@ -112,25 +114,29 @@ def _read(files: list[Path]) -> Results:
 # --- alternates the modes, and compares ---
 
 
-def evaluate(
-    name: str, path: Path, compute: dict[str, Any], limit: int, modes: list[str], num_runs: int
-) -> dict[str, Any]:
-    """Every mode's figures, with the disk held at `limit` MiB/s; `compute` is what inference alone takes."""
+def evaluate(name: str, path: Path, limit: int, modes: list[str], num_runs: int, new_tokens: int) -> dict[str, Any]:
+    """Every mode's figures, with the disk held at `limit` MiB/s; between them the disk and inference are measured."""
+
+    def measured(mode: str, limit: int) -> dict[str, Any]:
+        return run_alone(paper_modes.run, mode, path, limit, new_tokens)
+
     dtype = str(MODELS[name][1]).removeprefix("torch.")
-    common = {"dtype": dtype, "weight_bytes": weight_bytes(path), "compute": compute}
-    rates = [run_alone(paper_modes.run, "disk", path, limit)["bytes_per_s"] for _ in range(3)]
-    print("\n" + paper_report.heading(name, limit_name(limit), common | _limits(common, rates)), flush=True)
+    result: dict[str, Any] = {"dtype": dtype, "weight_bytes": weight_bytes(path)}
+    alone, rates = [measured("compute", 0)], [measured("disk", limit)["bytes_per_s"]]
+    _add_limits(result, alone, rates)
+    print("\n" + paper_report.heading(name, limit_name(limit), result), flush=True)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for _ in range(num_runs):
         for mode in modes:
             if not any("refused" in run for run in runs[mode]):
-                runs[mode].append(run_alone(paper_modes.run, mode, path, limit))
-        rates.append(run_alone(paper_modes.run, "disk", path, limit)["bytes_per_s"])
-    result = common | _limits(common, rates)
+                runs[mode].append(measured(mode, limit))
+        alone.append(measured("compute", 0))
+        rates.append(measured("disk", limit)["bytes_per_s"])
+    _add_limits(result, alone, rates)
     result["modes"] = _compare(runs, result)
     load_s = result["modes"].get("baseline", {}).get("load_s")
     if load_s is not None:
-        compute_s = compute["latency_s"]
+        compute_s = result["compute"]["latency_s"]
         result["deserialising"] = {"load_s": load_s, "ceiling": (load_s + compute_s) / max(load_s, compute_s)}
     print("\n".join(paper_report.lines(name, limit_name(limit), result)), flush=True)
     return result
@@ -140,11 +146,15 @@ def limit_name(limit: int) -> str:
     return f"{limit} MiB/s" if limit else "unthrottled"
 
 
-def _limits(common: dict[str, Any], rates: list[float]) -> dict[str, float]:
+def _add_limits(result: dict[str, Any], alone: list[dict[str, Any]], rates: list[float]) -> None:
+    """Medians of inference alone and of the disk's rate, and what follows from them."""
+    timed = [key for key in ("latency_s", "per_token_s") if key in alone[0]]
+    compute = alone[0] | {key: statistics.median(run[key] for run in alone) for key in timed}
     rate = statistics.median(rates)
-    read_s, compute_s = common["weight_bytes"] / rate, common["compute"]["latency_s"]
+    read_s, compute_s = result["weight_bytes"] / rate, compute["latency_s"]
     limit_s = max(read_s, compute_s)
-    return {
+    result |= {
+        "compute": compute,
         "disk_bytes_per_s": rate,
         "read_s": read_s,
         "limit_s": limit_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -23,33 +24,39 @@ from hermes_async.storage.reader import ReadRange
 
 MIB = 2**20
 _TOKENS = 128  # of a text, or of a prompt
-_NEW_TOKENS = 8
 
 Inputs = dict[str, torch.Tensor]
 Record = dict[str, Any]
 
 
-def run(mode: str, path: Path, limit: int) -> Record:
-    """The record of one run; for a process of its own."""
+def run(mode: str, path: Path, limit: int, new_tokens: int) -> Record:
+    """The record of one run; for a process of its own.
+
+    Args:
+        limit: MiB/s that the disk is held at, or 0.
+        new_tokens: Of a model that generates.
+    """
     transformers.utils.logging.disable_progress_bar()
     inputs = _inputs(path)
     _warm_up(path, inputs)
+    _touch_memory(weight_bytes(path) * 5 // 4)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak of RSS begins anew
     with limited_disk(path, limit * MIB or None) as error:
         if limit and error is not None:
             raise SystemExit(f"the disk cannot be held: {error}")
         baseline = process_rss_bytes()
-        record = _measure(mode, path, inputs)
+        record = _measure(mode, path, inputs, new_tokens)
     return record | {"rss_bytes": max(0, _peak_rss_bytes() - baseline)}
 
 
-def _measure(mode: str, path: Path, inputs: Inputs) -> Record:
+def _measure(mode: str, path: Path, inputs: Inputs, new_tokens: int) -> Record:
     kind, _, option = mode.partition("-")
     if kind == "disk":
         return measure_disk(path)
     if kind in ("pipeload", "budget"):
-        return anyio.run(_hermes, path, inputs, kind, option, backend_options={"use_uvloop": True})
+        return anyio.run(_hermes, path, inputs, new_tokens, kind, option, backend_options={"use_uvloop": True})
     kinds = {"transformers": _transformers, "compute": _compute, "baseline": _baseline, "pipeswitch": _pipeswitch}
-    return kinds[kind](path, inputs)
+    return kinds[kind](path, inputs, new_tokens)
 
 
 def weight_bytes(path: Path) -> int:
@@ -83,7 +90,18 @@ def _warm_up(path: Path, inputs: Inputs) -> None:
     model = model_class._from_config(config, dtype=config.dtype).eval()
     with torch.inference_mode():
         model(**inputs)
-    Path("/proc/self/clear_refs").write_text("5")  # the peak of RSS begins anew
+
+
+def _touch_memory(nbytes: int) -> None:
+    """Writes to so much memory and gives it back.
+
+    A virtual machine may have to get each page of its own from its host when it is first used, which takes longer than
+    filling it from the disk. A machine that has been running for a while, and every real one, has its memory.
+    """
+    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+        block.madvise(mmap.MADV_HUGEPAGE)
+        for start in range(0, nbytes, mmap.PAGESIZE):
+            block[start] = 1
 
 
 def measure_disk(path: Path) -> Record:
@@ -98,16 +116,16 @@ def measure_disk(path: Path) -> Record:
 # --- with transformers: all at once, or layer by layer ---
 
 
-def _transformers(path: Path, inputs: Inputs) -> Record:
+def _transformers(path: Path, inputs: Inputs, new_tokens: int) -> Record:
     started = time.perf_counter()
     model = _load(path)
-    return _finish(model, inputs, started) | {"memory_bytes": _model_bytes(model)}
+    return _finish(model, inputs, new_tokens, started) | {"memory_bytes": _model_bytes(model)}
 
 
-def _compute(path: Path, inputs: Inputs) -> Record:
+def _compute(path: Path, inputs: Inputs, new_tokens: int) -> Record:
     model = _load(path)
-    _finish(model, inputs, time.perf_counter())
-    records = [_finish(model, inputs, time.perf_counter()) for _ in range(3)]
+    _finish(model, inputs, new_tokens, time.perf_counter())
+    records = [_finish(model, inputs, new_tokens, time.perf_counter()) for _ in range(3)]
     return sorted(records, key=lambda record: record["latency_s"])[1]
 
 
@@ -121,17 +139,17 @@ def _model_class(path: Path) -> tuple[type[PreTrainedModel], PreTrainedConfig]:
     return getattr(transformers, config.architectures[0]), config
 
 
-def _baseline(path: Path, inputs: Inputs) -> Record:
+def _baseline(path: Path, inputs: Inputs, new_tokens: int) -> Record:
     started = time.perf_counter()
     model = _empty_model(path)
     groups = layer_groups(model)
     _load_groups(model, path, len(groups), lambda idx: None)
     load_s = time.perf_counter() - started
     memory = {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
-    return _finish(model, inputs, started) | memory | {"load_s": load_s}
+    return _finish(model, inputs, new_tokens, started) | memory | {"load_s": load_s}
 
 
-def _pipeswitch(path: Path, inputs: Inputs) -> Record:
+def _pipeswitch(path: Path, inputs: Inputs, new_tokens: int) -> Record:
     """As the baseline, but the loader has a thread of its own."""
     started = time.perf_counter()
     model = _empty_model(path)
@@ -140,7 +158,7 @@ def _pipeswitch(path: Path, inputs: Inputs) -> Record:
     _await_groups(model, groups, loaded)
     loader = threading.Thread(target=_load_groups, args=(model, path, len(groups), lambda idx: loaded[idx].set()))
     loader.start()
-    record = _finish(model, inputs, started)
+    record = _finish(model, inputs, new_tokens, started)
     loader.join()
     return record | {"memory_bytes": _model_bytes(model) + _largest_bytes(model, groups)}
 
@@ -188,7 +206,7 @@ def _largest_bytes(model: nn.Module, groups: list[list[str]]) -> int:
     return max(sum(parameters[name].nbytes for name in group) for group in groups)
 
 
-def _finish(model: PreTrainedModel, inputs: Inputs, started: float) -> Record:
+def _finish(model: PreTrainedModel, inputs: Inputs, new_tokens: int, started: float) -> Record:
     """Runs the model, and times it from `started`."""
     with torch.inference_mode():
         if "pixel_values" in inputs or not model.can_generate():
@@ -197,10 +215,10 @@ def _finish(model: PreTrainedModel, inputs: Inputs, started: float) -> Record:
         moments: list[float] = []
         streamer = _Moments(moments)
         tokens = model.generate(
-            inputs["input_ids"], max_new_tokens=_NEW_TOKENS, do_sample=False, pad_token_id=0, streamer=streamer,
+            inputs["input_ids"], max_new_tokens=new_tokens, do_sample=False, pad_token_id=0, streamer=streamer,
             attention_mask=torch.ones_like(inputs["input_ids"]),
         )  # fmt: skip
-    per_token = (moments[-1] - moments[0]) / (_NEW_TOKENS - 1)
+    per_token = (moments[-1] - moments[0]) / (new_tokens - 1)
     new = [float(token_id) for token_id in tokens[0, _TOKENS:]]
     return {"latency_s": moments[0] - started, "per_token_s": per_token, "output": new}
 
@@ -224,7 +242,7 @@ class _Moments:
 # --- with this library ---
 
 
-async def _hermes(path: Path, inputs: Inputs, kind: str, option: str) -> Record:
+async def _hermes(path: Path, inputs: Inputs, new_tokens: int, kind: str, option: str) -> Record:
     weights = weight_bytes(path)
     budget = int(weights * float(option)) if kind == "budget" else 2 * weights
     config = EngineConfig(prompt_lookup=False)
@@ -236,22 +254,22 @@ async def _hermes(path: Path, inputs: Inputs, kind: str, option: str) -> Record:
     started = time.perf_counter()
     try:
         async with Engine(path, memory_budget=budget, config=config) as engine:
-            return await _run_engine(engine, inputs, started)
+            return await _run_engine(engine, inputs, new_tokens, started)
     except MemoryBudgetError as error:
         return {"refused": str(error)}
 
 
-async def _run_engine(engine: Engine, inputs: Inputs, started: float) -> Record:
+async def _run_engine(engine: Engine, inputs: Inputs, new_tokens: int, started: float) -> Record:
     record: Record
     if engine._model().running.opened.skeleton.generates:
-        params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
+        params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         moments, new, sweeps = [], [], []
         async for chunk in engine.generate(inputs["input_ids"][0].tolist(), params):
             moments.append(time.perf_counter())
             sweeps.append(engine.statistics().sweeps)
             new += [float(token_id) for token_id in chunk.token_ids]
         record = {"latency_s": moments[0] - started, "output": new, "prompt_sweeps": sweeps[0]}
-        record["per_token_s"] = (moments[-1] - moments[0]) / (_NEW_TOKENS - 1)
+        record["per_token_s"] = (moments[-1] - moments[0]) / (new_tokens - 1)
     else:
         output = (await engine.forward(**inputs)).last_hidden_state
         record = {"latency_s": time.perf_counter() - started, "output": output[0, -1, :8].tolist()}

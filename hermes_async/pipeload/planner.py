@@ -19,7 +19,7 @@ from hermes_async.pipeload.prediction import steady_seconds
 from hermes_async.pipeload.reasons import Reasons
 from hermes_async.pipeload.speeds import Speeds
 from hermes_async.pipeload.stage import StageLayout
-from hermes_async.pipeload.ways import NEW_TOKENS, StageSums, Way
+from hermes_async.pipeload.ways import NEW_TOKENS, StageSums, Way, geometric_mean
 from hermes_async.storage.buffers import align_up
 
 LEAST_KV_TOKENS = 256
@@ -204,7 +204,8 @@ class _Choices:
         least = self._least_kv()
         shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
         needed = max(self._sweeps()[-1][0], self.sizes.long_text_tokens)  # whatever workspace they take
-        sums = StageSums(partition, self.sizes, self.speeds, agents)
+        machines = (self.speeds, *self.speeds.others)
+        sums = tuple(StageSums(partition, self.sizes, speeds, agents) for speeds in machines)
         for kv in shares:
             found = False
             for tokens, sequences in self._sweeps(kv):
@@ -225,20 +226,30 @@ class _Choices:
                 break
 
     def _simulated(self, way: Way, minimum: int) -> tuple[Plan, float]:
-        """The plan of a way to stream, and what it costs with its sweeps simulated."""
+        """The plan of a way to stream, and what it costs with its sweeps simulated.
+
+        Where the machine is not known, its sweeps on the other ones are reckoned roughly as before.
+        """
         plan = self._streamed(way, minimum)
-        share = plan.bytes_per_sweep / max(1, way.sums.read_bytes)
+        first, *others = way.sums
+        share = plan.bytes_per_sweep / max(1, first.read_bytes)
+        return plan, geometric_mean(
+            [self._simulated_cost(way, plan, share), *(way.cost_of(share, sums) for sums in others)]
+        )
+
+    def _simulated_cost(self, way: Way, plan: Plan, share: float) -> float:
         if not self.sizes.kv_bytes_per_token:
             sweep_s = steady_seconds(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0)
-            return plan, way.sweeps_of_long_text * sweep_s
+            return way.sweeps_of_long_text * sweep_s
+        sums = way.sums[0]
 
         def slower(sessions: int) -> float:
             """A sweep of so many, than it was reckoned to be."""
             simulated_s = steady_seconds(plan, num_tokens=sessions, num_outputs=sessions)
-            return simulated_s - way.sums.sweep_seconds(share, sessions, sessions)
+            return simulated_s - sums.sweep_seconds(share, sessions, sessions)
 
         longer_s = (NEW_TOKENS - 1) * (slower(1) + way.rounds * slower(way.sequences))
-        return plan, way.cost_of(share) + longer_s
+        return way.cost_of(share, sums) + longer_s
 
     def _streamed(self, way: Way, minimum: int) -> Plan:
         partition, kv, workspace = way.partition, way.kv, way.workspace

@@ -62,6 +62,7 @@ class Speeds:
         notes: What else was found, for people; a line each.
         native_gain: By tokens, how many times as fast torch's own kernels are as oneDNN's, which torch takes by itself.
         native_tokens: Sweeps of at most so many tokens are computed by torch's own.
+        others: What the machine may be instead, where nothing was measured: a plan must do well on all of them.
     """
 
     disk: tuple[DiskSpeed, ...]
@@ -74,6 +75,7 @@ class Speeds:
     notes: tuple[str, ...] = ()
     native_gain: Mapping[int, float] = field(default_factory=dict)
     native_tokens: int = 0
+    others: tuple[Speeds, ...] = ()
 
     def with_fastest_kernels(self) -> Speeds:
         """With torch's own kernels for the sweeps of few tokens that they are faster for."""
@@ -201,12 +203,19 @@ def _between(points: Sequence[tuple[float, float]], x: float) -> float:
 
 
 def estimated() -> Speeds:
-    """What a small machine of these years does, for when nothing was measured: 500 MiB/s from disk, a millisecond to
-    start a read, 10 GiB/s of weights for one token, and three times that time for 64 tokens.
+    """What a small machine of these years does, for when nothing was measured.
+
+    500 MiB/s from disk, a millisecond to start a read, 10 GiB/s of weights for one token, and three times that time for
+    64 tokens. Or with a fast disk: 3 GiB/s, and half a millisecond to start a read.
     """
+    fast = _estimated(3 * _GIB, 0.5e-3)
+    return replace(_estimated(500 * _MIB, 1e-3), others=(fast,))
+
+
+def _estimated(bytes_per_s: float, start_s: float) -> Speeds:
     sizes = (_MIB, 16 * _MIB, 256 * _MIB)
     disk = tuple(
-        DiskSpeed(agents, size, agents * size / (agents * size / (500 * _MIB) + 1e-3))
+        DiskSpeed(agents, size, agents * size / (agents * size / bytes_per_s + start_s))
         for agents in (1, 2, 3, 4)
         for size in sizes
     )

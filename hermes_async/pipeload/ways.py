@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -47,7 +49,7 @@ class Way:
 
     Attributes:
         limit: Bytes of a stage at the most.
-        sums: What all its stages take.
+        sums: What all its stages take; on each of several machines, where it is not known which this is.
         agents: Loading agents.
         buffers: Of the ring, `slot` bytes each.
         tokens: Of a sweep at the most, of `sequences`.
@@ -60,7 +62,7 @@ class Way:
 
     limit: int
     partition: Partitioned
-    sums: StageSums
+    sums: tuple[StageSums, ...]
     agents: int
     buffers: int
     slot: int
@@ -74,28 +76,33 @@ class Way:
 
     @property
     def sweeps_of_long_text(self) -> int:
-        return max(1, -(-self.sums.sizes.long_text_tokens // self.tokens))
+        return max(1, -(-self.sums[0].sizes.long_text_tokens // self.tokens))
 
     @cached_property
     def cost(self) -> float:
-        """What sessions would take, in seconds."""
-        share = 1 - min(self.room, self.most * self.slot) / max(1, self.sums.slot_bytes)
-        return self.cost_of(max(0.0, share))
+        """What sessions would take, in seconds: the geometric mean of what they would on each machine."""
+        share = 1 - min(self.room, self.most * self.slot) / max(1, self.sums[0].slot_bytes)
+        return geometric_mean([self.cost_of(max(0.0, share), sums) for sums in self.sums])
 
-    def cost_of(self, share: float) -> float:
-        """The same, if so great a share of the weights is streamed.
+    def cost_of(self, share: float, sums: StageSums) -> float:
+        """The same on one of them, if so great a share of the weights is streamed.
 
         What one session takes, and what as many as may ever run take, in rounds of those that there is room for at
         once; without generating, as many sweeps as a long text would be cut into.
         """
-        sizes = self.sums.sizes
+        sizes = sums.sizes
         if not sizes.kv_bytes_per_token:
-            return self.sweeps_of_long_text * self.sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
+            return self.sweeps_of_long_text * sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
         prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
         total = 0.0
         for num_sessions, rounds in ((1, 1.0), (self.sequences, self.rounds)):
             whole, rest = divmod(num_sessions * prompt_tokens, self.tokens)
             sweeps = [(whole, self.tokens), (1 if rest else 0, rest), (NEW_TOKENS - 1, num_sessions)]
             for num_sweeps, num_tokens in sweeps:
-                total += rounds * num_sweeps * self.sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
+                total += rounds * num_sweeps * sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
         return total
+
+
+def geometric_mean(costs: Sequence[float]) -> float:
+    """By which a plan is chosen that does well in proportion on each of several machines."""
+    return math.prod(costs) ** (1 / len(costs))

@@ -430,8 +430,13 @@ async def test_abandon_between_sweeps_means_nothing(make_rig: Callable[..., Any]
         assert all(await rig.pipeline.sweep(rig.compute()))
 
 
-async def test_a_cancelled_sweep_ends_within_a_stage(make_rig: Callable[..., Any]) -> None:
+async def test_a_cancelled_sweep_ends_within_a_stage(
+    make_rig: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     rig = make_rig(agents=2)
+    abandoned = threading.Event()
+    abandon = rig.pipeline.abandon
+    monkeypatch.setattr(rig.pipeline, "abandon", lambda: (abandon(), abandoned.set()))
     async with rig.pipeline.running():
         for cancelled_at in range(5):
             entered: list[int] = []
@@ -443,6 +448,8 @@ async def test_a_cancelled_sweep_ends_within_a_stage(make_rig: Callable[..., Any
                     entered.append(idx)
                     if idx == at:
                         anyio.from_thread.run_sync(scope.cancel)
+                        assert abandoned.wait(30)  # the loop cancels the task a moment later
+                        abandoned.clear()
 
                 await rig.pipeline.sweep(rig.compute(on_stage=on_stage))
             assert scope.cancelled_caught
