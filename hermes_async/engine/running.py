@@ -30,7 +30,7 @@ from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
-from hermes_async.storage.rows import RowReader
+from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +159,7 @@ async def running_model(
         behind_pipeline.callback(model.close)
         rows = None
         if partition.streamed_embedding is not None:
-            executor = exits.enter_context(ThreadPoolExecutor(1, "hermes-row-reader"))
+            executor = exits.enter_context(ThreadPoolExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
             files = [partition.streamed_embedding.file]
             reader = await exits.enter_async_context(Reader(files, executor, read_statistics, direct=config.direct_io))
             rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)

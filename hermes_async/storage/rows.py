@@ -10,6 +10,9 @@ from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.checkpoint import TensorSpec, merge_extents
 from hermes_async.storage.reader import Reader, ReadRange
 
+ROWS_AT_ONCE = 8
+"""Threads that a row reader's executor should have: a row is small, and a disk takes its time to begin a read."""
+
 # A gap of up to two blocks takes no more room than the blocks at the edges of two reads.
 _MAX_GAP_BYTES = 2 * ALIGNMENT
 
@@ -48,7 +51,7 @@ class RowReader:
             position = end + extent.offset % ALIGNMENT
             ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
             end = align_up(position + extent.nbytes)
-        await self._reader.read(ranges, self._buffer.view)
+        await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
         views = []
         remaining = iter(ranges)
         item = next(remaining)

@@ -280,3 +280,36 @@ async def test_leaving_closes_files_even_when_cancelled(disk: Disk, file: Path) 
             await reading.read((file, 0, 10))
             scope.cancel()
     assert disk.num_open == 0
+
+
+async def test_many_at_once(reading: Reading, disk: Disk, file: Path) -> None:
+    both = threading.Barrier(2)
+
+    def together(path: Path, offset: int, read: Read) -> int:
+        both.wait(30)
+        return read()
+
+    disk.on_read = together
+    ranges = place([(file, offset, 100) for offset in (7, 4000, 5000, 9000)])
+    await reading.reader.read_many(ranges, reading.buffer.view, at_once=2)
+    for item in ranges:
+        assert bytes(reading.buffer.view[item.position :][:100]) == DATA[item.offset :][:100]
+    assert (reading.statistics.num_reads, reading.statistics.bytes_read) == (4, 400)
+
+
+async def test_one_of_many_fails_and_no_other_is_left_writing(reading: Reading, disk: Disk, file: Path) -> None:
+    failed, ended = threading.Event(), threading.Event()
+
+    def fail(path: Path, offset: int, read: Read) -> int:
+        if offset == 0:
+            failed.set()
+            raise OSError(errno.EIO, "Input/output error")
+        assert failed.wait(30)
+        count = read()
+        ended.set()
+        return count
+
+    disk.on_read = fail
+    with pytest.raises(ReadError, match="Input/output error"):
+        await reading.reader.read_many(place([(file, 0, 100), (file, 5000, 100)]), reading.buffer.view, at_once=2)
+    assert ended.is_set()
