@@ -17,11 +17,12 @@ from hermes_async.engine.profile_store import load_profile, profile_file
 from hermes_async.errors import ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, weight_bytes
+from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
 from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan

@@ -10,8 +10,9 @@ from itertools import pairwise
 
 from torch import nn
 
+from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.probe import Probe
-from hermes_async.modeling.skeleton import Skeleton, weight_bytes
+from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.checkpoint import TensorSpec
 

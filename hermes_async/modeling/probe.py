@@ -23,8 +23,9 @@ from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.inputs import example_inputs
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
+from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
-from hermes_async.modeling.skeleton import Skeleton, layers_of, replaced_tensors, token_embedding
+from hermes_async.modeling.skeleton import Skeleton, layers_of, token_embedding
 from hermes_async.storage.buffers import Buffer
 
 logger = logging.getLogger(__name__)

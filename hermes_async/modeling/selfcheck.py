@@ -21,9 +21,10 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, Segment, SequenceKV, num_blocks
+from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.probe import probe_model
-from hermes_async.modeling.skeleton import build_model, replaced_tensors
+from hermes_async.modeling.skeleton import build_model
 
 logger = logging.getLogger(__name__)
 

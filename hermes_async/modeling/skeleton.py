@@ -1,11 +1,10 @@
-"""The real transformers model without its weights, and which tensor of the checkpoint each parameter is."""
+"""The real transformers model without its weights."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +20,10 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from hermes_async.modeling.checkpoint_tensors import resolve_tensors
+from hermes_async.modeling.module_tensors import place_of
 from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
 
 
@@ -216,89 +215,11 @@ def _build(
     persistent = set(model.state_dict())
     for name, buffer in model.named_buffers():
         if name not in persistent:
-            module, leaf = _owner(model, name)
-            module.register_buffer(leaf, torch.empty_like(buffer, device="cpu"), persistent=False)
+            place_of(model, name).put(torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True  # comes from the checkpoint, as `from_pretrained` marks it; it is slow on meta
     model.initialize_weights()  # type: ignore[no-untyped-call]
     return model
-
-
-def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
-    """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
-
-    Raises:
-        UnsupportedModelError: A tensor would have to be converted, not only renamed.
-        MissingTensorError: A parameter has no tensor and is not tied to one that has.
-        CheckpointError: A tensor has another shape than its parameter.
-    """
-    expected = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
-    prefix = model.base_model_prefix
-    found: dict[str, TensorSpec] = {}
-    for name in sorted(checkpoint.tensors, key=dot_natural_key):
-        renamed, converted = rename_source_key(name, renamings, converters, prefix, expected)
-        if renamed not in expected and name in expected:
-            renamed, converted = rename_source_key(name, [], [], prefix, expected)
-        if renamed not in expected:
-            continue
-        if converted is None:
-            found[renamed] = checkpoint.tensors[name]
-            continue
-        pieces = _pieces(renamed, checkpoint.tensors[name], converters, converted)
-        if not pieces:
-            raise UnsupportedModelError(
-                f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only tensors that are "
-                "renamed, or cut along their first dimension, can be used in place",
-                path=checkpoint.path,
-            )
-        found.update(pieces)
-    for name, spec in found.items():
-        shape = tuple(expected[name].shape)
-        if spec.shape != shape:
-            raise CheckpointError(
-                f"{spec.file}: tensor {spec.name!r} has shape {list(spec.shape)}, but {type(model).__name__} with this "
-                f"config.json needs {list(shape)} for {name!r}",
-                path=spec.file,
-            )
-    for first, second in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        for target, source in ((first, second), (second, first)):
-            if target not in found and source in found:
-                found[target] = found[source]
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    missing = tuple(
-        name for name in expected if name not in found and not any(pattern.search(name) for pattern in ignored)
-    )
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise MissingTensorError(
-            f"{checkpoint.path} lacks {len(missing)} of the {len(expected)} tensors of {type(model).__name__}: {shown}",
-            path=checkpoint.path,
-            names=missing,
-        )
-    return found
-
-
-def _pieces(renamed: str, spec: TensorSpec, converters: list[WeightConverter], pattern: str) -> dict[str, TensorSpec]:
-    """The parameters that lie one after another in a tensor, such as query, key and value; none where it is otherwise.
-
-    Args:
-        renamed: The first of them.
-        pattern: The source pattern of the converter that the tensor is for.
-    """
-    converter = next(one for one in converters if pattern in one.source_patterns)
-    operation, *others = converter.operations
-    targets = converter.target_patterns
-    cuts = type(operation) is Chunk and operation.dim == 0 and not others and len(converter.source_patterns) == 1
-    plainly = len(targets) > 1 and targets[0] in renamed and not any("\\" in target for target in targets)
-    evenly = bool(spec.shape) and spec.shape[0] % len(targets) == 0
-    if not (cuts and plainly and evenly):
-        return {}
-    before, _, behind = renamed.partition(targets[0])
-    rows = spec.shape[0] // len(targets)
-    return {f"{before}{name}{behind}": spec.rows(rows * idx, rows * (idx + 1)) for idx, name in enumerate(targets)}
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
@@ -308,39 +229,6 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     except NotImplementedError:  # so transformers says that a model has none
         return None
     return embedding if isinstance(embedding, nn.Embedding) else None
-
-
-def get_tensor(model: nn.Module, name: str) -> torch.Tensor:
-    """The parameter or buffer `name` of `model`."""
-    module, leaf = _owner(model, name)
-    tensor = getattr(module, leaf)
-    assert isinstance(tensor, torch.Tensor)
-    return tensor
-
-
-def set_tensor(model: nn.Module, name: str, value: torch.Tensor) -> None:
-    """Makes `value` the parameter or buffer `name` of `model`, without a copy."""
-    _put(*_owner(model, name), value)
-
-
-@contextmanager
-def replaced_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the block these are the parameters and buffers of `model` with these names; then its own are again."""
-    modules = dict(model.named_modules(remove_duplicate=False))  # far quicker than to look each up by its path
-    places = [(modules[path], leaf) for path, _, leaf in (name.rpartition(".") for name in values)]
-    own = [getattr(*place) for place in places]
-    try:
-        for place, value in zip(places, values.values(), strict=True):
-            _put(*place, value)
-        yield
-    finally:
-        for place, tensor in zip(places, own, strict=True):
-            _put(*place, tensor)
-
-
-def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> int:
-    """Bytes of the tensors of these parameters, shared ones counted once."""
-    return sum({(tensors[name].file, tensors[name].offset): tensors[name].nbytes for name in module_names}.values())
 
 
 def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
@@ -356,17 +244,6 @@ def plain_attention(model: PreTrainedModel) -> str:
 def layers_of(model: nn.Module) -> list[nn.Module]:
     """The modules that stand in lists: transformer layers, and whatever else there is several of."""
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
-
-
-def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
-    path, _, leaf = name.rpartition(".")
-    return model.get_submodule(path), leaf
-
-
-def _put(module: nn.Module, leaf: str, value: torch.Tensor) -> None:
-    if leaf in module._parameters:
-        value = nn.Parameter(value, requires_grad=False)
-    setattr(module, leaf, value)
 
 
 def _first_line(error: BaseException) -> str:
@@ -395,7 +272,7 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         pattern = re.compile("|".join(re.escape(name) for name in kept))
         for name, parameter in model.named_parameters():
             if pattern.search(name):
-                set_tensor(model, name, parameter.float())
+                place_of(model, name).put(parameter.float())
 
 
 def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:

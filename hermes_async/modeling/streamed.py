@@ -15,9 +15,10 @@ from transformers import PreTrainedModel
 from hermes_async.errors import EngineError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kernels import without_one_dnn
+from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
-from hermes_async.modeling.skeleton import get_tensor, plain_attention, set_tensor
+from hermes_async.modeling.skeleton import plain_attention
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import Buffer
@@ -119,11 +120,9 @@ class StreamedModel:
         self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
         self._bound: set[Stage] = set()
         nothing = _Nothing()
-        self._unloaded = {
-            placement.name: nothing.instead_of(get_tensor(model, placement.name))
-            for stage in stages
-            for placement in stage.layout.placements
-        }
+        names = {placement.name for stage in stages for placement in stage.layout.placements}
+        self._places = places_of(model, names)
+        self._unloaded = {name: nothing.instead_of(place.get()) for name, place in self._places.items()}
         self._stages = tuple(stages)
         for stage in stages:
             self.unbind(stage)
@@ -135,13 +134,14 @@ class StreamedModel:
             module = model.get_submodule(stage.name)
             self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
             self._hooks.append(module.register_forward_hook(self._leaving(stage)))
-        self._streamed_embedding: nn.Embedding | None = None
+        self._streamed_embedding: Place | None = None
         if streamed_embedding:
             embedding = model.get_input_embeddings()
             assert isinstance(embedding, nn.Embedding)
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
-            self._streamed_embedding, self._unloaded_embedding = embedding, nothing.instead_of(embedding.weight)
-            set_tensor(embedding, "weight", self._unloaded_embedding)
+            self._streamed_embedding = Place(embedding, "weight")
+            self._unloaded_embedding = nothing.instead_of(embedding.weight)
+            self._streamed_embedding.put(self._unloaded_embedding)
             self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
         for module in model.modules():
             if module._parameters:
@@ -203,7 +203,7 @@ class StreamedModel:
         finally:
             self._rows = None
             if self._streamed_embedding is not None:
-                set_tensor(self._streamed_embedding, "weight", self._unloaded_embedding)
+                self._streamed_embedding.put(self._unloaded_embedding)
             for stage in [stage for stage in self._bound if not stage.resident]:
                 self.unbind(stage)
 
@@ -251,18 +251,18 @@ class StreamedModel:
         """Puts a stage's weights into the model, as views of `buffer`."""
         for placement in stage.layout.placements:
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
-            set_tensor(self.model, placement.name, view.to(self._unloaded[placement.name].dtype))
+            self._places[placement.name].put(view.to(self._unloaded[placement.name].dtype))
         self._bound.add(stage)
 
     def unbind(self, stage: Stage) -> None:
         """Takes a stage's weights out of the model."""
         self._bound.discard(stage)
         for placement in stage.layout.placements:
-            set_tensor(self.model, placement.name, self._unloaded[placement.name])
+            self._places[placement.name].put(self._unloaded[placement.name])
 
     def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         turn = Turn.current()
         rows = self._rows if turn is None else turn.forward_pass.embedding
-        assert rows is not None
-        set_tensor(module, "weight", rows[0].to(get_tensor(module, "weight").dtype))
+        assert rows is not None and self._streamed_embedding is not None
+        self._streamed_embedding.put(rows[0].to(self._unloaded_embedding.dtype))
         return (rows[1], *args[1:])

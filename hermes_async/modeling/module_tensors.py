@@ -1,0 +1,59 @@
+"""Parameters and buffers of a module, put in and taken out without a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a module keeps a parameter or buffer."""
+
+    module: nn.Module
+    name: str
+
+    def get(self) -> torch.Tensor:
+        value = getattr(self.module, self.name)
+        assert isinstance(value, torch.Tensor)
+        return value
+
+    def put(self, value: torch.Tensor) -> None:
+        """Makes `value` the parameter or buffer; past `Module.__setattr__`, which takes longer than the rest of it."""
+        if self.name not in self.module._parameters:
+            self.module._buffers[self.name] = value
+        elif isinstance(value, nn.Parameter):
+            self.module._parameters[self.name] = value
+        else:
+            self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+
+
+def place_of(model: nn.Module, name: str) -> Place:
+    """Of the parameter or buffer that `model` has under this name."""
+    path, _, leaf = name.rpartition(".")
+    return Place(model.get_submodule(path), leaf)
+
+
+def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
+    """Of many, by name; far quicker than one after another."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    parts = {name: name.rpartition(".") for name in names}
+    return {name: Place(modules[path], leaf) for name, (path, _, leaf) in parts.items()}
+
+
+@contextmanager
+def replaced_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Within the block these are the parameters and buffers of `model` with these names; then its own are again."""
+    places = places_of(model, values)
+    own = {name: place.get() for name, place in places.items()}
+    try:
+        for name, place in places.items():
+            place.put(values[name])
+        yield
+    finally:
+        for name, place in places.items():
+            place.put(own[name])
