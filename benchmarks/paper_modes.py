@@ -39,7 +39,7 @@ def run(mode: str, path: Path, limit: int, new_tokens: int) -> Record:
     transformers.utils.logging.disable_progress_bar()
     inputs = _inputs(path)
     _warm_up(path, inputs)
-    _touch_memory(weight_bytes(path) * 5 // 4)
+    _touch_memory(int(_memory_share(mode) * weight_bytes(path)))
     Path("/proc/self/clear_refs").write_text("5")  # the peak of RSS begins anew
     with limited_disk(path, limit * MIB or None) as error:
         if limit and error is not None:
@@ -90,6 +90,14 @@ def _warm_up(path: Path, inputs: Inputs) -> None:
     model = model_class._from_config(config, dtype=config.dtype).eval()
     with torch.inference_mode():
         model(**inputs)
+
+
+def _memory_share(mode: str) -> float:
+    """What a mode takes of memory, at the most, as a share of the weights."""
+    kind, _, option = mode.partition("-")
+    if kind == "budget":
+        return 1.25 * float(option)
+    return {"disk": 0.1, "pipeload": 0.5}.get(kind, 1.25)
 
 
 def _touch_memory(nbytes: int) -> None:
