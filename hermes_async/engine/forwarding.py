@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -29,6 +29,7 @@ class ForwardRequest:
 
     Attributes:
         input_ids: [batch, tokens], where the input embedding is given token ids.
+        token_ids: The same, each once, sorted.
         num_tokens: Of all its sequences or images, padding included.
         nbytes: Most memory that its activations take.
         done: Set when it has a result or an error.
@@ -37,6 +38,7 @@ class ForwardRequest:
 
     forward_pass: ForwardPass
     input_ids: torch.Tensor | None
+    token_ids: list[int]
     num_tokens: int
     nbytes: int
     done: anyio.Event = field(default_factory=anyio.Event)
@@ -65,7 +67,7 @@ def prepare_forward(
         MemoryBudgetError: The activations would take more than the plan sets aside for them.
     """
     skeleton, plan = opened.skeleton, opened.plan
-    model = skeleton.base_model if base else skeleton.model
+    model = skeleton.base_model if base else skeleton.named_model
     checked = checked_inputs(skeleton, model, inputs)
     sequences, tokens = count_tokens(checked, opened.seen)
     nbytes = forward_bytes(skeleton)(sequences, tokens) + recorded_bytes(
@@ -91,7 +93,9 @@ def prepare_forward(
     def compute() -> Any:
         return then(model(**checked))
 
-    return ForwardRequest(ForwardPass(compute), checked.get("input_ids"), num_tokens, nbytes)
+    input_ids = checked.get("input_ids")
+    token_ids = [] if input_ids is None else input_ids.unique().tolist()
+    return ForwardRequest(ForwardPass(compute), input_ids, token_ids, num_tokens, nbytes)
 
 
 class Forwarding:
@@ -158,10 +162,10 @@ class Forwarding:
         passes = [request.forward_pass for request in requests]
         error: HermesError | None = None
         try:
-            if self._rows is not None:
-                await self._read_rows(requests, self._rows)
+            needed = sorted({token_id for request in requests for token_id in request.token_ids})
+            rows = await self._rows.read(needed) if self._rows is not None and needed else []
             if not all(forward_pass.dropped for forward_pass in passes):
-                await self._pipeline.sweep(partial(self._model.run_passes, passes))
+                await self._pipeline.sweep(partial(self._compute, requests, dict(zip(needed, rows, strict=False))))
         except SweepAbandoned:  # each of the passes knows why
             pass
         except HermesError as read_error:
@@ -183,22 +187,15 @@ class Forwarding:
         elif self._running and all(other.forward_pass.dropped for other in self._running):
             self._pipeline.abandon()
 
-    async def _read_rows(self, requests: list[ForwardRequest], rows: RowReader) -> None:
-        """Each pass gets the rows of its own tokens."""
-        given = [request for request in requests if request.input_ids is not None]
-        wanted = {id(request): sorted(set(_ids(request))) for request in given}
-        needed = sorted(set().union(*wanted.values()))
-        if not needed:
-            return
-        read = dict(zip(needed, await rows.read(needed), strict=True))
-        for request in given:
-            assert request.input_ids is not None
-            own = wanted[id(request)]
-            index = {token_id: row for row, token_id in enumerate(own)}
-            request.forward_pass.embedding = (
-                torch.stack([read[token_id] for token_id in own]),
-                torch.tensor([index[token_id] for token_id in _ids(request)]).view(request.input_ids.shape),
-            )
+    def _compute(self, requests: list[ForwardRequest], rows: Mapping[int, torch.Tensor]) -> None:
+        """On the inference agent's thread. Each pass gets the rows of its own tokens."""
+        for request in requests:
+            if rows and request.input_ids is not None:
+                request.forward_pass.embedding = (
+                    torch.stack([rows[token_id] for token_id in request.token_ids]),
+                    torch.searchsorted(torch.tensor(request.token_ids), request.input_ids.long()),
+                )
+        self._model.run_passes([request.forward_pass for request in requests])
 
     def _error_of(self, forward_pass: ForwardPass) -> HermesError | None:
         error = forward_pass.error
@@ -209,8 +206,3 @@ class Forwarding:
         refused = RequestError(f"{name}.forward does not run on these inputs: {type(error).__name__}: {reason}")
         refused.__cause__ = error
         return refused
-
-
-def _ids(request: ForwardRequest) -> Iterator[int]:
-    assert request.input_ids is not None
-    return iter(request.input_ids.flatten().tolist())

@@ -36,6 +36,8 @@ class Skeleton:
         dtype: What the model computes in.
         dtypes: Those of single parameters and persistent buffers; some are kept in float32 whatever `dtype` is.
         generates: It is a causal language model, which the engine generates with; others only run forward.
+        names_base: It generates, but `config.json` names the model without its head (`GPT2Model`, whose head is tied),
+            so a plain forward pass is that model's.
         eos_token_ids: The model's end-of-sequence tokens.
         context_length: Most tokens of a sequence; None where the model names no limit.
     """
@@ -45,6 +47,7 @@ class Skeleton:
     dtype: torch.dtype
     dtypes: dict[str, torch.dtype]
     generates: bool
+    names_base: bool
     eos_token_ids: frozenset[int]
     context_length: int | None
 
@@ -52,6 +55,11 @@ class Skeleton:
     def embedding(self) -> nn.Embedding | None:
         """The input embedding of token ids; None where the input is something else."""
         return token_embedding(self.model)
+
+    @property
+    def named_model(self) -> PreTrainedModel:
+        """The model that `config.json` names."""
+        return self.base_model if self.names_base else self.model
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -132,8 +140,10 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
         model = _build(encoder, config, dtype, None, where)
         tensors = resolve_tensors(model, checkpoint)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
-    eos_token_ids = frozenset[int]() if encoder else _eos_token_ids(checkpoint, config)
-    return Skeleton(model, tensors, dtype, dtypes, encoder is None, eos_token_ids, _context_length(model))
+    generates = encoder is None
+    names_base = generates and _named_base(config) is not None
+    eos_token_ids = _eos_token_ids(checkpoint, config) if generates else frozenset[int]()
+    return Skeleton(model, tensors, dtype, dtypes, generates, names_base, eos_token_ids, _context_length(model))
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -158,10 +168,13 @@ def _headless_class(
     config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str]
 ) -> type[PreTrainedModel] | None:
     """The decoder that `config` names, where it is `model` but for the head, and only the head is missing."""
+    return None if any(name.startswith(f"{model.base_model_prefix}.") for name in missing) else _named_base(config)
+
+
+def _named_base(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class without a head, if it is the one that `config` names."""
     base = _class_for(AutoModel, config)
-    if base is None or base.__name__ not in (config.architectures or ()):
-        return None
-    return None if any(name.startswith(f"{model.base_model_prefix}.") for name in missing) else base
+    return base if base is not None and base.__name__ in (config.architectures or ()) else None
 
 
 def _class_for(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:

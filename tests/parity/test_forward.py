@@ -98,6 +98,7 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     # These generate too.
     "LlamaForCausalLM": lambda: LlamaConfig(**TEXT, num_key_value_heads=2),
     "GPT2LMHeadModel": lambda: GPT2Config(**GPT),
+    "GPT2Model": lambda: GPT2Config(**GPT),  # whose head is tied, so it is not missing
     "GPTJForCausalLM": lambda: GPTJConfig(**GPT, rotary_dim=8),  # attends by itself
 }
 
