@@ -151,7 +151,7 @@ class Reader:
             opener=lambda path, mode: os.open(path, mode | flags),
             executor=self._executor,
         )
-        return _Shard(path, file, direct=direct)
+        return _Shard(file, direct=direct)
 
     async def _close(self) -> None:
         with anyio.CancelScope(shield=True):
@@ -162,8 +162,7 @@ class Reader:
 class _Shard:
     """One open file, read at any place by several threads at once."""
 
-    def __init__(self, path: Path, file: Any, *, direct: bool) -> None:
-        self.path = path
+    def __init__(self, file: Any, *, direct: bool) -> None:
         self.file = file
         self._direct = direct
 

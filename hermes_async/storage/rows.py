@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.checkpoint import TensorSpec, merge_extents
+from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import Reader, ReadRange
 
 ROWS_AT_ONCE = 8
@@ -44,23 +44,34 @@ class RowReader:
 
         Cancellation: as `Reader.read`.
         """
-        specs = [self._spec.rows(row, row + 1) for row in rows]
-        ranges = []
+        runs = self._runs(rows)
+        row_bytes = self._spec.nbytes // self._spec.shape[0]
+        ranges: list[ReadRange] = []
         end = 0
-        for extent in merge_extents(specs, max_gap=_MAX_GAP_BYTES):
-            position = end + extent.offset % ALIGNMENT
-            ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
-            end = align_up(position + extent.nbytes)
+        for run in runs:
+            offset = self._spec.offset + run[0] * row_bytes
+            position = end + offset % ALIGNMENT
+            nbytes = (run[-1] + 1 - run[0]) * row_bytes
+            ranges.append(ReadRange(self._spec.file, offset, nbytes, position))
+            end = align_up(position + nbytes)
         await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
-        views = []
-        remaining = iter(ranges)
-        item = next(remaining)
-        for spec in specs:
-            while spec.offset >= item.offset + item.nbytes:
-                item = next(remaining)
-            position = item.position + spec.offset - item.offset
-            views.append(self._buffer.tensor(position, spec.dtype, spec.shape[1:]))
+        views: list[torch.Tensor] = []
+        for run, item in zip(runs, ranges, strict=True):
+            shape = (run[-1] + 1 - run[0], *self._spec.shape[1:])
+            block = self._buffer.tensor(item.position, self._spec.dtype, shape)
+            views += [block[row - run[0]] for row in run]
         return views
+
+    def _runs(self, rows: Sequence[int]) -> list[list[int]]:
+        """Rows that are read together, each run with the gaps in it."""
+        most = 1 + _MAX_GAP_BYTES // (self._spec.nbytes // self._spec.shape[0])
+        runs: list[list[int]] = []
+        for row in rows:
+            if runs and row - runs[-1][-1] <= most:
+                runs[-1].append(row)
+            else:
+                runs.append([row])
+        return runs
 
     def close(self) -> None:
         self._buffer.close()

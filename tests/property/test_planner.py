@@ -17,7 +17,7 @@ from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan, spread
 from hermes_async.pipeload.prediction import predict, steady_seconds, sweeps_of
-from hermes_async.pipeload.speeds import estimated
+from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
 from hermes_async.storage.checkpoint import TensorSpec
@@ -81,8 +81,9 @@ class FakeModel:
                 offset += size
         return FakePartition(layout("", self.base), tuple(stages), 0)
 
-    def plan(self, budget: int, config: EngineConfig | None = None) -> Plan:
-        return plan(budget, lru_cache(maxsize=None)(self.cut), self.sizes, config or EngineConfig(), estimated())
+    def plan(self, budget: int, config: EngineConfig | None = None, speeds: Speeds | None = None) -> Plan:
+        cut = lru_cache(maxsize=None)(self.cut)
+        return plan(budget, cut, self.sizes, config or EngineConfig(), speeds or estimated())
 
     def minimum(self, config: EngineConfig | None = None) -> int:
         config = config or EngineConfig()
@@ -258,17 +259,33 @@ large_enough = models.filter(lambda model: min(model.layers) >= 16 * KIB)  # for
 @given(large_enough, st.integers(0, 6000 * KIB), st.sampled_from([2, 4, 6]))
 def test_a_plan_is_not_worse_than_the_paper_s_modes(model: FakeModel, more: int, agents: int) -> None:
     budget = model.minimum() + more
+    known = replace(estimated(), others=())
     try:
-        fixed = model.plan(budget, EngineConfig(num_loading_agents=agents, max_resident_layers=agents + 1))
+        fixed = model.plan(budget, EngineConfig(num_loading_agents=agents, max_resident_layers=agents + 1), known)
     except MemoryBudgetError:
         return
-    chosen = model.plan(budget)
+    chosen = model.plan(budget, speeds=known)
     prompt = min(64, (model.context_length or 65) - 1)
     ours, theirs = (
         seconds_of(plan, 1, prompt) + 64 / plan.max_sequences * seconds_of(plan, plan.max_sequences, prompt)
         for plan in (chosen, fixed)
     )
     assert ours <= 1.03 * theirs
+
+
+@pytest.mark.parametrize("share", [0.15, 0.25, 0.5])
+def test_where_nothing_was_measured_a_plan_does_well_on_a_slow_disk_and_on_a_fast_one(share: float) -> None:
+    model = FakeModel((48 * KIB * KIB,) * 24, KIB, KIB, 0, 512, 64 * KIB, 64, 0)
+    budget = int(share * model.sizes.weight_bytes)
+    slow, fast = replace(estimated(), others=()), estimated().others[0]
+
+    def seconds(chosen: Plan, speeds: Speeds) -> float:
+        return steady_seconds(replace(chosen, speeds=speeds), num_tokens=1, num_outputs=0)
+
+    chosen, for_slow, for_fast = (model.plan(budget, speeds=speeds) for speeds in (None, slow, fast))
+    assert seconds(chosen, slow) <= 1.03 * seconds(for_slow, slow)
+    assert seconds(chosen, fast) <= 1.03 * seconds(for_fast, fast)
+    assert seconds(chosen, fast) < seconds(for_slow, fast)
 
 
 def seconds_of(plan: Plan, num_sessions: int, prompt_tokens: int) -> float:
