@@ -130,17 +130,27 @@ class _Measured:
         return seconds
 
     def handover_s(self, layer_s: dict[int, float], head_s: dict[int, float]) -> float:
-        """What a streamed stage takes beside what computing it takes: binding it, and handing it over."""
-        stages = [stage for stage in self.stages() if stage.compute_s]
-        least = min(count for stage in stages for count in stage.compute_s)
-        measured = sum(stage.compute_s[least] for stage in stages if least in stage.compute_s)
-        expected = sum(
-            stage.nbytes * (head_s if stage.head else layer_s).get(least, 0.0)
-            for stage in stages
-            if least in stage.compute_s
+        """What a streamed stage takes beside what computing it takes: binding it, and handing it over.
+
+        Cores that have waited for the disk compute whatever comes next more slowly than in an engine that holds
+        everything. So it is what streamed stages take longer than that, beyond what resident ones do beside them.
+        """
+
+        def longer_s(count: int, *, resident: bool) -> float:
+            """The mean of such stages, with so many tokens; 0 where there are none."""
+            differences = [
+                stage.compute_s[count] - stage.nbytes * (head_s if stage.head else layer_s).get(count, 0.0)
+                for stage in self.stages()
+                if stage.resident == resident and count in stage.compute_s
+            ]
+            return statistics.mean(differences or [0.0])
+
+        counts = {count for stage in self.stages() for count in stage.compute_s}
+        bound_s = statistics.median(
+            longer_s(count, resident=False) - longer_s(count, resident=True) for count in counts
         )
         gap_s = statistics.median(self.seen.gaps_s) if self.seen.gaps_s else 0.0
-        return gap_s + max(0.0, measured - expected) / len(self.plan.streamed)
+        return gap_s + max(0.0, bound_s)
 
     def read_share(self, disk: tuple[DiskSpeed, ...]) -> float | None:
         """How fast the engine reads, as a share of what the disk alone gave; None if it never waited for reads.
