@@ -22,7 +22,7 @@ from hermes_async.storage.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S = 30 * 24 * 3600
-_FORMAT = 3  # of the files; another one is not read
+_FORMAT = 4  # of the files; another one is not read
 
 
 def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
