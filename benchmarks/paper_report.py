@@ -16,7 +16,7 @@ _HIGHEST = 6
 _FAMILIES = {"transformers": "#9a9a9a", "baseline": "#5b5b5b", "pipeswitch": "#e08a1e"}
 _SHADES = {
     "pipeload": ("#9ecae9", "#4a94cf", "#12589c", "#08305c"),
-    "budget": ("#a8dba0", "#4fae54", "#176d2c", "#0a3d17"),
+    "budget": ("#c9eabf", "#a8dba0", "#7cc47b", "#4fae54", "#2f8f41", "#176d2c", "#0a3d17"),
 }
 
 
