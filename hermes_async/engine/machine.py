@@ -64,7 +64,6 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
 
         exits.push_async_callback(shutdown)
         reader = await exits.enter_async_context(Reader([file], executor, ReadStatistics(), direct=direct))
-        started = time.perf_counter()
 
         async def agent(buffer: Buffer, moments: list[float]) -> None:
             while len(moments) <= _DISK_READS or time.perf_counter() < started + _DISK_SECONDS:

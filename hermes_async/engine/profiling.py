@@ -135,17 +135,18 @@ class _Measured:
         Cores that have waited for the disk compute whatever comes next more slowly than in an engine that holds
         everything. So it is what streamed stages take longer than that, beyond what resident ones do beside them.
         """
+        stages = self.stages()
 
         def longer_s(count: int, *, resident: bool) -> float:
             """The mean of such stages, with so many tokens; 0 where there are none."""
             differences = [
                 stage.compute_s[count] - stage.nbytes * (head_s if stage.head else layer_s).get(count, 0.0)
-                for stage in self.stages()
+                for stage in stages
                 if stage.resident == resident and count in stage.compute_s
             ]
             return statistics.mean(differences or [0.0])
 
-        counts = {count for stage in self.stages() for count in stage.compute_s}
+        counts = {count for stage in stages for count in stage.compute_s}
         bound_s = statistics.median(
             longer_s(count, resident=False) - longer_s(count, resident=True) for count in counts
         )

@@ -6,7 +6,6 @@ The only place that writes KV to disk, and turns an `OSError` of that into one o
 from __future__ import annotations
 
 import errno
-import fcntl
 import heapq
 import os
 import tempfile
@@ -23,8 +22,8 @@ import anyio.to_thread
 
 from hermes_async.errors import ParkingError
 from hermes_async.storage.buffers import ALIGNMENT, align_down
+from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
 
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 
 _ON_DISK = Path("/var/tmp")  # noqa: S108 - the file is unlinked and ours alone
@@ -78,7 +77,7 @@ class ParkingFile:
         self._folder = folder or _ON_DISK
         self._folder_is_default = folder is None
         self._fd: int | None = None
-        self._direct = direct and bool(_O_DIRECT)
+        self._direct = direct and bool(O_DIRECT)
         self._stale = False
 
     async def __aenter__(self) -> Self:
@@ -264,7 +263,7 @@ class ParkingFile:
             if not self._direct and hasattr(os, "posix_fadvise"):
                 if writing:
                     os.fdatasync(fd)  # only pages that are on disk are dropped
-                os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+                drop_cache(fd, offset, count)
             count = align_down(count) or count  # direct I/O goes on only from a block's beginning
             offset += count
             num_done = 0
@@ -286,9 +285,8 @@ class ParkingFile:
 
     def _set_direct(self, fd: int, direct: bool) -> None:
         """Turns direct I/O on, where the file system takes it, or off: a file without a name cannot be reopened."""
-        flags = fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT
         try:
-            fcntl.fcntl(fd, fcntl.F_SETFL, flags | (_O_DIRECT if direct else 0))
+            set_direct(fd, direct)
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Collection, Sequence
@@ -24,8 +23,7 @@ import anyio.lowlevel
 
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import align_down, align_up
-
-_O_DIRECT: int = getattr(os, "O_DIRECT", 0)
+from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +69,7 @@ class Reader:
         self._files = files
         self._executor = executor
         self._statistics = statistics
-        self._direct = direct and bool(_O_DIRECT)
+        self._direct = direct and bool(O_DIRECT)
         self._shards: dict[Path, _Shard] = {}
         self._read_in_thread = aiofiles.os.wrap(self._read)
 
@@ -143,7 +141,7 @@ class Reader:
         self._shards[path] = shard
 
     async def _open_shard(self, path: Path, *, direct: bool) -> _Shard:
-        flags = _O_DIRECT if direct else 0
+        flags = O_DIRECT if direct else 0
         file = await aiofiles.open(
             path,
             "rb",
@@ -198,11 +196,11 @@ class _Shard:
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
-            fcntl.fcntl(fd, fcntl.F_SETFL, fcntl.fcntl(fd, fcntl.F_GETFL) & ~_O_DIRECT)
+            set_direct(fd, False)
             self._direct = False
             return self._read_once(offset, target)
-        if not direct and hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(fd, offset, count, os.POSIX_FADV_DONTNEED)
+        if not direct:
+            drop_cache(fd, offset, count)
         return count
 
 

@@ -325,7 +325,7 @@ async def test_where_direct_io_is_refused_it_is_buffered(
         return call(views)
 
     if first == "open":
-        monkeypatch.setattr(f"{MODULE}.fcntl.fcntl", control)
+        monkeypatch.setattr("hermes_async.storage.direct_io.fcntl.fcntl", control)
     elif first == "write":
         disk.on_write = refuse
     else:
