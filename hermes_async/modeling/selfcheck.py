@@ -3,8 +3,8 @@
 transformers has hundreds of architectures, and any of them may do something between its layers that a packed row
 would get wrong in silence: masks of its own, positions counted from the row's start, states that run on from one
 token to the next. So the model's own code is run twice over the same random weights in float32: as transformers runs
-it, one sequence at a time and without a cache; and as the engine does. The copy has the model's attention in its true
-width, but few layers, a narrow MLP and a small vocabulary; all its matrices are views of one block of noise.
+it, one sequence at a time and without a cache; and as the engine does. The copy has heads of the model's own size, but
+few of them, few layers, a narrow MLP and a small vocabulary; all its matrices are views of one block of noise.
 """
 
 from __future__ import annotations
@@ -32,6 +32,10 @@ _VOCAB_SIZE = 64
 _WINDOW = 3
 _WINDOW_NAMES = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
 _INTERMEDIATE_SIZE = 256
+_INTERMEDIATE_NAMES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
+_INTERMEDIATE_NAMES += ("ffn_dim", "ffn_hidden_size", "n_inner")
+_NUM_EXPERTS = 16
+_EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOLERANCE = 1e-3
 _MAX_NOISE_BYTES = 1 << 30
 # Two sequences; what each sweep takes of them: prompts in chunks, beside each other's chunks and decodes.
@@ -45,7 +49,7 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     Raises:
         UnsupportedModelError: They differ; the engine would write other tokens than transformers.
     """
-    for small in (_shrunk(config), config):
+    for small in (_shrunk(config, narrow=True), _shrunk(config, narrow=False), config):
         if small is None:
             continue
         try:
@@ -66,8 +70,12 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     logger.warning("%s could not be checked against transformers before running", config.model_type)
 
 
-def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
-    """A copy with few layers, each kind among them, a small vocabulary and short windows; None if that fails."""
+def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | None:
+    """A copy with few layers, each kind among them, a small vocabulary and short windows; None if that fails.
+
+    Args:
+        narrow: With few heads and few experts too.
+    """
     small = copy.deepcopy(config)
     text = small.get_text_config()
     try:
@@ -78,18 +86,42 @@ def _shrunk(config: PreTrainedConfig) -> PreTrainedConfig | None:
         if kinds:
             text.layer_types = kinds[: text.num_hidden_layers]
         text.vocab_size = _VOCAB_SIZE
-        if isinstance(getattr(text, "intermediate_size", None), int):
-            text.intermediate_size = min(text.intermediate_size, _INTERMEDIATE_SIZE)
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if hasattr(text, name):
-                setattr(text, name, None)
+            if getattr(text, name, None) is not None:
+                setattr(text, name, _VOCAB_SIZE - 1)
         for name in _WINDOW_NAMES:
             if isinstance(getattr(text, name, None), int):
                 setattr(text, name, _WINDOW)
+        _at_most(text, ("vocab_size_per_layer_input",), _VOCAB_SIZE)
+        _at_most(text, _INTERMEDIATE_NAMES, _INTERMEDIATE_SIZE)
+        if narrow:
+            _at_most(text, _EXPERTS_NAMES, _NUM_EXPERTS)
+            _take_heads(text)
     except Exception as error:
         logger.debug("self-check of %s cannot shrink it: %s", config.model_type, error)
         return None
     return small
+
+
+def _at_most(text: PreTrainedConfig, names: Iterable[str], most: int) -> None:
+    values = text.to_dict()  # by attribute, transformers refuses to give what differs between layers
+    for name in names:
+        if isinstance(values.get(name), int):
+            setattr(text, name, min(values[name], most))
+
+
+def _take_heads(text: PreTrainedConfig) -> None:
+    """Four heads, in groups where the model has groups."""
+    values = text.to_dict()
+    num_heads = text.num_attention_heads
+    num_groups = values.get("num_key_value_heads") or num_heads
+    head_dim = values.get("head_dim") or text.hidden_size // num_heads
+    group_size = min(2, num_heads // num_groups)
+    few_groups = min(4 // group_size, num_groups)
+    if values.get("num_key_value_heads"):
+        text.num_key_value_heads = few_groups
+    text.num_attention_heads = few_groups * group_size
+    text.hidden_size = few_groups * group_size * head_dim
 
 
 def _separately(config: PreTrainedConfig) -> list[torch.Tensor]:
