@@ -32,8 +32,10 @@ _VOCAB_SIZE = 64
 _WINDOW = 3
 _WINDOW_NAMES = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
 _INTERMEDIATE_SIZE = 256
-_INTERMEDIATE_NAMES = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size")
-_INTERMEDIATE_NAMES += ("ffn_dim", "ffn_hidden_size", "n_inner")
+_INTERMEDIATE_NAMES = (
+    *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
+    *("ffn_dim", "ffn_hidden_size", "n_inner"),
+)
 _NUM_EXPERTS = 16
 _EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOLERANCE = 1e-3
