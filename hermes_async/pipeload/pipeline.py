@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import anyio
@@ -29,6 +30,10 @@ from hermes_async.storage.buffers import Buffer, BufferPool
 from hermes_async.storage.reader import Reader, ReadStatistics
 
 T = TypeVar("T")
+
+_CLAIMED_AHEAD = 1
+"""Stages that are claimed besides those being read: a thread that is done has its next read, and does not wait for the
+event loop to take its turn."""
 
 
 class SweepAbandoned(BaseException):
@@ -108,8 +113,8 @@ class Pipeline:
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
                     agents.start_soon(self._inference_agent, name="hermes inference agent")
-                    for idx in range(self._num_loading_agents):
-                        agents.start_soon(self._loading_agent, idx, reader, name=f"hermes loading agent {idx}")
+                    for idx in range(self._num_loading_agents + _CLAIMED_AHEAD):
+                        agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
@@ -171,13 +176,13 @@ class Pipeline:
 
     # --- Loading Agents and Daemon Agent: tasks on the event loop ---
 
-    async def _loading_agent(self, idx: int, reader: Reader) -> None:
-        """Reads what is needed next and has a place; only that there is none holds it back."""
+    async def _loading_agent(self, reader: Reader) -> None:
+        """Reads what is needed next and has a place; only that there is none, or no thread free, holds it back."""
         while True:
             stage, buffer = await self.load_order.claim()
             error: ReadError | None = None
             try:
-                await self._read(idx, reader, stage, buffer)
+                await self._read(reader, stage, buffer)
             except ReadError as read_error:
                 error = read_error
             except BaseException:
@@ -190,16 +195,16 @@ class Pipeline:
                 stage.set_ready(buffer, error)
                 self._tell_compute_thread()
 
-    async def _read(self, idx: int, reader: Reader, stage: Stage, buffer: Buffer) -> None:
-        """`idx`: The loading agent's."""
-        started = time.perf_counter()
+    async def _read(self, reader: Reader, stage: Stage, buffer: Buffer) -> None:
         self._trace_bytes(stage.layout.weight_bytes)
-        try:
-            await reader.read(stage.layout.ranges, buffer.view)
-        finally:
-            if self._trace is not None:
-                row, nbytes = f"loading agent {idx}", stage.layout.read_bytes
-                self._trace.span(row, stage.name or "base", started, time.perf_counter(), bytes=nbytes)
+        on_read = None if self._trace is None else partial(self._trace_read, stage)
+        await reader.read(stage.layout.ranges, buffer.view, on_read)
+
+    def _trace_read(self, stage: Stage, started: float, ended: float) -> None:
+        """Called by the thread that has read it."""
+        assert self._trace is not None
+        thread = threading.current_thread().name.rpartition("_")[2]
+        self._trace.span(f"loading agent {thread}", stage.name or "base", started, ended, bytes=stage.layout.read_bytes)
 
     async def _daemon_agent(self) -> None:
         """Frees what was computed, which lets the next load in."""

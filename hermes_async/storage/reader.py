@@ -9,7 +9,7 @@ import asyncio
 import errno
 import os
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,11 +88,15 @@ class Reader:
     ) -> None:
         await self._close()
 
-    async def read(self, ranges: Sequence[ReadRange], view: memoryview) -> None:
+    async def read(
+        self, ranges: Sequence[ReadRange], view: memoryview, on_read: Callable[[float, float], None] | None = None
+    ) -> None:
         """Reads every range into `view`, which is written from the block before each `position` to the block after.
 
         Args:
             view: Page-aligned, with room for whole blocks around each range.
+            on_read: Told by the executor's thread when it began and when it ended, on `time.perf_counter`'s clock; a
+                call that finds no thread free waits for one first.
 
         Raises:
             ShortReadError: A shard ended before its header says.
@@ -101,11 +105,11 @@ class Reader:
         Cancellation: shielded, because a thread goes on writing; after a cancelled call none writes to `view` any more.
         """
         with anyio.CancelScope(shield=True):
-            started = time.perf_counter()
+            spent: list[float] = []
             try:
-                await self._read_in_thread(ranges, view, executor=self._executor)
+                await self._read_in_thread(ranges, view, spent, on_read, executor=self._executor)
             finally:
-                self._statistics.seconds += time.perf_counter() - started
+                self._statistics.seconds += sum(spent)
         self._statistics.bytes_read += sum(item.nbytes for item in ranges)
         self._statistics.num_reads += len(ranges)
         await anyio.lowlevel.checkpoint_if_cancelled()
@@ -120,13 +124,26 @@ class Reader:
                 raise outcome
         await anyio.lowlevel.checkpoint_if_cancelled()
 
-    def _read(self, ranges: Sequence[ReadRange], view: memoryview) -> None:
+    def _read(
+        self,
+        ranges: Sequence[ReadRange],
+        view: memoryview,
+        spent: list[float],
+        on_read: Callable[[float, float], None] | None,
+    ) -> None:
         """On a thread of the executor: one hop for all ranges, for each hop stops what computes for a moment."""
-        for item in ranges:
-            try:
-                self._shards[item.file].read(item, view)
-            except OSError as error:
-                raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+        started = time.perf_counter()
+        try:
+            for item in ranges:
+                try:
+                    self._shards[item.file].read(item, view)
+                except OSError as error:
+                    raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+        finally:
+            ended = time.perf_counter()
+            spent.append(ended - started)
+            if on_read is not None:
+                on_read(started, ended)
 
     async def _open(self, path: Path) -> None:
         try:
