@@ -13,6 +13,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 
 import torch
 from torch import nn
@@ -51,7 +52,8 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     Raises:
         UnsupportedModelError: They differ; the engine would write other tokens than transformers.
     """
-    for small in (_shrunk(config, narrow=True), _shrunk(config, narrow=False), config):
+    shrunk = (_shrunk(config, narrow=narrow) for narrow in (True, False))  # one at a time: the first is mostly enough
+    for small in chain(shrunk, [config]):
         if small is None:
             continue
         try:
@@ -120,10 +122,11 @@ def _take_heads(text: PreTrainedConfig) -> None:
     head_dim = values.get("head_dim") or text.hidden_size // num_heads
     group_size = min(2, num_heads // num_groups)
     few_groups = min(4 // group_size, num_groups)
+    few_heads = few_groups * group_size
     if values.get("num_key_value_heads"):
         text.num_key_value_heads = few_groups
-    text.num_attention_heads = few_groups * group_size
-    text.hidden_size = few_groups * group_size * head_dim
+    text.num_attention_heads = few_heads
+    text.hidden_size = few_heads * head_dim
 
 
 def _separately(config: PreTrainedConfig) -> list[torch.Tensor]:
