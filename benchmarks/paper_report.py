@@ -76,7 +76,7 @@ def _ratio(figures: Figures) -> str:
 def _parts(figures: Figures) -> str:
     return (
         f"{figures['times_pipeswitch']:.2f} = {figures['by_overlap']:.2f} by overlapping better x "
-        f"{figures['by_loader']:.2f} by the loader x {1 / figures['share_of_limit']:.2f} of the limit"
+        f"{figures['by_loader']:.2f} by the loader x {figures['limit_s'] / figures['latency_s']:.2f} of the limit"
     )
 
 
