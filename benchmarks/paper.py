@@ -117,8 +117,9 @@ def _read(files: list[Path]) -> Results:
 def evaluate(name: str, path: Path, limit: int, modes: list[str], num_runs: int, new_tokens: int) -> dict[str, Any]:
     """Every mode's figures, with the disk held at `limit` MiB/s.
 
-    The disk is measured between any two runs, and inference alone between the rounds. A run's limit is reckoned with
-    the rates just before and just behind it, because a shared disk changes by a fifth within minutes.
+    The disk is measured between any two runs, and inference alone between the rounds; on a free disk also what plain
+    reads and inference take beside each other. A run's limit is reckoned with the rates just before and just behind
+    it, because a shared disk changes by a fifth within minutes.
     """
 
     def measured(mode: str, limit: int) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def evaluate(name: str, path: Path, limit: int, modes: list[str], num_runs: int,
     result: dict[str, Any] = {"dtype": dtype, "weight_bytes": weight_bytes(path)}
     alone, rates = [measured("compute", 0)], [measured("disk", limit)["bytes_per_s"]]
     _add_limits(result, alone, rates)
+    overlapped_s = []
     print("\n" + paper_report.heading(name, limit_name(limit), result), flush=True)
     runs: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
     for _ in range(num_runs):
@@ -138,7 +140,11 @@ def evaluate(name: str, path: Path, limit: int, modes: list[str], num_runs: int,
             rates.append(measured("disk", limit)["bytes_per_s"])
             runs[mode].append(run | {"disk_bytes_per_s": statistics.mean(rates[-2:])})
         alone.append(measured("compute", 0))
+        if not limit:
+            overlapped_s.append(measured("overlapped", 0)["latency_s"])
     _add_limits(result, alone, rates)
+    if overlapped_s:
+        result["overlapped_s"] = statistics.median(overlapped_s)
     result["modes"] = _compare(runs, result)
     load_s = result["modes"].get("baseline", {}).get("load_s")
     if load_s is not None:
@@ -193,6 +199,8 @@ def _compare(runs: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> d
         figures: dict[str, Any] = {key: statistics.median(run[key] for run in records) for key in numbers}
         figures["same_output"] = all(_same(run["output"], compute["output"]) for run in records)
         figures["latencies_s"] = [run["latency_s"] for run in records]
+        if "overlapped_s" in result:
+            figures["share_of_overlapped"] = figures["latency_s"] / result["overlapped_s"]
         modes[mode] = figures
     measured = {mode: figures for mode, figures in modes.items() if "refused" not in figures}
     switch, pipeload = measured.get("pipeswitch"), measured.get("pipeload-2")

@@ -23,10 +23,15 @@ _SHADES = {
 def heading(name: str, limit: str, result: Figures) -> str:
     compute = result["compute"]
     further = f", and {compute['per_token_s']:.3f} s for each further token" if "per_token_s" in compute else ""
+    overlapped = (
+        f"; plain reads and inference beside each other take {result['overlapped_s']:.2f} s"
+        if "overlapped_s" in result
+        else ""
+    )
     return (
         f"{name}, {limit}: {format_bytes(result['weight_bytes'])} in {result['dtype']}; the disk gives "
         f"{format_bytes(round(result['disk_bytes_per_s']))}/s, so reading takes {result['read_s']:.2f} s; computing "
-        f"takes {compute['latency_s']:.2f} s{further}; ceiling of load + compute over max(load, compute): "
+        f"takes {compute['latency_s']:.2f} s{further}{overlapped}; ceiling of load + compute over max(load, compute): "
         f"{result['ceiling']:.2f}"
     )
 
@@ -93,6 +98,7 @@ def _output(figures: Figures) -> str:
 _COLUMNS: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "latency": ("latency_s", lambda figures: f"{figures['latency_s']:.2f} s"),
     "of the limit": ("share_of_limit", lambda figures: f"{figures['share_of_limit']:.2f}"),
+    "of both beside each other": ("share_of_overlapped", lambda figures: f"{figures['share_of_overlapped']:.2f}"),
     "times pipeswitch": ("times_pipeswitch", lambda figures: f"{figures['times_pipeswitch']:.2f}"),
     "a token": ("per_token_s", lambda figures: f"{figures['per_token_s']:.3f} s"),
     "of its limit": ("token_share_of_limit", lambda figures: f"{figures['token_share_of_limit']:.2f}"),
