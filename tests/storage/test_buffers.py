@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import mmap
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -29,6 +31,27 @@ def test_a_buffer_is_whole_pages_at_a_page(nbytes: int) -> None:
     assert buffer.nbytes == len(buffer.view) == align_up(nbytes)
     assert buffer.tensor(0, torch.uint8, (1,)).data_ptr() % ALIGNMENT == 0
     assert not buffer.view.readonly
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux")
+def test_a_large_buffer_begins_at_a_huge_page_and_takes_no_more_memory_than_it_has() -> None:
+    buffer = Buffer(5 * 2**20 + 4096)
+    assert buffer._map is not None
+    mapped = torch.frombuffer(buffer._map, dtype=torch.uint8)
+    start, end = mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
+    assert buffer.tensor(0, torch.uint8, (1,)).data_ptr() % 2**21 == 0
+    buffer.tensor(0, torch.uint8, (buffer.nbytes,)).fill_(1)
+    assert _resident_bytes(start, end) == buffer.nbytes
+    buffer.close()
+    assert _resident_bytes(start, end) == 0
+
+
+def _resident_bytes(start: int, end: int) -> int:
+    """Of this process's pages, by the kernel's page map: a bit says that one is in memory."""
+    with Path("/proc/self/pagemap").open("rb") as file:
+        file.seek(start // mmap.PAGESIZE * 8)
+        entries = file.read((end - start) // mmap.PAGESIZE * 8)
+    return sum(entries[idx] >> 7 for idx in range(7, len(entries), 8)) * mmap.PAGESIZE
 
 
 def test_a_tensor_is_a_view_and_no_copy() -> None:
