@@ -164,7 +164,7 @@ def _add_limits(result: dict[str, Any], alone: list[dict[str, Any]], rates: list
     compute = alone[0] | {key: statistics.median(run[key] for run in alone) for key in timed}
     rate = statistics.median(rates)
     read_s, compute_s = result["weight_bytes"] / rate, compute["latency_s"]
-    limit_s = max(read_s, compute_s)
+    limit_s = _limit_s(result["weight_bytes"], rate, compute_s)
     result |= {
         "compute": compute,
         "disk_bytes_per_s": rate,
@@ -174,13 +174,18 @@ def _add_limits(result: dict[str, Any], alone: list[dict[str, Any]], rates: list
     }
 
 
+def _limit_s(nbytes: int, bytes_per_s: float, compute_s: float) -> float:
+    """What nothing that reads so much and computes so long can be faster than."""
+    return max(nbytes / bytes_per_s, compute_s)
+
+
 def _add_shares(run: dict[str, Any], weight_bytes: int, compute: dict[str, Any]) -> None:
     """What a run took of its physical limit: of the disk's rate around it, or of inference alone."""
     rate = run["disk_bytes_per_s"]
-    run["limit_s"] = max(run.get("bytes_read", weight_bytes) / rate, compute["latency_s"])
+    run["limit_s"] = _limit_s(run.get("bytes_read", weight_bytes), rate, compute["latency_s"])
     run["share_of_limit"] = run["latency_s"] / run["limit_s"]
     if "per_token_s" in compute:
-        run["token_limit_s"] = max(run.get("bytes_per_sweep", 0) / rate, compute["per_token_s"])
+        run["token_limit_s"] = _limit_s(run.get("bytes_per_sweep", 0), rate, compute["per_token_s"])
         run["token_share_of_limit"] = run["per_token_s"] / run["token_limit_s"]
 
 
@@ -214,11 +219,11 @@ def _compare(runs: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> d
                 figures["by_overlap"] = switch["latency_s"] / at_best_s
                 figures["by_loader"] = at_best_s / figures["limit_s"]
         if pipeload is not None and mode.startswith("budget-") and "token_limit_s" in figures:
-            limits_s = [
-                max(mode["bytes_per_sweep"] / result["disk_bytes_per_s"], compute["per_token_s"])
-                for mode in (figures, pipeload)
-            ]
-            figures["token_ratio_expected"] = limits_s[0] / limits_s[1]
+            own_s, all_freed_s = (
+                _limit_s(one["bytes_per_sweep"], result["disk_bytes_per_s"], compute["per_token_s"])
+                for one in (figures, pipeload)
+            )
+            figures["token_ratio_expected"] = own_s / all_freed_s
             figures["token_ratio_measured"] = figures["per_token_s"] / pipeload["per_token_s"]
     return modes
 

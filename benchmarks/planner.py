@@ -146,12 +146,10 @@ def _beside_fixed(path: Path, budget: int, limit: int) -> Record:
             return {"turns": turns}
         ratio = {agents: statistics.median(turn[None] / turn[agents] for turn in turns) for agents in fixed}
         best = max(ratio, key=lambda agents: ratio[agents])
-        modes = [
-            agents for agents in reversed(turns[-1]) if agents is None or ratio[agents] >= _CLOSE or agents == best
-        ]
         if ratio[best] < _CLOSE or len(turns) == _TURNS:
             best_s = statistics.median(turn[best] for turn in turns)
             return {"turns": turns, "best_fixed": best, "best_fixed_s": best_s, "of_best_fixed": ratio[best]}
+        modes = [agents for agents in reversed(turns[-1]) if agents is None or ratio[agents] >= _CLOSE]
 
 
 def _summarize(results: dict[str, Record]) -> None:
