@@ -43,7 +43,8 @@ MIB = 2**20
 _PROMPT_TOKENS = 64
 _NEW_TOKENS = 12
 _TEXT_TOKENS = 128
-_SWEEPS = 6  # that are measured of each
+_FIRST_TOKENS = 4  # that are measured of each plan
+_SWEEPS = 6  # of texts, that are measured of each
 _RING_SECONDS = 0.5  # in which an idle engine's ring is full again
 _FIXED = (2, 4, 6)  # loading agents of the paper's modes
 _CLOSE = 0.9  # of a fixed mode's time: from there on the machine's noise could decide, and the two run in turns
@@ -184,8 +185,9 @@ def run_disk(path: Path, limit: int) -> Record:
 
 
 def run_plan(path: Path, budget: int, sessions: list[int], limit: int) -> Record:
+    """The plan, and of each number of sessions what it predicts and what is measured."""
     with limited_disk(path, limit * MIB or None):
-        return anyio.run(_run_plan, path, budget, sessions, _CONFIG, backend_options={"use_uvloop": True})
+        return anyio.run(_run_plan, path, budget, sessions, backend_options={"use_uvloop": True})
 
 
 def run_sweeps(path: Path, budget: int, agents: int | None, limit: int) -> Record:
@@ -194,79 +196,100 @@ def run_sweeps(path: Path, budget: int, agents: int | None, limit: int) -> Recor
     if agents is not None:
         config = replace(_CONFIG, num_loading_agents=agents, max_resident_layers=agents + 1)
     with limited_disk(path, limit * MIB or None):
-        record = anyio.run(_run_plan, path, budget, [1], config, backend_options={"use_uvloop": True})
-    return record if "refused" in record else {"sweep_s": record["sessions"][1]["sweep_s"]}
+        return anyio.run(_run_sweeps, path, budget, config, backend_options={"use_uvloop": True})
 
 
-async def _run_plan(path: Path, budget: int, sessions: list[int], config: EngineConfig) -> Record:
+async def _run_plan(path: Path, budget: int, sessions: list[int]) -> Record:
     try:
-        async with Engine(path, memory_budget=budget, config=config) as engine:
+        async with Engine(path, memory_budget=budget, config=_CONFIG) as engine:
             plan = engine.plan
             record: Record = {"bytes_per_sweep": plan.bytes_per_sweep, "plan": plan.as_dict(), "sessions": {}}
-            measure_engine = _measure_decoding if plan.kv_bytes_per_token else _measure_forward
-            generates = plan.kv_bytes_per_token > 0
-            first = predict(plan, prompt_tokens=_PROMPT_TOKENS if generates else _TEXT_TOKENS, new_tokens=1)
-            tokens = 1 if generates else _TEXT_TOKENS
+            first = predict(plan, prompt_tokens=_PROMPT_TOKENS if _generates(engine) else _TEXT_TOKENS, new_tokens=1)
+            tokens = 1 if _generates(engine) else _TEXT_TOKENS
             for count in sessions:
                 predicted = predict(plan, num_sessions=count, prompt_tokens=tokens, new_tokens=_NEW_TOKENS)
-                figures = await measure_engine(engine, predicted.num_sessions)
-                figures["predicted"] = asdict(predicted) | {
-                    "first_token_seconds": first.first_token_seconds,
-                    "peak_bytes": max(predicted.peak_bytes, first.peak_bytes),
+                record["sessions"][count] = {
+                    "predicted": asdict(predicted)
+                    | {
+                        "first_token_seconds": first.first_token_seconds,
+                        "peak_bytes": max(predicted.peak_bytes, first.peak_bytes),
+                    },
+                    "first_token_s": await _measure_first_token(engine),
+                    "sweep_s": await _measure_sweep(engine, predicted.num_sessions),
+                    "peak_bytes": engine.statistics().peak_bytes_in_use,
                 }
-                figures["peak_bytes"] = engine.statistics().peak_bytes_in_use
-                record["sessions"][count] = figures
             return record
     except MemoryBudgetError as error:
         return {"refused": str(error)}
 
 
-async def _measure_decoding(engine: Engine, count: int) -> Record:
-    params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
-    one = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
-    generator = torch.Generator().manual_seed(count)
+async def _run_sweeps(path: Path, budget: int, config: EngineConfig) -> Record:
+    try:
+        async with Engine(path, memory_budget=budget, config=config) as engine:
+            if config.max_resident_layers is not None and not engine.plan.num_buffers:
+                return {"refused": "so many layers are all of them, and none is freed: the planner's own plan"}
+            return {"sweep_s": await _measure_sweep(engine, 1)}
+    except MemoryBudgetError as error:
+        return {"refused": str(error)}
 
-    def prompt(num_tokens: int) -> list[int]:
-        return torch.randint(10, 20_000, (num_tokens,), generator=generator).tolist()
 
-    first_token_s = []
-    for _ in range(4 if count == 1 else 2):  # the first fills the ring
+def _generates(engine: Engine) -> bool:
+    return engine.plan.kv_bytes_per_token > 0
+
+
+def _prompt(num_tokens: int) -> list[int]:
+    return torch.randint(10, 20_000, (num_tokens,)).tolist()
+
+
+async def _forward(engine: Engine) -> None:
+    await engine.forward(input_ids=torch.tensor([_prompt(_TEXT_TOKENS)]))
+
+
+async def _measure_first_token(engine: Engine) -> float:
+    """Seconds to the first token, or output, of one request in an idle engine whose ring is full."""
+    params = SamplingParams(max_tokens=1, temperature=0, ignore_eos=True)
+    seconds = []
+    for _ in range(_FIRST_TOKENS):
         started = time.perf_counter()
-        await engine.complete(prompt(_PROMPT_TOKENS), one)
-        first_token_s.append(time.perf_counter() - started)
+        if _generates(engine):
+            await engine.complete(_prompt(_PROMPT_TOKENS), params)
+        else:
+            await _forward(engine)
+        seconds.append(time.perf_counter() - started)
         await anyio.sleep(_RING_SECONDS)
+    return statistics.median(seconds[1:])  # the first filled the ring
+
+
+async def _measure_sweep(engine: Engine, count: int) -> float:
+    """Seconds a sweep of `count` sessions, or texts, at once."""
+    if _generates(engine):
+        return await _measure_decoding(engine, count)
+    seconds = []
+    for _ in range(_SWEEPS):
+        started = time.perf_counter()
+        async with anyio.create_task_group() as tasks:
+            for _ in range(count):
+                tasks.start_soon(_forward, engine)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[1:])
+
+
+async def _measure_decoding(engine: Engine, count: int) -> float:
+    """Seconds between two tokens, while all sessions decode."""
+    params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
     moments: list[list[float]] = [[] for _ in range(count)]
 
     async def session(idx: int) -> None:
-        async for _ in engine.generate(prompt(1), params):
+        async for _ in engine.generate(_prompt(1), params):
             moments[idx].append(time.perf_counter())
 
     async with anyio.create_task_group() as tasks:
         for idx in range(count):
             tasks.start_soon(session, idx)
-    # While all of them decode: after the last one's first token, before the first one's last.
+    # After the last one's first token, before the first one's last.
     started, ended = max(own[0] for own in moments), min(own[-1] for own in moments)
     gaps = [after - before for before, after in pairwise(moments[0]) if started <= before and after <= ended]
-    return {"sweep_s": statistics.median(gaps), "first_token_s": statistics.median(first_token_s[1:])}
-
-
-async def _measure_forward(engine: Engine, count: int) -> Record:
-    async def forward() -> None:
-        await engine.forward(input_ids=torch.randint(10, 20_000, (1, _TEXT_TOKENS)))
-
-    first_token_s, sweeps_s = [], []
-    for _ in range(4):
-        started = time.perf_counter()
-        await forward()
-        first_token_s.append(time.perf_counter() - started)
-        await anyio.sleep(_RING_SECONDS)
-    for _ in range(_SWEEPS):
-        started = time.perf_counter()
-        async with anyio.create_task_group() as tasks:
-            for _ in range(count):
-                tasks.start_soon(forward)
-        sweeps_s.append(time.perf_counter() - started)
-    return {"sweep_s": statistics.median(sweeps_s[1:]), "first_token_s": statistics.median(first_token_s[1:])}
+    return statistics.median(gaps)
 
 
 if __name__ == "__main__":
