@@ -75,15 +75,16 @@ def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int,
     """Seconds of so many sweeps in a row, beginning with a full ring.
 
     Args:
-        num_passes: Forward passes in each sweep, each with `num_tokens`; sequences that generate are one.
+        num_passes: Forward passes in each sweep, each with `num_tokens`; sequences that generate are one. A stage is
+            handed over once for all of them.
     """
     speeds = plan.speeds
     layer_s, head_s = speeds.seconds_per_byte(num_tokens, num_outputs)
     costs = []
     for idx, stage in enumerate(plan.stages):
         streamed = idx not in plan.resident
-        seconds = stage.read_bytes * (head_s if idx in plan.head else layer_s) + streamed * speeds.handover_seconds
-        costs.append(StageCost(stage.read_bytes if streamed else 0, num_passes * seconds))
+        seconds = num_passes * stage.read_bytes * (head_s if idx in plan.head else layer_s)
+        costs.append(StageCost(stage.read_bytes if streamed else 0, seconds + streamed * speeds.handover_seconds))
     return sweep_seconds(
         costs,
         num_agents=plan.num_loading_agents,
@@ -101,5 +102,5 @@ def parts_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int =
     read_s = sum(speeds.read_seconds(stage.read_bytes, agents) for stage in plan.streamed) / agents
     head = sum(plan.stages[idx].read_bytes for idx in plan.head)
     layers = sum(stage.read_bytes for stage in plan.stages) - head
-    compute_s = speeds.compute_seconds(layers, head, num_tokens, num_outputs)
-    return read_s, num_passes * (compute_s + len(plan.streamed) * speeds.handover_seconds)
+    compute_s = speeds.compute_seconds(num_passes * layers, num_passes * head, num_tokens, num_outputs)
+    return read_s, compute_s + len(plan.streamed) * speeds.handover_seconds

@@ -17,7 +17,7 @@ from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan, spread
 from hermes_async.pipeload.prediction import predict, steady_seconds, sweeps_of
-from hermes_async.pipeload.speeds import Speeds, estimated
+from hermes_async.pipeload.speeds import DiskSpeed, Speeds, estimated
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
 from hermes_async.storage.checkpoint import TensorSpec
@@ -250,6 +250,21 @@ def test_predictions_keep_to_what_is_possible(model: FakeModel, config: EngineCo
     assert prediction.tokens_per_second == prediction.num_sessions / prediction.sweep_seconds
     if prediction.num_sessions > 1:  # one is always let in, and may take more than it is expected to
         assert prediction.peak_bytes + model.draft_bytes <= chosen.memory_budget
+
+
+def test_passes_that_share_a_sweep_are_handed_each_stage_once() -> None:
+    model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 0, 0, 128, 64, 64, 0)
+    chosen = model.plan(5000 * KIB)
+    quick = replace(estimated(), disk=(DiskSpeed(1, KIB, 1e15),), handover_seconds=0.01)
+    one, four = (
+        steady_seconds(replace(chosen, speeds=quick), num_tokens=16, num_outputs=0, num_passes=count)
+        for count in (1, 4)
+    )
+    layers = [stage for idx, stage in enumerate(chosen.stages) if idx not in chosen.head]
+    one_pass_s = sum(stage.read_bytes for stage in layers) * quick.seconds_per_byte(16, 0)[0]
+    assert len(chosen.streamed) > 1
+    assert one == pytest.approx(one_pass_s + len(chosen.streamed) * 0.01 + quick.outside_seconds(0))
+    assert four - one == pytest.approx(3 * one_pass_s)
 
 
 large_enough = models.filter(lambda model: min(model.layers) >= 16 * KIB)  # for a stage, as the planner sees it
