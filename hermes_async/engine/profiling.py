@@ -35,7 +35,7 @@ from hermes_async.pipeload.speeds import DiskSpeed, read_seconds, without_noise
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
 
-STAGE_TOKENS = (1, 4, 8, 16, 64, 128, 256)
+STAGE_TOKENS = (1, 4, 8, 16, 64, 256)
 _REPEATS = 3  # sweeps of each number of tokens; the middle one counts
 _QUICK_REPEATS = 9  # where no sweep reads
 _QUICK_WARM_UPS = 3  # of them that do not count: threads and caches come to speed

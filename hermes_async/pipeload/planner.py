@@ -29,6 +29,7 @@ _SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
 _WORKSPACE_SHARE = 1 / 3  # of the budget, at the most
 _SEQUENCE_TOKENS = 32  # for which a sequence must have KV memory to be worth a place in a sweep
 
+_UNCUT = 1.1  # of a stage size asked for: a buffer so much larger holds a module that cannot be cut
 _LOOKED_AT = 6  # of the best plans by the rough reckoning are simulated
 _CLOSE = 1.1  # and only those whose rough cost is within this of the best
 _WORTH_IT = 0.995  # what another agent, or smaller stages, must bring it down to
@@ -87,13 +88,20 @@ class _Choices:
 
     # --- the smallest budget that works, and the one in which everything stays ---
 
-    def limits(self) -> list[int]:
-        """Stage sizes to consider: a whole layer, and halves of that down to where reads get too small."""
+    def limits(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
+        """Stage sizes to consider, largest first: a whole layer, and halves of that down to where reads get too small.
+
+        Where a module cannot be cut so small, every buffer is as large as it is: that size is one to consider too.
+        """
         limits = [self.sizes.largest_layer_bytes]
+        if self.config.max_resident_layers is not None:
+            return limits
         smallest = max(16 * 1024, self.sizes.weight_bytes // 256)
-        while limits[-1] > smallest and self.config.max_resident_layers is None:
+        while limits[-1] > smallest:
             limits.append(max(smallest, limits[-1] // 2))
-        return limits
+        slots = [slot_bytes_of(cut(limit).stages) for limit in limits]
+        uncut = {slot for limit, slot in zip(limits, slots, strict=True) if slot > _UNCUT * limit}
+        return sorted({*limits, *uncut}, reverse=True)
 
     def minimum(self, cut: Callable[[int | None], Partitioned]) -> tuple[int, str]:
         """The smallest budget that works, and what it is made of."""
@@ -102,7 +110,7 @@ class _Choices:
         kv = self._least_kv()
         tokens, sequences = self._sweeps(kv)[-1]
         best: tuple[int, str] | None = None
-        for limit in self.limits():
+        for limit in self.limits(cut):
             partition = cut(limit)
             slot = slot_bytes_of(partition.stages)
             workspace = self._workspace(partition, tokens, sequences, kv)
@@ -186,11 +194,9 @@ class _Choices:
         return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, simulated, ways).of(plan))
 
     def _distinct(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
-        """The stage sizes that make another partition than the next larger one."""
-        of_size = {
-            (len(cut(limit).stages), slot_bytes_of(cut(limit).stages)): limit for limit in reversed(self.limits())
-        }
-        return sorted(of_size.values(), reverse=True)
+        """The stage sizes that need other buffers than the next larger one; with the same, fewer reads are better."""
+        of_slot = {slot_bytes_of(cut(limit).stages): limit for limit in reversed(self.limits(cut))}
+        return sorted(of_slot.values(), reverse=True)
 
     def _ways(self, cut: Callable[[int | None], Partitioned], limit: int, agents: int) -> Iterator[Way]:
         """With each number of tokens that a sweep could have."""
