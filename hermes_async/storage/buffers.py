@@ -32,19 +32,35 @@ class Buffer:
     With `pinned`, the memory comes from torch's pinned allocator, for copies to a CUDA device; elsewhere from
     `mmap`, in huge pages as far as whole ones go: a read into them is fewer requests to the disk, and takes fewer page
     faults. Memory counts as resident only once it was written to.
+
+    Args:
+        within: Memory that it is a part of, and where it begins there; without it has memory of its own.
     """
 
-    def __init__(self, nbytes: int, *, pinned: bool = False) -> None:
+    def __init__(self, nbytes: int, *, pinned: bool = False, within: tuple[_Mapped, int] | None = None) -> None:
         self.nbytes = align_up(nbytes)
         self.view: memoryview
-        self._map: mmap.mmap | None = None
+        self._within: tuple[_Mapped, int] | None = None
         if pinned:
             tensor = torch.empty(self.nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
             start = -tensor.data_ptr() % ALIGNMENT
             self.view = memoryview(tensor.numpy().data)[start : start + self.nbytes]
         else:
-            self._map, start = _map(self.nbytes)
-            self.view = memoryview(self._map)[start : start + self.nbytes]
+            mapped, start = self._within = within or (_Mapped(self.nbytes), 0)
+            self.view = mapped.view[start : start + self.nbytes]
+
+    @classmethod
+    def side_by_side(cls, count: int, nbytes: int, *, pinned: bool = False) -> list[Buffer]:
+        """Buffers in one piece of memory, if they are not pinned.
+
+        A huge page may then be part of two of them. If each had memory of its own, what is more than whole huge pages
+        would be small ones in each: into buffers of 9 MiB a disk of 2.8 GiB/s gave 2.4.
+        """
+        if pinned or not count:
+            return [cls(nbytes, pinned=pinned) for _ in range(count)]
+        nbytes = align_up(nbytes)
+        mapped = _Mapped(count * nbytes)
+        return [cls(nbytes, within=(mapped, idx * nbytes)) for idx in range(count)]
 
     def tensor(self, offset: int, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Tensor:
         """A view of the buffer as a tensor: no copy, and it keeps the memory alive."""
@@ -57,24 +73,31 @@ class Buffer:
 
     def close(self) -> None:
         """Gives the pages back to the system at once, even while a tensor view is still alive somewhere."""
-        if self._map is not None:
-            self._map.madvise(mmap.MADV_DONTNEED)
+        if self._within is not None:
+            mapped, start = self._within
+            mapped.give_back(start, self.nbytes)
 
 
-def _map(nbytes: int) -> tuple[mmap.mmap, int]:
-    """Private anonymous memory, and where in it to begin: at a huge page, if there is room for one."""
-    huge_bytes = nbytes // _HUGE_PAGE * _HUGE_PAGE
-    more = _HUGE_PAGE if huge_bytes else 0  # addresses alone: what nobody writes to is no memory
-    mapped = mmap.mmap(-1, nbytes + more, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
-    if not huge_bytes:
-        return mapped, 0
-    start = -torch.frombuffer(mapped, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with suppress(OSError):  # kernels without transparent huge pages refuse; nothing depends on them
-            mapped.madvise(mmap.MADV_HUGEPAGE, start, huge_bytes)
-            # A huge page for the rest would be more memory than was asked for.
-            mapped.madvise(mmap.MADV_NOHUGEPAGE, start + huge_bytes)
-    return mapped, start
+class _Mapped:
+    """Private anonymous memory that begins at a huge page, if there is room for one."""
+
+    def __init__(self, nbytes: int) -> None:
+        huge_bytes = nbytes // _HUGE_PAGE * _HUGE_PAGE
+        more = _HUGE_PAGE if huge_bytes else 0  # addresses alone: what nobody writes to is no memory
+        self._map = mmap.mmap(-1, nbytes + more, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
+        self._start = 0
+        if huge_bytes:
+            self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
+            if hasattr(mmap, "MADV_HUGEPAGE"):
+                with suppress(OSError):  # kernels without transparent huge pages refuse; nothing depends on them
+                    self._map.madvise(mmap.MADV_HUGEPAGE, self._start, huge_bytes)
+                    # A huge page for the rest would be more memory than was asked for.
+                    self._map.madvise(mmap.MADV_NOHUGEPAGE, self._start + huge_bytes)
+        self.view = memoryview(self._map)[self._start : self._start + nbytes]
+
+    def give_back(self, start: int, nbytes: int) -> None:
+        """To the system; what is read there afterwards is zeros."""
+        self._map.madvise(mmap.MADV_DONTNEED, self._start + start, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +123,9 @@ class BufferPool:
 
     def add(self, num_buffers: int, nbytes: int, *, pinned: bool = False) -> None:
         """Makes more buffers, as large as those that are there."""
-        for _ in range(num_buffers):
+        for buffer in Buffer.side_by_side(num_buffers, nbytes, pinned=pinned):
             self._num_buffers += 1
-            self.release(Buffer(nbytes, pinned=pinned))
+            self.release(buffer)
 
     def acquire_nowait(self) -> Buffer:
         """Takes a free buffer.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -36,14 +37,41 @@ def test_a_buffer_is_whole_pages_at_a_page(nbytes: int) -> None:
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux")
 def test_a_large_buffer_begins_at_a_huge_page_and_takes_no_more_memory_than_it_has() -> None:
     buffer = Buffer(5 * 2**20 + 4096)
-    assert buffer._map is not None
-    mapped = torch.frombuffer(buffer._map, dtype=torch.uint8)
-    start, end = mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
+    start, end = _mapped_addresses(buffer)
     assert buffer.tensor(0, torch.uint8, (1,)).data_ptr() % 2**21 == 0
     buffer.tensor(0, torch.uint8, (buffer.nbytes,)).fill_(1)
     assert _resident_bytes(start, end) == buffer.nbytes
     buffer.close()
     assert _resident_bytes(start, end) == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux")
+def test_buffers_side_by_side_take_no_more_memory_than_they_have_and_give_it_back_one_by_one() -> None:
+    nbytes = 3 * 2**20 + 4096
+    buffers = Buffer.side_by_side(3, nbytes)
+    start, end = _mapped_addresses(buffers[0])
+    for idx, buffer in enumerate(buffers):
+        buffer.tensor(0, torch.uint8, (nbytes,)).fill_(idx + 1)
+    assert _resident_bytes(start, end) == 3 * nbytes
+    buffers[1].close()
+    assert _resident_bytes(start, end) == 2 * nbytes
+    assert [set(bytes(buffer.view)) for buffer in buffers] == [{1}, {0}, {3}]
+
+
+@pytest.mark.parametrize(("count", "nbytes"), [(0, 4096), (1, 1), (3, 5000), (2, 3 * 2**20)])
+def test_buffers_side_by_side_do_not_overlap(count: int, nbytes: int) -> None:
+    buffers = Buffer.side_by_side(count, nbytes)
+    assert [buffer.nbytes for buffer in buffers] == [align_up(nbytes)] * count
+    starts = [buffer.tensor(0, torch.uint8, (1,)).data_ptr() for buffer in buffers]
+    assert all(start % ALIGNMENT == 0 for start in starts)
+    assert all(second - first == align_up(nbytes) for first, second in pairwise(starts))
+
+
+def _mapped_addresses(buffer: Buffer) -> tuple[int, int]:
+    """Of all the memory that it is a part of."""
+    assert buffer._within is not None
+    mapped = torch.frombuffer(buffer._within[0]._map, dtype=torch.uint8)
+    return mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
 
 
 def _resident_bytes(start: int, end: int) -> int:
