@@ -194,9 +194,11 @@ class _Choices:
         return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, simulated, ways).of(plan))
 
     def _distinct(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
-        """The stage sizes that need other buffers than the next larger one; with the same, fewer reads are better."""
-        of_slot = {slot_bytes_of(cut(limit).stages): limit for limit in reversed(self.limits(cut))}
-        return sorted(of_slot.values(), reverse=True)
+        """The stage sizes that need other memory than the next larger one; with the same, fewer reads are better."""
+        of_memory = {
+            (slot_bytes_of(cut(limit).stages), cut(limit).cast_bytes): limit for limit in reversed(self.limits(cut))
+        }
+        return sorted(of_memory.values(), reverse=True)
 
     def _ways(self, cut: Callable[[int | None], Partitioned], limit: int, agents: int) -> Iterator[Way]:
         """With each number of tokens that a sweep could have."""

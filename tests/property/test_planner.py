@@ -252,6 +252,27 @@ def test_predictions_keep_to_what_is_possible(model: FakeModel, config: EngineCo
         assert prediction.peak_bytes + model.draft_bytes <= chosen.memory_budget
 
 
+def test_where_a_module_cannot_be_cut_the_others_are_cut_no_smaller() -> None:
+    model = FakeModel((1800 * KIB,) * 4, 3000 * KIB, 0, 0, 128, 64, 64, 0)
+
+    def cut(limit: int | None) -> FakePartition:
+        """Of each layer 700 KiB are a module that cannot be cut."""
+        if limit is None or limit >= model.layers[0]:
+            return model.cut(limit)
+        sizes = [(700 * KIB, 1)] * 4 + [(1100 * KIB, -(-1100 * KIB // limit))] * 4
+        sizes.append((model.head, -(-model.head // limit)))
+        parts = [nbytes // count for nbytes, count in sizes for _ in range(count)]
+        stages = tuple(layout(str(idx), nbytes) for idx, nbytes in enumerate(parts))
+        return FakePartition(layout("", 0), stages, 0)
+
+    with pytest.raises(MemoryBudgetError) as refused:
+        plan(1, cut, model.sizes, EngineConfig(), estimated())
+    assert refused.value.minimum_bytes is not None
+    chosen = plan(refused.value.minimum_bytes, cut, model.sizes, EngineConfig(), estimated())
+    assert chosen.slot_bytes == 700 * KIB
+    assert sorted(stage.read_bytes // KIB for stage in chosen.stages) == [*[550] * 8, *[600] * 5, *[700] * 4]
+
+
 def test_passes_that_share_a_sweep_are_handed_each_stage_once() -> None:
     model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 0, 0, 128, 64, 64, 0)
     chosen = model.plan(5000 * KIB)
