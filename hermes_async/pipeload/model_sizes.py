@@ -36,5 +36,16 @@ class ModelSizes:
     long_text_tokens: int = 0
     head_name: str = ""
 
+    @property
+    def text_lengths(self) -> tuple[int, ...]:
+        """Of texts, or of an image, that a plan is chosen by where the model does not generate, in tokens.
+
+        From the shortest a sweep has room for, each twice as long as the one before, to a long one.
+        """
+        lengths = [self.least_sweep_tokens]
+        while lengths[-1] < self.long_text_tokens:
+            lengths.append(min(2 * lengths[-1], self.long_text_tokens))
+        return tuple(lengths)
+
     def is_head(self, stage: StageLayout) -> bool:
         return bool(self.head_name) and (stage.name + ".").startswith(self.head_name + ".")

@@ -247,8 +247,8 @@ class _Choices:
 
     def _simulated_cost(self, way: Way, plan: Plan, share: float) -> float:
         if not self.sizes.kv_bytes_per_token:
-            sweep_s = steady_seconds(plan, num_tokens=self.sizes.least_sweep_tokens, num_outputs=0)
-            return way.sweeps_of_long_text * sweep_s
+            texts_s = [steady_seconds(plan, num_tokens=length, num_outputs=0) for length in way.text_lengths]
+            return way.sweeps_of_long_text * geometric_mean(texts_s)
         sums = way.sums[0]
 
         def slower(sessions: int) -> float:

@@ -78,6 +78,11 @@ class Way:
     def sweeps_of_long_text(self) -> int:
         return max(1, -(-self.sums[0].sizes.long_text_tokens // self.tokens))
 
+    @property
+    def text_lengths(self) -> list[int]:
+        """Tokens of the texts, or of the image, that a plan is chosen by without generating; cut at what fits."""
+        return [min(length, self.tokens) for length in self.sums[0].sizes.text_lengths]
+
     @cached_property
     def cost(self) -> float:
         """What sessions would take, in seconds: the geometric mean of what they would on each machine."""
@@ -88,11 +93,13 @@ class Way:
         """The same on one of them, if so great a share of the weights is streamed.
 
         What one session takes, and what as many as may ever run take, in rounds of those that there is room for at
-        once; without generating, as many sweeps as a long text would be cut into.
+        once; without generating, the geometric mean of what short texts and long ones take, as many times as a long one
+        would be cut.
         """
         sizes = sums.sizes
         if not sizes.kv_bytes_per_token:
-            return self.sweeps_of_long_text * sums.sweep_seconds(share, sizes.least_sweep_tokens, 0)
+            texts_s = [sums.sweep_seconds(share, length, 0) for length in self.text_lengths]
+            return self.sweeps_of_long_text * geometric_mean(texts_s)
         prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
         total = 0.0
         for num_sessions, rounds in ((1, 1.0), (self.sequences, self.rounds)):
@@ -104,5 +111,5 @@ class Way:
 
 
 def geometric_mean(costs: Sequence[float]) -> float:
-    """By which a plan is chosen that does well in proportion on each of several machines."""
+    """By which a plan is chosen that does well in proportion on each of several machines, or with each of the texts."""
     return math.prod(costs) ** (1 / len(costs))

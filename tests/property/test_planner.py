@@ -288,6 +288,26 @@ def test_passes_that_share_a_sweep_are_handed_each_stage_once() -> None:
     assert four - one == pytest.approx(3 * one_pass_s)
 
 
+def test_texts_are_short_and_long_where_nothing_is_generated() -> None:
+    model = FakeModel((48 * KIB * KIB,) * 24, KIB, KIB, 0, 512, KIB, 64, 0)
+    budget = model.sizes.weight_bytes // 5
+    by_tokens = {tokens: tokens * 5e-12 for tokens in (64, 512)}
+    disk = tuple(DiskSpeed(agents, KIB * KIB, 2.1e9) for agents in (1, 2))
+    speeds = replace(estimated(), disk=disk, layer_seconds=by_tokens, handover_seconds=0.2e-3, others=())
+
+    def chosen_by(long_text_tokens: int) -> Plan:
+        sizes = replace(model.sizes, least_sweep_tokens=64, long_text_tokens=long_text_tokens)
+        return plan(budget, lru_cache(maxsize=None)(model.cut), sizes, EngineConfig(), speeds)
+
+    def seconds(chosen: Plan, tokens: int) -> float:
+        return steady_seconds(chosen, num_tokens=tokens, num_outputs=0)
+
+    short, both = chosen_by(0), chosen_by(512)
+    assert both.max_tokens_per_sweep >= 512
+    assert seconds(short, 64) < seconds(both, 64) < 1.1 * seconds(short, 64)  # reading is the limit
+    assert seconds(both, 128) < 0.98 * seconds(short, 128)  # handing over many stages is
+
+
 large_enough = models.filter(lambda model: min(model.layers) >= 16 * KIB)  # for a stage, as the planner sees it
 
 
