@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from itertools import product
 
 from hermes_async.config import EngineConfig, format_bytes
@@ -58,8 +59,8 @@ def plan(
     whole = cut(None)
     if config.kernels == "fastest":
         speeds = speeds.with_fastest_kernels()
-    choices = _Choices(budget - sizes.draft_bytes, sizes, config, speeds)
-    minimum, smallest = min(choices.minimum(cut), choices.minimum_resident(whole))
+    choices = _Choices(budget - sizes.draft_bytes, cut, sizes, config, speeds)
+    minimum, smallest = min(choices.minimum(), choices.minimum_resident(whole))
     minimum += sizes.draft_bytes
     everything = choices.all_resident(whole, minimum)
     if everything is not None:
@@ -73,12 +74,20 @@ def plan(
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    return replace(choices.best_streamed(cut, minimum), memory_budget=budget)
+    return replace(choices.best_streamed(minimum), memory_budget=budget)
 
 
 class _Choices:
-    def __init__(self, budget: int, sizes: ModelSizes, config: EngineConfig, speeds: Speeds) -> None:
+    def __init__(
+        self,
+        budget: int,
+        cut: Callable[[int | None], Partitioned],
+        sizes: ModelSizes,
+        config: EngineConfig,
+        speeds: Speeds,
+    ) -> None:
         self.budget = budget
+        self.cut = cut
         self.sizes = sizes
         self.config = config
         self.speeds = speeds
@@ -88,7 +97,8 @@ class _Choices:
 
     # --- the smallest budget that works, and the one in which everything stays ---
 
-    def limits(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
+    @cached_property
+    def limits(self) -> list[int]:
         """Stage sizes to consider, largest first: a whole layer, and halves of that down to where reads get too small.
 
         Where a module cannot be cut so small, every buffer is as large as it is: that size is one to consider too.
@@ -99,19 +109,19 @@ class _Choices:
         smallest = max(16 * 1024, self.sizes.weight_bytes // 256)
         while limits[-1] > smallest:
             limits.append(max(smallest, limits[-1] // 2))
-        slots = [slot_bytes_of(cut(limit).stages) for limit in limits]
+        slots = [slot_bytes_of(self.cut(limit).stages) for limit in limits]
         uncut = {slot for limit, slot in zip(limits, slots, strict=True) if slot > _UNCUT * limit}
         return sorted({*limits, *uncut}, reverse=True)
 
-    def minimum(self, cut: Callable[[int | None], Partitioned]) -> tuple[int, str]:
+    def minimum(self) -> tuple[int, str]:
         """The smallest budget that works, and what it is made of."""
         agents = self.config.num_loading_agents or 1
         buffers = self._num_buffers(agents)
         kv = self._least_kv()
         tokens, sequences = self._sweeps(kv)[-1]
         best: tuple[int, str] | None = None
-        for limit in self.limits(cut):
-            partition = cut(limit)
+        for limit in self.limits:
+            partition = self.cut(limit)
             slot = slot_bytes_of(partition.stages)
             workspace = self._workspace(partition, tokens, sequences, kv)
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
@@ -167,13 +177,13 @@ class _Choices:
 
     # --- streaming: every way is reckoned roughly, the best ones are simulated ---
 
-    def best_streamed(self, cut: Callable[[int | None], Partitioned], minimum: int) -> Plan:
+    def best_streamed(self, minimum: int) -> Plan:
         """The plan in which a request takes the least time.
 
         Another agent takes a buffer, and smaller stages take more reads: both must bring half a percent.
         """
-        limits = self._distinct(cut)
-        ways = [way for limit in limits for agents in self.agents() for way in self._ways(cut, limit, agents)]
+        limits = self._distinct()
+        ways = [way for limit in limits for agents in self.agents() for way in self._ways(limit, agents)]
         best_of: dict[tuple[int, int], Way] = {}
         for way in ways:
             key = way.limit, way.agents
@@ -193,16 +203,17 @@ class _Choices:
         simulated = {key: seconds for key, (_, seconds) in looked_at.items()}
         return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, simulated, ways).of(plan))
 
-    def _distinct(self, cut: Callable[[int | None], Partitioned]) -> list[int]:
+    def _distinct(self) -> list[int]:
         """The stage sizes that need other memory than the next larger one; with the same, fewer reads are better."""
         of_memory = {
-            (slot_bytes_of(cut(limit).stages), cut(limit).cast_bytes): limit for limit in reversed(self.limits(cut))
+            (slot_bytes_of(self.cut(limit).stages), self.cut(limit).cast_bytes): limit
+            for limit in reversed(self.limits)
         }
         return sorted(of_memory.values(), reverse=True)
 
-    def _ways(self, cut: Callable[[int | None], Partitioned], limit: int, agents: int) -> Iterator[Way]:
+    def _ways(self, limit: int, agents: int) -> Iterator[Way]:
         """With each number of tokens that a sweep could have."""
-        partition = cut(limit)
+        partition = self.cut(limit)
         slot = slot_bytes_of(partition.stages)
         buffers = self._num_buffers(agents)
         fixed = partition.base.slot_bytes + buffers * slot
