@@ -60,7 +60,7 @@ def _measure(mode: str, path: Path, inputs: Inputs, new_tokens: int) -> Record:
     if kind in ("pipeload", "budget"):
         return anyio.run(_hermes, path, inputs, new_tokens, kind, option, backend_options={"use_uvloop": True})
     if kind == "overlapped":
-        return _overlapped(path, inputs)
+        return _overlapped(path, inputs, new_tokens)
     kinds = {"transformers": _transformers, "compute": _compute, "baseline": _baseline, "pipeswitch": _pipeswitch}
     return kinds[kind](path, inputs, new_tokens)
 
@@ -134,23 +134,31 @@ def _pieces(files: Iterable[Path]) -> list[list[ReadRange]]:
     ]
 
 
-def _overlapped(path: Path, inputs: Inputs) -> Record:
+def _overlapped(path: Path, inputs: Inputs, new_tokens: int) -> Record:
     """Plain reads of all weights, and inference from memory, begun at once and with nothing to do with each other.
 
     Both share processors, and a virtual disk takes some too: no pipeline on this machine overlaps better than that.
     """
     model = _load(path)
     pieces = _pieces(path.glob("*.safetensors"))
-    seconds = []
+
     with torch.inference_mode(), ThreadPoolExecutor(1) as reader:
-        model(**inputs)
-        for _ in range(3):
+
+        def beside_reads(compute: Callable[[], object]) -> float:
             started = time.perf_counter()
             reading = reader.submit(read_directly, pieces, _READERS)
-            model(**inputs)
+            compute()
             reading.result()
-            seconds.append(time.perf_counter() - started)
-    return {"latency_s": statistics.median(seconds)}
+            return time.perf_counter() - started
+
+        model(**inputs)
+        record = {"latency_s": statistics.median(beside_reads(lambda: model(**inputs)) for _ in range(3))}
+        if model.can_generate():
+            seen = model(**inputs, use_cache=True).past_key_values
+            last = inputs["input_ids"][:, -1:]
+            seconds = [beside_reads(lambda: model(last, past_key_values=seen)) for _ in range(new_tokens)]
+            record["per_token_s"] = statistics.median(seconds)
+    return record
 
 
 # --- with transformers: all at once, or layer by layer ---

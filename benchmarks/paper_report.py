@@ -23,11 +23,11 @@ _SHADES = {
 def heading(name: str, limit: str, result: Figures) -> str:
     compute = result["compute"]
     further = f", and {compute['per_token_s']:.3f} s for each further token" if "per_token_s" in compute else ""
-    overlapped = (
-        f"; plain reads and inference beside each other take {result['overlapped_s']:.2f} s"
-        if "overlapped_s" in result
-        else ""
-    )
+    overlapped = ""
+    if "overlapped_s" in result:
+        overlapped = f"; plain reads and inference beside each other take {result['overlapped_s']:.2f} s"
+    if "overlapped_token_s" in result:
+        overlapped += f", and {result['overlapped_token_s']:.3f} s for each further token"
     return (
         f"{name}, {limit}: {format_bytes(result['weight_bytes'])} in {result['dtype']}; the disk gives "
         f"{format_bytes(round(result['disk_bytes_per_s']))}/s, so reading takes {result['read_s']:.2f} s; computing "
@@ -102,6 +102,7 @@ _COLUMNS: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "times pipeswitch": ("times_pipeswitch", lambda figures: f"{figures['times_pipeswitch']:.2f}"),
     "a token": ("per_token_s", lambda figures: f"{figures['per_token_s']:.3f} s"),
     "of its limit": ("token_share_of_limit", lambda figures: f"{figures['token_share_of_limit']:.2f}"),
+    "of both": ("token_share_of_overlapped", lambda figures: f"{figures['token_share_of_overlapped']:.2f}"),
     "weights and buffers": ("memory_bytes", lambda figures: format_bytes(round(figures["memory_bytes"]))),
     "less than pipeswitch": ("memory_less", lambda figures: f"{figures['memory_less']:.1%}"),
     "RSS": ("rss_bytes", lambda figures: format_bytes(round(figures["rss_bytes"]))),
@@ -117,13 +118,11 @@ def markdown(results: dict[str, dict[str, Figures]]) -> str:
 
 def _section(name: str, limit: str, result: Figures) -> str:
     measured = {mode: figures for mode, figures in result["modes"].items() if "refused" not in figures}
-    columns = {
-        title: text for title, (key, text) in _COLUMNS.items() if any(key in figures for figures in measured.values())
-    }
+    columns = {title: of for title, of in _COLUMNS.items() if any(of[0] in figures for figures in measured.values())}
     rows = [f"| mode | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    rows += [
-        f"| {mode} | {' | '.join(text(figures) for text in columns.values())} |" for mode, figures in measured.items()
-    ]
+    for mode, figures in measured.items():
+        cells = [text(figures) if key in figures else "" for key, text in columns.values()]
+        rows.append(f"| {mode} | {' | '.join(cells)} |")
     notes = [f"- {_deserialising(result)}."] if "deserialising" in result else []
     beside = {mode: figures for mode, figures in measured.items() if "by_loader" in figures}
     if beside:
