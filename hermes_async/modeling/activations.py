@@ -88,7 +88,9 @@ def recorded_bytes(skeleton: Skeleton, sequences: int, tokens: int, *, hidden_st
 def _num_heads(model: PreTrainedModel) -> int:
     configs = [model.config, getattr(model.config, "text_config", None), getattr(model.config, "vision_config", None)]
     names = ("num_attention_heads", "n_heads", "n_head")
-    return max((int(getattr(config, name, 1) or 1) for config in configs for name in names), default=1)
+    values = [getattr(config, name, None) for config in configs for name in names]
+    by_stage = [value if isinstance(value, (list, tuple)) else [value] for value in values]
+    return max((count for counts in by_stage for count in counts if isinstance(count, int)), default=1)
 
 
 def _layer_bytes(layer: nn.Module, itemsize: int) -> int:

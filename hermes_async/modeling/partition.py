@@ -89,7 +89,7 @@ class _Cutter:
         if not names:
             return
         fits = self.limit is None or weight_bytes(names, self.tensors) <= self.limit
-        visited = path in self.seen.visits
+        visited = self._called(path)
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
         if not children and all(len(self.tensors[name].shape) <= 1 for name in names):
@@ -108,9 +108,13 @@ class _Cutter:
         else:
             self._add_stage(path, names)
 
+    def _called(self, path: str) -> bool:
+        """Whether the module's weights are needed while it is called, and only then."""
+        return path in self.seen.visits and path not in self.seen.used_outside
+
     def _callable(self, path: str, module: nn.Module) -> bool:
         """Whether the module, or each of those in it, is called: only then can it be a stage of its own."""
-        if path in self.seen.visits:
+        if self._called(path):
             return True
         children = [(f"{path}.{name}", child) for name, child in module.named_children()]
         if any(name.rpartition(".")[0] == path for name in self._names_under(path)):

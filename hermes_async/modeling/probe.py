@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
@@ -39,13 +41,15 @@ class Probe:
 
     Attributes:
         visits: The modules with weights in or under them whose forward ran, each with its turn, by name.
+        used_outside: Those of whose weights something was also computed while their forward did not run.
         kv: Which layers keep keys and values, and their sizes.
-        embeds_input_ids: The input embedding is called once, with the input ids themselves.
+        embeds_input_ids: The input embedding is called once, with the input ids themselves, and not used otherwise.
         unused: Parameters that the pass got along without.
         tokens_per_image: What the layers make of one image of `pixels_per_image`; 0 where the input is text.
     """
 
     visits: Mapping[str, int]
+    used_outside: frozenset[str]
     kv: KVLayout
     embeds_input_ids: bool
     unused: frozenset[str]
@@ -94,7 +98,7 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
         second = probe_model(skeleton.model, attention, needed, skeleton.vocab_size)
     except UnsupportedModelError:
         return first
-    return Probe(second.visits, second.kv, second.embeds_input_ids, idle)
+    return replace(second, unused=idle)
 
 
 def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout) -> None:
@@ -122,7 +126,7 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
         logits_positions=torch.tensor([_NUM_TOKENS - 1]),
     )
     run = partial(forward_packed, model, attention, batch)
-    visits, embeds_input_ids = _watch(model, names, input_ids, run, "on a packed row of sequences")
+    visits, used_outside, embeds_input_ids = _watch(model, names, input_ids, run, "on a packed row of sequences")
     shapes = {
         layer_idx: KVShape(*keys.shape[1:], *values.shape[1:])
         for layer_idx, (keys, values) in sorted(pool.written.items())
@@ -130,7 +134,7 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
     if not shapes:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
     dtype = next(iter(pool.written.values()))[0].dtype
-    return Probe(visits, KVLayout(shapes, dtype), embeds_input_ids, frozenset())
+    return Probe(visits, used_outside, KVLayout(shapes, dtype), embeds_input_ids, frozenset())
 
 
 def probe_forward(skeleton: Skeleton) -> Probe:
@@ -149,17 +153,19 @@ def probe_forward(skeleton: Skeleton) -> Probe:
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers_of(model)]
     try:
-        visits, embeds_input_ids = _watch_forward(model, inputs)
+        visits, used_outside, embeds_input_ids = _watch_forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    seen = Probe(visits, KVLayout({}, skeleton.dtype), embeds_input_ids, frozenset())
+    seen = Probe(visits, used_outside, KVLayout({}, skeleton.dtype), embeds_input_ids, frozenset())
     if "pixel_values" not in inputs:
         return seen
     return replace(seen, tokens_per_image=max(lengths), pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]))
 
 
-def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> tuple[dict[str, int], bool]:
+def _watch_forward(
+    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
+) -> tuple[dict[str, int], frozenset[str], bool]:
     """As `_watch`. An image is as many tokens as it is, so it goes through shapes alone where the model allows that."""
     on_what = "on token ids or images"
     if "input_ids" not in inputs:
@@ -172,6 +178,43 @@ def _watch_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> t
             logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
     names, input_ids = list(model.state_dict()), inputs.get("input_ids")
     return _watch(model, names, input_ids, partial(model, **inputs), on_what)
+
+
+class _UsesOutside(TorchFunctionMode):
+    """Notices what is computed from a module's weights while its forward does not run.
+
+    Attributes:
+        modules: Those whose weights, or weights under them, were used so, by name.
+        calls: How many calls of each module are under way; counted from outside.
+    """
+
+    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
+        super().__init__()
+        self.modules: set[str] = set()
+        self.calls: Counter[str] = Counter()
+        self._owners = {
+            id(value): path
+            for path, module in model.named_modules()
+            for leaf, value in (*module._parameters.items(), *module._buffers.items())
+            if (f"{path}.{leaf}" if path else leaf) in names
+        }
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        # To ask a weight for its shape or device is no use of it.
+        if isinstance(result, (torch.Tensor, tuple, list)) and not isinstance(result, torch.Size):
+            for given in (*args, *(kwargs or {}).values()):
+                for item in given if isinstance(given, (tuple, list)) else (given,):
+                    self._record(self._owners.get(id(item), ""))
+        return result
+
+    def _record(self, owner: str) -> None:
+        while owner:
+            if not self.calls[owner]:
+                self.modules.add(owner)
+            owner = owner.rpartition(".")[0]
 
 
 class _ZerosForZeros(TorchFunctionMode):
@@ -213,8 +256,8 @@ def _alike(given: torch.Tensor, weight: torch.Tensor | None) -> bool:
 
 def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
-) -> tuple[dict[str, int], bool]:
-    """The turn of each module with weights, and whether the input embedding is called once, with the input ids."""
+) -> tuple[dict[str, int], frozenset[str], bool]:
+    """`visits`, `used_outside` and `embeds_input_ids` of a `Probe`."""
     unloaded = model.state_dict(keep_vars=True)
     block = Buffer(max((unloaded[name].nbytes for name in names), default=1))
     zeros = {name: block.tensor(0, unloaded[name].dtype, tuple(unloaded[name].shape)) for name in names}
@@ -224,25 +267,34 @@ def _watch(
     def record(name: str) -> Any:
         def visited(module: nn.Module, args: Any) -> None:
             visits.setdefault(name, len(visits))
+            outside.calls[name] += 1
 
         return visited
+
+    def record_end(name: str) -> Any:
+        def left(module: nn.Module, args: Any, output: Any) -> None:
+            outside.calls[name] -= 1
+
+        return left
 
     def embedding_called(module: nn.Module, args: tuple[Any, ...]) -> None:
         given = args[0] if len(args) == 1 else None
         same = isinstance(given, torch.Tensor) and input_ids is not None and torch.equal(given, input_ids)
         embedded.append(same)
 
-    hooks = [
-        module.register_forward_pre_hook(record(name))
-        for name, module in model.named_modules()
-        if any(True for _ in module.parameters()) or any(True for _ in module.buffers())
-    ]
+    hooks: list[RemovableHandle] = []
+    for name, module in model.named_modules():
+        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
+            hooks.append(module.register_forward_pre_hook(record(name)))
+            hooks.append(module.register_forward_hook(record_end(name)))
     embedding = token_embedding(model)
     if embedding is not None and input_ids is not None:
         hooks.append(embedding.register_forward_pre_hook(embedding_called))
     try:
         with replaced_tensors(model, zeros), torch.inference_mode(), _ZerosForZeros():
-            run()
+            outside = _UsesOutside(model, unloaded)
+            with outside:
+                run()
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -253,4 +305,5 @@ def _watch(
     finally:
         for hook in hooks:
             hook.remove()
-    return visits, embedded == [True]
+    embedding_name = next((name for name, module in model.named_modules() if module is embedding), None)
+    return visits, frozenset(outside.modules), embedded == [True] and embedding_name not in outside.modules

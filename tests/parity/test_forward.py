@@ -28,6 +28,8 @@ from transformers import (
     ModernBertConfig,
     NomicBertConfig,
     PreTrainedConfig,
+    ProphetNetConfig,
+    PvtV2Config,
     RobertaConfig,
     T5Config,
     ViTConfig,
@@ -95,6 +97,27 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "T5ForConditionalGeneration": lambda: T5Config(
         vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, decoder_start_token_id=0
     ),
+    # Its decoder uses a weight of its position embeddings again when their call is over.
+    "ProphetNetModel": lambda: ProphetNetConfig(
+        vocab_size=300,
+        hidden_size=32,
+        encoder_ffn_dim=64,
+        num_encoder_layers=2,
+        num_encoder_attention_heads=4,
+        decoder_ffn_dim=64,
+        num_decoder_layers=2,
+        num_decoder_attention_heads=4,
+        max_position_embeddings=64,
+    ),
+    # Each of its stages has its own number of heads.
+    "PvtV2ForImageClassification": lambda: PvtV2Config(
+        image_size=16,
+        hidden_sizes=[8, 16, 16, 32],
+        depths=[1, 1, 1, 1],
+        num_attention_heads=[1, 2, 2, 4],
+        sr_ratios=[2, 1, 1, 1],
+        num_labels=5,
+    ),
     # These generate too.
     "LlamaForCausalLM": lambda: LlamaConfig(**TEXT, num_key_value_heads=2),
     "GPT2LMHeadModel": lambda: GPT2Config(**GPT),
@@ -107,7 +130,7 @@ def some_inputs(name: str, seed: int) -> dict[str, torch.Tensor]:
     """Two sequences of different lengths, or two images, or both; other lengths with another seed."""
     generator = torch.Generator().manual_seed(seed)
     inputs: dict[str, torch.Tensor] = {}
-    if any(kind in name for kind in ("ViT", "DeiT", "Dino", "Vision", "CLIPModel")):
+    if any(kind in name for kind in ("ViT", "DeiT", "Dino", "Vision", "CLIPModel", "Pvt")):
         inputs["pixel_values"] = torch.randn(2, 3, 16, 16, generator=generator)
     if "pixel_values" not in inputs or name == "CLIPModel":
         length = 7 + seed
@@ -116,7 +139,7 @@ def some_inputs(name: str, seed: int) -> dict[str, torch.Tensor]:
         if not name.startswith("GPT"):  # their positions do not follow the mask, and what is masked differs
             inputs["input_ids"][1, -2:] = 0
             inputs["attention_mask"][1, -2:] = 0
-    if name.startswith(("T5", "Marian")):
+    if name.startswith(("T5", "Marian", "ProphetNet")):
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :5]
     return inputs
 
