@@ -149,8 +149,9 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that `config` names, if that is no causal language model: an encoder, or a model with another head.
 
-    A decoder without a head (`LlamaModel`) counts as the causal language model that it is part of. Whether the
-    checkpoint has a head for it, `build_skeleton` finds out.
+    EmbeddingGemma's kind, whose tokens attend to those behind them, is an encoder. A decoder without a head
+    (`LlamaModel`) counts as the causal language model that it is part of. Whether the checkpoint has a head for it,
+    `build_skeleton` finds out.
     """
     name = (config.architectures or [""])[0]
     model_class = getattr(transformers, name, None)
@@ -158,7 +159,7 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
         return None
     if model_class is _class_for(AutoModelForCausalLM, config):
         return None
-    if config.is_encoder_decoder:
+    if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", None) is True:
         return model_class
     is_decoder = _class_for(AutoModelForCausalLM, config) and not _class_for(AutoModelForMaskedLM, config)
     return None if is_decoder and model_class is _class_for(AutoModel, config) else model_class

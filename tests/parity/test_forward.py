@@ -19,6 +19,7 @@ from transformers import (
     DeiTConfig,
     Dinov2Config,
     DistilBertConfig,
+    Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
     Kosmos2_5Config,
@@ -80,6 +81,9 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
     "LlamaForSequenceClassification": lambda: LlamaConfig(**TEXT, num_key_value_heads=2, num_labels=5),
     # Its checkpoint has no head: no text, but vectors.
     "MistralModel": lambda: MistralConfig(**TEXT, num_key_value_heads=2),
+    "Gemma3TextModel": lambda: Gemma3TextConfig(
+        **TEXT, num_key_value_heads=2, head_dim=8, sliding_window=6, use_bidirectional_attention=True
+    ),
     "NomicBertModel": lambda: NomicBertConfig(**TEXT),  # its checkpoint has query, key and value in one tensor
     "MarianModel": lambda: MarianConfig(
         vocab_size=300,
@@ -224,4 +228,7 @@ def test_what_a_checkpoint_names_decides_whether_it_generates() -> None:
     assert named(BertConfig(), "BertModel") is transformers.BertModel
     assert named(LlamaConfig(), "LlamaForTokenClassification") is transformers.LlamaForTokenClassification
     assert named(MarianConfig(), "MarianModel") is transformers.MarianModel
+    assert named(Gemma3TextConfig(), "Gemma3TextModel") is None
+    both_ways = Gemma3TextConfig(use_bidirectional_attention=True)
+    assert named(both_ways, "Gemma3TextModel") is transformers.Gemma3TextModel
     assert named(ViTConfig(), "ViTModel") is transformers.ViTModel
