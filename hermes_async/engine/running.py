@@ -162,7 +162,8 @@ async def running_model(
             executor = exits.enter_context(ThreadPoolExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
             files = [partition.streamed_embedding.file]
             reader = await exits.enter_async_context(Reader(files, executor, read_statistics, direct=config.direct_io))
-            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep)
+            held_back = pipeline.load_order.held_back
+            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
             exits.callback(rows.close)
         draft_model = None
         if opened.draft is not None:

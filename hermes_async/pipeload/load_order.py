@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import anyio
 
@@ -33,12 +34,14 @@ class LoadOrder:
         self._pinned = pinned
         # All mutable state. `cycle` has the streamed stages as the model visits them; `_next_load` is where the loading
         # agents are in it, `_next_compute` where the sweep is; `_entered` numbers the stage that it entered last.
-        # `_missing` are the resident stages that nobody reads yet. `_changed` wakes agents that found nothing to read.
+        # `_missing` are the resident stages that nobody reads yet. `_changed` wakes agents that found nothing to read,
+        # or were held back.
         self.cycle = [stage for stage in stages if not stage.resident]
         self._next_load = 0
         self._next_compute = 0
         self._entered = -1
         self._missing: deque[Stage] = deque()
+        self._held_back = False
         self._changed = anyio.Event()
         self.find_missing()
 
@@ -46,7 +49,7 @@ class LoadOrder:
 
     async def claim(self) -> tuple[Stage, Buffer]:
         """Waits for the next stage to load; it is LOADING then, into that buffer. A cancelled wait takes nothing."""
-        while not (stages := [*self._next_missing(), *self._next_streamed()]):
+        while self._held_back or not (stages := [*self._next_missing(), *self._next_streamed()]):
             await self._changed.wait()
         stage = min(stages, key=self._distance)
         if stage.resident:
@@ -77,6 +80,16 @@ class LoadOrder:
         changed.set()
 
     # --- for the sweeps ---
+
+    @contextmanager
+    def held_back(self) -> Iterator[None]:
+        """Within the block no agent begins another load; not to be nested."""
+        self._held_back = True
+        try:
+            yield
+        finally:
+            self._held_back = False
+            self.wake()
 
     def is_next(self, stage: Stage) -> bool:
         """Whether it comes in the order that is known; what is resident may be entered at any time."""

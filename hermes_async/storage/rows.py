@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -22,11 +23,20 @@ class RowReader:
 
     Args:
         max_rows: Most rows of one call.
+        others_held_back: Entered while more rows are read than there are threads: each after the first ones would
+            otherwise wait for reads of many MiB that began in between.
     """
 
-    def __init__(self, spec: TensorSpec, reader: Reader, max_rows: int) -> None:
+    def __init__(
+        self,
+        spec: TensorSpec,
+        reader: Reader,
+        max_rows: int,
+        others_held_back: Callable[[], AbstractContextManager[None]] = nullcontext,
+    ) -> None:
         self._spec = spec
         self._reader = reader
+        self._others_held_back = others_held_back
         self._buffer = Buffer(self.buffer_bytes(spec, max_rows))
 
     @staticmethod
@@ -54,7 +64,8 @@ class RowReader:
             nbytes = (run[-1] + 1 - run[0]) * row_bytes
             ranges.append(ReadRange(self._spec.file, offset, nbytes, position))
             end = align_up(position + nbytes)
-        await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
+        with self._others_held_back() if len(ranges) > ROWS_AT_ONCE else nullcontext():
+            await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
         views: list[torch.Tensor] = []
         for run, item in zip(runs, ranges, strict=True):
             shape = (run[-1] + 1 - run[0], *self._spec.shape[1:])

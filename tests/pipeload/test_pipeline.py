@@ -83,6 +83,19 @@ async def test_what_is_needed_first_is_read_first_and_a_full_ring_holds_up_only_
         assert read_at[5:] == [offsets[idx] for idx in (3, 5, 6, 0, 2)]
 
 
+async def test_loads_held_back_do_not_begin_and_go_on_behind(make_rig: Callable[..., Any]) -> None:
+    rig = make_rig(agents=2, resident=(0, 3))
+    async with rig.pipeline.running():
+        with rig.pipeline.load_order.held_back():
+            await rig.settle()
+            assert rig.states() == ["empty"] * 6
+        await rig.settle()
+        assert rig.states() == ["ready"] * 5 + ["empty"]
+        with pytest.raises(ZeroDivisionError), rig.pipeline.load_order.held_back():
+            raise ZeroDivisionError
+        assert all(await rig.pipeline.sweep(rig.compute()))
+
+
 async def test_a_sweep_begins_before_the_resident_stages_are_there(
     make_rig: Callable[..., Any], gate: Callable[..., Any], sweeping: Callable[..., Any]
 ) -> None:

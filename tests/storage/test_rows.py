@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from safetensors.torch import save_file
 from hermes_async.errors import ShortReadError
 from hermes_async.storage.checkpoint import TensorSpec, _read_header
 from hermes_async.storage.reader import Reader, ReadStatistics
-from hermes_async.storage.rows import RowReader
+from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 
 pytestmark = pytest.mark.anyio
 
@@ -70,6 +72,34 @@ async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
             row_reader = RowReader(spec, reader, 1)
             for row in (0, 9, 4):
                 assert torch.equal((await row_reader.read([row]))[0], tensor[row])
+
+
+async def test_other_reads_are_held_back_while_rows_would_wait_for_them(tmp_path: Path) -> None:
+    """Of as many rows as there are threads, none waits for a read that began after it."""
+    tensor, spec = matrix(tmp_path, 100, 4096)
+    told: list[str] = []
+
+    @contextmanager
+    def held_back() -> Iterator[None]:
+        told.append("held back")
+        try:
+            yield
+        finally:
+            told.append("let go")
+
+    with ThreadPoolExecutor(ROWS_AT_ONCE) as executor:
+        async with Reader([spec.file], executor, ReadStatistics()) as reader:
+            row_reader = RowReader(spec, reader, 100, held_back)
+            few, many = list(range(0, 10 * ROWS_AT_ONCE, 10)), list(range(0, 100, 10))
+            assert torch.equal(torch.stack(await row_reader.read(few)), tensor[few])
+            assert told == []
+            assert torch.equal(torch.stack(await row_reader.read(many)), tensor[many])
+            assert told == ["held back", "let go"]
+            with spec.file.open("r+b") as file:
+                file.truncate(spec.offset)
+            with pytest.raises(ShortReadError):
+                await row_reader.read(many)
+            assert told == ["held back", "let go"] * 2
 
 
 async def test_a_file_that_was_cut_short(tmp_path: Path) -> None:
