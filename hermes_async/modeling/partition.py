@@ -89,19 +89,19 @@ class _Cutter:
         if not names:
             return
         fits = self.limit is None or weight_bytes(names, self.tensors) <= self.limit
-        visited = self._called(path)
+        called = self._called(path)
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
         if not children and all(len(self.tensors[name].shape) <= 1 for name in names):
             self.base += names  # vectors are too small to be worth a read of their own
-        elif visited and in_list and (fits or not all(self._callable(*child) for child in children)):
+        elif called and in_list and (fits or not all(self._callable(*child) for child in children)):
             self._add_stage(path, names)
         elif children:
             covered = {name for child, _ in children for name in self._names_under(child)}
             self.base += [name for name in names if name not in covered]
             for name, child in children:
                 self._walk(name, child, in_list=in_list or isinstance(module, nn.ModuleList))
-        elif not visited:
+        elif not called:
             self.base += names
         elif not fits and type(module) is nn.Linear:
             self._add_blocks(path, names)

@@ -306,4 +306,5 @@ def _watch(
         for hook in hooks:
             hook.remove()
     embedding_name = next((name for name, module in model.named_modules() if module is embedding), None)
-    return visits, frozenset(outside.modules), embedded == [True] and embedding_name not in outside.modules
+    used_outside = frozenset(outside.modules.intersection(visits))
+    return visits, used_outside, embedded == [True] and embedding_name not in used_outside
