@@ -28,6 +28,7 @@ MIB = 2**20
 _TOKENS = 128  # of a text, or of a prompt
 _PIECE_BYTES = 16 * MIB  # that plain reads read at once
 _READERS = 2  # threads
+_SPARE_BYTES = 1024 * MIB  # of memory, beside what a run takes
 
 Inputs = dict[str, torch.Tensor]
 Record = dict[str, Any]
@@ -107,14 +108,15 @@ def _memory_share(mode: str) -> float:
 
 
 def _touch_memory(nbytes: int) -> None:
-    """Writes to so much memory and gives it back.
+    """Writes to so much memory and some more, and gives it back.
 
-    A virtual machine may have to get each page of its own from its host when it is first used, which takes longer than
-    filling it from the disk. A machine that has been running for a while, and every real one, has its memory.
+    A virtual machine may have to get each page from its host when it is used, at a tenth of the rate at which it has
+    pages of its own; and one that reports free memory gives pages back that were free for two seconds, so that without
+    `_SPARE_BYTES` they would be gone again before a run needs them. A machine of one's own has its memory.
     """
-    with mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
+    with mmap.mmap(-1, nbytes + _SPARE_BYTES, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as block:
         block.madvise(mmap.MADV_HUGEPAGE)
-        for start in range(0, nbytes, mmap.PAGESIZE):
+        for start in range(0, len(block), mmap.PAGESIZE):
             block[start] = 1
 
 

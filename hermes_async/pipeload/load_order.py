@@ -34,13 +34,13 @@ class LoadOrder:
         self._pinned = pinned
         # All mutable state. `cycle` has the streamed stages as the model visits them; `_next_load` is where the loading
         # agents are in it, `_next_compute` where the sweep is; `_entered` numbers the stage that it entered last.
-        # `_missing` are the resident stages that nobody reads yet. `_changed` wakes agents that found nothing to read,
-        # or were held back.
+        # `_missing` are the resident stages that nobody reads yet, with their memory. `_changed` wakes agents that found
+        # nothing to read, or were held back.
         self.cycle = [stage for stage in stages if not stage.resident]
         self._next_load = 0
         self._next_compute = 0
         self._entered = -1
-        self._missing: deque[Stage] = deque()
+        self._missing: deque[tuple[Stage, Buffer]] = deque()
         self._held_back = False
         self._changed = anyio.Event()
         self.find_missing()
@@ -53,8 +53,7 @@ class LoadOrder:
             await self._changed.wait()
         stage = min(stages, key=self._distance)
         if stage.resident:
-            self._missing.popleft()
-            buffer = Buffer(stage.layout.slot_bytes, pinned=self._pinned)
+            _, buffer = self._missing.popleft()
         else:
             self._next_load = (self._next_load + 1) % len(self.cycle)
             buffer = self._ring.acquire_nowait()
@@ -62,7 +61,7 @@ class LoadOrder:
         return stage, buffer
 
     def _next_missing(self) -> Iterable[Stage]:
-        return [self._missing[0]] if self._missing else ()
+        return [self._missing[0][0]] if self._missing else ()
 
     def _next_streamed(self) -> Iterable[Stage]:
         if not self.cycle or not self._ring.statistics().num_free:
@@ -140,6 +139,17 @@ class LoadOrder:
         self.wake()
 
     def find_missing(self) -> None:
-        """Looks for resident stages that are to be loaded."""
-        self._missing = deque(stage for stage in self._stages if stage.resident and stage.state is StageState.EMPTY)
+        """Looks for resident stages that are to be loaded, and makes room for all of them at once.
+
+        Mapping memory waits for page faults of threads that read; one by one, behind each, it would hold the event loop
+        up.
+        """
+        missing = [stage for stage in self._stages if stage.resident and stage.state is StageState.EMPTY]
+        known = dict(self._missing)
+        new = [stage for stage in missing if stage not in known]
+        buffers = Buffer.side_by_side([stage.layout.slot_bytes for stage in new], pinned=self._pinned)
+        places = known | dict(zip(new, buffers, strict=True))
+        self._missing = deque((stage, places.pop(stage)) for stage in missing)
+        for buffer in places.values():  # of stages that do not stay after all
+            buffer.close()
         self.wake()

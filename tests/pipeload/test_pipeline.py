@@ -14,6 +14,7 @@ import anyio.from_thread
 import anyio.lowlevel
 import anyio.to_thread
 import pytest
+import torch
 
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.pipeload.pipeline import SweepAbandoned
@@ -276,6 +277,21 @@ async def test_another_choice_of_what_stays(make_rig: Callable[..., Any], gate: 
         assert all(await rig.pipeline.sweep(rig.compute()))
         await rig.settle()
         assert rig.pipeline.read_statistics.num_reads - reads == 4
+
+
+async def test_stages_that_stay_share_their_memory_and_one_that_leaves_gives_back_its_own(
+    make_rig: Callable[..., Any],
+) -> None:
+    rig = make_rig(agents=2, resident=(1, 4))
+    async with rig.pipeline.running():
+        assert all(await rig.pipeline.sweep(rig.compute()))
+        leaving, staying = (rig.stages[idx].loaded for idx in (1, 4))
+        first, second = (buffer.tensor(0, torch.uint8, (1,)).data_ptr() for buffer in (leaving, staying))
+        assert second == first + leaving.nbytes
+        await rig.pipeline.set_resident([rig.stages[4]], lambda stage: None)
+        assert set(bytes(leaving.view)) == {0}
+        assert rig.stages[4].loaded is staying
+        assert all(await rig.pipeline.sweep(rig.compute()))
 
 
 async def test_a_file_that_is_not_there(make_rig: Callable[..., Any], disk: Any) -> None:

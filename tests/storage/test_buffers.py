@@ -48,7 +48,7 @@ def test_a_large_buffer_begins_at_a_huge_page_and_takes_no_more_memory_than_it_h
 @pytest.mark.skipif(not Path("/proc/self/pagemap").exists(), reason="needs Linux")
 def test_buffers_side_by_side_take_no_more_memory_than_they_have_and_give_it_back_one_by_one() -> None:
     nbytes = 3 * 2**20 + 4096
-    buffers = Buffer.side_by_side(3, nbytes)
+    buffers = Buffer.side_by_side([nbytes] * 3)
     start, end = _mapped_addresses(buffers[0])
     for idx, buffer in enumerate(buffers):
         buffer.tensor(0, torch.uint8, (nbytes,)).fill_(idx + 1)
@@ -58,13 +58,13 @@ def test_buffers_side_by_side_take_no_more_memory_than_they_have_and_give_it_bac
     assert [set(bytes(buffer.view)) for buffer in buffers] == [{1}, {0}, {3}]
 
 
-@pytest.mark.parametrize(("count", "nbytes"), [(0, 4096), (1, 1), (3, 5000), (2, 3 * 2**20)])
-def test_buffers_side_by_side_do_not_overlap(count: int, nbytes: int) -> None:
-    buffers = Buffer.side_by_side(count, nbytes)
-    assert [buffer.nbytes for buffer in buffers] == [align_up(nbytes)] * count
+@pytest.mark.parametrize("sizes", [[], [1], [5000] * 3, [3 * 2**20] * 2, [3 * 2**20, 100, 8192]])
+def test_buffers_side_by_side_do_not_overlap(sizes: list[int]) -> None:
+    buffers = Buffer.side_by_side(sizes)
+    assert [buffer.nbytes for buffer in buffers] == [align_up(size) for size in sizes]
     starts = [buffer.tensor(0, torch.uint8, (1,)).data_ptr() for buffer in buffers]
     assert all(start % ALIGNMENT == 0 for start in starts)
-    assert all(second - first == align_up(nbytes) for first, second in pairwise(starts))
+    assert [second - first for first, second in pairwise(starts)] == [align_up(size) for size in sizes[:-1]]
 
 
 def _mapped_addresses(buffer: Buffer) -> tuple[int, int]:
