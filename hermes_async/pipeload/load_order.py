@@ -34,8 +34,8 @@ class LoadOrder:
         self._pinned = pinned
         # All mutable state. `cycle` has the streamed stages as the model visits them; `_next_load` is where the loading
         # agents are in it, `_next_compute` where the sweep is; `_entered` numbers the stage that it entered last.
-        # `_missing` are the resident stages that nobody reads yet, with their memory. `_changed` wakes agents that found
-        # nothing to read, or were held back.
+        # `_missing` are the resident stages that nobody reads yet, with their memory. `_changed` wakes agents that
+        # found nothing to read, or were held back.
         self.cycle = [stage for stage in stages if not stage.resident]
         self._next_load = 0
         self._next_compute = 0
