@@ -9,8 +9,8 @@ import typer
 
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.engine.embedding import Pooling
 from hermes_async.engine.engine import Engine
+from hermes_async.modeling.pooling import Pooling
 
 
 def embed(

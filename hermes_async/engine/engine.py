@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hermes_async.config import EngineConfig, SamplingParams, parse_bytes
 from hermes_async.engine.classification import Label, prepare_classification
-from hermes_async.engine.embedding import Pooling, embed_batches, prepare_embedding
+from hermes_async.engine.embedding import embed_batches, prepare_embedding
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
 from hermes_async.engine.forwarding import prepare_forward
@@ -39,6 +39,7 @@ from hermes_async.errors import (
     RequestError,
     SessionClosedError,
 )
+from hermes_async.modeling.pooling import Pooling
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.trace import Trace
@@ -216,8 +217,9 @@ class Engine:
         normalize: bool | None = None,
         truncate: bool = False,
     ) -> npt.NDArray[np.float32]:
-        """Sentence vectors, float32 [texts, hidden]; of one text [hidden].
+        """Sentence vectors, float32 [texts, out]; of one text [out].
 
+        `out` is the hidden size, or what the checkpoint's own Dense layers make of it.
         Texts of about one length go in one forward pass, and passes share sweeps, also those of other calls.
 
         Args:

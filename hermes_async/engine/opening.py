@@ -14,12 +14,13 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.profile_store import load_profile, profile_file
-from hermes_async.errors import ConfigError
+from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
+from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_dense
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
@@ -77,6 +78,8 @@ class OpenedModel:
         plan: Replaced when a running engine gets another budget; nothing else ever changes.
         attention: Registered with transformers until `close`.
         partition: The plan's.
+        pooling: How the checkpoint makes sentence vectors; None where that is not built, for the reason that
+            `pooling_error` tells.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
     """
@@ -89,6 +92,8 @@ class OpenedModel:
     plan: Plan
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_error: str | None
+    pooling: PoolingConfig | None
+    pooling_error: str | None
     draft: OpenedDraft | None
     baseline_bytes: int
 
@@ -119,6 +124,7 @@ def open_model(
         checkpoint = Checkpoint.open(source)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
         skeleton, attention, seen = _look_at(checkpoint, on_error)
+        skeleton, pooling, pooling_error = _with_pooling(skeleton, checkpoint.path)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
@@ -133,7 +139,18 @@ def open_model(
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
-        checkpoint, skeleton, attention, seen, chosen.partition, chosen, tokenizer, tokenizer_error, draft, baseline
+        checkpoint,
+        skeleton,
+        attention,
+        seen,
+        chosen.partition,
+        chosen,
+        tokenizer,
+        tokenizer_error,
+        pooling,
+        pooling_error,
+        draft,
+        baseline,
     )
 
 
@@ -152,6 +169,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     with ExitStack() as always:
         checkpoint = Checkpoint.open(source)
         skeleton, attention, seen = _look_at(checkpoint, always)
+        skeleton, *_ = _with_pooling(skeleton, checkpoint.path)
         sizes, cut, speeds = _sizes(skeleton, attention, seen, None), _cuts(skeleton, seen), _speeds(checkpoint)
         most = sizes.weight_bytes * 2
         minimum = plan(most, cut, sizes, config, speeds).minimum_budget
@@ -269,6 +287,15 @@ def _layer_bytes(skeleton: Skeleton) -> Sequence[int]:
                 names = [f"{path}.{name}.{tensor}" for tensor in layer.state_dict()]
                 sizes.append(weight_bytes((tensor for tensor in names if tensor in skeleton.tensors), skeleton.tensors))
     return sizes
+
+
+def _with_pooling(skeleton: Skeleton, path: Path) -> tuple[Skeleton, PoolingConfig | None, str | None]:
+    """With the checkpoint's Dense layers; or why it makes no sentence vectors, which only `embed` asks for."""
+    try:
+        pooling = pooling_config(path)
+        return with_dense(skeleton, pooling), pooling, None
+    except CheckpointError as error:
+        return skeleton, None, str(error)
 
 
 def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | None]:

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
+from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton, layers_of, plain_attention, supports_packed_attention
 
@@ -60,9 +61,12 @@ def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
     itemsize = skeleton.dtype.itemsize
     layers = layers_of(model)
     inside = {module for layer in layers for module in layer.modules()}
-    heads = sum(
-        _out_features(module) for module in model.modules() if isinstance(module, nn.Linear) and module not in inside
-    )
+    outside = [
+        module
+        for name, module in model.named_modules()
+        if module not in inside and not name.startswith(f"{DENSE}.")  # those compute one vector of a text
+    ]
+    heads = sum(_out_features(module) for module in outside if isinstance(module, nn.Linear))
     per_token = max(_layer_bytes(layer, itemsize) for layer in layers or [model]) + 2 * heads * itemsize
     eager = plain_attention(model) == "eager"
     per_score = _num_heads(model) * (2 * itemsize + 4) if eager else 1 + 2 * itemsize

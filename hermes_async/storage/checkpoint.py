@@ -177,14 +177,18 @@ class Checkpoint:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
         # First the weights: where they are in another format, config.json is often missing too.
-        tensors = _read_tensors(path)
+        tensors = read_tensors(path)
         # Keys may repeat here: transformers lets the last one count.
         config = _read_json(path / "config.json", _MAX_CONFIG_BYTES, CheckpointError, unique=False)
         return cls(path, config, tensors)
 
 
-def _read_tensors(directory: Path) -> dict[str, TensorSpec]:
-    """Find a directory's shards and read their headers."""
+def read_tensors(directory: Path) -> dict[str, TensorSpec]:
+    """Find a directory's shards and read their headers; the tensors by name.
+
+    Raises:
+        UnsupportedModelError, MissingTensorError, CorruptShardError, CheckpointError: As `Checkpoint.open`.
+    """
     try:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:

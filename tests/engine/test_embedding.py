@@ -12,6 +12,7 @@ import anyio
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
@@ -76,6 +77,9 @@ MODULES = [
     {"type": "sentence_transformers.models.Transformer", "path": ""},
     {"type": "sentence_transformers.models.Pooling", "path": "1_Pooling"},
 ]
+TANH = "torch.nn.modules.activation.Tanh"
+IDENTITY = "torch.nn.modules.linear.Identity"
+DENSE = {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}
 NORMALIZE = {"type": "sentence_transformers.models.Normalize", "path": "2_Normalize"}
 
 
@@ -136,11 +140,9 @@ async def test_the_checkpoint_s_own_pooling(
 @pytest.mark.parametrize(
     ("modules", "pooling", "message"),
     [
-        (
-            [*MODULES, {"type": "sentence_transformers.models.Dense", "path": "2_Dense"}],
-            {"pooling_mode": "cls"},
-            "Dense",
-        ),
+        ([*MODULES, {"type": "sentence_transformers.models.LSTM", "path": "2_LSTM"}], {"pooling_mode": "cls"}, "LSTM"),
+        ([*MODULES, NORMALIZE, DENSE], {"pooling_mode": "cls"}, "'Dense' behind its Normalize"),
+        ([*MODULES, DENSE], {"pooling_mode": "cls"}, "config.json cannot be read"),
         (MODULES, {"pooling_mode_weightedmean_tokens": True}, "weightedmean_tokens"),
         (MODULES, {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "cls_token and max_tokens"),
         (MODULES, {}, "of no kind"),
@@ -156,6 +158,109 @@ async def test_files_that_cannot_be_followed(embedder: Embedder, modules: Any, p
         with pytest.raises(CheckpointError, match=message):
             await engine.embed("w5")
         assert (await engine.embed("w5", pooling="mean")).shape == (32,)
+
+
+class DenseFiles:
+    """Writes a Dense layer's folder, and computes what it should."""
+
+    def __init__(
+        self, embedder: Embedder, folder: str, shape: tuple[int, int], bias: bool = True, activation: str = TANH
+    ) -> None:
+        self.path = embedder.path / folder
+        self.path.mkdir()
+        self.activation = getattr(torch.nn, activation.rpartition(".")[2])()
+        config = {"in_features": shape[1], "out_features": shape[0], "bias": bias, "activation_function": activation}
+        (self.path / "config.json").write_text(json.dumps(config))
+        generator = torch.Generator().manual_seed(shape[0])
+        self.weights = {"linear.weight": torch.randn(shape, generator=generator) / shape[1] ** 0.5}
+        if bias:
+            self.weights["linear.bias"] = torch.randn(shape[0], generator=generator)
+        self.save(self.weights)
+
+    def save(self, weights: dict[str, torch.Tensor]) -> None:
+        save_file(weights, self.path / "model.safetensors")
+
+    def __call__(self, vectors: torch.Tensor) -> torch.Tensor:
+        weight, bias = self.weights["linear.weight"], self.weights.get("linear.bias")
+        result: torch.Tensor = self.activation(torch.nn.functional.linear(vectors, weight, bias))
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+async def test_dense_layers_behind_the_pooling(embedder: Embedder, dtype: torch.dtype) -> None:
+    first = DenseFiles(embedder, "2_Dense", (48, 32))
+    second = DenseFiles(embedder, "3_Dense", (8, 48), bias=False, activation=IDENTITY)
+    for dense in (first, second):
+        dense.save({name: weight.to(dtype) for name, weight in dense.weights.items()})
+        dense.weights = {name: weight.to(dtype).float() for name, weight in dense.weights.items()}
+    embedder.say([*MODULES, DENSE, DENSE | {"path": "3_Dense"}, NORMALIZE], {"pooling_mode": "mean"})
+    texts = some_texts(12)
+    async with open_engine(embedder) as engine:
+        smallest = engine.plan.minimum_budget
+        vectors = await engine.embed(texts)
+        longer = await engine.embed(texts, normalize=False)
+        named = await engine.embed(texts, pooling="mean")
+        output = await engine.forward(input_ids=[[5, 6, 7]])
+        await check_nothing_is_left(engine)
+    async with Engine(embedder.path, memory_budget=smallest) as engine:
+        in_little = await engine.embed(texts)
+    expected = torch.stack([second(first(embedder.hidden_states(text).mean(0))) for text in texts])
+    np.testing.assert_allclose(longer, expected.numpy(), atol=1e-5, rtol=1e-4)
+    for normalized in (vectors, in_little):
+        np.testing.assert_allclose(normalized, torch.nn.functional.normalize(expected).numpy(), atol=1e-5, rtol=1e-4)
+    assert (vectors.shape, named.shape) == ((12, 8), (12, 32))
+    with torch.inference_mode():
+        wanted = embedder.model(input_ids=torch.tensor([[5, 6, 7]])).last_hidden_state
+    torch.testing.assert_close(output.last_hidden_state, wanted, atol=1e-5, rtol=1e-4)
+
+
+async def test_dense_layers_are_in_the_plan(embedder: Embedder) -> None:
+    async with open_engine(embedder) as engine:
+        without = engine.plan
+    DenseFiles(embedder, "2_Dense", (512, 32))
+    embedder.say([*MODULES, DENSE], {"pooling_mode": "mean"})
+    async with open_engine(embedder) as engine:
+        plan = engine.plan
+    more = 4 * (512 * 32 + 512)
+    assert plan.weight_bytes - without.weight_bytes == more
+    assert 0 <= plan.minimum_budget - without.minimum_budget - more <= 2 * 4096
+    assert plan.workspace_bytes == without.workspace_bytes
+
+
+@pytest.mark.parametrize(
+    ("config", "weights", "message"),
+    [
+        ({"activation_function": "os.system"}, {}, "the activation 'os.system'; one of Identity, Tanh"),
+        ({"activation_function": "torch.nn.modules.activation.PReLU"}, {}, "PReLU'; one of"),
+        ({"module_input_name": "token_embeddings"}, {}, "module_input_name='token_embeddings'"),
+        ({}, {"weight": torch.ones(4, 32)}, r"must hold linear.weight \[out, in\].*it has {'weight': \[4, 32\]}"),
+        ({}, {"linear.weight": torch.ones(4, 32), "linear.bias": torch.ones(5)}, "must hold linear.weight"),
+        ({}, {"linear.weight": torch.ones(4, 31)}, "vectors of 31, but gets vectors of 32"),
+        ({}, {"linear.weight": torch.ones(4, 32, dtype=torch.int64)}, "linear.weight is in torch.int64"),
+    ],
+)
+async def test_dense_layers_that_cannot_be_used(
+    embedder: Embedder, config: dict[str, Any], weights: dict[str, torch.Tensor], message: str
+) -> None:
+    dense = DenseFiles(embedder, "2_Dense", (4, 32))
+    if config:
+        (dense.path / "config.json").write_text(json.dumps(config))
+    if weights:
+        dense.save(weights)
+    embedder.say([*MODULES, DENSE], {"pooling_mode": "mean"})
+    async with open_engine(embedder) as engine:
+        with pytest.raises(CheckpointError, match=message):
+            await engine.embed("w5")
+        assert (await engine.embed("w5", pooling="mean")).shape == (32,)
+
+
+async def test_dense_layers_that_are_pickles(embedder: Embedder) -> None:
+    dense = DenseFiles(embedder, "2_Dense", (4, 32))
+    (dense.path / "model.safetensors").rename(dense.path / "pytorch_model.bin")
+    embedder.say([*MODULES, DENSE], {"pooling_mode": "mean"})
+    async with open_engine(embedder) as engine:
+        with pytest.raises(CheckpointError, match=r"2_Dense has its weights in 'pytorch_model\.bin'"):
+            await engine.embed("w5")
 
 
 async def test_a_text_longer_than_the_context(embedder: Embedder) -> None:

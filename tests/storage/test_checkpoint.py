@@ -699,6 +699,8 @@ def repository(hub: Hub, directory: Path) -> str:
         "spiece.model": b"b",
         "chat_template.jinja": b"c",
         "1_Pooling/config.json": b"{}",
+        "2_Dense/config.json": b"{}",
+        "2_Dense/model.safetensors": shard.read_bytes(),
     }
     unwanted = ["pytorch_model.bin", "model.pt", "modeling.py", "tokenizer.py", "tokenizer.pkl", "vocab.bin"]
     unwanted += ["consolidated.safetensors", "README.md", "model.onnx", "original/params.json"]
@@ -721,6 +723,8 @@ def test_a_hub_id_is_downloaded_without_code_and_pickles(hub: Hub, repository: s
         "spiece.model",
         "chat_template.jinja",
         "1_Pooling/config.json",
+        "2_Dense/config.json",
+        "2_Dense/model.safetensors",
     }
     assert "Bearer hf_secret" in hub.authorizations
 
