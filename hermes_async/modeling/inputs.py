@@ -21,8 +21,8 @@ _FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", 
 _NOT_HERE = frozenset({"past_key_values", "use_cache", "cache_position"})
 
 
-def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """The smallest inputs that the model can be tried with: two tokens, one image, or both."""
+def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, torch.Tensor]:
+    """Inputs that the model can be tried with: some tokens, one image, or both."""
     config = model.config
     composite = hasattr(config, "text_config") and hasattr(config, "vision_config")
     inputs: dict[str, torch.Tensor] = {}
@@ -34,7 +34,7 @@ def example_inputs(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     if composite or model.main_input_name == "input_ids":
         embedding = token_embedding(model)
         vocab_size = 1 if embedding is None else embedding.num_embeddings
-        inputs["input_ids"] = torch.arange(2)[None] % vocab_size
+        inputs["input_ids"] = torch.arange(num_tokens)[None] % vocab_size
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs

@@ -9,6 +9,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,7 @@ from hermes_async.storage.buffers import Buffer
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 1
+_MORE_TOKENS = (16, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,8 +145,18 @@ def probe_forward(skeleton: Skeleton) -> Probe:
     Raises:
         UnsupportedModelError: The model's forward takes something else than token ids and images.
     """
+    try:
+        return _probe_forward(skeleton, example_inputs(skeleton.model))
+    except UnsupportedModelError as refused:
+        # A few models make windows or groups of tokens, and do not run on less.
+        for num_tokens in _MORE_TOKENS:
+            with suppress(UnsupportedModelError):
+                return _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
+        raise refused
+
+
+def _probe_forward(skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> Probe:
     model = skeleton.model
-    inputs = example_inputs(model)
     lengths = [0]
 
     def measure(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

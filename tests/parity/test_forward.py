@@ -13,12 +13,14 @@ import torch
 import transformers
 from transformers import (
     BertConfig,
+    CanineConfig,
     CLIPConfig,
     CLIPTextConfig,
     CLIPVisionConfig,
     DeiTConfig,
     Dinov2Config,
     DistilBertConfig,
+    FunnelConfig,
     Gemma3TextConfig,
     GPT2Config,
     GPTJConfig,
@@ -112,6 +114,11 @@ MODELS: dict[str, Callable[[], PreTrainedConfig]] = {
         num_decoder_layers=2,
         num_decoder_attention_heads=4,
         max_position_embeddings=64,
+    ),
+    # These make groups of tokens, and do not run on two.
+    "CanineModel": lambda: CanineConfig(**LAYERS, num_hash_buckets=64, num_hash_functions=4, pad_token_id=0),
+    "FunnelModel": lambda: FunnelConfig(
+        vocab_size=300, d_model=32, n_head=4, d_head=8, d_inner=64, block_sizes=[1, 1, 1]
     ),
     # Each of its stages has its own number of heads.
     "PvtV2ForImageClassification": lambda: PvtV2Config(
