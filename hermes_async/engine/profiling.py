@@ -262,7 +262,7 @@ def _too_long(seen: _Seen, num_tokens: int) -> bool:
 
 
 def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
-    """Those of `counts` that fit."""
+    """Those of `counts` that fit, and that the model runs on."""
     if opened.seen.tokens_per_image:
         return [opened.seen.tokens_per_image]
     most = min(opened.plan.max_tokens_per_sweep, opened.skeleton.context_length or counts[-1])
@@ -270,7 +270,7 @@ def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
         kv, kv_bytes = opened.seen.kv, opened.plan.kv_bytes
         fits = [count for count in counts if kv.nbytes(count + 1) <= kv_bytes]
         most = min(most, max(fits, default=1), (opened.skeleton.context_length or most + 1) - 1)
-    return [count for count in counts if count <= most]
+    return sorted({max(count, opened.seen.least_tokens) for count in counts if count <= most})
 
 
 def _can_decode(opened: OpenedModel, num_sessions: int, repeats: int) -> bool:

@@ -47,6 +47,7 @@ class Probe:
         kv: Which layers keep keys and values, and their sizes.
         embeds_input_ids: The input embedding is called once, with the input ids themselves, and not used otherwise.
         unused: Parameters that the pass got along without.
+        least_tokens: Of a text that the model was seen to run on; it may run on fewer.
         tokens_per_image: What the layers make of one image of `pixels_per_image`; 0 where the input is text.
     """
 
@@ -55,6 +56,7 @@ class Probe:
     kv: KVLayout
     embeds_input_ids: bool
     unused: frozenset[str]
+    least_tokens: int = 1
     tokens_per_image: int = 0
     pixels_per_image: int = 0
 
@@ -151,7 +153,8 @@ def probe_forward(skeleton: Skeleton) -> Probe:
         # A few models make windows or groups of tokens, and do not run on less.
         for num_tokens in _MORE_TOKENS:
             with suppress(UnsupportedModelError):
-                return _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
+                seen = _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
+                return replace(seen, least_tokens=num_tokens)
         raise refused
 
 

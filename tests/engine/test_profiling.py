@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import ViTConfig, ViTModel
+from transformers import CanineConfig, CanineModel, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from hermes_async import EngineConfig, MemoryBudgetError
@@ -113,6 +113,15 @@ async def test_a_model_of_images(tmp_path: Path) -> None:
     assert all(stage.compute_s.keys() == {17} for stage in profile.stages)
     assert not any(stage.head for stage in profile.stages)
     assert profile.sweep_s.keys() == {1}
+
+
+async def test_a_model_that_does_not_run_on_few_tokens(tmp_path: Path) -> None:
+    config = CanineConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_hash_buckets=512
+    )
+    CanineModel(config).save_pretrained(tmp_path)
+    profile = await measure(tmp_path, "64MiB", EngineConfig())
+    assert all(stage.compute_s.keys() == {16, 64, 256} for stage in profile.stages)
 
 
 def test_what_the_planner_makes_of_a_profile() -> None:
