@@ -87,8 +87,8 @@ def prepare_embedding(
 def _chosen(opened: OpenedModel, pooling: Pooling | None) -> PoolingConfig:
     if pooling is not None:
         return PoolingConfig(pooling)
-    if opened.pooling is None:
-        raise CheckpointError(opened.pooling_error or "", path=opened.checkpoint.path)
+    if isinstance(opened.pooling, CheckpointError):
+        raise opened.pooling.with_traceback(None)
     return opened.pooling
 
 

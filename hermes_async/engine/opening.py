@@ -78,8 +78,7 @@ class OpenedModel:
         plan: Replaced when a running engine gets another budget; nothing else ever changes.
         attention: Registered with transformers until `close`.
         partition: The plan's.
-        pooling: How the checkpoint makes sentence vectors; None where that is not built, for the reason that
-            `pooling_error` tells.
+        pooling: How the checkpoint makes sentence vectors, or why it makes none, which only `embed` asks for.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
     """
@@ -92,8 +91,7 @@ class OpenedModel:
     plan: Plan
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_error: str | None
-    pooling: PoolingConfig | None
-    pooling_error: str | None
+    pooling: PoolingConfig | CheckpointError
     draft: OpenedDraft | None
     baseline_bytes: int
 
@@ -124,7 +122,7 @@ def open_model(
         checkpoint = Checkpoint.open(source)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
         skeleton, attention, seen = _look_at(checkpoint, on_error)
-        skeleton, pooling, pooling_error = _with_pooling(skeleton, checkpoint.path)
+        skeleton, pooling = _with_pooling(skeleton, checkpoint.path)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
@@ -148,7 +146,6 @@ def open_model(
         tokenizer,
         tokenizer_error,
         pooling,
-        pooling_error,
         draft,
         baseline,
     )
@@ -169,7 +166,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     with ExitStack() as always:
         checkpoint = Checkpoint.open(source)
         skeleton, attention, seen = _look_at(checkpoint, always)
-        skeleton, *_ = _with_pooling(skeleton, checkpoint.path)
+        skeleton, _ = _with_pooling(skeleton, checkpoint.path)
         sizes, cut, speeds = _sizes(skeleton, attention, seen, None), _cuts(skeleton, seen), _speeds(checkpoint)
         most = sizes.weight_bytes * 2
         minimum = plan(most, cut, sizes, config, speeds).minimum_budget
@@ -289,13 +286,13 @@ def _layer_bytes(skeleton: Skeleton) -> Sequence[int]:
     return sizes
 
 
-def _with_pooling(skeleton: Skeleton, path: Path) -> tuple[Skeleton, PoolingConfig | None, str | None]:
-    """With the checkpoint's Dense layers; or why it makes no sentence vectors, which only `embed` asks for."""
+def _with_pooling(skeleton: Skeleton, path: Path) -> tuple[Skeleton, PoolingConfig | CheckpointError]:
+    """The model with the checkpoint's Dense layers, if it makes sentence vectors in a way that is built."""
     try:
         pooling = pooling_config(path)
-        return with_dense(skeleton, pooling), pooling, None
+        return with_dense(skeleton, pooling), pooling
     except CheckpointError as error:
-        return skeleton, None, str(error)
+        return skeleton, error
 
 
 def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | None]:

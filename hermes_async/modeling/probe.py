@@ -147,15 +147,16 @@ def probe_forward(skeleton: Skeleton) -> Probe:
     Raises:
         UnsupportedModelError: The model's forward takes something else than token ids and images.
     """
+    inputs = example_inputs(skeleton.model)
     try:
-        return _probe_forward(skeleton, example_inputs(skeleton.model))
-    except UnsupportedModelError as refused:
+        return _probe_forward(skeleton, inputs)
+    except UnsupportedModelError:
         # A few models make windows or groups of tokens, and do not run on less.
-        for num_tokens in _MORE_TOKENS:
+        for num_tokens in _MORE_TOKENS if "input_ids" in inputs else ():
             with suppress(UnsupportedModelError):
                 seen = _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
                 return replace(seen, least_tokens=num_tokens)
-        raise refused
+        raise
 
 
 def _probe_forward(skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> Probe:

@@ -90,19 +90,21 @@ class _Mapped:
         self._start = 0
         if huge_bytes:
             self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
-            if hasattr(mmap, "MADV_HUGEPAGE"):
-                with suppress(OSError):  # kernels without transparent huge pages refuse; nothing depends on them
-                    self._map.madvise(mmap.MADV_HUGEPAGE, self._start, huge_bytes)
-                    # A huge page for the rest would be more memory than was asked for.
-                    self._map.madvise(mmap.MADV_NOHUGEPAGE, self._start + huge_bytes)
+            self._advise("MADV_HUGEPAGE", self._start, huge_bytes)
+            # A huge page for the rest would be more memory than was asked for.
+            self._advise("MADV_NOHUGEPAGE", self._start + huge_bytes, nbytes + more - self._start - huge_bytes)
         self.view = memoryview(self._map)[self._start : self._start + nbytes]
 
     def give_back(self, start: int, nbytes: int) -> None:
         """To the system, which does not fill it up to a huge page again; what is read there afterwards is zeros."""
         self._map.madvise(mmap.MADV_DONTNEED, self._start + start, nbytes)
-        if hasattr(mmap, "MADV_NOHUGEPAGE"):
+        self._advise("MADV_NOHUGEPAGE", self._start + start, nbytes)
+
+    def _advise(self, option: str, start: int, nbytes: int) -> None:
+        """Kernels without transparent huge pages refuse, and not every system has them; nothing depends on it."""
+        if hasattr(mmap, option):
             with suppress(OSError):
-                self._map.madvise(mmap.MADV_NOHUGEPAGE, self._start + start, nbytes)
+                self._map.madvise(getattr(mmap, option), start, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
