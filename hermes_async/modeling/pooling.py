@@ -5,7 +5,6 @@ Source: `modules.json` and the folders it names, as sentence-transformers writes
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,7 @@ from torch import nn
 
 from hermes_async.errors import CheckpointError
 from hermes_async.modeling.skeleton import Skeleton
-from hermes_async.storage.checkpoint import TensorSpec, read_tensors
+from hermes_async.storage.checkpoint import TensorSpec, read_config, read_tensors
 
 Pooling = Literal["mean", "cls", "max", "last"]
 """What is made of a text's tokens: their mean or maximum, or the first or last one alone."""
@@ -69,7 +68,7 @@ def pooling_config(path: Path) -> PoolingConfig:
     if not file.is_file():
         return PoolingConfig()
     chosen = PoolingConfig()
-    for module in _json(file, list):
+    for module in read_config(file, list):
         kind = str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else "?"
         if kind == "Pooling":
             chosen = replace(chosen, pooling=_pooling_mode(_inside(path, module) / "config.json"))
@@ -135,14 +134,14 @@ def pool(model: nn.Module, config: PoolingConfig, hidden_states: torch.Tensor, m
 
 
 def _pooling_mode(file: Path) -> Pooling:
-    config = _json(file, dict)
-    names: dict[str, Pooling] = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
+    config = read_config(file, dict)
+    names = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
     chosen = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
     chosen = [name for name in chosen if f"pooling_mode_{name}" in config]
     if isinstance(config.get("pooling_mode"), str):
         chosen = [config["pooling_mode"]]
-    known = [names.get(name, name) for name in chosen]
-    if len(known) != 1 or known[0] not in get_args(Pooling):
+    known = [mode for name in chosen for mode in get_args(Pooling) if mode == names.get(name, name)]
+    if len(chosen) != 1 or not known:
         raise CheckpointError(
             f"{file} asks for pooling {' and '.join(chosen) or 'of no kind'}; one of {', '.join(get_args(Pooling))} is "
             "supported",
@@ -154,7 +153,7 @@ def _pooling_mode(file: Path) -> Pooling:
 
 def _dense(folder: Path) -> Dense:
     file = folder / "config.json"
-    config = _json(file, dict)
+    config = read_config(file, dict)
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     package, _, name = activation.rpartition(".")
     if not package.startswith("torch.nn") or name not in _ACTIVATIONS:
@@ -188,13 +187,3 @@ def _inside(path: Path, module: Mapping[str, Any]) -> Path:
             f"{path / 'modules.json'} names {folder!r}, which is outside of the checkpoint", path=path
         )
     return inside
-
-
-def _json(file: Path, kind: type) -> Any:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}", path=file) from error
-    if not isinstance(value, kind):
-        raise CheckpointError(f"{file} does not hold a JSON {kind.__name__}", path=file)
-    return value

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
@@ -26,6 +26,8 @@ from hermes_async.errors import CheckpointError, CorruptShardError, MissingTenso
 from hermes_async.storage.hub import download, is_hub_id
 
 _INDEX_NAME = "model.safetensors.index.json"
+_Json = TypeVar("_Json", dict[str, Any], list[Any])
+
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -179,7 +181,7 @@ class Checkpoint:
         # First the weights: where they are in another format, config.json is often missing too.
         tensors = read_tensors(path)
         # Keys may repeat here: transformers lets the last one count.
-        config = _read_json(path / "config.json", _MAX_CONFIG_BYTES, CheckpointError, unique=False)
+        config = read_config(path / "config.json", dict)
         return cls(path, config, tensors)
 
 
@@ -220,7 +222,8 @@ def read_tensors(directory: Path) -> dict[str, TensorSpec]:
 def _read_indexed_shards(directory: Path) -> dict[str, TensorSpec]:
     """Read the tensors that the index lists, each from the shard that it names; others are left out."""
     index = directory / _INDEX_NAME
-    weight_map = _read_json(index, _MAX_INDEX_BYTES, CorruptShardError, unique=True).get("weight_map")
+    text = _read_bytes(index, _MAX_INDEX_BYTES, CorruptShardError)
+    weight_map = _parse_json(index, text, dict, CorruptShardError, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
         raise _corrupt(index, "no object `weight_map`")
     names_by_shard: dict[str, list[str]] = {}
@@ -267,20 +270,32 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
 
 
-def _read_json(path: Path, max_bytes: int, mapped: type[CheckpointError], *, unique: bool) -> dict[str, Any]:
+def read_config(path: Path, kind: type[_Json]) -> _Json:
+    """A JSON file of a checkpoint beside its weights, of 16 MiB at the most.
+
+    Raises:
+        CheckpointError: It cannot be read, or is not of that kind.
+    """
+    return _parse_json(path, _read_bytes(path, _MAX_CONFIG_BYTES, CheckpointError), kind, CheckpointError)
+
+
+def _read_bytes(path: Path, max_bytes: int, mapped: type[CheckpointError]) -> bytes:
     with _opened(path) as (file, size):
         if size > max_bytes:
             raise mapped(f"{path}: {size} bytes, more than the {max_bytes} that are read", path=path)
-        return _parse_object(path, file.read(max_bytes), mapped, unique=unique)
+        return file.read(max_bytes)
 
 
-def _parse_object(path: Path, text: bytes, mapped: type[CheckpointError], *, unique: bool) -> dict[str, Any]:
+def _parse_json(
+    path: Path, text: bytes, kind: type[_Json], mapped: type[CheckpointError], *, unique: bool = False
+) -> _Json:
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
         raise mapped(f"{path}: not valid JSON: {error!s:.1000}", path=path) from error
-    if not isinstance(parsed, dict):
-        raise mapped(f"{path}: a JSON {type(parsed).__name__}, not an object", path=path)
+    if not isinstance(parsed, kind):
+        expected = "an object" if kind is dict else "a list"
+        raise mapped(f"{path}: a JSON {type(parsed).__name__}, not {expected}", path=path)
     return parsed
 
 
@@ -312,7 +327,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         header = file.read(header_bytes)
     if not header.startswith(b"{"):
         raise _corrupt(path, "the header does not begin with '{'")
-    entries = _parse_object(path, header, CorruptShardError, unique=True)
+    entries = _parse_json(path, header, dict, CorruptShardError, unique=True)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "`__metadata__` is not an object of strings")

@@ -142,13 +142,13 @@ async def test_the_checkpoint_s_own_pooling(
     [
         ([*MODULES, {"type": "sentence_transformers.models.LSTM", "path": "2_LSTM"}], {"pooling_mode": "cls"}, "LSTM"),
         ([*MODULES, NORMALIZE, DENSE], {"pooling_mode": "cls"}, "'Dense' behind its Normalize"),
-        ([*MODULES, DENSE], {"pooling_mode": "cls"}, "config.json cannot be read"),
+        ([*MODULES, DENSE], {"pooling_mode": "cls"}, "config.json is missing"),
         (MODULES, {"pooling_mode_weightedmean_tokens": True}, "weightedmean_tokens"),
         (MODULES, {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "cls_token and max_tokens"),
         (MODULES, {}, "of no kind"),
-        (MODULES, None, "cannot be read"),
+        (MODULES, None, "config.json is missing"),
         ([{"type": "x.Pooling", "path": "../elsewhere"}], None, "outside of the checkpoint"),
-        ({"type": "x.Pooling"}, None, "does not hold a JSON list"),
+        ({"type": "x.Pooling"}, None, "a JSON dict, not a list"),
         (["Pooling"], None, "type '\\?'"),
     ],
 )
@@ -158,6 +158,22 @@ async def test_files_that_cannot_be_followed(embedder: Embedder, modules: Any, p
         with pytest.raises(CheckpointError, match=message):
             await engine.embed("w5")
         assert (await engine.embed("w5", pooling="mean")).shape == (32,)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[" * 100_000, "not valid JSON"),
+        (b"\xff".decode("latin1"), "not valid JSON"),
+        (" " * 2**24 + "[]", "16777218 bytes"),
+    ],
+    ids=["deep", "not utf-8", "huge"],
+)
+async def test_files_that_are_no_json(embedder: Embedder, text: str, message: str) -> None:
+    (embedder.path / "modules.json").write_text(text, encoding="latin1")
+    async with open_engine(embedder) as engine:
+        with pytest.raises(CheckpointError, match=rf"modules\.json: {message}"):
+            await engine.embed("w5")
 
 
 class DenseFiles:
