@@ -265,7 +265,7 @@ def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
     """Those of `counts` that fit, and that the model runs on."""
     if opened.seen.tokens_per_image:
         return [opened.seen.tokens_per_image]
-    most = min(opened.plan.max_tokens_per_sweep, opened.skeleton.context_length or counts[-1])
+    most = min(opened.plan.max_prompt_tokens, opened.skeleton.context_length or counts[-1])
     if opened.skeleton.generates:  # one token follows
         kv, kv_bytes = opened.seen.kv, opened.plan.kv_bytes
         fits = [count for count in counts if kv.nbytes(count + 1) <= kv_bytes]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -66,9 +66,8 @@ class Scheduler:
     for each prompt as for each decode. What is left goes to drafted tokens, as far as these are expected to pay.
 
     Args:
-        max_tokens: Most tokens of a sweep.
+        tokens_by_outputs: Most tokens of a sweep, as `Plan.tokens_by_outputs`; no more with more outputs.
         max_sequences: Most requests in a sweep.
-        max_outputs: Most positions of a sweep whose logits are wanted.
         times: What sweeps take.
         skip_computed: Moves a sequence's length over shared blocks that were computed meanwhile.
         draft_model: Drafts too, where what a sequence's own text has to offer is right less often.
@@ -76,16 +75,14 @@ class Scheduler:
 
     def __init__(
         self,
-        max_tokens: int,
+        tokens_by_outputs: Sequence[int],
         max_sequences: int,
-        max_outputs: int,
         times: SweepTimes,
         skip_computed: Callable[[Reservation, int], None],
         draft_model: Drafter | None = None,
     ) -> None:
-        self.max_tokens = max_tokens
+        self.tokens_by_outputs = tokens_by_outputs
         self.max_sequences = max_sequences
-        self.max_outputs = max_outputs
         self._times = times
         self._skip_computed = skip_computed
         self._draft_model = draft_model
@@ -115,7 +112,7 @@ class Scheduler:
             assert request.reservation is not None
             self._skip_computed(request.reservation, len(request.token_ids) - 1)
         decoding = [request for request in runnable if len(request.token_ids) - request.kv.length == 1]
-        decoding = decoding[: self.max_tokens]
+        decoding = decoding[: self.tokens_by_outputs[-1]]
         sweep = [Scheduled(request, request.kv.length, request.token_ids[-1:], samples=True) for request in decoding]
         prompts = [request for request in runnable if len(request.token_ids) - request.kv.length > 1]
         sweep += self._chunks(prompts, len(decoding))
@@ -123,22 +120,24 @@ class Scheduler:
         return sweep
 
     def _chunks(self, prompts: list[Request], num_decoding: int) -> list[Scheduled]:
-        room = self.max_tokens - num_decoding
+        most = self.tokens_by_outputs[0]
         if prompts and num_decoding:
             share = 1 + max(1.0, len(prompts) / num_decoding)
             seconds = max(self._times.read_seconds or 0.0, share * (self._times.compute_seconds(num_decoding) or 0.0))
-            within = self._times.tokens_within(seconds, self.max_tokens) - num_decoding
-            room = min(room, max(within, BLOCK_TOKENS))
+            within = self._times.tokens_within(seconds, most) - num_decoding
+            most = num_decoding + max(within, BLOCK_TOKENS)
+        taken = num_decoding
         chunks: list[Scheduled] = []
         computing: dict[SharedBlock, Scheduled] = {}
         for request in prompts:
+            room = min(most, self._most_tokens(num_decoding + len(chunks) + 1)) - taken
             if room <= 0:
                 break
             past = _past(request, computing)
             token_ids = request.token_ids[past : past + room]
             chunk = Scheduled(request, past, token_ids, samples=past + len(token_ids) == len(request.token_ids))
             chunks.append(chunk)
-            room -= len(token_ids)
+            taken += len(token_ids)
             assert request.reservation is not None
             for block in request.reservation.shared[past // BLOCK_TOKENS : (past + len(token_ids)) // BLOCK_TOKENS]:
                 computing.setdefault(block, chunk)
@@ -148,8 +147,11 @@ class Scheduler:
         """Adds drafted tokens behind the last token of sequences that have none but this to compute."""
         num_tokens = sum(len(item.token_ids) for item in sweep)
         num_outputs = sum(item.samples for item in sweep)
-        most = min(self.max_tokens - num_tokens, self.max_outputs - num_outputs)
-        if most <= 0:
+        counts = range(1, 1 + len(self.tokens_by_outputs) - len(sweep))
+        most = max(
+            (count for count in counts if num_tokens + count <= self._most_tokens(len(sweep) + count)), default=0
+        )
+        if most == 0:
             return
         drafts: list[tuple[Scheduled, Draft]] = []
         modelled: list[Scheduled] = []
@@ -209,6 +211,10 @@ class Scheduler:
                 item.request.prepared.acceptance.passed(length)
         for item, draft in drafts:
             item.token_ids += draft.token_ids[: item.num_drafted]
+
+    def _most_tokens(self, num_outputs: int) -> int:
+        """Of a sweep with so many outputs; a request that has no part in its logits counts as one too."""
+        return self.tokens_by_outputs[num_outputs - 1] if num_outputs <= len(self.tokens_by_outputs) else 0
 
     def _can_draft(self, request: Request) -> bool:
         return self._draft_model is not None and self._draft_model.can_draft(request)

@@ -76,9 +76,8 @@ class Serving:
         self.requests: dict[str, Request] = {}
         self.preparing: set[anyio.Event] = set()
         self.scheduler = Scheduler(
-            plan.max_tokens_per_sweep,
+            plan.tokens_by_outputs,
             plan.max_sequences,
-            plan.max_outputs,
             running.times,
             running.blocks.skip_computed,
             running.draft_model,

@@ -34,7 +34,8 @@ class Plan:
         slot_bytes: Of one buffer of the ring.
         kv_bytes: Left for KV caches.
         workspace_bytes: Set aside for activations.
-        max_tokens_per_sweep: Prompt and decode tokens packed into one sweep.
+        tokens_by_outputs: Prompt and decode tokens packed into one sweep at the most, if it has one output, two, and so
+            on up to the most there may be. An output is a position whose logits are wanted, or a sequence without any.
         max_sequences: Sequences in one sweep.
         minimum_budget: The smallest budget that this model runs in.
         kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
@@ -51,7 +52,7 @@ class Plan:
     slot_bytes: int
     kv_bytes: int
     workspace_bytes: int
-    max_tokens_per_sweep: int
+    tokens_by_outputs: tuple[int, ...]
     max_sequences: int
     minimum_budget: int
     kv_bytes_per_token: int
@@ -61,8 +62,18 @@ class Plan:
 
     @property
     def max_outputs(self) -> int:
-        """Positions of one sweep whose logits are wanted: a token of each sequence, and as many drafted ones."""
-        return num_outputs(self.max_tokens_per_sweep, self.max_sequences)
+        """Of one sweep: a token of each sequence, and as many drafted ones."""
+        return len(self.tokens_by_outputs)
+
+    @property
+    def max_tokens_per_sweep(self) -> int:
+        """Of one with as many outputs as there may be."""
+        return self.tokens_by_outputs[-1]
+
+    @property
+    def max_prompt_tokens(self) -> int:
+        """Of one that has nothing else."""
+        return self.tokens_by_outputs[0]
 
     @property
     def stages(self) -> tuple[StageLayout, ...]:
@@ -108,6 +119,7 @@ class Plan:
             "kv_bytes": self.kv_bytes,
             "workspace_bytes": self.workspace_bytes,
             "max_tokens_per_sweep": self.max_tokens_per_sweep,
+            "max_prompt_tokens": self.max_prompt_tokens,
             "max_sequences": self.max_sequences,
             "speeds": self.speeds.source,
             "reasons": list(self.reasons),
@@ -123,6 +135,7 @@ class Plan:
         else:
             ring = "ring              0 B  everything is resident"
         kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
+        alone = f", {self.max_prompt_tokens} of a prompt alone" if len(set(self.tokens_by_outputs)) > 1 else ""
         return "\n".join((
             f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
             f"smallest that works is {format_bytes(self.minimum_budget)}",
@@ -131,12 +144,7 @@ class Plan:
             ring,
             *kv,
             f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "
-            f"{self.max_sequences} sequences a sweep",
+            f"{self.max_sequences} sequences a sweep{alone}",
             f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",
             *(f"because     {reason}" for reason in self.reasons),
         ))  # fmt: skip
-
-
-def num_outputs(tokens: int, sequences: int) -> int:
-    """Positions of one sweep whose logits may be wanted."""
-    return min(tokens, 2 * sequences)

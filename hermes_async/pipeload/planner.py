@@ -7,15 +7,16 @@ keeps R of S bytes in memory reads S - R bytes each time round, and no other cho
 from __future__ import annotations
 
 import sys
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.model_sizes import ModelSizes
-from hermes_async.pipeload.plan import Partitioned, Plan, num_outputs
+from hermes_async.pipeload.plan import Partitioned, Plan
 from hermes_async.pipeload.prediction import steady_seconds
 from hermes_async.pipeload.reasons import Reasons
 from hermes_async.pipeload.speeds import Speeds
@@ -93,6 +94,7 @@ class _Choices:
         self.speeds = speeds
         context = sizes.context_length or LEAST_KV_TOKENS
         block = sizes.kv_block_tokens
+        self._most_tokens = cache(self._searched_most_tokens)  # the same for many ways
         self.min_kv = align_up(-(-min(context, LEAST_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
 
     # --- the smallest budget that works, and the one in which everything stays ---
@@ -165,7 +167,7 @@ class _Choices:
                     slot_bytes=0,
                     kv_bytes=min(max(least, most), self.budget - weights - workspace),
                     workspace_bytes=workspace,
-                    max_tokens_per_sweep=tokens,
+                    tokens=tokens,
                     max_sequences=sequences,
                     minimum_budget=minimum,
                     reasons=(
@@ -235,9 +237,22 @@ class _Choices:
                 if found and tokens < 2 * sequences:
                     break  # what would leave sequences without a place is only for want of memory
                 found = True
-                rounds = self.config.max_sequences / sequences
                 yield Way(
-                    limit, partition, sums, agents, buffers, slot, tokens, sequences, rounds, kv, workspace, room, most
+                    limit,
+                    partition,
+                    sums,
+                    agents,
+                    buffers,
+                    slot,
+                    tokens,
+                    self._most_tokens(sequences, tokens, sequences, kv),
+                    self._most_tokens(1, tokens, sequences, kv),
+                    sequences,
+                    self.config.max_sequences / sequences,
+                    kv,
+                    workspace,
+                    room,
+                    most,
                 )
                 if not self.sizes.kv_bytes_per_token:
                     break
@@ -286,7 +301,7 @@ class _Choices:
             slot_bytes=way.slot,
             kv_bytes=kv,
             workspace_bytes=workspace,
-            max_tokens_per_sweep=way.tokens,
+            tokens=way.tokens,
             max_sequences=way.sequences,
             minimum_budget=minimum,
             reasons=(),
@@ -302,11 +317,12 @@ class _Choices:
         slot_bytes: int,
         kv_bytes: int,
         workspace_bytes: int,
-        max_tokens_per_sweep: int,
+        tokens: int,
         max_sequences: int,
         minimum_budget: int,
         reasons: tuple[str, ...],
     ) -> Plan:
+        outputs = range(1, 1 + self._num_outputs(tokens, max_sequences))
         return Plan(
             self.budget,
             partition,
@@ -316,7 +332,7 @@ class _Choices:
             slot_bytes,
             kv_bytes,
             workspace_bytes,
-            max_tokens_per_sweep,
+            tuple(self._most_tokens(count, tokens, max_sequences, kv_bytes) for count in outputs),
             max_sequences,
             minimum_budget,
             self.sizes.kv_bytes_per_token,
@@ -367,8 +383,26 @@ class _Choices:
         return [(tokens, min(tokens, most)) for tokens in choices]
 
     def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
-        outputs = num_outputs(tokens, sequences)
+        outputs = self._num_outputs(tokens, sequences)
         return align_up(self.sizes.workspace_bytes(tokens, outputs, kv_bytes) + partition.cast_bytes)
+
+    def _num_outputs(self, tokens: int, sequences: int) -> int:
+        """Of a sweep at the most: a token of each sequence, and as many drafted ones."""
+        return min(tokens, 2 * sequences)
+
+    def _searched_most_tokens(self, outputs: int, tokens: int, sequences: int, kv_bytes: int) -> int:
+        """Tokens of a sweep with so many outputs, in the workspace of one with `tokens` and as many as it may have.
+
+        Logits are wanted of few positions while a prompt is computed, which leaves room for more of its tokens.
+        """
+        if self.config.max_tokens_per_sweep is not None or not self.sizes.kv_bytes_per_token:
+            return tokens
+        room = self.sizes.workspace_bytes(tokens, self._num_outputs(tokens, sequences), kv_bytes)
+        most = min(_SWEEP_TOKENS[0], self.sizes.context_length or sys.maxsize)
+        counts = range(tokens, max(tokens, most) + 1)
+        found = bisect_right(counts, room, key=lambda count: self.sizes.workspace_bytes(count, outputs, kv_bytes))
+        block = self.sizes.kv_block_tokens
+        return max(tokens, counts[found - 1] // block * block)
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:

@@ -60,7 +60,7 @@ def predict(plan: Plan, *, num_sessions: int = 1, prompt_tokens: int = 64, new_t
 
 
 def _first_token_seconds(plan: Plan, prompt_tokens: int, num_outputs: int) -> float:
-    chunk = min(prompt_tokens, plan.max_tokens_per_sweep)
+    chunk = min(prompt_tokens, plan.max_prompt_tokens)
     num_sweeps = math.ceil(prompt_tokens / chunk)
     return sum(sweeps_of(plan, num_tokens=chunk, num_outputs=num_outputs, num_sweeps=num_sweeps))
 

@@ -84,6 +84,8 @@ class Reasons:
 
     def _tokens(self) -> str:
         way, name = self._way, f"{self._way.tokens} tokens a sweep"
+        if way.prompt_tokens > way.tokens:
+            name += f", {way.prompt_tokens} of a prompt alone"
         if self._config.max_tokens_per_sweep is not None:
             return f"{name}, as asked for"
         same = [other for other in self._ways if (other.limit, other.agents) == (way.limit, way.agents)]

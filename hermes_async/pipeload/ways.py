@@ -53,6 +53,8 @@ class Way:
         agents: Loading agents.
         buffers: Of the ring, `slot` bytes each.
         tokens: Of a sweep at the most, of `sequences`.
+        packed_tokens: The same where nothing is drafted, so that of each sequence one position's logits are wanted.
+        prompt_tokens: The same for one prompt alone.
         rounds: In which so many sequences at a time come to `EngineConfig.max_sequences`.
         kv: Bytes for KV caches.
         workspace: Bytes for activations.
@@ -67,6 +69,8 @@ class Way:
     buffers: int
     slot: int
     tokens: int
+    packed_tokens: int
+    prompt_tokens: int
     sequences: int
     rounds: float
     kv: int
@@ -102,9 +106,10 @@ class Way:
             return self.sweeps_of_long_text * geometric_mean(texts_s)
         prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
         total = 0.0
-        for num_sessions, rounds in ((1, 1.0), (self.sequences, self.rounds)):
-            whole, rest = divmod(num_sessions * prompt_tokens, self.tokens)
-            sweeps = [(whole, self.tokens), (1 if rest else 0, rest), (NEW_TOKENS - 1, num_sessions)]
+        alone, together = (1, 1.0, self.prompt_tokens), (self.sequences, self.rounds, self.packed_tokens)
+        for num_sessions, rounds, most in (alone, together):
+            whole, rest = divmod(num_sessions * prompt_tokens, most)
+            sweeps = [(whole, most), (1 if rest else 0, rest), (NEW_TOKENS - 1, num_sessions)]
             for num_sweeps, num_tokens in sweeps:
                 total += rounds * num_sweeps * sums.sweep_seconds(share, num_tokens, min(num_tokens, num_sessions))
         return total

@@ -22,7 +22,7 @@ class RowReader:
     """Reads rows of `spec` (`[rows, columns]`) through a reader of its own.
 
     Args:
-        max_rows: Most rows of one call.
+        usual_rows: That its buffer has room for. A call with more takes a larger one, until the next call.
         others_held_back: Entered while more rows are read than there are threads: each after the first ones would
             otherwise wait for reads of many MiB that began in between.
     """
@@ -31,19 +31,20 @@ class RowReader:
         self,
         spec: TensorSpec,
         reader: Reader,
-        max_rows: int,
+        usual_rows: int,
         others_held_back: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self._spec = spec
         self._reader = reader
         self._others_held_back = others_held_back
-        self._buffer = Buffer(self.buffer_bytes(spec, max_rows))
+        self._usual_rows = usual_rows
+        self._buffer = Buffer(self.buffer_bytes(spec, usual_rows))
 
     @staticmethod
-    def buffer_bytes(spec: TensorSpec, max_rows: int) -> int:
-        """Memory for `max_rows` rows, each with the blocks around it."""
+    def buffer_bytes(spec: TensorSpec, num_rows: int) -> int:
+        """Memory for so many rows, each with the blocks around it."""
         row_bytes = spec.nbytes // spec.shape[0]
-        spread = max_rows * (align_up(row_bytes) + 2 * ALIGNMENT)
+        spread = num_rows * (align_up(row_bytes) + 2 * ALIGNMENT)
         return min(spread, align_up(spec.nbytes) + 2 * ALIGNMENT)
 
     async def read(self, rows: Sequence[int]) -> list[torch.Tensor]:
@@ -54,6 +55,7 @@ class RowReader:
 
         Cancellation: as `Reader.read`.
         """
+        self._fit_buffer(len(rows))
         runs = self._runs(rows)
         row_bytes = self._spec.nbytes // self._spec.shape[0]
         ranges: list[ReadRange] = []
@@ -83,6 +85,12 @@ class RowReader:
             else:
                 runs.append([row])
         return runs
+
+    def _fit_buffer(self, num_rows: int) -> None:
+        nbytes = self.buffer_bytes(self._spec, max(num_rows, self._usual_rows))
+        if nbytes != self._buffer.nbytes:
+            self._buffer.close()
+            self._buffer = Buffer(nbytes)
 
     def close(self) -> None:
         self._buffer.close()

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import anyio
 import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hermes_async import (
     Chunk,
@@ -19,7 +22,7 @@ from hermes_async import (
     RequestError,
     SamplingParams,
 )
-from tests.engines import until
+from tests.engines import greedy_params, until
 
 pytestmark = pytest.mark.anyio
 
@@ -242,6 +245,25 @@ async def test_long_prompts_go_in_chunks(tiny_model: Any) -> None:
         completion = await engine.complete(tiny_model.prompts[4], tiny_model.params)
         assert completion.token_ids == tiny_model.references[4]
         assert engine.statistics().sweeps == -(-33 // 4) + 11
+
+
+async def test_a_prompt_alone_has_the_memory_that_logits_of_others_would_take(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=20000, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=False,
+        bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    prompt = torch.randint(20000, (1, 200), generator=torch.Generator().manual_seed(3))
+    expected = model.generate(prompt, max_new_tokens=3, do_sample=False)[0, 200:]
+    async with Engine(tmp_path, memory_budget="6MiB") as engine:
+        plan = engine.plan
+        assert plan.num_buffers > 0
+        assert 4 * plan.max_tokens_per_sweep <= plan.max_prompt_tokens < 200
+        completion = await engine.complete(prompt[0].tolist(), greedy_params(3))
+        assert completion.token_ids == tuple(expected.tolist())
+        assert engine.statistics().sweeps == -(-200 // plan.max_prompt_tokens) + 2
 
 
 async def test_seeded_sampling_does_not_depend_on_neighbours(tiny_model: Any) -> None:

@@ -32,6 +32,7 @@ class Sweeps:
     it is given.
 
     Args:
+        max_tokens: Of a sweep with as many outputs as there may be; with each one less there may be `more_tokens`.
         compute_seconds: A token's.
         read_seconds: A sweep's; None for neither known.
     """
@@ -42,6 +43,7 @@ class Sweeps:
         *,
         max_sequences: int = 64,
         max_outputs: int = 100,
+        more_tokens: int = 0,
         compute_seconds: float = 1.0,
         read_seconds: float | None = None,
     ) -> None:
@@ -51,7 +53,8 @@ class Sweeps:
             times.record(128, 128 * compute_seconds)
             times.record_read(read_seconds)
         self.blocks = KVBlocks(KVPool(LAYOUT, 1024 * LAYOUT.block_bytes), MemoryGovernor(2048 * LAYOUT.block_bytes))
-        self.scheduler = Scheduler(max_tokens, max_sequences, max_outputs, times, self.blocks.skip_computed)
+        most_tokens = [max_tokens + more_tokens * less for less in reversed(range(max_outputs))]
+        self.scheduler = Scheduler(most_tokens, max_sequences, times, self.blocks.skip_computed)
         self.requests: list[Request] = []
 
     def add(self, prompt: int | list[int], *, drafts: bool = False, max_tokens: int = 50) -> Request:
@@ -351,6 +354,29 @@ def test_drafts_get_the_room_that_is_left(max_tokens: int, max_outputs: int) -> 
         assert sum(item.num_drafted for item in sweep) == 3
 
 
+def test_with_few_outputs_there_is_room_for_more_of_a_prompt() -> None:
+    with closing(Sweeps(16, max_outputs=16, more_tokens=4)) as sweeps:
+        alone = sweeps.add(100)
+        assert sweeps.shares() == [(alone, 76, False)]
+        sweeps.run()
+        assert sweeps.shares() == [(alone, 24, True)]
+    with closing(Sweeps(16, max_outputs=16, more_tokens=4)) as sweeps:
+        decoding = [sweeps.add_decoding() for _ in range(5)]
+        ending, going_on, waiting = sweeps.add(7), sweeps.add(100), sweeps.add(30)
+        # With six outputs there is room for 56 tokens, and with seven for 52.
+        shares = [(request, 1, True) for request in decoding]
+        assert sweeps.shares() == [*shares, (ending, 7, True), (going_on, 40, False)]
+        sweeps.remove(going_on)
+        assert sweeps.shares() == [*shares, (ending, 7, True), (waiting, 30, True)]
+
+
+def test_drafts_take_room_from_both_tokens_and_outputs() -> None:
+    with closing(Sweeps(16, max_outputs=8, more_tokens=2, read_seconds=1000.0)) as sweeps:
+        drafting, prompt = add_drafting(sweeps), sweeps.add(20)
+        # 21 tokens with two outputs; with three more of both there would be 24, and room for 22.
+        assert sweeps.shares() == [(drafting, 3, True), (prompt, 20, True)]
+
+
 def test_a_prompt_s_chunk_comes_before_drafts() -> None:
     with closing(Sweeps(10, read_seconds=1000.0)) as sweeps:
         drafting, prompt = add_drafting(sweeps), sweeps.add(50, drafts=True)
@@ -390,13 +416,20 @@ class Scheduling(RuleBasedStateMachine):
         max_tokens=st.integers(1, 60),
         max_sequences=st.integers(1, 6),
         more_outputs=st.integers(0, 10),
+        more_tokens=st.sampled_from([0, 1, 7]),
         read_seconds=st.sampled_from([None, 0.0, 5.0, 30.0]),
     )
-    def open(self, max_tokens: int, max_sequences: int, more_outputs: int, read_seconds: float | None) -> None:
+    def open(
+        self, max_tokens: int, max_sequences: int, more_outputs: int, more_tokens: int, read_seconds: float | None
+    ) -> None:
         max_sequences = min(max_sequences, max_tokens)  # as the planner has it
         max_outputs = min(max_tokens, max_sequences + more_outputs)
         self.sweeps = Sweeps(
-            max_tokens, max_sequences=max_sequences, max_outputs=max_outputs, read_seconds=read_seconds
+            max_tokens,
+            max_sequences=max_sequences,
+            max_outputs=max_outputs,
+            more_tokens=more_tokens,
+            read_seconds=read_seconds,
         )
 
     def teardown(self) -> None:
@@ -436,8 +469,10 @@ class Scheduling(RuleBasedStateMachine):
         assert len({item.request for item in sweep}) == len(sweep)
         assert {item.request for item in sweep} <= set(runnable)
         assert bool(sweep) == bool(runnable)
-        assert sum(len(item.token_ids) for item in sweep) <= scheduler.max_tokens
-        assert sum(item.num_outputs for item in sweep) <= scheduler.max_outputs
+        num_outputs = sum(max(1, item.num_outputs) for item in sweep)
+        assert num_outputs <= len(scheduler.tokens_by_outputs)
+        if sweep:
+            assert sum(len(item.token_ids) for item in sweep) <= scheduler.tokens_by_outputs[num_outputs - 1]
         computed: set[int] = set()
         for item in sweep:
             length, token_ids = lengths[item.request]

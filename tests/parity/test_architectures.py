@@ -132,7 +132,7 @@ async def test_tokens_and_logprobs_are_those_of_transformers(
         assert plan.minimum_budget == subject.budgets["smallest"]
         if budget == "smallest":
             assert plan.num_buffers > 0
-            assert plan.max_tokens_per_sweep < max(map(len, prompts))  # so prompts are computed in chunks
+            assert plan.max_prompt_tokens < max(map(len, prompts))  # so prompts are computed in chunks
         elif budget == "middle":
             assert 0 < len(plan.resident) < len(plan.stages)
         else:

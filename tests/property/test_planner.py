@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -121,8 +122,10 @@ configs = st.builds(
 def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> None:
     parts = chosen.resident_bytes + chosen.ring_bytes + chosen.kv_bytes + chosen.workspace_bytes
     assert parts + model.draft_bytes <= budget == chosen.memory_budget
-    workspace = model.sizes.workspace_bytes(chosen.max_tokens_per_sweep, chosen.max_outputs, chosen.kv_bytes)
-    assert workspace <= chosen.workspace_bytes
+    assert list(chosen.tokens_by_outputs) == sorted(chosen.tokens_by_outputs, reverse=True)
+    for idx, tokens in enumerate(chosen.tokens_by_outputs):
+        assert model.sizes.workspace_bytes(tokens, idx + 1, chosen.kv_bytes) <= chosen.workspace_bytes
+        assert tokens <= (config.max_tokens_per_sweep or sys.maxsize)
     assert chosen.max_sequences <= min(config.max_sequences, chosen.max_tokens_per_sweep)
     assert chosen.max_sequences <= chosen.max_outputs <= chosen.max_tokens_per_sweep
     assert chosen.minimum_budget <= budget

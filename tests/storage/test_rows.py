@@ -74,6 +74,17 @@ async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
                 assert torch.equal((await row_reader.read([row]))[0], tensor[row])
 
 
+async def test_more_rows_than_usual_take_a_larger_buffer_until_the_next_call(tmp_path: Path) -> None:
+    tensor, spec = matrix(tmp_path, 100, 1100)
+    with ThreadPoolExecutor(1) as executor:
+        async with Reader([spec.file], executor, ReadStatistics()) as reader:
+            row_reader = RowReader(spec, reader, 5)
+            for rows in ([3], list(range(0, 100, 7)), [99], list(range(100)), [1, 50]):
+                assert torch.equal(torch.stack(await row_reader.read(rows)), tensor[rows])
+                assert row_reader._buffer.nbytes == RowReader.buffer_bytes(spec, max(5, len(rows)))
+            row_reader.close()
+
+
 async def test_other_reads_are_held_back_while_rows_would_wait_for_them(tmp_path: Path) -> None:
     """Of as many rows as there are threads, none waits for a read that began after it."""
     tensor, spec = matrix(tmp_path, 100, 4096)
