@@ -49,7 +49,7 @@ def sweep_seconds(
 
 
 class _Simulation:
-    """State: the moment, loads under way with the share of each that is left, and what is read and computed so far."""
+    """State: the moment; loads under way, each with when it ends if no other begins or ends; what is in the ring."""
 
     def __init__(
         self,
@@ -65,58 +65,63 @@ class _Simulation:
         # A stage that is in the ring is not read again before it is computed.
         self.num_buffers = min(num_buffers, len(order))
         self.speeds = speeds
-        self.read_s: dict[int, list[float]] = {0: []}
+        self.read_s: dict[int, list[float]] = {}
         self.now = 0.0
-        self.loading: dict[int, float] = {}
-        self.loaded: set[int] = set(range(self.num_buffers))
+        self.loading: list[tuple[float, int]] = []
+        self.loaded = set(range(self.num_buffers))
         self.next_load = self.num_buffers
         self.num_computed = 0
 
     def run(self, num_sweeps: int) -> list[float]:
         seconds = []
-        for sweep in range(num_sweeps):
+        for _ in range(num_sweeps):
             started = self.now
-            for position, (_, compute_s, before_s) in enumerate(self.order):
-                idx = sweep * len(self.order) + position
-                self._advance(before_s)
-                self._wait_for(idx)
-                self._advance(compute_s)
-                self.loaded.discard(idx)
+            for _, compute_s, before_s in self.order:
+                if before_s:
+                    self._pass_until(self.now + before_s)
+                while self.num_computed not in self.loaded:
+                    self._end_load()
+                self._pass_until(self.now + compute_s)
+                self.loaded.remove(self.num_computed)
                 self.num_computed += 1
-            self._advance(self.tail_s)
+                self._begin_loads(len(self.loading))
+            self._pass_until(self.now + self.tail_s)
             seconds.append(self.now - started)
         return seconds
 
-    def _advance(self, seconds: float) -> None:
-        """Lets so much time pass."""
-        left = seconds
-        while left > 0:
-            left -= self._step(left)
+    def _pass_until(self, moment: float) -> None:
+        while self.loading and min(self.loading)[0] <= moment:
+            self._end_load()
+        self.now = moment
 
-    def _wait_for(self, idx: int) -> None:
-        while idx not in self.loaded:
-            self._step(float("inf"))
+    def _end_load(self) -> None:
+        """Lets time pass until the next load ends."""
+        ended = min(self.loading)
+        self.loading.remove(ended)
+        self.now, idx = ended
+        self.loaded.add(idx)
+        self._begin_loads(len(self.loading) + 1)
 
-    def _start_loads(self) -> None:
-        while len(self.loading) < self.num_agents and self.next_load - self.num_computed < self.num_buffers:
-            self.loading[self.next_load] = 1.0
+    def _begin_loads(self, num_before: int) -> None:
+        """Begins as many as there are agents and buffers for; then all under way share the disk with so many.
+
+        Args:
+            num_before: Loads that shared it until now.
+        """
+        room = min(self.num_agents - len(self.loading), self.num_computed + self.num_buffers - self.next_load)
+        num_loads, num_stages = len(self.loading) + room, len(self.order)
+        if num_loads == 0 or (room == 0 and num_loads == num_before):
+            return
+        whole_s = self._read_seconds(num_loads)
+        if num_loads != num_before and self.loading:
+            before_s = self._read_seconds(num_before)
+            self.loading = [
+                (self.now + (end - self.now) * whole_s[idx % num_stages] / before_s[idx % num_stages], idx)
+                for end, idx in self.loading
+            ]
+        for _ in range(room):
+            self.loading.append((self.now + whole_s[self.next_load % num_stages], self.next_load))
             self.next_load += 1
-
-    def _step(self, most_s: float) -> float:
-        """Lets time pass until a load ends, or `most_s` if that is less; returns how much it was."""
-        self._start_loads()
-        whole_s, num_stages = self._read_seconds(len(self.loading)), len(self.order)
-        loads = [(idx, left, whole_s[idx % num_stages]) for idx, left in self.loading.items()]
-        seconds = min([most_s, *(left * each_s for _, left, each_s in loads)])
-        self.now += seconds
-        for idx, left, each_s in loads:
-            left -= seconds / each_s
-            if left <= 1e-9:
-                del self.loading[idx]
-                self.loaded.add(idx)
-            else:
-                self.loading[idx] = left
-        return seconds
 
     def _read_seconds(self, num_loads: int) -> list[float]:
         """What reading each stage takes while there are so many loads."""
