@@ -135,20 +135,19 @@ def pool(model: nn.Module, config: PoolingConfig, hidden_states: torch.Tensor, m
 
 def _pooling_mode(file: Path) -> Pooling:
     config = read_config(file, dict)
-    names = {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
+    modes: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
+    modes |= {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
     chosen = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
     chosen = [name for name in chosen if f"pooling_mode_{name}" in config]
     if isinstance(config.get("pooling_mode"), str):
         chosen = [config["pooling_mode"]]
-    known = [mode for name in chosen for mode in get_args(Pooling) if mode == names.get(name, name)]
-    if len(chosen) != 1 or not known:
+    if len(chosen) != 1 or chosen[0] not in modes:
         raise CheckpointError(
             f"{file} asks for pooling {' and '.join(chosen) or 'of no kind'}; one of {', '.join(get_args(Pooling))} is "
             "supported",
             path=file,
         )
-    mode: Pooling = known[0]
-    return mode
+    return modes[chosen[0]]
 
 
 def _dense(folder: Path) -> Dense:

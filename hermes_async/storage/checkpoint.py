@@ -25,9 +25,9 @@ import torch
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.hub import download, is_hub_id
 
-_INDEX_NAME = "model.safetensors.index.json"
 _Json = TypeVar("_Json", dict[str, Any], list[Any])
 
+_INDEX_NAME = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
