@@ -61,11 +61,6 @@ class Plan:
     reasons: tuple[str, ...] = ()
 
     @property
-    def max_outputs(self) -> int:
-        """Of one sweep: a token of each sequence, and as many drafted ones."""
-        return len(self.tokens_by_outputs)
-
-    @property
     def max_tokens_per_sweep(self) -> int:
         """Of one with as many outputs as there may be."""
         return self.tokens_by_outputs[-1]

@@ -7,10 +7,9 @@ keeps R of S bytes in memory reads S - R bytes each time round, and no other cho
 from __future__ import annotations
 
 import sys
-from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import product
 
 from hermes_async.config import EngineConfig, format_bytes
@@ -21,15 +20,14 @@ from hermes_async.pipeload.prediction import steady_seconds
 from hermes_async.pipeload.reasons import Reasons
 from hermes_async.pipeload.speeds import Speeds
 from hermes_async.pipeload.stage import StageLayout
+from hermes_async.pipeload.sweep_room import SweepRoom, num_outputs
 from hermes_async.pipeload.ways import NEW_TOKENS, StageSums, Way, geometric_mean
 from hermes_async.storage.buffers import align_up
 
 LEAST_KV_TOKENS = 256
 """There is always room for the KV of one sequence so long, or as long as the context."""
 
-_SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
 _WORKSPACE_SHARE = 1 / 3  # of the budget, at the most
-_SEQUENCE_TOKENS = 32  # for which a sequence must have KV memory to be worth a place in a sweep
 
 _UNCUT = 1.1  # of a stage size asked for: a buffer so much larger holds a module that cannot be cut
 _LOOKED_AT = 6  # of the best plans by the rough reckoning are simulated
@@ -63,10 +61,8 @@ def plan(
     choices = _Choices(budget - sizes.draft_bytes, cut, sizes, config, speeds)
     minimum, smallest = min(choices.minimum(), choices.minimum_resident(whole))
     minimum += sizes.draft_bytes
-    everything = choices.all_resident(whole, minimum)
-    if everything is not None:
-        return replace(everything, memory_budget=budget)
-    if minimum > budget:
+    chosen = choices.all_resident(whole, minimum)
+    if chosen is None and minimum > budget:
         raise MemoryBudgetError(
             f"a memory budget of {format_bytes(budget)} is too small for this model: the smallest that works is "
             f"{minimum} bytes ({format_bytes(minimum)}): {smallest}"
@@ -75,7 +71,9 @@ def plan(
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    return replace(choices.best_streamed(minimum), memory_budget=budget)
+    chosen = chosen or choices.best_streamed(minimum)
+    most_tokens = choices.sweep_room.by_outputs(chosen.max_tokens_per_sweep, chosen.max_sequences, chosen.kv_bytes)
+    return replace(chosen, memory_budget=budget, tokens_by_outputs=most_tokens)
 
 
 class _Choices:
@@ -94,7 +92,7 @@ class _Choices:
         self.speeds = speeds
         context = sizes.context_length or LEAST_KV_TOKENS
         block = sizes.kv_block_tokens
-        self._most_tokens = cache(self._searched_most_tokens)  # the same for many ways
+        self.sweep_room = SweepRoom(sizes, config)
         self.min_kv = align_up(-(-min(context, LEAST_KV_TOKENS) // block) * block * sizes.kv_bytes_per_token)
 
     # --- the smallest budget that works, and the one in which everything stays ---
@@ -120,12 +118,12 @@ class _Choices:
         agents = self.config.num_loading_agents or 1
         buffers = self._num_buffers(agents)
         kv = self._least_kv()
-        tokens, sequences = self._sweeps(kv)[-1]
+        tokens, sequences = self.sweep_room.sweeps(kv)[-1]
         best: tuple[int, str] | None = None
         for limit in self.limits:
             partition = self.cut(limit)
             slot = slot_bytes_of(partition.stages)
-            workspace = self._workspace(partition, tokens, sequences, kv)
+            workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, kv)
             total = partition.base.slot_bytes + buffers * slot + kv + workspace
             if best is None or total < best[0]:
                 best = (
@@ -144,7 +142,7 @@ class _Choices:
             return sys.maxsize, ""
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
         kv = self._least_kv()
-        workspace = self._workspace(partition, *self._sweeps()[-1], kv)
+        workspace = self.sweep_room.workspace_bytes(partition, *self.sweep_room.sweeps()[-1], kv)
         return weights + kv + workspace, (
             f"{format_bytes(weights)} of weights, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
         )
@@ -156,8 +154,8 @@ class _Choices:
         weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
         least = self._least_kv()
         shares = (least,) if self._kv_is_fixed() else (self.budget - weights - least, least)
-        for (tokens, sequences), most in product(self._sweeps(), shares):
-            workspace = self._workspace(partition, tokens, sequences, max(least, most))
+        for (tokens, sequences), most in product(self.sweep_room.sweeps(), shares):
+            workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, max(least, most))
             if weights + least + workspace <= self.budget:
                 return self._plan(
                     partition,
@@ -224,13 +222,13 @@ class _Choices:
             most = max(0, self.config.max_resident_layers - buffers)
         least = self._least_kv()
         shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
-        needed = max(self._sweeps()[-1][0], self.sizes.long_text_tokens)  # whatever workspace they take
+        needed = max(self.sweep_room.sweeps()[-1][0], self.sizes.long_text_tokens)  # whatever workspace they take
         machines = (self.speeds, *self.speeds.others)
         sums = tuple(StageSums(partition, self.sizes, speeds, agents) for speeds in machines)
         for kv in shares:
             found = False
-            for tokens, sequences in self._sweeps(kv):
-                workspace = self._workspace(partition, tokens, sequences, kv)
+            for tokens, sequences in self.sweep_room.sweeps(kv):
+                workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, kv)
                 room = self.budget - fixed - kv - workspace
                 if room < 0 or (tokens > needed and workspace > self.budget * _WORKSPACE_SHARE):
                     continue
@@ -245,8 +243,8 @@ class _Choices:
                     buffers,
                     slot,
                     tokens,
-                    self._most_tokens(sequences, tokens, sequences, kv),
-                    self._most_tokens(1, tokens, sequences, kv),
+                    self.sweep_room.most_tokens(sequences, tokens, sequences, kv),
+                    self.sweep_room.most_tokens(1, tokens, sequences, kv),
                     sequences,
                     self.config.max_sequences / sequences,
                     kv,
@@ -290,7 +288,7 @@ class _Choices:
         resident = spread(partition.stages, way.room, way.most)
         left = way.room - sum(partition.stages[idx].slot_bytes for idx in resident)
         # More KV can need more workspace, which is taken from what is left too.
-        grown = self._workspace(partition, way.tokens, way.sequences, kv + left)
+        grown = self.sweep_room.workspace_bytes(partition, way.tokens, way.sequences, kv + left)
         if not self._kv_is_fixed() and grown - workspace <= left:
             kv, workspace = kv + left - (grown - workspace), grown
         return self._plan(
@@ -322,7 +320,6 @@ class _Choices:
         minimum_budget: int,
         reasons: tuple[str, ...],
     ) -> Plan:
-        outputs = range(1, 1 + self._num_outputs(tokens, max_sequences))
         return Plan(
             self.budget,
             partition,
@@ -332,7 +329,7 @@ class _Choices:
             slot_bytes,
             kv_bytes,
             workspace_bytes,
-            tuple(self._most_tokens(count, tokens, max_sequences, kv_bytes) for count in outputs),
+            (tokens,) * num_outputs(tokens, max_sequences),  # more with fewer outputs: found for what is chosen alone
             max_sequences,
             minimum_budget,
             self.sizes.kv_bytes_per_token,
@@ -369,40 +366,6 @@ class _Choices:
 
     def _kv_share(self, fixed: int) -> int:
         return min(self.budget // 10, max(0, self.budget - fixed) // 2)
-
-    def _sweeps(self, kv_bytes: int | None = None) -> list[tuple[int, int]]:
-        """Tokens and sequences of a sweep to consider, largest first; no more sequences than there is KV for."""
-        most = self.config.max_sequences
-        if kv_bytes is not None and self.sizes.kv_bytes_per_token:
-            most = min(most, max(1, kv_bytes // (_SEQUENCE_TOKENS * self.sizes.kv_bytes_per_token)))
-        if self.config.max_tokens_per_sweep is not None:
-            return [(self.config.max_tokens_per_sweep, min(self.config.max_tokens_per_sweep, most))]
-        least = self.sizes.least_sweep_tokens
-        counts = {*_SWEEP_TOKENS, self.sizes.long_text_tokens, least}
-        choices = sorted((tokens for tokens in counts if tokens >= least), reverse=True)
-        return [(tokens, min(tokens, most)) for tokens in choices]
-
-    def _workspace(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
-        outputs = self._num_outputs(tokens, sequences)
-        return align_up(self.sizes.workspace_bytes(tokens, outputs, kv_bytes) + partition.cast_bytes)
-
-    def _num_outputs(self, tokens: int, sequences: int) -> int:
-        """Of a sweep at the most: a token of each sequence, and as many drafted ones."""
-        return min(tokens, 2 * sequences)
-
-    def _searched_most_tokens(self, outputs: int, tokens: int, sequences: int, kv_bytes: int) -> int:
-        """Tokens of a sweep with so many outputs, in the workspace of one with `tokens` and as many as it may have.
-
-        Logits are wanted of few positions while a prompt is computed, which leaves room for more of its tokens.
-        """
-        if self.config.max_tokens_per_sweep is not None or not self.sizes.kv_bytes_per_token:
-            return tokens
-        room = self.sizes.workspace_bytes(tokens, self._num_outputs(tokens, sequences), kv_bytes)
-        most = min(_SWEEP_TOKENS[0], self.sizes.context_length or sys.maxsize)
-        counts = range(tokens, max(tokens, most) + 1)
-        found = bisect_right(counts, room, key=lambda count: self.sizes.workspace_bytes(count, outputs, kv_bytes))
-        block = self.sizes.kv_block_tokens
-        return max(tokens, counts[found - 1] // block * block)
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:

@@ -127,7 +127,7 @@ def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> 
         assert model.sizes.workspace_bytes(tokens, idx + 1, chosen.kv_bytes) <= chosen.workspace_bytes
         assert tokens <= (config.max_tokens_per_sweep or sys.maxsize)
     assert chosen.max_sequences <= min(config.max_sequences, chosen.max_tokens_per_sweep)
-    assert chosen.max_sequences <= chosen.max_outputs <= chosen.max_tokens_per_sweep
+    assert chosen.max_sequences <= len(chosen.tokens_by_outputs) <= chosen.max_tokens_per_sweep
     assert chosen.minimum_budget <= budget
     streamed = set(range(len(chosen.stages))) - chosen.resident
     if streamed:
