@@ -33,7 +33,14 @@ class Rig:
     """A pipeline over `num_stages` stages of a few pages each, and what its sweeps must see."""
 
     def __init__(
-        self, directory: Path, num_stages: int, *, resident: Sequence[int], agents: int, num_buffers: int
+        self,
+        directory: Path,
+        num_stages: int,
+        *,
+        resident: Sequence[int],
+        agents: int,
+        num_buffers: int,
+        pinned: bool = False,
     ) -> None:
         path = directory / "weights"
         generator = random.Random(0)
@@ -48,9 +55,11 @@ class Rig:
         self.expected = [bytes(data[spec.offset : spec.offset + spec.nbytes]) for spec in specs]
         layouts = [StageLayout.of(spec.name, [("weight", spec)]) for spec in specs]
         self.stages = [Stage(idx, layout, resident=idx in resident) for idx, layout in enumerate(layouts)]
-        self.ring = BufferPool(num_buffers, max(layout.slot_bytes for layout in layouts))
+        self.ring = BufferPool(num_buffers, max(layout.slot_bytes for layout in layouts), pinned=pinned)
         self.buffers = tuple(self.ring._free)
-        self.pipeline = Pipeline(self.stages, num_loading_agents=agents, ring=self.ring, statistics=ReadStatistics())
+        self.pipeline = Pipeline(
+            self.stages, num_loading_agents=agents, ring=self.ring, statistics=ReadStatistics(), pinned=pinned
+        )
 
     def compute(
         self, order: Sequence[int] | None = None, on_stage: Callable[[int], None] = lambda idx: None
@@ -97,7 +106,12 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
     numbers = iter(range(1000))
 
     def make(
-        num_stages: int = 6, *, resident: Sequence[int] = (), agents: int = 1, num_buffers: int | None = None
+        num_stages: int = 6,
+        *,
+        resident: Sequence[int] = (),
+        agents: int = 1,
+        num_buffers: int | None = None,
+        pinned: bool = False,
     ) -> Rig:
         directory = tmp_path / f"rig{next(numbers)}"
         directory.mkdir()
@@ -107,6 +121,7 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
             resident=resident,
             agents=agents,
             num_buffers=agents + 1 if num_buffers is None else num_buffers,
+            pinned=pinned,
         )
 
     return make

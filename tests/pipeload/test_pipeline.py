@@ -32,6 +32,11 @@ CONFIGURATIONS = [
     pytest.param({"agents": 2, "resident": (0, 3)}, id="2 of 6 resident"),
     pytest.param({"agents": 1, "resident": range(6), "num_buffers": 0}, id="all resident"),
     pytest.param({"agents": 4, "num_stages": 2}, id="more buffers than stages"),
+    pytest.param(
+        {"agents": 2, "resident": (0, 3), "pinned": True},
+        id="2 of 6 resident, pinned",
+        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    ),
 ]
 
 
