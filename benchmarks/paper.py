@@ -189,6 +189,8 @@ def _add_shares(run: dict[str, Any], weight_bytes: int, compute: dict[str, Any])
     if "per_token_s" in compute:
         run["token_limit_s"] = _limit_s(run.get("bytes_per_sweep", 0), rate, compute["per_token_s"])
         run["token_share_of_limit"] = run["per_token_s"] / run["token_limit_s"]
+    if "per_pass_s" in run:
+        run["pass_share_of_limit"] = run["per_pass_s"] / _limit_s(run["bytes_per_sweep"], rate, compute["latency_s"])
 
 
 def _compare(runs: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> dict[str, dict[str, Any]]:

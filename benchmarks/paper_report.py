@@ -67,6 +67,9 @@ def _line(mode: str, figures: Figures) -> str:
         if "token_ratio_expected" in figures:
             parts.append(f"; {_ratio(figures)}")
         parts.append(")")
+    if "per_pass_s" in figures:
+        parts.append(f"; opening {figures['open_s']:.2f} s of it, and a further pass {figures['per_pass_s']:.2f} s ")
+        parts.append(f"({figures['pass_share_of_limit']:.2f} of its limit)")
     parts.append(f"; weights and buffers {format_bytes(round(figures['memory_bytes']))}")
     if "memory_less" in figures:
         parts.append(f" ({_less(figures)})")
@@ -100,6 +103,9 @@ _COLUMNS: dict[str, tuple[str, Callable[[Figures], str]]] = {
     "of the limit": ("share_of_limit", lambda figures: f"{figures['share_of_limit']:.2f}"),
     "of both beside each other": ("share_of_overlapped", lambda figures: f"{figures['share_of_overlapped']:.2f}"),
     "times pipeswitch": ("times_pipeswitch", lambda figures: f"{figures['times_pipeswitch']:.2f}"),
+    "opening": ("open_s", lambda figures: f"{figures['open_s']:.2f} s"),
+    "a further pass": ("per_pass_s", lambda figures: f"{figures['per_pass_s']:.2f} s"),
+    "of the pass's limit": ("pass_share_of_limit", lambda figures: f"{figures['pass_share_of_limit']:.2f}"),
     "a token": ("per_token_s", lambda figures: f"{figures['per_token_s']:.3f} s"),
     "of its limit": ("token_share_of_limit", lambda figures: f"{figures['token_share_of_limit']:.2f}"),
     "of both": ("token_share_of_overlapped", lambda figures: f"{figures['token_share_of_overlapped']:.2f}"),

@@ -14,7 +14,7 @@ import torch
 from hermes_async.config import format_bytes
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import HermesError, MemoryBudgetError, RequestError
-from hermes_async.modeling.activations import forward_bytes, recorded_bytes
+from hermes_async.modeling.activations import recorded_bytes
 from hermes_async.modeling.inputs import checked_inputs, count_tokens
 from hermes_async.modeling.passes import ForwardPass
 from hermes_async.modeling.streamed import StreamedModel
@@ -70,7 +70,7 @@ def prepare_forward(
     model = skeleton.base_model if base else skeleton.named_model
     checked = checked_inputs(skeleton, model, inputs)
     sequences, tokens = count_tokens(checked, opened.seen)
-    nbytes = forward_bytes(skeleton)(sequences, tokens) + recorded_bytes(
+    nbytes = opened.forward_bytes(sequences, tokens) + recorded_bytes(
         skeleton,
         sequences,
         tokens,

@@ -79,6 +79,7 @@ class OpenedModel:
         attention: Registered with transformers until `close`.
         partition: The plan's.
         pooling: How the checkpoint makes sentence vectors, or why it makes none, which only `embed` asks for.
+        forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
     """
@@ -92,6 +93,7 @@ class OpenedModel:
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
+    forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
 
@@ -128,7 +130,8 @@ def open_model(
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
-        sizes = _sizes(skeleton, attention, seen, draft)
+        of_pass = forward_bytes(skeleton)
+        sizes = _sizes(skeleton, attention, seen, of_pass, draft)
         chosen = plan(budget, _cuts(skeleton, seen), sizes, config, _speeds(checkpoint))
         if draft is not None:
             own = chosen.kv_bytes * seen.kv.bytes_per_token // sizes.kv_bytes_per_token
@@ -146,6 +149,7 @@ def open_model(
         tokenizer,
         tokenizer_error,
         pooling,
+        of_pass,
         draft,
         baseline,
     )
@@ -167,7 +171,8 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
         checkpoint = Checkpoint.open(source)
         skeleton, attention, seen = _look_at(checkpoint, always)
         skeleton, _ = _with_pooling(skeleton, checkpoint.path)
-        sizes, cut, speeds = _sizes(skeleton, attention, seen, None), _cuts(skeleton, seen), _speeds(checkpoint)
+        sizes = _sizes(skeleton, attention, seen, forward_bytes(skeleton), None)
+        cut, speeds = _cuts(skeleton, seen), _speeds(checkpoint)
         most = sizes.weight_bytes * 2
         minimum = plan(most, cut, sizes, config, speeds).minimum_budget
         steps = max(1, count - 1)
@@ -223,11 +228,18 @@ def _open_draft(
     return OpenedDraft(skeleton, attention, seen, whole, weights + workspace, _DRAFT_TOKENS)
 
 
-def _sizes(skeleton: Skeleton, attention: PackedAttention, seen: Probe, draft: OpenedDraft | None) -> ModelSizes:
+def _sizes(
+    skeleton: Skeleton,
+    attention: PackedAttention,
+    seen: Probe,
+    of_pass: Callable[[int, int], int],
+    draft: OpenedDraft | None,
+) -> ModelSizes:
     embedding = skeleton.tensors[skeleton.embedding_name] if seen.embeds_input_ids else None
-    activations = _forward_activations(skeleton, seen)
     if skeleton.generates:
         activations = workspace_bytes(skeleton, seen, attention)
+    else:
+        activations = _forward_activations(skeleton, seen, of_pass)
 
     def workspace(tokens: int, outputs: int, kv_bytes: int) -> int:
         rows = 0
@@ -264,13 +276,14 @@ def _head_name(skeleton: Skeleton) -> str:
     return next((path for path, module in skeleton.model.named_modules() if module is head), "")
 
 
-def _forward_activations(skeleton: Skeleton, seen: Probe) -> Callable[[int, int, int], int]:
+def _forward_activations(
+    skeleton: Skeleton, seen: Probe, of_pass: Callable[[int, int], int]
+) -> Callable[[int, int, int], int]:
     """Of a model that does not generate, by tokens: as many images, or texts as long as they may be."""
-    bound = forward_bytes(skeleton)
     longest = seen.tokens_per_image or skeleton.context_length or max(_TEXT_TOKENS, 1)
 
     def activations(tokens: int, outputs: int, kv_bytes: int) -> int:
-        return bound(-(-tokens // longest), min(tokens, longest))
+        return of_pass(-(-tokens // longest), min(tokens, longest))
 
     return activations
 

@@ -79,6 +79,8 @@ def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
 
 def recorded_bytes(skeleton: Skeleton, sequences: int, tokens: int, *, hidden_states: bool, attentions: bool) -> int:
     """What a forward pass keeps if it is asked for every layer's hidden states, or attention weights."""
+    if not hidden_states and not attentions:
+        return 0
     config, itemsize = skeleton.model.config.get_text_config(), skeleton.dtype.itemsize
     num_layers = len(layers_of(skeleton.model)) + 1
     total = 0
