@@ -5,12 +5,21 @@ Source: `transformers.core_model_loading`, whose renamings and converters are ta
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import Chunk, WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.core_model_loading import (
+    Chunk,
+    Concatenate,
+    MergeModulelist,
+    WeightConverter,
+    WeightRenaming,
+    dot_natural_key,
+    rename_source_key,
+)
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
@@ -30,6 +39,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
     found: dict[str, TensorSpec] = {}
+    to_join: dict[str, dict[str, list[TensorSpec]]] = {}  # of a parameter, by the converter's source patterns
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
         renamed, converted = rename_source_key(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
@@ -39,14 +49,20 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
         if converted is None:
             found[renamed] = checkpoint.tensors[name]
             continue
-        pieces = _pieces(renamed, checkpoint.tensors[name], converters, converted)
-        if not pieces:
+        converter = _converter(converters, converted, renamed)
+        pieces = _pieces(renamed, checkpoint.tensors[name], converter)
+        if not pieces and not _joins(converter):
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only tensors that are "
-                "renamed, or cut along their first dimension, can be used in place",
+                "renamed, cut along their first dimension, or put one behind the other can be used in place",
                 path=checkpoint.path,
             )
         found.update(pieces)
+        if not pieces:
+            to_join.setdefault(renamed, {}).setdefault(converted, []).append(checkpoint.tensors[name])
+    for renamed, by_pattern in to_join.items():
+        converter = _converter(converters, next(iter(by_pattern)), renamed)
+        found[renamed] = _joined(renamed, [by_pattern.get(one, []) for one in converter.source_patterns], converter)
     for name, spec in found.items():
         shape = tuple(expected[name].shape)
         if spec.shape != shape:
@@ -73,14 +89,58 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     return found
 
 
-def _pieces(renamed: str, spec: TensorSpec, converters: list[WeightConverter], pattern: str) -> dict[str, TensorSpec]:
+def _converter(converters: Sequence[WeightConverter], pattern: str, renamed: str) -> WeightConverter:
+    """The one that makes the parameter `renamed`, or the first of several, of tensors that match the source pattern."""
+    of_pattern = [one for one in converters if pattern in one.source_patterns]
+    return next((one for one in of_pattern if one.target_patterns[0] in renamed), of_pattern[0])
+
+
+def _joins(converter: WeightConverter) -> bool:
+    """Whether it puts tensors one behind the other: the experts of a layer, gate and up of each side by side or not."""
+    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
+    several = len(converter.source_patterns) > 1
+    layers = [(MergeModulelist, 0), *([(Concatenate, 1)] if several else [])]
+    return len(converter.target_patterns) == 1 and (
+        operations == layers or (several and operations == [(Concatenate, 0)])
+    )
+
+
+def _joined(renamed: str, sources: Sequence[Sequence[TensorSpec]], converter: WeightConverter) -> TensorSpec:
+    """The parameter that is made of tensors one behind the other.
+
+    Args:
+        sources: Of each source pattern of the converter its tensors, in their order.
+
+    Raises:
+        CheckpointError: They do not fit together.
+    """
+    stacked = type(converter.operations[0]) is MergeModulelist
+    groups = list(zip(*sources, strict=False)) if stacked else [tuple(itertools.chain(*sources))]
+    specs = list(itertools.chain(*groups))
+    first = specs[0] if specs else next(itertools.chain(*sources))
+    num_rows = sum(spec.shape[0] for spec in groups[0] if spec.shape) if groups else 0
+    rest = first.shape[1:]
+    fit = all(spec.dtype == first.dtype and spec.shape and spec.shape[1:] == rest for spec in specs)
+    alike = all([spec.shape for spec in group] == [spec.shape for spec in groups[0]] for group in groups)
+    if not fit or not alike or len(specs) != sum(map(len, sources)):
+        counts = " and ".join(
+            f"{len(source)} of {pattern!r}" for source, pattern in zip(sources, converter.source_patterns, strict=True)
+        )
+        raise CheckpointError(
+            f"{first.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
+            "and they must be of one dtype and shape",
+            path=first.file,
+        )
+    return TensorSpec.joined(specs, (len(groups), num_rows, *rest) if stacked else (num_rows, *rest))
+
+
+def _pieces(renamed: str, spec: TensorSpec, converter: WeightConverter) -> dict[str, TensorSpec]:
     """The parameters that lie one after another in a tensor, such as query, key and value; none where it is otherwise.
 
     Args:
         renamed: The first of them.
-        pattern: The source pattern of the converter that the tensor is for.
+        converter: What transformers would make them with.
     """
-    converter = next(one for one in converters if pattern in one.source_patterns)
     operation, *others = converter.operations
     targets = converter.target_patterns
     cuts = type(operation) is Chunk and operation.dim == 0 and not others and len(converter.source_patterns) == 1

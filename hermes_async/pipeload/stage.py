@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import anyio
 import torch
 
 from hermes_async.errors import HermesError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.checkpoint import TensorSpec, merge_extents
+from hermes_async.storage.checkpoint import Extent, TensorSpec, merge_extents
 from hermes_async.storage.reader import ReadRange
+
+_SCRATCH_BYTES = 256 * 1024  # that pieces go through which cannot be read to where they belong
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +35,8 @@ class StageLayout:
     Attributes:
         name: The module's name in the model.
         placements: One for each parameter.
-        ranges: What is read; neighbours in a file are read together.
+        ranges: What is read; neighbours in a file are read together. Of a parameter that is made of several tensors
+            each is a range, read to where it belongs.
         read_bytes: Of all the ranges.
         slot_bytes: The buffer it needs.
         weight_bytes: Its parameters alone, without alignment and gaps.
@@ -55,14 +59,12 @@ class StageLayout:
         """Lays out the tensors, each under the parameter name it is for. Two names may share one tensor."""
         tensors = list(tensors)
         distinct = {(spec.file, spec.offset, spec.nbytes): spec for _, spec in tensors}
-        ranges = []
-        end = 0
-        for extent in merge_extents(distinct.values()):
-            position = end + extent.offset % ALIGNMENT
-            ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
-            end = align_up(position + extent.nbytes)
-        placements = []
-        for parameter, spec in tensors:
+        ranges, end = _plain_ranges(spec for spec in distinct.values() if not spec.pieces)
+        starts, joined, end = _joined_ranges([spec for spec in distinct.values() if spec.pieces], end)
+
+        def position_of(spec: TensorSpec) -> int:
+            if spec.pieces:
+                return starts[spec.file, spec.offset]
             within = (
                 item.position + spec.offset - item.offset
                 for item in ranges
@@ -70,11 +72,45 @@ class StageLayout:
                 and spec.offset + spec.nbytes <= item.offset + item.nbytes
                 and item.file == spec.file
             )
-            position = next(within) if spec.nbytes else 0
-            placements.append(Placement(parameter, position, spec.dtype, spec.shape))
+            return next(within) if spec.nbytes else 0
+
+        placements = tuple(Placement(name, position_of(spec), spec.dtype, spec.shape) for name, spec in tensors)
         weight_bytes = sum(spec.nbytes for spec in distinct.values())
-        read_bytes = sum(item.nbytes for item in ranges)
-        return cls(name, tuple(placements), tuple(ranges), read_bytes, end, weight_bytes)
+        read_bytes = sum(item.nbytes for item in (*ranges, *joined))
+        return cls(name, placements, (*ranges, *joined), read_bytes, end, weight_bytes)
+
+
+def _plain_ranges(specs: Iterable[TensorSpec]) -> tuple[list[ReadRange], int]:
+    """Of tensors as the files have them; and where they end."""
+    ranges = []
+    end = 0
+    for extent in merge_extents(specs):
+        position = end + extent.offset % ALIGNMENT
+        ranges.append(ReadRange(extent.file, extent.offset, extent.nbytes, position))
+        end = align_up(position + extent.nbytes)
+    return ranges, end
+
+
+def _joined_ranges(specs: Sequence[TensorSpec], end: int) -> tuple[dict[tuple[Path, int], int], list[ReadRange], int]:
+    """Of tensors that are made of several, from `end` on: where each begins, its pieces, and where all of it ends.
+
+    Behind them is memory for the blocks that a piece shares with others in its file; more of it where one lies
+    differently to blocks there and here, and all of it must go that way.
+    """
+    if not specs:
+        return {}, [], end
+    starts: dict[tuple[Path, int], int] = {}
+    pieces: list[tuple[Extent, int]] = []
+    for spec in specs:
+        position = starts[spec.file, spec.offset] = end + spec.offset % ALIGNMENT
+        for piece in spec.pieces:
+            pieces.append((piece, position))
+            position += piece.nbytes
+        end = align_up(position)
+    in_place = all(piece.offset % ALIGNMENT == position % ALIGNMENT for piece, position in pieces)
+    scratch = end, end + (2 * ALIGNMENT if in_place else _SCRATCH_BYTES)
+    ranges = [ReadRange(piece.file, piece.offset, piece.nbytes, position, scratch) for piece, position in pieces]
+    return starts, ranges, scratch[1]
 
 
 class StageState(enum.Enum):

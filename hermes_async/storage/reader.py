@@ -22,7 +22,7 @@ import anyio
 import anyio.lowlevel
 
 from hermes_async.errors import ReadError, ShortReadError
-from hermes_async.storage.buffers import align_down, align_up
+from hermes_async.storage.buffers import ALIGNMENT, align_down, align_up
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
 
 
@@ -30,13 +30,18 @@ from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
 class ReadRange:
     """`nbytes` bytes of `file` from `offset`, to be found at `position` of a buffer after the read.
 
-    `offset` and `position` are equal modulo 4096 (`ALIGNMENT`), so a direct read can start at the block before.
+    Attributes:
+        scratch: None where whole blocks around the range may be written; `offset` and `position` are then equal modulo
+            4096 (`ALIGNMENT`), so a direct read can start at the block before. Else nothing is written beside the range
+            but these bytes of the buffer, from and to, two or more whole blocks; where `offset` and `position` are not
+            equal modulo 4096, all goes through them, and so in many small reads if they are few.
     """
 
     file: Path
     offset: int
     nbytes: int
     position: int
+    scratch: tuple[int, int] | None = None
 
 
 @dataclass(slots=True)
@@ -91,7 +96,8 @@ class Reader:
     async def read(
         self, ranges: Sequence[ReadRange], view: memoryview, on_read: Callable[[float, float], None] | None = None
     ) -> None:
-        """Reads every range into `view`, which is written from the block before each `position` to the block after.
+        """Reads every range into `view`, which is written from the block before each `position` to the block after,
+        or where the range's `scratch` allows.
 
         Args:
             view: Page-aligned, with room for whole blocks around each range.
@@ -182,18 +188,53 @@ class _Shard:
         self._direct = direct
 
     def read(self, item: ReadRange, view: memoryview) -> None:
-        base = align_down(item.offset)
-        before = item.offset - base
-        start = item.position - before
-        wanted = before + item.nbytes
+        before = item.offset % ALIGNMENT
+        if item.scratch is None:
+            start = item.position - before
+            self._fill(item, item.offset, item.nbytes, [view[start : start + align_up(before + item.nbytes)]])
+            return
+        scratch = view[slice(*item.scratch)]
+        first, last = align_up(item.position), align_down(item.position + item.nbytes)
+        if item.position % ALIGNMENT == before and first < last:
+            self._read_blocks(item, view, first, last, scratch)
+        else:
+            self._read_through(item, view, scratch)
+
+    def _read_blocks(self, item: ReadRange, view: memoryview, first: int, last: int, scratch: memoryview) -> None:
+        """Whole blocks, `first` to `last`, to where they belong; what is before and behind goes through `scratch`."""
+        head, tail = scratch[:ALIGNMENT], scratch[ALIGNMENT : 2 * ALIGNMENT]
+        num_before, num_behind = first - item.position, item.position + item.nbytes - last
+        self._fill(
+            item,
+            item.offset,
+            item.nbytes,
+            [head[: num_before and ALIGNMENT], view[first:last], tail[: num_behind and ALIGNMENT]],
+        )
+        view[item.position : first] = head[ALIGNMENT - num_before :]
+        view[last : last + num_behind] = tail[:num_behind]
+
+    def _read_through(self, item: ReadRange, view: memoryview, scratch: memoryview) -> None:
+        """As much at once as `scratch` holds."""
+        done = 0
+        while done < item.nbytes:
+            offset = item.offset + done
+            before = offset % ALIGNMENT
+            count = min(item.nbytes - done, len(scratch) - before)
+            self._fill(item, offset, count, [scratch[: align_up(before + count)]])
+            view[item.position + done : item.position + done + count] = scratch[before : before + count]
+            done += count
+
+    def _fill(self, item: ReadRange, offset: int, nbytes: int, targets: Sequence[memoryview]) -> None:
+        """Reads the blocks that hold `nbytes` bytes from `offset` on, a part of `item`, into `targets` in turn."""
+        base = align_down(offset)
+        wanted = offset - base + nbytes
         done = 0
         while True:
-            target = view[start + done : start + align_up(wanted)]
-            done_now = done + self._read_once(base + done, target)
+            done_now = done + self._read_once(base + done, _behind(targets, done))
             if done_now >= wanted:
                 return
             if align_down(done_now) == done:
-                actual = max(0, done_now - before)
+                actual = max(0, base + done_now - item.offset)
                 raise ShortReadError(
                     f"{item.file} ended early: {item.nbytes} bytes were expected at offset {item.offset}, {actual} "
                     "came; the file was cut short after it was opened",
@@ -204,21 +245,31 @@ class _Shard:
                 )
             done = align_down(done_now)
 
-    def _read_once(self, offset: int, target: memoryview) -> int:
+    def _read_once(self, offset: int, targets: Sequence[memoryview]) -> int:
         """One system call at `offset`; where the file system refuses it as direct I/O, from now on without."""
         fd = self.file.fileno()
         direct = self._direct
         try:
-            count = os.preadv(fd, [target], offset)
+            count = os.preadv(fd, targets, offset)
         except OSError as error:
             if not direct or error.errno != errno.EINVAL:
                 raise
             set_direct(fd, False)
             self._direct = False
-            return self._read_once(offset, target)
+            return self._read_once(offset, targets)
         if not direct:
             drop_cache(fd, offset, count)
         return count
+
+
+def _behind(targets: Sequence[memoryview], done: int) -> list[memoryview]:
+    """What is left of `targets` behind their first `done` bytes."""
+    left = []
+    for target in targets:
+        if done < len(target):
+            left.append(target[done:])
+        done = max(0, done - len(target))
+    return left
 
 
 def _read_error(doing: str, path: Path, offset: int, error: OSError) -> ReadError:
