@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, PreTrainedConfig
+from transformers import BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 import hermes_async
 
@@ -33,6 +33,13 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt-neox": GPTNeoXConfig(**SMALL),
     "gpt2": GPT2Config(vocab_size=300, n_embd=64, n_layer=3, n_head=4, n_positions=128),
     "bert": BertConfig(**SMALL, is_decoder=True),
+    # No expert begins where a block does.
+    "mixtral": MixtralConfig(
+        **SMALL | {"hidden_size": 56, "intermediate_size": 40},
+        num_key_value_heads=2,
+        head_dim=16,
+        num_local_experts=4,
+    ),
 }
 NUM_TOKENS = 8
 
@@ -218,6 +225,49 @@ async def test_every_tensor_in_a_shard_of_its_own(rewritten: Callable[..., Path]
     shards: dict[str, int] = {}
     path = rewritten("llama-tied", unchanged, shard_of=lambda name: shards.setdefault(name, len(shards)))
     await check(path, "llama-tied")
+
+
+# Experts
+
+
+async def test_experts_that_lie_apart(
+    originals: Callable[[str], tuple[Path, list[Any]]], check: Callable[..., Any]
+) -> None:
+    path, _ = originals("mixtral")
+    assert "model.layers.0.block_sparse_moe.experts.3.w1.weight" in load_file(path / "model.safetensors")
+    await check(path, "mixtral")
+
+
+async def test_a_layer_s_experts_in_several_shards(rewritten: Callable[..., Path], check: Callable[..., Any]) -> None:
+    def shard_of(name: str) -> int:
+        return len(name) if "experts" not in name else int(name.split("experts.")[1][0]) % 2
+
+    await check(rewritten("mixtral", unchanged, shard_of=shard_of), "mixtral")
+
+
+@pytest.mark.parametrize("lost", ["w1", "w2"])
+async def test_an_expert_that_is_missing(rewritten: Callable[..., Path], lost: str) -> None:
+    def without(tensors: Tensors) -> Tensors:
+        del tensors[f"model.layers.1.block_sparse_moe.experts.2.{lost}.weight"]
+        return tensors
+
+    path = rewritten("mixtral", without)
+    with pytest.raises(hermes_async.CheckpointError, match=r"model\.layers\.1\.mlp\.experts\.") as caught:
+        async with hermes_async.Engine(path, memory_budget="64MiB"):
+            pytest.fail("entered")
+    assert str(path) in str(caught.value)
+
+
+async def test_an_expert_of_another_shape(rewritten: Callable[..., Path]) -> None:
+    def with_more_columns(tensors: Tensors) -> Tensors:
+        name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+        tensors[name] = torch.cat([tensors[name], tensors[name]], dim=1)
+        return tensors
+
+    path = rewritten("mixtral", with_more_columns)
+    with pytest.raises(hermes_async.CheckpointError, match=r"4 of .* and 4 of .* must be of one dtype and shape"):
+        async with hermes_async.Engine(path, memory_budget="64MiB"):
+            pytest.fail("entered")
 
 
 # Tied heads

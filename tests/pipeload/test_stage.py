@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hermes_async.pipeload.stage import Stage, StageLayout, StageState
-from hermes_async.storage.buffers import ALIGNMENT, Buffer
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import Reader, ReadStatistics
 
@@ -106,6 +107,43 @@ async def test_a_read_puts_every_tensor_in_its_place(tmp_path: Path) -> None:
         with tensor.file.open("rb") as file:
             file.seek(tensor.offset)
             assert view.numpy().tobytes() == file.read(tensor.nbytes)
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize("seed", range(20))
+async def test_joined_tensors_are_side_by_side_and_touch_nothing_else(tmp_path: Path, seed: int) -> None:
+    """Even seeds: all lies to blocks as it will in the buffer, and is read to where it belongs."""
+    generator = random.Random(seed)
+    unit = ALIGNMENT if seed % 2 == 0 else 1
+    contents = {str(tmp_path / name): generator.randbytes(FILE_BYTES) for name in ("a", "b")}
+    for path, data in contents.items():
+        Path(path).write_bytes(data)  # noqa: ASYNC240
+
+    def piece() -> TensorSpec:
+        nbytes = generator.randint(1, 40_000 // unit) * unit
+        offset = generator.randint(0, (FILE_BYTES - nbytes - 100) // unit) * unit + (100 if unit > 1 else 0)
+        return spec(offset, nbytes, generator.choice(list(contents)))
+
+    def joined() -> TensorSpec:
+        pieces = [piece() for _ in range(generator.randint(2, 5))]
+        return TensorSpec.joined(pieces, (sum(one.nbytes for one in pieces),))
+
+    items = [("plain", spec(300_000, 5000, str(tmp_path / "a"))), ("one", joined()), ("two", joined())]
+    items.append(("tied", items[1][1]))
+    layout = StageLayout.of("layer", items)
+    buffer = Buffer(layout.slot_bytes)
+    with ThreadPoolExecutor(1) as executor:
+        async with Reader(list(map(Path, contents)), executor, ReadStatistics()) as reader:
+            await reader.read(layout.ranges, buffer.view)
+    for placement, (_, tensor) in zip(layout.placements, items, strict=True):
+        expected = b"".join(
+            contents[str(one.file)][one.offset : one.offset + one.nbytes] for one in tensor.pieces or [tensor]
+        )
+        assert buffer.tensor(placement.position, placement.dtype, placement.shape).numpy().tobytes() == expected
+    assert layout.placements[1].position == layout.placements[3].position
+    assert layout.weight_bytes == layout.read_bytes == sum(tensor.nbytes for _, tensor in items[:3])
+    parameters = sum(align_up(tensor.nbytes) + ALIGNMENT for _, tensor in items[:3])
+    assert layout.slot_bytes <= parameters + (2 * ALIGNMENT if unit > 1 else 256 * 1024)
 
 
 async def _woken(event: anyio.Event) -> None:

@@ -75,6 +75,25 @@ def test_blocks_of_rows_partition_a_tensor(shape: list[int], data: st.DataObject
     assert end == spec.offset + nbytes
 
 
+@no_deadline
+@given(st.lists(specs, min_size=1, max_size=8), st.data())
+def test_rows_of_joined_tensors_are_their_bytes(tensors: list[TensorSpec], data: st.DataObject) -> None:
+    joined = TensorSpec.joined(tensors, (sum(tensor.nbytes for tensor in tensors),))
+
+    def places(pieces: Any) -> list[tuple[Path, int]]:
+        return [(piece.file, byte) for piece in pieces for byte in range(piece.offset, piece.offset + piece.nbytes)]
+
+    assert places(joined.pieces) == places(tensors)
+    for before, after in pairwise(joined.pieces):
+        assert (before.file, before.offset + before.nbytes) != (after.file, after.offset), "two reads where one does"
+    start, stop = sorted(data.draw(st.tuples(*[st.integers(0, joined.nbytes)] * 2)))
+    rows = joined.rows(start, stop)
+    assert (rows.shape, rows.nbytes) == ((stop - start,), stop - start)
+    assert places(rows.pieces) == places(tensors)[start:stop]
+    if rows.nbytes:
+        assert (rows.file, rows.offset) == places(tensors)[start]
+
+
 def try_open(files: dict[str, bytes]) -> Checkpoint | None:
     """Open a checkpoint of these files; None where it is refused, as it may only be refused."""
     with tempfile.TemporaryDirectory() as directory:

@@ -159,6 +159,57 @@ async def test_a_file_that_ends_early(
     assert await reading.read((file, offset, nbytes)) == [DATA[offset : offset + nbytes]]
 
 
+# Nothing beside a range is written
+
+
+SCRATCH_AT = 10 * ALIGNMENT
+SPANS = [(0, SIZE), (0, 1), (ALIGNMENT - 1, 2), (5, ALIGNMENT), (ALIGNMENT, ALIGNMENT), (77, SIZE - 77), (100, 0)]
+
+
+async def read_alone(
+    reading: Reading, file: Path, offset: int, nbytes: int, position: int, scratch_blocks: int
+) -> None:
+    """Reads a range with scratch memory, and looks at all of the buffer."""
+    view = reading.buffer.view
+    view[:] = before = b"\xa5" * len(view)
+    scratch_end = SCRATCH_AT + scratch_blocks * ALIGNMENT
+    await reading.reader.read([ReadRange(file, offset, nbytes, position, (SCRATCH_AT, scratch_end))], view)
+    assert bytes(view[position : position + nbytes]) == DATA[offset : offset + nbytes]
+    assert bytes(view[:position]) == before[:position]
+    assert bytes(view[position + nbytes : SCRATCH_AT]) == before[position + nbytes : SCRATCH_AT]
+    assert bytes(view[scratch_end:]) == before[scratch_end:]
+
+
+@pytest.mark.parametrize("scratch_blocks", [2, 3])
+@pytest.mark.parametrize("position", [0, 5, 77, ALIGNMENT - 1, ALIGNMENT + 5])
+@pytest.mark.parametrize(("offset", "nbytes"), SPANS)
+async def test_with_scratch_memory_nothing_else_is_written(
+    reading: Reading, file: Path, offset: int, nbytes: int, position: int, scratch_blocks: int
+) -> None:
+    await read_alone(reading, file, offset, nbytes, position, scratch_blocks)
+
+
+@pytest.mark.parametrize("most", [ALIGNMENT, 2 * ALIGNMENT])
+@pytest.mark.parametrize("position", [77, 78])
+async def test_with_scratch_memory_short_reads_go_on(
+    reading: Reading, disk: Disk, file: Path, position: int, most: int
+) -> None:
+    disk.on_read = lambda path, offset, read: read(most)
+    await read_alone(reading, file, 77, SIZE - 77, position, 2)
+
+
+@pytest.mark.parametrize(("length", "actual"), [(ALIGNMENT, ALIGNMENT - 77), (SIZE - 1, SIZE - 78), (50, 0)])
+@pytest.mark.parametrize("position", [77, 78])
+async def test_with_scratch_memory_a_file_that_ends_early(
+    reading: Reading, file: Path, position: int, length: int, actual: int
+) -> None:
+    with file.open("r+b") as shard:
+        shard.truncate(length)
+    with pytest.raises(ShortReadError) as caught:
+        await read_alone(reading, file, 77, SIZE - 77, position, 2)
+    assert (caught.value.offset, caught.value.expected, caught.value.actual) == (77, SIZE - 77, actual)
+
+
 async def test_a_missing_file(disk: Disk, file: Path, tmp_path: Path) -> None:
     path = tmp_path / "nothing"
     with ThreadPoolExecutor(1) as executor, pytest.raises(ReadError, match="No such file") as caught:
