@@ -1,4 +1,4 @@
-"""Which tensor of a checkpoint each parameter of a model is.
+"""Which tensor of a checkpoint each parameter of a model is, which part of one, or which ones side by side.
 
 Source: `transformers.core_model_loading`, whose renamings and converters are taken as they are.
 """
@@ -28,10 +28,12 @@ from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
 def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
 
+    Where transformers would cut one along its first dimension, or join several, they are taken as they lie.
+
     Raises:
-        UnsupportedModelError: A tensor would have to be converted, not only renamed.
+        UnsupportedModelError: A tensor would have to be converted in another way.
         MissingTensorError: A parameter has no tensor and is not tied to one that has.
-        CheckpointError: A tensor has another shape than its parameter.
+        CheckpointError: A tensor has another shape than its parameter, or those to join do not fit together.
     """
     expected = model.state_dict()
     mapping = get_model_conversion_mapping(model)
@@ -96,13 +98,17 @@ def _converter(converters: Sequence[WeightConverter], pattern: str, renamed: str
 
 
 def _joins(converter: WeightConverter) -> bool:
-    """Whether it puts tensors one behind the other: the experts of a layer, gate and up of each side by side or not."""
-    operations = [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]
-    several = len(converter.source_patterns) > 1
-    layers = [(MergeModulelist, 0), *([(Concatenate, 1)] if several else [])]
-    return len(converter.target_patterns) == 1 and (
-        operations == layers or (several and operations == [(Concatenate, 0)])
-    )
+    """Whether what it makes is tensors one behind the other in memory."""
+    if len(converter.target_patterns) > 1:
+        return False
+    match [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]:
+        case [(made, 0)] if made is MergeModulelist:  # the experts of a layer
+            return len(converter.source_patterns) == 1
+        case [(made, 0), (then, 1)] if (made, then) == (MergeModulelist, Concatenate):  # gate and up of each
+            return True
+        case [(made, 0)] if made is Concatenate:
+            return len(converter.source_patterns) > 1
+    return False
 
 
 def _joined(renamed: str, sources: Sequence[Sequence[TensorSpec]], converter: WeightConverter) -> TensorSpec:
