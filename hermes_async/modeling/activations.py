@@ -5,25 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton, layers_of, plain_attention, supports_packed_attention
 
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
 
 def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention) -> Callable[[int, int, int], int]:
     """Returns a bound by tokens, outputs (positions whose logits are wanted) and KV bytes.
 
     Counted as if the outputs of all matrices of the widest layer lived at once, with four more as wide as the widest
-    (activation functions and rotary embeddings compute in steps), and one of that width in float32, as norms do. Over
-    a dozen architectures that was 1.1 to 2.8 times what they took. Then logits in the model's dtype, joined, and one
-    row of them, which is sampled from, in float32 four times.
+    (activation functions and rotary embeddings compute in steps), and one of that width in float32, as norms do. A
+    token passes several experts, and what goes into each and comes out of it lives in the model's dtype and once more
+    in float32, as it is weighted. Over two dozen architectures that was 1.1 to 2.8 times what they took. Then logits in
+    the model's dtype, joined, and one row of them, which is sampled from, in float32 four times.
     """
     model, config = skeleton.model, skeleton.model.config.get_text_config()
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    per_token = max(_layer_bytes(layer, skeleton.dtype.itemsize) for layer in layers_of(model) or [model])
+    num_experts = _experts_per_token(config)
+    per_token = max(_layer_bytes(layer, skeleton.dtype.itemsize, num_experts) for layer in layers_of(model) or [model])
     vocab_size = _out_features(head)
     itemsize = skeleton.dtype.itemsize
     num_heads = int(getattr(config, "num_attention_heads", 1))
@@ -67,7 +71,8 @@ def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
         if module not in inside and not name.startswith(f"{DENSE}.")  # those compute one vector of a text
     ]
     heads = sum(_out_features(module) for module in outside if isinstance(module, nn.Linear))
-    per_token = max(_layer_bytes(layer, itemsize) for layer in layers or [model]) + 2 * heads * itemsize
+    num_experts = _experts_per_token(model.config.get_text_config())
+    per_token = max(_layer_bytes(layer, itemsize, num_experts) for layer in layers or [model]) + 2 * heads * itemsize
     eager = plain_attention(model) == "eager"
     per_score = _num_heads(model) * (2 * itemsize + 4) if eager else 1 + 2 * itemsize
 
@@ -99,16 +104,25 @@ def _num_heads(model: PreTrainedModel) -> int:
     return max((count for counts in by_stage for count in counts if isinstance(count, int)), default=1)
 
 
-def _layer_bytes(layer: nn.Module, itemsize: int) -> int:
+def _experts_per_token(config: PreTrainedConfig) -> int:
+    """How many experts of a layer a token passes; 0 where there are none."""
+    values = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
+    counts = [value if isinstance(value, (list, tuple)) else [value] for value in values]  # some name them by layer
+    return max((count for by_layer in counts for count in by_layer if isinstance(count, int)), default=0)
+
+
+def _layer_bytes(layer: nn.Module, itemsize: int, experts_per_token: int) -> int:
     """What one token's activations take in a layer."""
-    outputs, widest = 0, 1
+    outputs, widest, of_expert = 0, 1, 0
     for module in layer.modules():
         for parameter in module.parameters(recurse=False):
-            if parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
-                # Some architectures keep a matrix the other way round; of experts a token passes some at the most.
+            if experts_per_token and parameter.dim() == 3 and not isinstance(module, nn.Conv1d):
+                of_expert += sum(parameter.shape[-2:])  # all experts' matrices, of one kind
+            elif parameter.dim() >= 2 and not isinstance(module, nn.Embedding):
+                # Some architectures keep a matrix the other way round.
                 outputs += parameter.shape[0] if isinstance(module, nn.Linear) else max(parameter.shape[-2:])
                 widest = max(widest, *parameter.shape[-2:])
-    return (outputs + 4 * widest) * itemsize + 4 * widest
+    return (outputs + 4 * widest) * itemsize + 4 * widest + experts_per_token * of_expert * (itemsize + 4)
 
 
 def _out_features(head: nn.Module) -> int:

@@ -1,0 +1,88 @@
+"""What a sweep's activations take is never more than the bound that plans are made with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as t
+from torch.profiler import ProfilerActivity, profile
+
+from hermes_async import EngineConfig
+from hermes_async.engine.opening import OpenedModel, open_model
+from hermes_async.modeling.activations import forward_bytes, workspace_bytes
+from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
+from hermes_async.modeling.module_tensors import replaced_tensors
+from hermes_async.modeling.packed import PackedBatch, forward_packed
+from hermes_async.modeling.skeleton import plain_attention
+
+NUM_TOKENS = 192
+SMALL = {
+    "vocab_size": 100,
+    "hidden_size": 128,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+HEADS = SMALL | {"head_dim": 32}
+CONFIGS: dict[str, Callable[[], t.PreTrainedConfig]] = {
+    "llama": lambda: t.LlamaConfig(**SMALL),
+    "gemma2": lambda: t.Gemma2Config(**HEADS),
+    "mixtral": lambda: t.MixtralConfig(**HEADS, num_local_experts=8, num_experts_per_tok=2),
+    "qwen3-moe": lambda: t.Qwen3MoeConfig(**HEADS, num_experts=16, num_experts_per_tok=8, moe_intermediate_size=48),
+    "olmoe": lambda: t.OlmoeConfig(**SMALL, num_experts=16, num_experts_per_tok=8),
+    "glm4-moe": lambda: t.Glm4MoeConfig(
+        **HEADS, n_routed_experts=16, num_experts_per_tok=8, moe_intermediate_size=48, first_k_dense_replace=0
+    ),
+    "gpt-oss": lambda: t.GptOssConfig(**HEADS, num_local_experts=8, num_experts_per_tok=4),
+    "granitemoe": lambda: t.GraniteMoeConfig(**SMALL, num_local_experts=16, num_experts_per_tok=8),
+    "ernie4.5-moe": lambda: t.Ernie4_5_MoeConfig(**SMALL, moe_intermediate_size=48, moe_num_experts=16, moe_k=6),
+}
+
+
+def open_random(config: t.PreTrainedConfig, dtype: torch.dtype, path: Path) -> OpenedModel:
+    torch.manual_seed(0)
+    t.AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path)
+    return open_model(path, "1GiB", EngineConfig())
+
+
+def most_bytes(compute: Callable[[], object]) -> int:
+    """Most that torch had allocated at one time while it computed, beyond what was there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        result = compute()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    events.sort(key=lambda event: event.start_ns())
+    assert result is not None
+    return max(accumulate(event.nbytes() for event in events))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_sweep_takes_no_more_than_the_bound(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    opened = open_random(CONFIGS[name](), dtype, tmp_path)
+    model = opened.skeleton.model
+    values = {key: torch.randn(one.shape, dtype=one.dtype) * 0.02 for key, one in model.state_dict().items()}
+    pool = KVPool(opened.seen.kv, opened.seen.kv.nbytes(NUM_TOKENS))
+    sequence = SequenceKV(pool, pool.allocate(num_blocks(NUM_TOKENS)))
+    token_ids = torch.arange(NUM_TOKENS)[None] % 90
+    batch = PackedBatch(
+        input_ids=token_ids,
+        position_ids=torch.arange(NUM_TOKENS)[None],
+        segments=[Segment(0, NUM_TOKENS, sequence, past=0)],
+        logits_positions=torch.tensor([NUM_TOKENS - 1]),
+    )
+    with replaced_tensors(model, values), torch.inference_mode():
+        taken = most_bytes(lambda: forward_packed(model, opened.attention, batch))
+        model.set_attn_implementation(plain_attention(model))
+        alone = most_bytes(lambda: opened.skeleton.named_model(input_ids=token_ids, use_cache=False))
+    pool.close()
+    opened.close()
+    kv_bytes = opened.seen.kv.nbytes(NUM_TOKENS)
+    bound = workspace_bytes(opened.skeleton, opened.seen, opened.attention)(NUM_TOKENS, 1, kv_bytes)
+    assert bound / 4 < taken <= bound
+    assert alone <= forward_bytes(opened.skeleton)(1, NUM_TOKENS)
