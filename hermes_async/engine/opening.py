@@ -130,7 +130,7 @@ def open_model(
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
         baseline = process_rss_bytes()
         budget = automatic_budget() if fixed_budget is None else fixed_budget
-        of_pass = forward_bytes(skeleton)
+        of_pass = forward_bytes(skeleton, seen)
         sizes = _sizes(skeleton, attention, seen, of_pass, draft)
         chosen = plan(budget, _cuts(skeleton, seen), sizes, config, _speeds(checkpoint))
         if draft is not None:
@@ -171,7 +171,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
         checkpoint = Checkpoint.open(source)
         skeleton, attention, seen = _look_at(checkpoint, always)
         skeleton, _ = _with_pooling(skeleton, checkpoint.path)
-        sizes = _sizes(skeleton, attention, seen, forward_bytes(skeleton), None)
+        sizes = _sizes(skeleton, attention, seen, forward_bytes(skeleton, seen), None)
         cut, speeds = _cuts(skeleton, seen), _speeds(checkpoint)
         most = sizes.weight_bytes * 2
         minimum = plan(most, cut, sizes, config, speeds).minimum_budget

@@ -55,11 +55,13 @@ def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention)
     return bound
 
 
-def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
+def forward_bytes(skeleton: Skeleton, seen: Probe) -> Callable[[int, int], int]:
     """Returns a bound for a plain forward pass by sequences (or images) and tokens of each.
 
     Layers count as for `workspace_bytes`; beside them the outputs of all that stands outside of layers, such as a head,
-    for every token; and a mask over all pairs of tokens of a sequence, or their scores where attention is eager.
+    for every token; and a mask over all pairs of tokens of a sequence, or their scores where attention is eager. Images
+    may take more, above all where they are convolved: twice what was alive of one image when the model was looked at,
+    or as much, and the copies that oneDNN makes of a convolution's weights.
     """
     model = skeleton.model
     itemsize = skeleton.dtype.itemsize
@@ -75,9 +77,15 @@ def forward_bytes(skeleton: Skeleton) -> Callable[[int, int], int]:
     per_token = max(_layer_bytes(layer, itemsize, num_experts) for layer in layers or [model]) + 2 * heads * itemsize
     eager = plain_attention(model) == "eager"
     per_score = _num_heads(model) * (2 * itemsize + 4) if eager else 1 + 2 * itemsize
+    if getattr(model.config, "relative_attention_num_buckets", None) is not None:
+        per_score += 3 * _num_heads(model) * itemsize  # a bias for each head, kept for all layers, and the mask in it
+    alive_per_token = seen.bytes_per_image // max(1, seen.tokens_per_image)
+    convolutions = (module.weight for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d)))
+    copied = 2 * max((weight.numel() * itemsize for weight in convolutions), default=0) if alive_per_token else 0
 
     def bound(sequences: int, tokens: int) -> int:
-        return sequences * (tokens * per_token + tokens * tokens * per_score)
+        alive = sequences * tokens * alive_per_token
+        return max(sequences * (tokens * per_token + tokens * tokens * per_score), 2 * alive, alive + copied)
 
     return bound
 

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -49,6 +50,7 @@ class Probe:
         unused: Parameters that the pass got along without.
         least_tokens: Of a text that the model was seen to run on; it may run on fewer.
         tokens_per_image: What the layers make of one image of `pixels_per_image`; 0 where the input is text.
+        bytes_per_image: Of what was computed of it, as much as was alive at one time.
     """
 
     visits: Mapping[str, int]
@@ -59,6 +61,7 @@ class Probe:
     least_tokens: int = 1
     tokens_per_image: int = 0
     pixels_per_image: int = 0
+    bytes_per_image: int = 0
 
 
 class _RecordingPool(KVPool):
@@ -168,15 +171,22 @@ def _probe_forward(skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> Probe
         lengths.append(next((item.shape[1] for item in given if isinstance(item, torch.Tensor) and item.dim() == 3), 0))
 
     hooks = [layer.register_forward_pre_hook(measure, with_kwargs=True) for layer in layers_of(model)]
+    alive = _Alive()
     try:
-        visits, used_outside, embeds_input_ids = _watch_forward(model, inputs)
+        with alive if "pixel_values" in inputs else nullcontext():
+            visits, used_outside, embeds_input_ids = _watch_forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
     seen = Probe(visits, used_outside, KVLayout({}, skeleton.dtype), embeds_input_ids, frozenset())
     if "pixel_values" not in inputs:
         return seen
-    return replace(seen, tokens_per_image=max(lengths), pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]))
+    return replace(
+        seen,
+        tokens_per_image=max(lengths),
+        pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]),
+        bytes_per_image=alive.most_bytes,
+    )
 
 
 def _watch_forward(
@@ -231,6 +241,46 @@ class _UsesOutside(TorchFunctionMode):
             if not self.calls[owner]:
                 self.modules.add(owner)
             owner = owner.rpartition(".")[0]
+
+
+class _Alive(TorchFunctionMode):
+    """Adds up the memory of what is computed, as long as it is alive; what shares memory counts once.
+
+    Attributes:
+        most_bytes: At one time.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.most_bytes = 0
+        self._bytes = 0
+        self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._num_tensors: Counter[int] = Counter()  # of a storage
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for item in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(item, torch.Tensor) and id(item) not in self._tensors:
+                self._add(item)
+        return result
+
+    def _add(self, tensor: torch.Tensor) -> None:
+        storage, key = tensor.untyped_storage(), id(tensor)
+        place, nbytes = storage._cdata, storage.nbytes()
+
+        def dropped(_: weakref.ref[torch.Tensor]) -> None:
+            del self._tensors[key]
+            self._num_tensors[place] -= 1
+            if not self._num_tensors[place]:
+                self._bytes -= nbytes
+
+        self._tensors[key] = weakref.ref(tensor, dropped)
+        self._num_tensors[place] += 1
+        if self._num_tensors[place] == 1:
+            self._bytes += nbytes
+            self.most_bytes = max(self.most_bytes, self._bytes)
 
 
 class _ZerosForZeros(TorchFunctionMode):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from hermes_async import EngineConfig
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
+from hermes_async.modeling.inputs import count_tokens
 from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
 from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, forward_packed
@@ -45,10 +47,32 @@ CONFIGS: dict[str, Callable[[], t.PreTrainedConfig]] = {
 }
 
 
-def open_random(config: t.PreTrainedConfig, dtype: torch.dtype, path: Path) -> OpenedModel:
+# What a plain forward pass of other models is given: of images three, of texts two.
+IMAGES = {"pixel_values": torch.randn(3, 3, 224, 224, generator=torch.Generator().manual_seed(0))}
+TEXTS = {"input_ids": torch.arange(2 * NUM_TOKENS).view(2, -1) % 90}
+VISION = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+FORWARD: dict[str, tuple[Callable[[], t.PreTrainedConfig], dict[str, torch.Tensor]]] = {
+    "ResNetModel": (lambda: t.ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]), IMAGES),
+    "RegNetModel": (lambda: t.RegNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1]), IMAGES),
+    "ViTModel": (lambda: t.ViTConfig(**VISION), IMAGES),
+    "T5EncoderModel": (
+        lambda: t.T5Config(vocab_size=100, d_model=64, d_kv=16, d_ff=96, num_layers=2, num_heads=8),
+        TEXTS,
+    ),
+    "BertModel": (lambda: t.BertConfig(**VISION, vocab_size=100), TEXTS),
+}
+
+
+def open_random(
+    config: t.PreTrainedConfig, dtype: torch.dtype, path: Path, model_class: Any = None
+) -> tuple[OpenedModel, dict[str, torch.Tensor]]:
+    """A planned model, and weights for it."""
     torch.manual_seed(0)
-    t.AutoModelForCausalLM.from_config(config).to(dtype).save_pretrained(path)
-    return open_model(path, "1GiB", EngineConfig())
+    model = t.AutoModelForCausalLM.from_config(config) if model_class is None else model_class(config)
+    model.to(dtype).save_pretrained(path)
+    opened = open_model(path, "1GiB", EngineConfig())
+    weights = opened.skeleton.model.state_dict()
+    return opened, {key: (torch.randn(one.shape) * 0.02).to(one.dtype) for key, one in weights.items()}
 
 
 def most_bytes(compute: Callable[[], object]) -> int:
@@ -64,9 +88,8 @@ def most_bytes(compute: Callable[[], object]) -> int:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_sweep_takes_no_more_than_the_bound(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    opened = open_random(CONFIGS[name](), dtype, tmp_path)
+    opened, values = open_random(CONFIGS[name](), dtype, tmp_path)
     model = opened.skeleton.model
-    values = {key: torch.randn(one.shape, dtype=one.dtype) * 0.02 for key, one in model.state_dict().items()}
     pool = KVPool(opened.seen.kv, opened.seen.kv.nbytes(NUM_TOKENS))
     sequence = SequenceKV(pool, pool.allocate(num_blocks(NUM_TOKENS)))
     token_ids = torch.arange(NUM_TOKENS)[None] % 90
@@ -85,4 +108,14 @@ def test_a_sweep_takes_no_more_than_the_bound(name: str, dtype: torch.dtype, tmp
     kv_bytes = opened.seen.kv.nbytes(NUM_TOKENS)
     bound = workspace_bytes(opened.skeleton, opened.seen, opened.attention)(NUM_TOKENS, 1, kv_bytes)
     assert bound / 4 < taken <= bound
-    assert alone <= forward_bytes(opened.skeleton)(1, NUM_TOKENS)
+    assert alone <= forward_bytes(opened.skeleton, opened.seen)(1, NUM_TOKENS)
+
+
+@pytest.mark.parametrize("name", FORWARD)
+def test_a_forward_pass_takes_no_more_than_the_bound(name: str, tmp_path: Path) -> None:
+    config, inputs = FORWARD[name]
+    opened, values = open_random(config(), torch.float32, tmp_path, getattr(t, name))
+    with replaced_tensors(opened.skeleton.model, values), torch.inference_mode():
+        taken = most_bytes(lambda: opened.skeleton.named_model(**inputs))
+    opened.close()
+    assert taken <= forward_bytes(opened.skeleton, opened.seen)(*count_tokens(inputs, opened.seen)) < 8 * taken
