@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -106,17 +106,20 @@ def recorded_bytes(skeleton: Skeleton, sequences: int, tokens: int, *, hidden_st
 
 def _num_heads(model: PreTrainedModel) -> int:
     configs = [model.config, getattr(model.config, "text_config", None), getattr(model.config, "vision_config", None)]
-    names = ("num_attention_heads", "n_heads", "n_head")
-    values = [getattr(config, name, None) for config in configs for name in names]
-    by_stage = [value if isinstance(value, (list, tuple)) else [value] for value in values]
-    return max((count for counts in by_stage for count in counts if isinstance(count, int)), default=1)
+    return max(_counts(configs, ("num_attention_heads", "n_heads", "n_head")), default=1)
 
 
 def _experts_per_token(config: PreTrainedConfig) -> int:
     """How many experts of a layer a token passes; 0 where there are none."""
-    values = [getattr(config, name, None) for name in _EXPERTS_PER_TOKEN]
-    counts = [value if isinstance(value, (list, tuple)) else [value] for value in values]  # some name them by layer
-    return max((count for by_layer in counts for count in by_layer if isinstance(count, int)), default=0)
+    return max(_counts([config], _EXPERTS_PER_TOKEN), default=0)
+
+
+def _counts(configs: Sequence[PreTrainedConfig | None], names: Sequence[str]) -> Iterator[int]:
+    """What configs have under any of these names; some name a count for each stage or layer."""
+    for value in (getattr(config, name, None) for config in configs for name in names):
+        yield from (
+            count for count in (value if isinstance(value, (list, tuple)) else [value]) if isinstance(count, int)
+        )
 
 
 def _layer_bytes(layer: nn.Module, itemsize: int, experts_per_token: int) -> int:

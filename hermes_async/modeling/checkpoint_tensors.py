@@ -22,7 +22,8 @@ from transformers.core_model_loading import (
 )
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
-from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.tensor_spec import TensorSpec
 
 
 def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
@@ -41,7 +42,8 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     prefix = model.base_model_prefix
     found: dict[str, TensorSpec] = {}
-    to_join: dict[str, dict[str, list[TensorSpec]]] = {}  # of a parameter, by the converter's source patterns
+    # Of a parameter what makes it, and by its source patterns of which tensors.
+    to_join: dict[str, tuple[WeightConverter, dict[str, list[TensorSpec]]]] = {}
     for name in sorted(checkpoint.tensors, key=dot_natural_key):
         renamed, converted = rename_source_key(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
@@ -52,19 +54,19 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             found[renamed] = checkpoint.tensors[name]
             continue
         converter = _converter(converters, converted, renamed)
-        pieces = _pieces(renamed, checkpoint.tensors[name], converter)
-        if not pieces and not _joins(converter):
+        if pieces := _pieces(renamed, checkpoint.tensors[name], converter):
+            found.update(pieces)
+        elif _joins(converter):
+            _, sources = to_join.setdefault(renamed, (converter, {one: [] for one in converter.source_patterns}))
+            sources[converted].append(checkpoint.tensors[name])
+        else:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only tensors that are "
                 "renamed, cut along their first dimension, or put one behind the other can be used in place",
                 path=checkpoint.path,
             )
-        found.update(pieces)
-        if not pieces:
-            to_join.setdefault(renamed, {}).setdefault(converted, []).append(checkpoint.tensors[name])
-    for renamed, by_pattern in to_join.items():
-        converter = _converter(converters, next(iter(by_pattern)), renamed)
-        found[renamed] = _joined(renamed, [by_pattern.get(one, []) for one in converter.source_patterns], converter)
+    for renamed, (converter, sources) in to_join.items():
+        found[renamed] = _joined(renamed, sources, converter)
     for name, spec in found.items():
         shape = tuple(expected[name].shape)
         if spec.shape != shape:
@@ -111,27 +113,25 @@ def _joins(converter: WeightConverter) -> bool:
     return False
 
 
-def _joined(renamed: str, sources: Sequence[Sequence[TensorSpec]], converter: WeightConverter) -> TensorSpec:
+def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter: WeightConverter) -> TensorSpec:
     """The parameter that is made of tensors one behind the other.
 
     Args:
-        sources: Of each source pattern of the converter its tensors, in their order.
+        sources: Of each source pattern of the converter, in their order, its tensors in theirs.
 
     Raises:
         CheckpointError: They do not fit together.
     """
+    every = list(itertools.chain(*sources.values()))
+    first, rest = every[0], every[0].shape[1:]
     stacked = type(converter.operations[0]) is MergeModulelist
-    groups = list(zip(*sources, strict=False)) if stacked else [tuple(itertools.chain(*sources))]
-    specs = list(itertools.chain(*groups))
-    first = specs[0] if specs else next(itertools.chain(*sources))
+    groups = list(zip(*sources.values(), strict=False)) if stacked else [tuple(every)]
     num_rows = sum(spec.shape[0] for spec in groups[0] if spec.shape) if groups else 0
-    rest = first.shape[1:]
+    specs = list(itertools.chain(*groups))
     fit = all(spec.dtype == first.dtype and spec.shape and spec.shape[1:] == rest for spec in specs)
     alike = all([spec.shape for spec in group] == [spec.shape for spec in groups[0]] for group in groups)
-    if not fit or not alike or len(specs) != sum(map(len, sources)):
-        counts = " and ".join(
-            f"{len(source)} of {pattern!r}" for source, pattern in zip(sources, converter.source_patterns, strict=True)
-        )
+    if not fit or not alike or len(specs) != len(every):
+        counts = " and ".join(f"{len(source)} of {pattern!r}" for pattern, source in sources.items())
         raise CheckpointError(
             f"{first.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
             "and they must be of one dtype and shape",

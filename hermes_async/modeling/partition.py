@@ -14,7 +14,7 @@ from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.pipeload.stage import StageLayout
-from hermes_async.storage.checkpoint import TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

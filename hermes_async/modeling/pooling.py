@@ -16,7 +16,8 @@ from torch import nn
 
 from hermes_async.errors import CheckpointError
 from hermes_async.modeling.skeleton import Skeleton
-from hermes_async.storage.checkpoint import TensorSpec, read_config, read_tensors
+from hermes_async.storage.checkpoint import read_config, read_tensors
+from hermes_async.storage.tensor_spec import TensorSpec
 
 Pooling = Literal["mean", "cls", "max", "last"]
 """What is made of a text's tokens: their mean or maximum, or the first or last one alone."""

@@ -24,7 +24,8 @@ from transformers import (
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
-from hermes_async.storage.checkpoint import Checkpoint, TensorSpec
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)

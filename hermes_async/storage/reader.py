@@ -96,11 +96,11 @@ class Reader:
     async def read(
         self, ranges: Sequence[ReadRange], view: memoryview, on_read: Callable[[float, float], None] | None = None
     ) -> None:
-        """Reads every range into `view`, which is written from the block before each `position` to the block after,
-        or where the range's `scratch` allows.
+        """Reads every range into `view`.
 
         Args:
-            view: Page-aligned, with room for whole blocks around each range.
+            view: Page-aligned, with room for whole blocks around each range, which are written too where the range has
+                no `scratch`.
             on_read: Told by the executor's thread when it began and when it ended, on `time.perf_counter`'s clock; a
                 call that finds no thread free waits for one first.
 
@@ -204,12 +204,8 @@ class _Shard:
         """Whole blocks, `first` to `last`, to where they belong; what is before and behind goes through `scratch`."""
         head, tail = scratch[:ALIGNMENT], scratch[ALIGNMENT : 2 * ALIGNMENT]
         num_before, num_behind = first - item.position, item.position + item.nbytes - last
-        self._fill(
-            item,
-            item.offset,
-            item.nbytes,
-            [head[: num_before and ALIGNMENT], view[first:last], tail[: num_behind and ALIGNMENT]],
-        )
+        before, behind = [head] if num_before else [], [tail] if num_behind else []
+        self._fill(item, item.offset, item.nbytes, [*before, view[first:last], *behind])
         view[item.position : first] = head[ALIGNMENT - num_before :]
         view[last : last + num_behind] = tail[:num_behind]
 

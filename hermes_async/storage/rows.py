@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import Reader, ReadRange
+from hermes_async.storage.tensor_spec import TensorSpec
 
 ROWS_AT_ONCE = 8
 """Threads that a row reader's executor should have: a row is small, and a disk takes its time to begin a read."""

@@ -19,8 +19,8 @@ from anyio.lowlevel import checkpoint
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage, StageLayout, StageState
 from hermes_async.storage.buffers import BufferPool
-from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import ReadStatistics
+from hermes_async.storage.tensor_spec import TensorSpec
 from tests.disks import Disk
 
 

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from hermes_async.pipeload.stage import Stage, StageLayout, StageState
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.checkpoint import TensorSpec
 from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.tensor_spec import TensorSpec
 
 FILE_BYTES = 400_000
 

@@ -15,7 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from hermes_async.errors import CheckpointError
-from hermes_async.storage.checkpoint import Checkpoint, TensorSpec, merge_extents
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.tensor_spec import TensorSpec, merge_extents
 
 no_deadline = settings(deadline=None)  # the disk may be slow, and that is no failure
 

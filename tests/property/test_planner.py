@@ -21,7 +21,7 @@ from hermes_async.pipeload.prediction import predict, steady_seconds, sweeps_of
 from hermes_async.pipeload.speeds import DiskSpeed, Speeds, estimated
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.buffers import align_up
-from hermes_async.storage.checkpoint import TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 KIB = 1024
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

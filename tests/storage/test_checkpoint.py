@@ -21,7 +21,8 @@ from safetensors.torch import save_file
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage import checkpoint as checkpoint_module
-from hermes_async.storage.checkpoint import Checkpoint, Extent, TensorSpec, merge_extents
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
 
 INDEX = "model.safetensors.index.json"
 CONFIG = {"model_type": "llama", "hidden_size": 4}

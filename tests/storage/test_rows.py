@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hermes_async.errors import ShortReadError
-from hermes_async.storage.checkpoint import TensorSpec, _read_header
+from hermes_async.storage.checkpoint import _read_header
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
+from hermes_async.storage.tensor_spec import TensorSpec
 
 pytestmark = pytest.mark.anyio
 

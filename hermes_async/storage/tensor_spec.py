@@ -1,0 +1,101 @@
+"""Where tensors lie in files: in one piece or in several, whole or by rows, and which reads get many of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Where one tensor lies.
+
+    Attributes:
+        name: As the file has it.
+        offset: Of its first byte, from the start of the file.
+        pieces: Where it is made of several of the checkpoint's tensors, by putting one behind the other: those, which
+            need not be neighbours. `file` and `offset` are the first one's.
+    """
+
+    name: str
+    file: Path
+    offset: int
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[Extent, ...] = ()
+
+    @classmethod
+    def joined(cls, specs: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
+        """One tensor of `shape` whose bytes are those of `specs`, of one dtype, one behind the other."""
+        first, nbytes = specs[0], sum(spec.nbytes for spec in specs)
+        name = f"{first.name} and {len(specs) - 1} more"
+        pieces: list[Extent] = []
+        for spec in specs:
+            last = pieces[-1] if pieces else None
+            if last and last.file == spec.file and last.offset + last.nbytes == spec.offset:
+                pieces[-1] = Extent(last.file, last.offset, last.nbytes + spec.nbytes)
+            else:
+                pieces.append(Extent(spec.file, spec.offset, spec.nbytes))
+        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces))
+
+    def rows(self, start: int, stop: int) -> TensorSpec:
+        """Return the spec of the rows `start` to `stop` (exclusive) of the first dimension.
+
+        Raises:
+            ValueError: The tensor has no such rows.
+        """
+        if not self.shape or not 0 <= start <= stop <= self.shape[0]:
+            raise ValueError(f"tensor {self.name!r} of shape {self.shape} has no rows {start}:{stop}")
+        row_bytes = self.dtype.itemsize * prod(self.shape[1:])
+        pieces = tuple(_within(self.pieces, start * row_bytes, stop * row_bytes))
+        return replace(
+            self,
+            name=f"{self.name}[{start}:{stop}]",
+            file=pieces[0].file if pieces else self.file,
+            offset=pieces[0].offset if pieces else self.offset + start * row_bytes,
+            nbytes=(stop - start) * row_bytes,
+            shape=(stop - start, *self.shape[1:]),
+            pieces=pieces,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """A byte range of one file that is read in one go."""
+
+    file: Path
+    offset: int
+    nbytes: int
+
+
+def _within(pieces: Iterable[Extent], start: int, stop: int) -> Iterator[Extent]:
+    """Of the bytes that `pieces` are one behind the other, those from `start` to `stop`."""
+    end = 0
+    for piece in pieces:
+        begin, end = end, end + piece.nbytes
+        first, last = max(begin, start), min(end, stop)
+        if first < last:
+            yield Extent(piece.file, piece.offset + first - begin, last - first)
+
+
+def merge_extents(specs: Iterable[TensorSpec], *, max_gap: int = 65536) -> list[Extent]:
+    """Merge the bytes of `specs` into few reads, sorted by file and offset.
+
+    Tensors of one file that lie at most `max_gap` bytes apart are read together, gap included. A tensor
+    without elements has nothing to read and adds no extent.
+    """
+    extents: list[Extent] = []
+    # By the text of its path, which takes a fraction of what comparing paths does.
+    for spec in sorted((spec for spec in specs if spec.nbytes), key=lambda spec: (str(spec.file), spec.offset)):
+        last = extents[-1] if extents else None
+        if last and spec.offset - (last.offset + last.nbytes) <= max_gap and last.file == spec.file:
+            end = max(last.offset + last.nbytes, spec.offset + spec.nbytes)
+            extents[-1] = Extent(last.file, last.offset, end - last.offset)
+        else:
+            extents.append(Extent(spec.file, spec.offset, spec.nbytes))
+    return extents
