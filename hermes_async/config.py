@@ -183,6 +183,8 @@ class EngineConfig:
         kernels: "default" computes as transformers does. "fastest" computes sweeps of so few tokens that a profile has
             shown torch's own kernels to be faster than oneDNN's (bf16, one token: 1.5 times) with those; they round
             differently, and the setting holds for the whole process while such a sweep computes.
+        self_check: "require" compares a small copy of a causal language model with transformers at opening, and refuses
+            a model that differs or cannot be compared. "skip" leaves that out: its tokens may then be wrong.
 
     Raises:
         ConfigError: A value is out of its range; the message names it.
@@ -200,6 +202,7 @@ class EngineConfig:
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
     kernels: str = "default"
+    self_check: str = "require"
 
     def __post_init__(self) -> None:
         optional = ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_waiting")
@@ -216,6 +219,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.kernels not in ("default", "fastest"):
             raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
+        if self.self_check not in ("require", "skip"):
+            raise ConfigError(f"self_check must be 'require' or 'skip', not {self.self_check!r}")
         if self.parking_dir is not None and not isinstance(self.parking_dir, (str, os.PathLike)):
             raise ConfigError(f"parking_dir must be a path or None, not {self.parking_dir!r}")
         if self.kv_budget is not None:

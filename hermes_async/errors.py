@@ -2,6 +2,7 @@
 
 HermesError
 ├── ConfigError                an engine option that cannot work (also a ValueError)
+├── IncompatibleVersionError   a version of transformers or torch that lacks what the engine needs
 ├── CheckpointError            the checkpoint, before any weight is read
 │   ├── UnsupportedModelError
 │   ├── MissingTensorError
@@ -34,6 +35,20 @@ class HermesError(Exception):
 
 class ConfigError(HermesError, ValueError):
     """An engine option that cannot work."""
+
+
+class IncompatibleVersionError(HermesError):
+    """A version of transformers or torch that lacks what the engine needs.
+
+    Attributes:
+        capability: What it lacks.
+        installed: The installed versions, by library.
+    """
+
+    def __init__(self, message: str, *, capability: str, installed: Mapping[str, str]) -> None:
+        super().__init__(message)
+        self.capability = capability
+        self.installed = dict(installed)
 
 
 class CheckpointError(HermesError):

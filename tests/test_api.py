@@ -19,6 +19,7 @@ API = [
     "EngineFailedError",
     "EngineStatistics",
     "HermesError",
+    "IncompatibleVersionError",
     "Label",
     "MemoryBudgetError",
     "MissingTensorError",

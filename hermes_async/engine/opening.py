@@ -24,6 +24,7 @@ from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_de
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
+from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
@@ -123,7 +124,7 @@ def open_model(
     with ExitStack() as on_error:
         checkpoint = Checkpoint.open(source)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
-        skeleton, attention, seen = _look_at(checkpoint, on_error)
+        skeleton, attention, seen = _look_at(checkpoint, config, on_error)
         skeleton, pooling = _with_pooling(skeleton, checkpoint.path)
         draft = None
         if draft_source is not None:
@@ -169,7 +170,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     """
     with ExitStack() as always:
         checkpoint = Checkpoint.open(source)
-        skeleton, attention, seen = _look_at(checkpoint, always)
+        skeleton, attention, seen = _look_at(checkpoint, config, always)
         skeleton, _ = _with_pooling(skeleton, checkpoint.path)
         sizes = _sizes(skeleton, attention, seen, forward_bytes(skeleton, seen), None)
         cut, speeds = _cuts(skeleton, seen), _speeds(checkpoint)
@@ -188,14 +189,18 @@ def _cuts(skeleton: Skeleton, seen: Probe) -> Callable[[int | None], Partition]:
     return lru_cache(maxsize=None)(lambda limit: partition(skeleton, seen, limit))
 
 
-def _look_at(checkpoint: Checkpoint, on_error: ExitStack) -> tuple[Skeleton, PackedAttention, Probe]:
+def _look_at(
+    checkpoint: Checkpoint, config: EngineConfig, on_error: ExitStack
+) -> tuple[Skeleton, PackedAttention, Probe]:
+    warn_of_untested_versions()
     attention = PackedAttention()
     on_error.callback(attention.close)
     model_config = load_config(checkpoint)
     skeleton = build_skeleton(checkpoint, model_config, attention.name)
     if not skeleton.generates:
         return skeleton, attention, probe_forward(skeleton)
-    check_packing(model_config, attention)
+    if config.self_check == "require":
+        check_packing(model_config, attention)
     return skeleton, attention, probe(skeleton, attention)
 
 
@@ -208,7 +213,7 @@ def _open_draft(
 ) -> OpenedDraft:
     checkpoint = Checkpoint.open(source)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
-    skeleton, attention, seen = _look_at(checkpoint, on_error)
+    skeleton, attention, seen = _look_at(checkpoint, config, on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):
         if not looked_at.generates:
             raise ConfigError(

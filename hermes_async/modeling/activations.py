@@ -10,7 +10,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
-from hermes_async.modeling.skeleton import Skeleton, layers_of, plain_attention, supports_packed_attention
+from hermes_async.modeling.skeleton import Skeleton, layers_of
+from hermes_async.modeling.transformers_api import plain_attention, supports_packed_attention
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 

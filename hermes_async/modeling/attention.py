@@ -1,6 +1,6 @@
 """Attention over a packed row: every segment attends to its own sequence only.
 
-Two ways. Models that let their attention be chosen (`_supports_attention_backend`) call `PackedAttention`. The others
+Two ways. Models that let their attention be chosen call `PackedAttention`. The others
 attend by themselves, under `block_diagonal_mask`, over keys and values that `PackedCache` lays one after another.
 """
 
@@ -11,17 +11,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import AttentionInterface
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.kv_cache import PackedCache, Segment
+from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS, register_attention, unregister_attention
 
 QUERY_TOKENS = 256
 """Tokens of one sequence that attend at once: masks and scores take memory by their number and that of the keys."""
 
-_WITHOUT_MEANING_HERE = frozenset({
+_WITHOUT_MEANING_HERE = KV_CACHE_ARGUMENTS | frozenset({
     # Positions were applied to queries and keys before; the rest asks for outputs or repeats what the cache knows.
-    "position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value", "use_cache",
+    "position_ids", "position_embeddings", "cache_position", "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "dropout",
     "logits_to_keep", "num_items_in_batch", "layer_idx",
 })  # fmt: skip
@@ -41,11 +41,11 @@ class PackedAttention:
         self.windows: dict[int, int | None] = {}
         self.eager = False
         self.name = f"hermes_async_{id(self):x}"
-        AttentionInterface.register(self.name, self)
+        register_attention(self.name, self)
 
     def close(self) -> None:
         """Takes the name back from transformers' registry."""
-        AttentionInterface._global_mapping.pop(self.name, None)
+        unregister_attention(self.name)
 
     def __call__(
         self,

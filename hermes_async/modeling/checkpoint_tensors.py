@@ -8,20 +8,18 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from transformers import PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    Chunk,
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from hermes_async.modeling.transformers_api import (
+    conversion_mapping,
+    names_that_may_be_missing,
+    operation_of,
+    tensor_order,
+    tensor_renamer,
+)
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -37,17 +35,16 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
         CheckpointError: A tensor has another shape than its parameter, or those to join do not fit together.
     """
     expected = model.state_dict()
-    mapping = get_model_conversion_mapping(model)
-    renamings = [entry for entry in mapping if isinstance(entry, WeightRenaming)]
-    converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
+    renamings, converters = conversion_mapping(model)
+    rename = tensor_renamer()
     prefix = model.base_model_prefix
     found: dict[str, TensorSpec] = {}
     # Of a parameter what makes it, and by its source patterns of which tensors.
-    to_join: dict[str, tuple[WeightConverter, dict[str, list[TensorSpec]]]] = {}
-    for name in sorted(checkpoint.tensors, key=dot_natural_key):
-        renamed, converted = rename_source_key(name, renamings, converters, prefix, expected)
+    to_join: dict[str, tuple[Any, dict[str, list[TensorSpec]]]] = {}
+    for name in sorted(checkpoint.tensors, key=tensor_order):
+        renamed, converted = rename(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
-            renamed, converted = rename_source_key(name, [], [], prefix, expected)
+            renamed, converted = rename(name, [], [], prefix, expected)
         if renamed not in expected:
             continue
         if converted is None:
@@ -79,7 +76,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
         for target, source in ((first, second), (second, first)):
             if target not in found and source in found:
                 found[target] = found[source]
-    ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+    ignored = [re.compile(pattern) for pattern in names_that_may_be_missing(model)]
     missing = tuple(
         name for name in expected if name not in found and not any(pattern.search(name) for pattern in ignored)
     )
@@ -93,27 +90,27 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     return found
 
 
-def _converter(converters: Sequence[WeightConverter], pattern: str, renamed: str) -> WeightConverter:
+def _converter(converters: Sequence[Any], pattern: str, renamed: str) -> Any:
     """The one that makes the parameter `renamed`, or the first of several, of tensors that match the source pattern."""
     of_pattern = [one for one in converters if pattern in one.source_patterns]
     return next((one for one in of_pattern if one.target_patterns[0] in renamed), of_pattern[0])
 
 
-def _joins(converter: WeightConverter) -> bool:
+def _joins(converter: Any) -> bool:
     """Whether what it makes is tensors one behind the other in memory."""
     if len(converter.target_patterns) > 1:
         return False
-    match [(type(operation), getattr(operation, "dim", None)) for operation in converter.operations]:
-        case [(made, 0)] if made is MergeModulelist:  # the experts of a layer
+    match [operation_of(operation) for operation in converter.operations]:
+        case [("MergeModulelist", 0)]:  # the experts of a layer
             return len(converter.source_patterns) == 1
-        case [(made, 0), (then, 1)] if (made, then) == (MergeModulelist, Concatenate):  # gate and up of each
+        case [("MergeModulelist", 0), ("Concatenate", 1)]:  # gate and up of each
             return True
-        case [(made, 0)] if made is Concatenate:
+        case [("Concatenate", 0)]:
             return len(converter.source_patterns) > 1
     return False
 
 
-def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter: WeightConverter) -> TensorSpec:
+def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter: Any) -> TensorSpec:
     """The parameter that is made of tensors one behind the other.
 
     Args:
@@ -124,7 +121,7 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter
     """
     every = list(itertools.chain(*sources.values()))
     first, rest = every[0], every[0].shape[1:]
-    stacked = type(converter.operations[0]) is MergeModulelist
+    stacked = operation_of(converter.operations[0])[0] == "MergeModulelist"
     groups = list(zip(*sources.values(), strict=False)) if stacked else [tuple(every)]
     num_rows = sum(spec.shape[0] for spec in groups[0] if spec.shape) if groups else 0
     specs = list(itertools.chain(*groups))
@@ -140,7 +137,7 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter
     return TensorSpec.joined(specs, (len(groups), num_rows, *rest) if stacked else (num_rows, *rest))
 
 
-def _pieces(renamed: str, spec: TensorSpec, converter: WeightConverter) -> dict[str, TensorSpec]:
+def _pieces(renamed: str, spec: TensorSpec, converter: Any) -> dict[str, TensorSpec]:
     """The parameters that lie one after another in a tensor, such as query, key and value; none where it is otherwise.
 
     Args:
@@ -149,7 +146,7 @@ def _pieces(renamed: str, spec: TensorSpec, converter: WeightConverter) -> dict[
     """
     operation, *others = converter.operations
     targets = converter.target_patterns
-    cuts = type(operation) is Chunk and operation.dim == 0 and not others and len(converter.source_patterns) == 1
+    cuts = operation_of(operation) == ("Chunk", 0) and not others and len(converter.source_patterns) == 1
     plainly = len(targets) > 1 and targets[0] in renamed and not any("\\" in target for target in targets)
     evenly = bool(spec.shape) and spec.shape[0] % len(targets) == 0
     if not (cuts and plainly and evenly):

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 
 from hermes_async.errors import ContextLengthError, RequestError
 from hermes_async.modeling.skeleton import Skeleton, token_embedding
+from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
     from hermes_async.modeling.probe import Probe
 
 _FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "interpolate_pos_encoding"})
-_NOT_HERE = frozenset({"past_key_values", "use_cache", "cache_position"})
+_NOT_HERE = KV_CACHE_ARGUMENTS | {"use_cache", "cache_position"}
 
 
 def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, torch.Tensor]:

@@ -5,11 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import torch
-
-_torch_c: Any = torch._C  # `torch.backends.mkldnn.flags` also asks for settings of other devices, and warns
+from hermes_async.modeling.transformers_api import enable_one_dnn, one_dnn_enabled
 
 
 class _Switch:
@@ -23,15 +20,15 @@ class _Switch:
     def turn_off(self) -> None:
         with self._lock:
             if self._num_off == 0:
-                self._before = _torch_c._get_mkldnn_enabled()
-                _torch_c._set_mkldnn_enabled(False)
+                self._before = one_dnn_enabled()
+                enable_one_dnn(False)
             self._num_off += 1
 
     def turn_back(self) -> None:
         with self._lock:
             self._num_off -= 1
             if self._num_off == 0:
-                _torch_c._set_mkldnn_enabled(self._before)
+                enable_one_dnn(self._before)
 
 
 _SWITCH = _Switch()

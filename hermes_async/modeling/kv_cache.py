@@ -188,7 +188,7 @@ class Segment:
 
 
 class PackedCache(Cache):
-    """What transformers sees as `past_key_values`: writes each segment's keys and values to its own sequence.
+    """What transformers sees as its KV cache: writes each segment's keys and values to its own sequence.
 
     Args:
         segments: The running sweep's.

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from hermes_async.modeling.transformers_api import own_buffers, own_parameters
+
 
 @dataclass(frozen=True, slots=True)
 class Place:
@@ -24,12 +26,13 @@ class Place:
 
     def put(self, value: torch.Tensor) -> None:
         """Makes `value` the parameter or buffer; past `Module.__setattr__`, which takes longer than the rest of it."""
-        if self.name not in self.module._parameters:
-            self.module._buffers[self.name] = value
+        parameters = own_parameters(self.module)
+        if self.name not in parameters:
+            own_buffers(self.module)[self.name] = value
         elif isinstance(value, nn.Parameter):
-            self.module._parameters[self.name] = value
+            parameters[self.name] = value
         else:
-            self.module._parameters[self.name] = nn.Parameter(value, requires_grad=False)
+            parameters[self.name] = nn.Parameter(value, requires_grad=False)
 
 
 def place_of(model: nn.Module, name: str) -> Place:

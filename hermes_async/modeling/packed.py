@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.attention import PackedAttention, block_diagonal_mask
 from hermes_async.modeling.kv_cache import PackedCache, Segment
-from hermes_async.modeling.skeleton import supports_packed_attention
+from hermes_async.modeling.transformers_api import installed_versions, kv_cache_argument, supports_packed_attention
 
 
 @dataclass(slots=True)
@@ -39,12 +39,14 @@ class PackedBatch:
 def check_forward_signature(model: PreTrainedModel) -> None:
     """Raises `UnsupportedModelError` where the model's forward does not take what a packed row needs."""
     accepted = inspect.signature(model.forward).parameters
-    for name in ("input_ids", "position_ids", "past_key_values", "attention_mask"):
-        if name not in accepted:
-            raise UnsupportedModelError(
-                f"{type(model).__name__} takes no {name}; only models with a KV cache and explicit positions can share "
-                "a sweep"
-            )
+    lacking = [name for name in ("input_ids", "position_ids", "attention_mask") if name not in accepted]
+    if kv_cache_argument(model) is None:
+        lacking.append("KV cache")
+    if lacking:
+        raise UnsupportedModelError(
+            f"{type(model).__name__} of transformers {installed_versions()['transformers']} takes no "
+            f"{' and no '.join(lacking)}; only models with a KV cache and explicit positions can share a sweep"
+        )
 
 
 def forward_packed(model: PreTrainedModel, attention: PackedAttention, batch: PackedBatch) -> torch.Tensor:
@@ -62,7 +64,8 @@ def forward_packed(model: PreTrainedModel, attention: PackedAttention, batch: Pa
         # Indexing makes the head's input contiguous; on a slice, `linear` would copy the whole weight.
         return (args[0].index_select(1, batch.logits_positions), *args[1:])
 
-    packed = supports_packed_attention(type(model))
+    packed, cache_argument = supports_packed_attention(type(model)), kv_cache_argument(model)
+    assert cache_argument is not None  # `check_forward_signature` has seen to it
     head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     attention.cache = PackedCache(batch.segments, concatenate=not packed)
     try:
@@ -71,8 +74,8 @@ def forward_packed(model: PreTrainedModel, attention: PackedAttention, batch: Pa
                 input_ids=batch.input_ids,
                 position_ids=batch.position_ids,
                 attention_mask=None if packed else block_diagonal_mask(batch.segments, model.dtype),
-                past_key_values=attention.cache,
                 use_cache=True,
+                **{cache_argument: attention.cache},
             )
         logits: torch.Tensor = output.logits
         return logits[0]

@@ -30,6 +30,7 @@ from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, S
 from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, layers_of, token_embedding
+from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
 from hermes_async.storage.buffers import Buffer
 
 logger = logging.getLogger(__name__)
@@ -221,7 +222,7 @@ class _UsesOutside(TorchFunctionMode):
         self._owners = {
             id(value): path
             for path, module in model.named_modules()
-            for leaf, value in (*module._parameters.items(), *module._buffers.items())
+            for leaf, value in (*own_parameters(module).items(), *own_buffers(module).items())
             if (f"{path}.{leaf}" if path else leaf) in names
         }
 
@@ -268,7 +269,7 @@ class _Alive(TorchFunctionMode):
 
     def _add(self, tensor: torch.Tensor) -> None:
         storage, key = tensor.untyped_storage(), id(tensor)
-        place, nbytes = storage._cdata, storage.nbytes()
+        place, nbytes = storage_identity(tensor), storage.nbytes()
 
         def dropped(_: weakref.ref[torch.Tensor]) -> None:
             del self._tensors[key]

@@ -50,9 +50,11 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     """Compares packed with separate sequences on a small copy of the model of `config`.
 
     Raises:
-        UnsupportedModelError: They differ; the engine would write other tokens than transformers.
+        UnsupportedModelError: They differ, so the engine would write other tokens than transformers; or no copy of the
+            model could be compared.
     """
     shrunk = (_shrunk(config, narrow=narrow) for narrow in (True, False))  # one at a time: the first is mostly enough
+    reason: Exception | None = None
     for small in chain(shrunk, [config]):
         if small is None:
             continue
@@ -60,6 +62,7 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
             expected = _separately(copy.deepcopy(small))
         except Exception as error:  # the copy's fault, not the model's: try it less changed
             logger.debug("self-check of %s: %s", config.model_type, error)
+            reason = error
             continue
         actual = _packed(copy.deepcopy(small), attention)
         scale = max(float(torch.cat(expected).abs().max()), 1e-6)
@@ -71,7 +74,11 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
                     f"{difference:.1%} of the largest); this architecture cannot share sweeps"
                 )
         return
-    logger.warning("%s could not be checked against transformers before running", config.model_type)
+    shown = f"{type(reason).__name__}: {reason}".strip().splitlines()[0]
+    raise UnsupportedModelError(
+        f"{config.model_type} could not be checked against transformers ({shown}), so its tokens might be wrong; "
+        'EngineConfig(self_check="skip") runs it unchecked'
+    ) from reason
 
 
 def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | None:

@@ -21,9 +21,16 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from hermes_async.errors import CheckpointError, IncompatibleVersionError, MissingTensorError, UnsupportedModelError
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
+from hermes_async.modeling.transformers_api import (
+    from_config,
+    mark_initialized,
+    model_class_of,
+    names_kept_in_float32,
+    supports_packed_attention,
+)
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -158,12 +165,12 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     model_class = getattr(transformers, name, None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         return None
-    if model_class is _class_for(AutoModelForCausalLM, config):
+    if model_class is model_class_of(AutoModelForCausalLM, config):
         return None
     if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", None) is True:
         return model_class
-    is_decoder = _class_for(AutoModelForCausalLM, config) and not _class_for(AutoModelForMaskedLM, config)
-    return None if is_decoder and model_class is _class_for(AutoModel, config) else model_class
+    is_decoder = model_class_of(AutoModelForCausalLM, config) and not model_class_of(AutoModelForMaskedLM, config)
+    return None if is_decoder and model_class is model_class_of(AutoModel, config) else model_class
 
 
 def _headless_class(
@@ -175,16 +182,8 @@ def _headless_class(
 
 def _named_base(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class without a head, if it is the one that `config` names."""
-    base = _class_for(AutoModel, config)
+    base = model_class_of(AutoModel, config)
     return base if base is not None and base.__name__ in (config.architectures or ()) else None
-
-
-def _class_for(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    try:
-        found: type[PreTrainedModel] = auto_class._model_mapping[type(config)]
-    except KeyError:
-        return None
-    return found
 
 
 def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, *, where: str) -> PreTrainedModel:
@@ -198,7 +197,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     Raises:
         UnsupportedModelError: `config` is no causal language model's, or transformers cannot build it.
     """
-    model_class = _class_for(AutoModelForCausalLM, config)
+    model_class = model_class_of(AutoModelForCausalLM, config)
     if model_class is None:
         architectures = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(f"{where}: {architectures} is no model that transformers knows by this name")
@@ -216,9 +215,9 @@ def _build(
     """`attention`: the implementation; None for transformers' choice."""
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = model_class._from_config(  # type: ignore[no-untyped-call]
-                config, dtype=dtype, attn_implementation=attention
-            )
+            model = from_config(model_class, config, dtype, attention)
+    except IncompatibleVersionError:
+        raise
     except Exception as error:
         raise UnsupportedModelError(
             f"{where}: transformers cannot build {model_class.__name__} from config.json: {_first_line(error)}"
@@ -232,7 +231,7 @@ def _build(
         if name not in persistent:
             place_of(model, name).put(torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
-        tensor._is_hf_initialized = True  # comes from the checkpoint, as `from_pretrained` marks it; it is slow on meta
+        mark_initialized(tensor)  # it comes from the checkpoint, and initialization is slow on meta
     model.initialize_weights()  # type: ignore[no-untyped-call]
     return model
 
@@ -244,16 +243,6 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     except NotImplementedError:  # so transformers says that a model has none
         return None
     return embedding if isinstance(embedding, nn.Embedding) else None
-
-
-def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the architecture lets its attention function be chosen."""
-    return bool(model_class._supports_attention_backend)
-
-
-def plain_attention(model: PreTrainedModel) -> str:
-    """The attention that transformers itself takes for this architecture where nothing else is asked for."""
-    return "sdpa" if model._supports_sdpa else "eager"
 
 
 def layers_of(model: nn.Module) -> list[nn.Module]:
@@ -282,7 +271,7 @@ def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dt
 
 def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Parameters that transformers keeps in float32 whatever the model's dtype."""
-    kept = model._get_dtype_plan(dtype)
+    kept = names_kept_in_float32(model, dtype)
     if kept:
         pattern = re.compile("|".join(re.escape(name) for name in kept))
         for name, parameter in model.named_parameters():

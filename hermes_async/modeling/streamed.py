@@ -18,7 +18,7 @@ from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
-from hermes_async.modeling.skeleton import plain_attention
+from hermes_async.modeling.transformers_api import own_parameters, plain_attention
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import Buffer
@@ -82,7 +82,7 @@ class _Nothing:
         Raises:
             EngineError: A parameter of the module is not loaded.
         """
-        for name, parameter in module._parameters.items():
+        for name, parameter in own_parameters(module).items():
             if parameter is not None and (parameter.is_meta or parameter.data_ptr() in self._places):
                 raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")
 
@@ -144,7 +144,7 @@ class StreamedModel:
             self._streamed_embedding.put(self._unloaded_embedding)
             self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
         for module in model.modules():
-            if module._parameters:
+            if own_parameters(module):
                 self._hooks.append(module.register_forward_pre_hook(nothing.check_loaded))  # behind those that load
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:

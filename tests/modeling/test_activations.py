@@ -19,7 +19,7 @@ from hermes_async.modeling.inputs import count_tokens
 from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
 from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.skeleton import plain_attention
+from hermes_async.modeling.transformers_api import plain_attention
 
 NUM_TOKENS = 192
 SMALL = {
