@@ -1,6 +1,6 @@
 # Each target sets up what it needs, and can be run again at once: see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test coverage lint bench
+.PHONY: help setup demo test test-oldest test-newest outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -11,6 +11,10 @@ BENCH ?= sweep
 help:
 	@echo "make demo    run the model that comes with the library in less memory than it has weights"
 	@echo "make test    run the tests; make coverage also measures what they cover, and takes longer"
+	@echo "make test-oldest, make test-newest"
+	@echo "             run the tests that depend on other libraries with the oldest and the newest tested versions"
+	@echo "make outdated"
+	@echo "             say which libraries have a newer release than what was tested"
 	@echo "make lint    check style and types"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only make the virtual environment and install what development needs"
@@ -30,6 +34,21 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto
+
+# What depends on the versions of transformers and torch: parity, checkpoints, forward, engine.
+VERSION_TESTS := tests/parity tests/modeling tests/faults/test_checkpoints.py tests/storage/test_checkpoint.py tests/engine
+
+.venv-%/.installed: pyproject.toml constraints-%.txt
+	$(PYTHON) -m venv .venv-$*
+	@echo "installing into .venv-$*; this takes some minutes the first time"
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-$*.txt -e ".[dev]"
+	@touch $@
+
+test-oldest test-newest: test-%: .venv-%/.installed
+	.venv-$*/bin/python -m pytest -q -n auto $(VERSION_TESTS)
+
+outdated: $(INSTALLED)
+	$(VENV)/bin/python tests/outdated.py
 
 coverage: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto --cov --cov-fail-under=90

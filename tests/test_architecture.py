@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -85,3 +86,54 @@ def test_modules_are_of_a_size_to_be_read(path: Path) -> None:
 
 def test_every_module_says_what_it_is() -> None:
     assert [ids(path) for path in MODULES if not ast.get_docstring(ast.parse(path.read_text()))] == []
+
+
+# Names that start with an underscore and are ours, or Python's; every other one is a library's private name.
+_PRIVATE = re.compile(r"_[a-z]\w*")
+
+
+def private_names_of_others(path: Path) -> set[str]:
+    """Attributes that begin with an underscore and that no class or module of the package defines."""
+    used = {
+        node.attr
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute) and _PRIVATE.fullmatch(node.attr)
+    }
+    return used - OWN_NAMES
+
+
+def own_names() -> set[str]:
+    """Every underscored name that the package itself binds: functions, classes, attributes of `self`, variables."""
+    names: set[str] = set()
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.add(node.name)
+            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
+                    names.add(node.attr)
+            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                names.add(node.id)
+    return names
+
+
+OWN_NAMES = own_names()
+CHANGING = ("past_key_values", "cache_params", "conversion_mapping", "core_model_loading")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_private_and_changing_names_of_libraries_are_in_one_module(path: Path) -> None:
+    if ids(path) in ("modeling/transformers_api.py", "demo/train.py"):
+        return
+    assert not private_names_of_others(path)
+    words = {
+        word
+        for node in ast.walk(ast.parse(path.read_text()))
+        for word in (
+            [node.attr] if isinstance(node, ast.Attribute) else
+            [node.arg] if isinstance(node, ast.keyword) and node.arg else
+            [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
+        )
+    }  # fmt: skip
+    words |= {part for name in imported(path) if name.startswith("transformers.") for part in name.split(".")}
+    assert not words & set(CHANGING)

@@ -18,7 +18,7 @@ from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
-from hermes_async.modeling.transformers_api import own_parameters, plain_attention
+from hermes_async.modeling.transformers_api import attention_implementation, own_parameters, plain_attention
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import Buffer
@@ -182,7 +182,7 @@ class StreamedModel:
     @contextmanager
     def _plain_attention(self) -> Iterator[None]:
         """transformers' own attention in place of the one for packed rows."""
-        packed = self.model.config._attn_implementation == self._attention.name
+        packed = attention_implementation(self.model) == self._attention.name
         if packed:
             self.model.set_attn_implementation(plain_attention(self.model))
         try:

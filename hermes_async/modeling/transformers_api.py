@@ -163,6 +163,13 @@ def plain_attention(model: PreTrainedModel) -> str:
         return "sdpa" if model._supports_sdpa else "eager"
 
 
+def attention_implementation(model: PreTrainedModel) -> str | None:
+    """The name of the attention that the model uses."""
+    with _needs("word on a model's attention"):
+        name: str | None = model.config._attn_implementation
+    return name
+
+
 def register_attention(name: str, function: Callable[..., Any]) -> None:
     """Makes `function` an attention implementation of this name."""
     AttentionInterface.register(name, function)
