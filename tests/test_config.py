@@ -219,6 +219,7 @@ def test_the_engine_s_defaults() -> None:
         "parking_dir": None,
         "direct_io": True,
         "kernels": "default",
+        "self_check": "require",
     }
 
 

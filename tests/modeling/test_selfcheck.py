@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import logging
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import transformers as t
 from transformers import PreTrainedConfig
 
-from hermes_async import UnsupportedModelError
+from hermes_async import EngineConfig, UnsupportedModelError
+from hermes_async.engine.opening import open_model
 from hermes_async.modeling import selfcheck
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.selfcheck import check_packing
@@ -44,7 +46,7 @@ def attention():
 
 @pytest.mark.parametrize("name", TRUE_SIZES)
 def test_true_sizes_are_checked_in_little_memory(
-    name: str, attention: PackedAttention, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    name: str, attention: PackedAttention, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     largest = []
 
@@ -54,9 +56,7 @@ def test_true_sizes_are_checked_in_little_memory(
         return model
 
     monkeypatch.setattr(selfcheck, "build_model", measured)
-    with caplog.at_level(logging.WARNING, "hermes_async"):
-        check_packing(TRUE_SIZES[name], attention)
-    assert not caplog.records  # it says so where a model could not be checked
+    check_packing(TRUE_SIZES[name], attention)  # it raises where a model could not be checked
     assert max(largest) <= 64 * 2**20
 
 
@@ -77,3 +77,26 @@ def test_attention_that_forgets_what_came_before_is_found(
     monkeypatch.setattr(selfcheck, "forward_packed", forgetting)
     with pytest.raises(UnsupportedModelError, match="share sweeps"):
         check_packing(t.LlamaConfig(), attention)
+
+
+def test_a_model_that_cannot_be_checked_is_refused(attention: PackedAttention, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(config: PreTrainedConfig) -> list[torch.Tensor]:
+        raise RuntimeError("no copy of it runs")
+
+    monkeypatch.setattr(selfcheck, "_separately", failing)
+    with pytest.raises(UnsupportedModelError, match=r"could not be checked .*no copy of it runs.*self_check"):
+        check_packing(t.LlamaConfig(), attention)
+
+
+def test_the_check_can_be_skipped(
+    save_model: Callable[..., Path], random_model: Callable[..., t.PreTrainedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(config: PreTrainedConfig) -> list[torch.Tensor]:
+        raise RuntimeError("no copy of it runs")
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 1}
+    path = save_model(random_model(t.LlamaConfig(vocab_size=64, **sizes)))
+    monkeypatch.setattr(selfcheck, "_separately", failing)
+    with pytest.raises(UnsupportedModelError, match="could not be checked"):
+        open_model(path, "32MiB", EngineConfig())
+    open_model(path, "32MiB", EngineConfig(self_check="skip")).close()
