@@ -1,5 +1,6 @@
 """Runs Transformer models larger than the memory they are given, inside an asyncio program."""
 
+from hermes_async import kernel_caches as kernel_caches  # before torch computes anything
 from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
 from hermes_async.engine.classification import Label
 from hermes_async.engine.engine import Engine

@@ -1,12 +1,15 @@
 """Looks at how a model runs before any weight is read: one forward pass over weights that are all zero.
 
-The zeros are one anonymous mapping that is never written to, so they take no memory; every parameter is a view of it.
+The zeros are one anonymous mapping that is never written to, so they take no memory, and none is reserved for them;
+every parameter is a view of it. Where not even addresses are to be had, each parameter is one zero, repeated.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import mmap
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -31,12 +34,12 @@ from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, layers_of, token_embedding
 from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
-from hermes_async.storage.buffers import Buffer
 
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 1
 _MORE_TOKENS = (16, 128)
+_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,13 +324,29 @@ def _alike(given: torch.Tensor, weight: torch.Tensor | None) -> bool:
     return weight is not None and given.dtype == weight.dtype and given.device == weight.device
 
 
+def _zeros_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Zeros that take no memory, however large they are: matrices may be larger than the machine's memory."""
+    largest = max((tensor.nbytes for tensor in tensors.values()), default=0)
+    try:
+        block = mmap.mmap(-1, max(1, largest), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+    except OSError as error:  # a limit on addresses, or a system that promises no more than it has
+        logger.debug("no room for the addresses of %d bytes: %s", largest, error)
+        # Not first, because a product of several matrices would make a real copy of what is repeated.
+        return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors.items()}
+    return {
+        name: torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
+        if tensor.numel()
+        else torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in tensors.items()
+    }
+
+
 def _watch(
     model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
 ) -> tuple[dict[str, int], frozenset[str], bool]:
     """`visits`, `used_outside` and `embeds_input_ids` of a `Probe`."""
     unloaded = model.state_dict(keep_vars=True)
-    block = Buffer(max((unloaded[name].nbytes for name in names), default=1))
-    zeros = {name: block.tensor(0, unloaded[name].dtype, tuple(unloaded[name].shape)) for name in names}
+    zeros = _zeros_like({name: unloaded[name] for name in names})
     visits: dict[str, int] = {}
     embedded: list[bool] = []
 
