@@ -12,7 +12,7 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -23,7 +23,7 @@ import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage.hub import download, is_hub_id
-from hermes_async.storage.tensor_spec import TensorSpec
+from hermes_async.storage.tensor_spec import FileState, TensorSpec
 
 _Json = TypeVar("_Json", dict[str, Any], list[Any])
 
@@ -195,14 +195,14 @@ def _is_plain_name(name: str) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file, yield it with its size, and map the operating system's errors."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
+    """Open a regular file, yield it with its state, and map the operating system's errors."""
     try:
         # Asked before it is opened, since opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is not a regular file", path=path)
         with path.open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+            yield file, FileState.of(os.fstat(file.fileno()))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
     except OSError as error:
@@ -219,9 +219,9 @@ def read_config(path: Path, kind: type[_Json]) -> _Json:
 
 
 def _read_bytes(path: Path, max_bytes: int, mapped: type[CheckpointError]) -> bytes:
-    with _opened(path) as (file, size):
-        if size > max_bytes:
-            raise mapped(f"{path}: {size} bytes, more than the {max_bytes} that are read", path=path)
+    with _opened(path) as (file, state):
+        if state.nbytes > max_bytes:
+            raise mapped(f"{path}: {state.nbytes} bytes, more than the {max_bytes} that are read", path=path)
         return file.read(max_bytes)
 
 
@@ -252,7 +252,9 @@ def _corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
     """Read and check a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
-    with _opened(path) as (file, size):
+    with _opened(path) as (file, state):
+        size = state.nbytes
+        states = {path: state}
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
@@ -272,13 +274,15 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         raise _corrupt(path, "`__metadata__` is not an object of strings")
 
     data_offset = 8 + header_bytes
-    specs = [_parse_entry(path, name, entry, data_offset) for name, entry in entries.items()]
+    specs = [_parse_entry(path, name, entry, data_offset, states) for name, entry in entries.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     _check_layout(path, specs, data_offset, size)
     return {spec.name: spec for spec in specs}
 
 
-def _parse_entry(path: Path, name: str, entry: object, data_offset: int) -> TensorSpec:
+def _parse_entry(
+    path: Path, name: str, entry: object, data_offset: int, states: Mapping[Path, FileState]
+) -> TensorSpec:
     match entry:
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [begin, end], **other}:
             pass
@@ -301,7 +305,7 @@ def _parse_entry(path: Path, name: str, entry: object, data_offset: int) -> Tens
     if nbytes != end - begin:
         message = f"tensor {name!r} has {end - begin} bytes, where {dtype_name} {shape} takes {nbytes}"
         raise _corrupt(path, message, expected=nbytes, actual=end - begin)
-    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape))
+    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape), file_states=states)
 
 
 def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_size: int) -> None:
