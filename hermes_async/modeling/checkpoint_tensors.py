@@ -9,6 +9,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
@@ -50,6 +51,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             renamed, converted = rename_source_key(name, [], [], prefix, expected)
         if renamed not in expected:
             continue
+        _check_dtype(checkpoint.tensors[name], expected[renamed])
         if converted is None:
             found[renamed] = checkpoint.tensors[name]
             continue
@@ -91,6 +93,16 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             names=missing,
         )
     return found
+
+
+def _check_dtype(spec: TensorSpec, parameter: torch.Tensor) -> None:
+    if spec.packed is None and spec.dtype.is_complex == parameter.dtype.is_complex:
+        return
+    dtype = spec.packed or str(spec.dtype).removeprefix("torch.")
+    raise UnsupportedModelError(
+        f"{spec.file}: tensor {spec.name!r} is in {dtype}; fp32, bf16 and fp16 checkpoints are supported",
+        path=spec.file,
+    )
 
 
 def _converter(converters: Sequence[WeightConverter], pattern: str, renamed: str) -> WeightConverter:

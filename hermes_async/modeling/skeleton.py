@@ -25,6 +25,7 @@ from hermes_async.errors import CheckpointError, MissingTensorError, Unsupported
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
 
@@ -96,9 +97,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type", path=path)
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"]
-        method = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+    method = quantization(path, checkpoint.config)
+    if method is not None:
         raise UnsupportedModelError(
             f"{path} is quantized ({method}); fp32, bf16 and fp16 checkpoints are supported", path=path
         )

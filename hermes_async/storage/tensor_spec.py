@@ -34,6 +34,8 @@ class TensorSpec:
         offset: Of its first byte, from the start of the file.
         pieces: Where it is made of several of the checkpoint's tensors, by putting one behind the other: those, which
             need not be neighbours. `file` and `offset` are the first one's.
+        packed: The format's name of its dtype, where a number takes less than a byte; `dtype` and `shape` are then of
+            bytes, and no model can use it.
         file_states: Of its files, as they were when their headers were read.
     """
 
@@ -44,6 +46,7 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Extent, ...] = ()
+    packed: str | None = None
     file_states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
