@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 from hermes_async.errors import ConfigError
+from hermes_async.storage.own_file import open_own_file
+
+_MADE_BY = "hermes-async picture"
+_METADATA = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
 
 
 def pyplot() -> Any:
@@ -25,13 +30,20 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, output: Path) -> None:
-    """Writes a picture in the format of the file's name, and closes it.
+    """Writes a picture in the format of the file's name, and closes it; never over a file that is no picture of ours.
 
     Raises:
         ConfigError: It cannot be written.
     """
+    suffix = output.suffix.removeprefix(".").lower()
+    metadata = {_METADATA[suffix]: _MADE_BY} if suffix in _METADATA else None
+    drawn = BytesIO()
     try:
-        figure.savefig(output, dpi=130)
+        figure.savefig(drawn, dpi=130, format=suffix or "png", metadata=metadata)
+        with open_own_file(output, lambda known: _MADE_BY.encode() in known, "picture") as file:
+            file.write(drawn.getbuffer())
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:
         raise ConfigError(f"{output} cannot be written: {error}") from error
     finally:

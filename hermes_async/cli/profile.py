@@ -8,7 +8,7 @@ import statistics
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import IO, Annotated
 
 import typer
 from rich.console import Console
@@ -20,6 +20,7 @@ from hermes_async.config import format_bytes
 from hermes_async.engine.profile import Profile, StageProfile
 from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
 from hermes_async.engine.profiling import asked, measure
+from hermes_async.engine.tracing import open_trace_file
 from hermes_async.errors import ConfigError
 from hermes_async.pipeload.trace import Event
 from hermes_async.storage.checkpoint import Checkpoint
@@ -41,6 +42,7 @@ def profile(
         file = profile_file(Checkpoint.open(path))
         measured = None if refresh or trace is not None else load_profile(file)
         if measured is None or measured.asked_for != asked(memory, config):
+            stream = None if trace is None else open_trace_file(trace)  # before minutes are spent
             taken: list[Profile] = []
             events: list[Event] = []
 
@@ -50,8 +52,8 @@ def profile(
             run(work)
             measured = taken[0]
             save_profile(file, measured)
-            if trace is not None:
-                _write(trace, events)
+            if trace is not None and stream is not None:
+                _write(trace, stream, events)
         if json_output:
             print(json.dumps(asdict(measured)))
             return
@@ -60,9 +62,10 @@ def profile(
             console.print(table)
 
 
-def _write(file: Path, events: list[Event]) -> None:
+def _write(file: Path, stream: IO[str], events: list[Event]) -> None:
     try:
-        file.write_text(json.dumps(events), encoding="utf-8")
+        with stream:
+            json.dump(events, stream)
     except OSError as error:
         raise ConfigError(f"the trace file {file} cannot be written: {error.strerror or error}") from error
 

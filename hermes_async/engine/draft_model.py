@@ -26,6 +26,7 @@ from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.reader import ReadStatistics
+from hermes_async.storage.tensor_spec import file_states
 
 
 @dataclass(eq=False, slots=True)
@@ -159,7 +160,14 @@ async def running_draft_model(
         exits.callback(pool.close)
         layouts = [layout for layout in (opened.partition.base, *opened.partition.stages) if layout.placements]
         stages = [Stage(idx, layout, resident=True) for idx, layout in enumerate(layouts)]
-        pipeline = Pipeline(stages, num_loading_agents=1, ring=BufferPool(0, 0), statistics=statistics, direct=direct)
+        pipeline = Pipeline(
+            stages,
+            num_loading_agents=1,
+            ring=BufferPool(0, 0),
+            statistics=statistics,
+            direct=direct,
+            file_states=file_states(opened.skeleton.tensors.values()),
+        )
         model = StreamedModel(
             opened.skeleton.model,
             opened.attention,

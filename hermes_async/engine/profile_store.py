@@ -7,6 +7,8 @@ import json
 import logging
 import os
 import platform
+import stat
+import tempfile
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -45,6 +47,8 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
 def load_profile(file: Path) -> Profile | None:
     """The profile in `file`; None, and a warning that says why, where there is none that can be believed."""
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # a named pipe would wait for a writer
+            raise ValueError("not a regular file")
         return _from_json(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
@@ -61,9 +65,17 @@ def save_profile(file: Path, profile: Profile) -> None:
     """Writes a profile; where that cannot be, there is a warning, and it is measured again next time."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = file.with_suffix(f".{os.getpid()}.tmp")
-        unfinished.write_text(json.dumps(asdict(profile)), encoding="utf-8")
-        unfinished.replace(file)
+        # A new file of its own name, so that nothing that is there is written over or through.
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", dir=file.parent, prefix=file.stem, suffix=".tmp", delete=False
+        ) as unfinished:
+            try:
+                json.dump(asdict(profile), unfinished)
+                unfinished.close()
+                Path(unfinished.name).replace(file)
+            except BaseException:
+                Path(unfinished.name).unlink(missing_ok=True)
+                raise
     except OSError as error:
         logger.warning("the profile %s cannot be kept: %s", file, error.strerror or error)
 

@@ -31,6 +31,7 @@ from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
+from hermes_async.storage.tensor_spec import file_states
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +146,7 @@ async def running_model(
             statistics=read_statistics,
             direct=config.direct_io,
             trace=trace,
+            file_states=file_states(opened.skeleton.tensors.values()),
         )
         runner: SweepRunner | None = None
 
@@ -161,7 +163,10 @@ async def running_model(
         if partition.streamed_embedding is not None:
             executor = exits.enter_context(ThreadPoolExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
             files = [partition.streamed_embedding.file]
-            reader = await exits.enter_async_context(Reader(files, executor, read_statistics, direct=config.direct_io))
+            states = partition.streamed_embedding.file_states
+            reader = await exits.enter_async_context(
+                Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
+            )
             held_back = pipeline.load_order.held_back
             rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
             exits.callback(rows.close)

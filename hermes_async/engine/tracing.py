@@ -5,20 +5,33 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import asynccontextmanager, suppress
+from io import TextIOWrapper
 from pathlib import Path
 from typing import IO
 
 import anyio
 import anyio.to_thread
 
-from hermes_async.errors import ConfigError
 from hermes_async.pipeload.trace import Event, Trace
+from hermes_async.storage.own_file import open_own_file
 
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WRITES = 1.0
+_BEGINNING = re.compile(rb'\[\s*\{"ph": "M", "name": "process_name", [^\n]{0,40}"args": \{"name": "hermes_async"\}')
+
+
+def open_trace_file(path: Path) -> IO[str]:
+    """Opens a file for a trace: a new one, or one in place of an older trace. Blocks.
+
+    Raises:
+        ConfigError: Something else is there, or it cannot be written to.
+    """
+    file = open_own_file(path, lambda known: _BEGINNING.match(known) is not None, "trace file")
+    return TextIOWrapper(file, encoding="utf-8")
 
 
 @asynccontextmanager
@@ -26,18 +39,15 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
     """A trace whose events go to `file`; None where there is none. A trace that is given is drained by who gave it.
 
     Raises:
-        ConfigError: The file cannot be written to.
+        ConfigError: The file is something else than an older trace, or cannot be written to.
     """
     if file is None or isinstance(file, Trace):
         yield file
         return
     path = Path(file)
-    try:
-        stream = await anyio.to_thread.run_sync(path.open, "w")
-    except OSError as error:
-        raise ConfigError(f"the trace file {path} cannot be written: {error.strerror or error}") from error
+    stream = await anyio.to_thread.run_sync(open_trace_file, path)
     trace = Trace()
-    writer = _Writer(stream, trace)
+    writer = _Writer(path, stream, trace)
     try:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(writer.write_on)
@@ -53,7 +63,8 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
 class _Writer:
     """State: how many events were written, and whether that has failed."""
 
-    def __init__(self, stream: IO[str], trace: Trace) -> None:
+    def __init__(self, path: Path, stream: IO[str], trace: Trace) -> None:
+        self._path = path
         self._stream = stream
         self._trace = trace
         self._num_written = 0
@@ -77,7 +88,7 @@ class _Writer:
             self._stream.flush()
         except OSError as error:
             self._failed = True
-            logger.warning("the trace %s ends here: %s", self._stream.name, error.strerror or error)
+            logger.warning("the trace %s ends here: %s", self._path, error.strerror or error)
 
     def close(self) -> None:
         self._write(self._trace.drain())

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
@@ -47,6 +48,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             renamed, converted = rename(name, [], [], prefix, expected)
         if renamed not in expected:
             continue
+        _check_dtype(checkpoint.tensors[name], expected[renamed])
         if converted is None:
             found[renamed] = checkpoint.tensors[name]
             continue
@@ -88,6 +90,16 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             names=missing,
         )
     return found
+
+
+def _check_dtype(spec: TensorSpec, parameter: torch.Tensor) -> None:
+    if spec.packed is None and spec.dtype.is_complex == parameter.dtype.is_complex:
+        return
+    dtype = spec.packed or str(spec.dtype).removeprefix("torch.")
+    raise UnsupportedModelError(
+        f"{spec.file}: tensor {spec.name!r} is in {dtype}; fp32, bf16 and fp16 checkpoints are supported",
+        path=spec.file,
+    )
 
 
 def _converter(converters: Sequence[Any], pattern: str, renamed: str) -> Any:

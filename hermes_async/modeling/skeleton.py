@@ -32,6 +32,7 @@ from hermes_async.modeling.transformers_api import (
     supports_packed_attention,
 )
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
 
@@ -103,9 +104,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type", path=path)
-    if checkpoint.config.get("quantization_config"):
-        method = checkpoint.config["quantization_config"]
-        method = method.get("quant_method", "?") if isinstance(method, dict) else "?"
+    method = quantization(path, checkpoint.config)
+    if method is not None:
         raise UnsupportedModelError(
             f"{path} is quantized ({method}); fp32, bf16 and fp16 checkpoints are supported", path=path
         )

@@ -9,11 +9,12 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import anyio
@@ -28,6 +29,7 @@ from hermes_async.pipeload.sweep_work import SweepWork
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import Buffer, BufferPool
 from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.tensor_spec import FileState
 
 T = TypeVar("T")
 
@@ -63,6 +65,7 @@ class Pipeline:
         direct: Read past the page cache where possible.
         pinned: Page-locked memory for resident stages.
         trace: Told of every load, wait, computation and free.
+        file_states: What the stages' files must still be; see `Reader`.
     """
 
     def __init__(
@@ -75,6 +78,7 @@ class Pipeline:
         direct: bool = True,
         pinned: bool = False,
         trace: Trace | None = None,
+        file_states: Mapping[Path, FileState] | None = None,
     ) -> None:
         self.stages = tuple(stages)
         self.statistics = PipelineStatistics()
@@ -83,6 +87,7 @@ class Pipeline:
         self._direct = direct
         self._num_loading_agents = num_loading_agents
         self._trace = trace
+        self._file_states = file_states or {}
         # All mutable state. `load_order` says what is read next, and `_free_later` feeds the daemon.
         self.load_order = LoadOrder(self.stages, ring, self._free, pinned=pinned)
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
@@ -105,7 +110,9 @@ class Pipeline:
             exits.callback(self._to_free.close)
             executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
-            reader = await exits.enter_async_context(Reader(files, executor, self.read_statistics, direct=self._direct))
+            reader = await exits.enter_async_context(
+                Reader(files, executor, self.read_statistics, direct=self._direct, states=self._file_states)
+            )
             exits.callback(self._ring.close)
             exits.callback(self._close_stages)
             self._loop = asyncio.get_running_loop()

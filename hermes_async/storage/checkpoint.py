@@ -12,22 +12,23 @@ import json
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
 
-from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
+from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
 from hermes_async.storage.hub import download, is_hub_id
-from hermes_async.storage.tensor_spec import TensorSpec
+from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
+from hermes_async.storage.tensor_spec import FileState, TensorSpec
 
 _Json = TypeVar("_Json", dict[str, Any], list[Any])
 
 _INDEX_NAME = "model.safetensors.index.json"
+_INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
 _MAX_HEADER_BYTES = 100_000_000  # the format's own limit
@@ -45,20 +46,18 @@ _DTYPES = {
     "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
+    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "C64": torch.complex64,
     "F16": torch.float16,
     "BF16": torch.bfloat16,
     "F32": torch.float32,
     "F64": torch.float64,
 }
 
-_OTHER_FORMATS = (
-    *("pytorch_model*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.gguf"),
-    *("tf_model*.h5", "flax_model*.msgpack"),
-)
-_ONLY_SAFETENSORS = (
-    "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with "
-    "transformers: AutoModel.from_pretrained(...).save_pretrained(directory) writes safetensors"
-)
+_PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
+"""Dtypes of the format whose numbers take less than a byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +117,18 @@ class Checkpoint:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
         # First the weights: where they are in another format, config.json is often missing too.
-        tensors = read_tensors(path)
-        # Keys may repeat here: transformers lets the last one count.
-        config = read_config(path / "config.json", dict)
-        return cls(path, config, tensors)
+        # Keys of config.json may repeat: transformers lets the last one count.
+        file = path / "config.json"
+        config = read_config(file, dict) if file.is_file() else {}
+        tensors = read_tensors(path, _named_weights(config, file))
+        return cls(path, config or read_config(file, dict), tensors)
 
 
-def read_tensors(directory: Path) -> dict[str, TensorSpec]:
+def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, TensorSpec]:
     """Find a directory's shards and read their headers; the tensors by name.
+
+    Args:
+        chosen: The file or index to take; None takes what transformers would.
 
     Raises:
         UnsupportedModelError, MissingTensorError, CorruptShardError, CheckpointError: As `Checkpoint.open`.
@@ -134,33 +137,64 @@ def read_tensors(directory: Path) -> dict[str, TensorSpec]:
         names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be listed: {error.strerror}", path=directory) from error
-    if _INDEX_NAME in names:
-        return _read_indexed_shards(directory)
+    check_names(directory, names)
+    # As transformers chooses: the file that config.json names, the whole file, the index.
+    if chosen is None and "model.safetensors" in names and (directory / "model.safetensors").is_file():
+        chosen = "model.safetensors"
+    if chosen is None and _INDEX_NAME in names:
+        chosen = _INDEX_NAME
+    if chosen is not None and chosen.endswith(_INDEX_SUFFIX):
+        return _read_shards(directory, _shards_of_index(directory / chosen))
+    if chosen is not None:
+        return _read_header(directory / chosen)
     shards = [name for name in names if name.endswith(".safetensors")]
     if "model.safetensors" in shards:
         shards = ["model.safetensors"]
     if not shards:
-        others = [name for name in names if any(fnmatch(name, pattern) for pattern in _OTHER_FORMATS)]
-        if others:
-            message = f"{directory} has its weights in {others[0]!r}; {_ONLY_SAFETENSORS}"
-            raise UnsupportedModelError(message, path=directory)
         missing = "no *.safetensors" if "config.json" in names else "no config.json and no *.safetensors"
-        message = f"{directory} is not a checkpoint directory: {missing}; {_ONLY_SAFETENSORS}"
+        message = f"{directory} is not a checkpoint directory: {missing}; {ONLY_SAFETENSORS}"
         raise CheckpointError(message, path=directory)
+    return _read_shards(directory, {shard: [] for shard in shards})
 
+
+def _named_weights(config: dict[str, Any], path: Path) -> str | None:
+    """The file of weights that config.json names for transformers, if it does."""
+    name = config.get("transformers_weights")
+    if name is None:
+        return None
+    if not isinstance(name, str) or not _is_plain_name(name.removesuffix(".index.json")):
+        raise CheckpointError(
+            f"{path}: transformers_weights is {name!r}, not a *.safetensors or *{_INDEX_SUFFIX} of this directory",
+            path=path,
+        )
+    return name
+
+
+def _read_shards(directory: Path, listed: dict[str, list[str]]) -> dict[str, TensorSpec]:
+    """Reads all tensors of these shards, as transformers does.
+
+    Args:
+        listed: By the shards' names, tensors that must be there.
+    """
     tensors: dict[str, TensorSpec] = {}
-    for shard in shards:
-        for name, spec in _read_header(directory / shard).items():
+    for shard, names in sorted(listed.items()):
+        path = directory / shard
+        header = _read_header(path)
+        missing = tuple(name for name in names if name not in header)
+        if missing:
+            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+            message = f"{path} lacks tensor {missing[0]!r}{more}, which the index places there"
+            raise MissingTensorError(message, path=path, names=missing)
+        for name, spec in header.items():
             if name in tensors:
                 both = f"{tensors[name].file.name!r} and {shard!r}"
-                raise _corrupt(directory, f"no {_INDEX_NAME}, and tensor {name!r} is in both {both}")
+                raise _corrupt(directory, f"tensor {name!r} is in both {both}; take one of them out")
             tensors[name] = spec
     return tensors
 
 
-def _read_indexed_shards(directory: Path) -> dict[str, TensorSpec]:
-    """Read the tensors that the index lists, each from the shard that it names; others are left out."""
-    index = directory / _INDEX_NAME
+def _shards_of_index(index: Path) -> dict[str, list[str]]:
+    """The shards that the index names, each with the tensors that it places there."""
     text = _read_bytes(index, _MAX_INDEX_BYTES, CorruptShardError)
     weight_map = _parse_json(index, text, dict, CorruptShardError, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -170,19 +204,7 @@ def _read_indexed_shards(directory: Path) -> dict[str, TensorSpec]:
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise _corrupt(index, f"puts tensor {name!r} in {shard!r}, not a *.safetensors of this directory")
         names_by_shard.setdefault(shard, []).append(name)
-
-    tensors: dict[str, TensorSpec] = {}
-    for shard, names in sorted(names_by_shard.items()):
-        path = directory / shard
-        header = _read_header(path)
-        missing = tuple(name for name in names if name not in header)
-        if missing:
-            more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-            message = f"{path} lacks tensor {missing[0]!r}{more}, which {_INDEX_NAME} places there"
-            raise MissingTensorError(message, path=path, names=missing)
-        wanted = set(names)
-        tensors |= {name: spec for name, spec in header.items() if name in wanted}
-    return tensors
+    return names_by_shard
 
 
 def _is_plain_name(name: str) -> bool:
@@ -195,14 +217,14 @@ def _is_plain_name(name: str) -> bool:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, int]]:
-    """Open a regular file, yield it with its size, and map the operating system's errors."""
+def _opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
+    """Open a regular file, yield it with its state, and map the operating system's errors."""
     try:
         # Asked before it is opened, since opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is not a regular file", path=path)
         with path.open("rb") as file:
-            yield file, os.fstat(file.fileno()).st_size
+            yield file, FileState.of(os.fstat(file.fileno()))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
     except OSError as error:
@@ -219,9 +241,9 @@ def read_config(path: Path, kind: type[_Json]) -> _Json:
 
 
 def _read_bytes(path: Path, max_bytes: int, mapped: type[CheckpointError]) -> bytes:
-    with _opened(path) as (file, size):
-        if size > max_bytes:
-            raise mapped(f"{path}: {size} bytes, more than the {max_bytes} that are read", path=path)
+    with _opened(path) as (file, state):
+        if state.nbytes > max_bytes:
+            raise mapped(f"{path}: {state.nbytes} bytes, more than the {max_bytes} that are read", path=path)
         return file.read(max_bytes)
 
 
@@ -252,7 +274,9 @@ def _corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
     """Read and check a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
-    with _opened(path) as (file, size):
+    with _opened(path) as (file, state):
+        size = state.nbytes
+        states = {path: state}
         prefix = file.read(8)
         if len(prefix) < 8:
             raise _corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
@@ -270,15 +294,18 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise _corrupt(path, "`__metadata__` is not an object of strings")
+    check_writer(path, metadata)
 
     data_offset = 8 + header_bytes
-    specs = [_parse_entry(path, name, entry, data_offset) for name, entry in entries.items()]
+    specs = [_parse_entry(path, name, entry, data_offset, states) for name, entry in entries.items()]
     specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
     _check_layout(path, specs, data_offset, size)
     return {spec.name: spec for spec in specs}
 
 
-def _parse_entry(path: Path, name: str, entry: object, data_offset: int) -> TensorSpec:
+def _parse_entry(
+    path: Path, name: str, entry: object, data_offset: int, states: Mapping[Path, FileState]
+) -> TensorSpec:
     match entry:
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [begin, end], **other}:
             pass
@@ -289,19 +316,27 @@ def _parse_entry(path: Path, name: str, entry: object, data_offset: int) -> Tens
     numbers = (*shape, begin, end)
     if not all(type(number) is int and 0 <= number <= _MAX_INT64 for number in numbers) or begin > end:
         raise _corrupt(path, f"tensor {name!r} has an impossible shape or range")
-    dtype = _DTYPES.get(dtype_name)
+    bits = _PACKED_BITS.get(dtype_name)
+    dtype = torch.uint8 if bits else _DTYPES.get(dtype_name)
     if dtype is None:
-        raise _corrupt(path, f"tensor {name!r} has dtype {dtype_name!r}; known are {', '.join(_DTYPES)}")
+        known = ", ".join((*_DTYPES, *_PACKED_BITS))
+        raise _corrupt(path, f"tensor {name!r} has dtype {dtype_name!r}; known are {known}")
     num_elements = 1
     for size in shape:
         num_elements *= size
         if num_elements > _MAX_INT64:  # at each step: a long shape must not multiply up to a huge number
             raise _corrupt(path, f"tensor {name!r} has too many elements: shape {shape}")
-    nbytes = num_elements * dtype.itemsize
+    if bits and num_elements * bits % 8:
+        raise _corrupt(path, f"tensor {name!r} of {dtype_name} {shape} does not end with a whole byte")
+    nbytes = num_elements * bits // 8 if bits else num_elements * dtype.itemsize
     if nbytes != end - begin:
         message = f"tensor {name!r} has {end - begin} bytes, where {dtype_name} {shape} takes {nbytes}"
         raise _corrupt(path, message, expected=nbytes, actual=end - begin)
-    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape))
+    if bits:
+        return TensorSpec(
+            name, path, data_offset + begin, nbytes, dtype, (nbytes,), file_states=states, packed=dtype_name
+        )
+    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape), file_states=states)
 
 
 def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_size: int) -> None:

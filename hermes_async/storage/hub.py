@@ -13,6 +13,7 @@ _WANTED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("*.model", "preprocessor_config.json", "processor_config.json"),
+    *("adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
     *("modules.json", "*_Pooling/config.json", "*_Dense/config.json", "sentence_bert_config.json"),
 )
 # "tokenizer*" also fits code and pickles; "consolidated" is a second copy of the weights, by other names.

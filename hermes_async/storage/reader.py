@@ -8,9 +8,11 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +26,7 @@ import anyio.lowlevel
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, align_down, align_up
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
+from hermes_async.storage.tensor_spec import FileState
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,26 +64,43 @@ class Reader:
     """Reads ranges of some shards; any number of calls may be under way at once, as many as the executor has threads.
 
     Owned with `async with`: entering opens every shard, so one that is renamed or removed later can still be read, and
-    leaving closes them. Reads bypass the page cache where the file system allows it; elsewhere they are buffered and
-    the cache is dropped behind them.
+    leaving closes them. Where there are more shards than a quarter of the files that the process may open, so many are
+    open at once, and those that were not used for longest are closed for others. Reads bypass the page cache where the
+    file system allows it; elsewhere they are buffered and the cache is dropped behind them.
+
+    Args:
+        states: What files were when their headers were read. One that is not the same any more when it is opened, or
+            after a read, is an error: its bytes are not those that the header tells of.
 
     Raises:
-        ReadError: On entering: a shard cannot be opened.
+        ReadError: On entering: a shard cannot be opened, or has changed.
     """
 
     def __init__(
-        self, files: Collection[Path], executor: ThreadPoolExecutor, statistics: ReadStatistics, *, direct: bool = True
+        self,
+        files: Collection[Path],
+        executor: ThreadPoolExecutor,
+        statistics: ReadStatistics,
+        *,
+        direct: bool = True,
+        states: Mapping[Path, FileState] | None = None,
     ) -> None:
         self._files = files
+        self._states = states or {}
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_open = len(files) if allowed == resource.RLIM_INFINITY else max(1, allowed // 4)
         self._executor = executor
         self._statistics = statistics
         self._direct = direct and bool(O_DIRECT)
+        # All mutable state, of the event loop: open shards, those that were used last behind the others. A thread only
+        # looks up shards that are held for it.
         self._shards: dict[Path, _Shard] = {}
+        self._opening = anyio.Lock()
         self._read_in_thread = aiofiles.os.wrap(self._read)
 
     async def __aenter__(self) -> Self:
         try:
-            for file in self._files:
+            for file in list(self._files)[: self._max_open]:
                 with anyio.CancelScope(shield=True):
                     await self._open(file)
         except BaseException:
@@ -106,14 +126,15 @@ class Reader:
 
         Raises:
             ShortReadError: A shard ended before its header says.
-            ReadError: The operating system refused or broke off a read.
+            ReadError: The operating system refused or broke off a read, or a shard has changed.
 
         Cancellation: shielded, because a thread goes on writing; after a cancelled call none writes to `view` any more.
         """
         with anyio.CancelScope(shield=True):
             spent: list[float] = []
             try:
-                await self._read_in_thread(ranges, view, spent, on_read, executor=self._executor)
+                async with self._held({item.file for item in ranges}):
+                    await self._read_in_thread(ranges, view, spent, on_read, executor=self._executor)
             finally:
                 self._statistics.seconds += sum(spent)
         self._statistics.bytes_read += sum(item.nbytes for item in ranges)
@@ -145,23 +166,84 @@ class Reader:
                     self._shards[item.file].read(item, view)
                 except OSError as error:
                     raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+            for path in {item.file for item in ranges}:
+                self._check_unchanged(path, self._shards[path])
         finally:
             ended = time.perf_counter()
             spent.append(ended - started)
             if on_read is not None:
                 on_read(started, ended)
 
-    async def _open(self, path: Path) -> None:
+    @asynccontextmanager
+    async def _held(self, paths: Iterable[Path]) -> AsyncIterator[None]:
+        """Shards that are open and stay so within the block."""
+        held: list[_Shard] = []
         try:
+            for path in paths:
+                if path not in self._shards:
+                    async with self._opening:
+                        if path not in self._shards:
+                            await self._close_unused(self._max_open - 1)
+                            await self._open(path)
+                shard = self._shards[path] = self._shards.pop(path)
+                shard.num_users += 1
+                held.append(shard)
+            yield
+        finally:
+            for shard in held:
+                shard.num_users -= 1
+
+    async def _close_unused(self, num_left: int) -> None:
+        """Closes shards that nobody reads, those that were not used for longest first, until so many are left."""
+        while len(self._shards) > num_left:
+            path = next((path for path, shard in self._shards.items() if not shard.num_users), None)
+            if path is None:
+                return
+            await self._shards.pop(path).file.close()
+
+    async def _open(self, path: Path) -> None:
+        while True:
             try:
-                shard = await self._open_shard(path, direct=self._direct)
+                shard = await self._open_as_allowed(path)
+                break
             except OSError as error:
-                if not self._direct or error.errno != errno.EINVAL:
-                    raise
-                shard = await self._open_shard(path, direct=False)
-        except OSError as error:
-            raise _read_error("opening", path, 0, error) from error
+                num_open = len(self._shards)
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise _read_error("opening", path, 0, error) from error
+                # The process has other files open than was expected: these are left half of what there was.
+                await self._close_unused(num_open // 2)
+                if len(self._shards) == num_open:
+                    raise _read_error("opening", path, 0, error) from error
+                self._max_open = max(1, len(self._shards))
         self._shards[path] = shard
+        self._check_unchanged(path, shard)
+
+    async def _open_as_allowed(self, path: Path) -> _Shard:
+        try:
+            return await self._open_shard(path, direct=self._direct)
+        except OSError as error:
+            if not self._direct or error.errno != errno.EINVAL:
+                raise
+            return await self._open_shard(path, direct=False)
+
+    def _check_unchanged(self, path: Path, shard: _Shard) -> None:
+        """On any thread; after a read, for a write may begin at any moment of it."""
+        before = self._states.get(path)
+        if before is None:
+            return
+        now = FileState.of(os.fstat(shard.file.fileno()))
+        if now == before:
+            return
+        if (now.device, now.inode) != (before.device, before.inode):
+            what = "another file is there now"
+        elif now.nbytes != before.nbytes:
+            what = f"it had {before.nbytes} bytes and has {now.nbytes}"
+        else:
+            what = "it was written to"
+        message = f"{path} was changed after its header was read: {what}; open the engine again once it is whole"
+        if now.nbytes < before.nbytes:
+            raise ShortReadError(message, path=path, offset=0, expected=before.nbytes, actual=now.nbytes)
+        raise ReadError(message, path=path, offset=0)
 
     async def _open_shard(self, path: Path, *, direct: bool) -> _Shard:
         flags = O_DIRECT if direct else 0
@@ -185,6 +267,7 @@ class _Shard:
 
     def __init__(self, file: Any, *, direct: bool) -> None:
         self.file = file
+        self.num_users = 0
         self._direct = direct
 
     def read(self, item: ReadRange, view: memoryview) -> None:

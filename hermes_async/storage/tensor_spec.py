@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 
 import torch
+
+
+@dataclass(frozen=True, slots=True)
+class FileState:
+    """What tells that a file is still the one that was looked at, without reading it."""
+
+    nbytes: int
+    modified_ns: int
+    device: int
+    inode: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> FileState:
+        return cls(status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,6 +34,9 @@ class TensorSpec:
         offset: Of its first byte, from the start of the file.
         pieces: Where it is made of several of the checkpoint's tensors, by putting one behind the other: those, which
             need not be neighbours. `file` and `offset` are the first one's.
+        packed: The format's name of its dtype, where a number takes less than a byte; `dtype` and `shape` are then of
+            bytes, and no model can use it.
+        file_states: Of its files, as they were when their headers were read.
     """
 
     name: str
@@ -28,6 +46,8 @@ class TensorSpec:
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: tuple[Extent, ...] = ()
+    packed: str | None = None
+    file_states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def joined(cls, specs: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
@@ -41,7 +61,8 @@ class TensorSpec:
                 pieces[-1] = Extent(last.file, last.offset, last.nbytes + spec.nbytes)
             else:
                 pieces.append(Extent(spec.file, spec.offset, spec.nbytes))
-        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces))
+        states = file_states(specs)
+        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces), states)
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Return the spec of the rows `start` to `stop` (exclusive) of the first dimension.
@@ -71,6 +92,14 @@ class Extent:
     file: Path
     offset: int
     nbytes: int
+
+
+def file_states(specs: Iterable[TensorSpec]) -> dict[Path, FileState]:
+    """Of all files of `specs`, as they were when their headers were read."""
+    states: dict[Path, FileState] = {}
+    for spec in specs:
+        states.update(spec.file_states)
+    return states
 
 
 def _within(pieces: Iterable[Extent], start: int, stop: int) -> Iterator[Extent]:

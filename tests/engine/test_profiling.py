@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -178,7 +179,19 @@ def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     assert load_profile(file) is None
     save_profile(file, PROFILE)
     assert load_profile(file) == PROFILE
-    assert list(file.parent.iterdir()) == [file]
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
+
+
+def test_a_profile_follows_no_link_and_waits_for_no_pipe(tmp_path: Path) -> None:
+    kept, file = tmp_path / "kept", tmp_path / "profile.json"
+    kept.write_text("kept")
+    file.symlink_to(kept)
+    save_profile(file, PROFILE)
+    assert load_profile(file) == PROFILE
+    assert kept.read_text() == "kept"
+    file.unlink()
+    os.mkfifo(file)
+    assert load_profile(file) is None
 
 
 @pytest.mark.parametrize("age", [-3600, MAX_AGE_S + 3600])

@@ -67,9 +67,63 @@ async def test_a_file_that_cannot_be_written(tiny_model: Any, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-async def test_a_disk_that_is_full_ends_the_trace_alone(tiny_model: Any, caplog: pytest.LogCaptureFixture) -> None:
-    await traced(tiny_model, Path("/dev/full"))
-    assert [record.message for record in caplog.records] == ["the trace /dev/full ends here: No space left on device"]
+async def test_a_disk_that_is_full_ends_the_trace_alone(
+    tiny_model: Any, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_async.engine.tracing.open_trace_file", lambda path: Path("/dev/full").open("w"))  # noqa: SIM115
+    await traced(tiny_model, file)
+    assert [record.message for record in caplog.records] == [f"the trace {file} ends here: No space left on device"]
+
+
+async def test_an_older_trace_is_written_over(tiny_model: Any, file: Path) -> None:
+    file.touch()  # noqa: ASYNC240
+    await traced(tiny_model, file)
+    file.write_text(file.read_text() + " " * 10**6)  # noqa: ASYNC240
+    await traced(tiny_model, file)
+    assert read(file).rows
+    file.write_text(json.dumps(json.loads(file.read_text())))  # noqa: ASYNC240 - as `profile --trace` does
+    await traced(tiny_model, file)
+    assert read(file).rows
+
+
+def put_something_else(kind: str, file: Path) -> Path:
+    """At `file`; returns the file that must stay as it is."""
+    if kind == "fifo":
+        os.mkfifo(file)
+        return file
+    if kind == "directory":
+        file.mkdir()
+        return file
+    if kind == "dangling link":
+        file.symlink_to(file.parent / "nothing")
+        return file
+    kept = file.parent / "kept" if "link" in kind else file
+    kept.write_bytes(b"[1, 2, 3]" if kind == "json" else b"weights")
+    if kind == "link":
+        file.symlink_to(kept)
+    elif kind == "hard link":
+        file.hardlink_to(kept)
+    return kept
+
+
+SOMETHING_ELSE = ["file", "json", "link", "dangling link", "hard link", "fifo", "directory"]
+
+
+@pytest.mark.parametrize("kind", SOMETHING_ELSE)
+async def test_a_trace_is_written_over_nothing_else(tiny_model: Any, file: Path, kind: str) -> None:
+    kept = put_something_else(kind, file)
+    before = kept.read_bytes() if kept.is_file() else None
+    with pytest.raises(ConfigError, match=r"the trace file .*trace\.json cannot be written: "):
+        await traced(tiny_model, file)
+    assert (kept.read_bytes() if kept.is_file() else None) == before
+    assert not (file.parent / "nothing").exists()
+
+
+async def test_a_shard_is_no_trace_file(tiny_model: Any) -> None:
+    before = (tiny_model.path / "model.safetensors").read_bytes()
+    with pytest.raises(ConfigError, match="no trace file of hermes-async is there; remove it, or give another name"):
+        await traced(tiny_model, (tiny_model.path / "model.safetensors"))
+    assert (tiny_model.path / "model.safetensors").read_bytes() == before
 
 
 def cut_off(file: Path) -> None:
@@ -113,6 +167,27 @@ async def test_pictures_that_cannot_be_drawn(tiny_model: Any, file: Path, tmp_pa
         result = timeline(file, "-o", *args)
         assert result.exit_code == 1
         assert message in result.output
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf", "eps"])
+async def test_a_picture_is_written_over_a_picture_of_ours_alone(
+    tiny_model: Any, file: Path, tmp_path: Path, suffix: str
+) -> None:
+    await traced(tiny_model, file)
+    picture = tmp_path / f"plot.{suffix}"
+    for _ in range(2):
+        assert timeline(file, "-o", picture).exit_code == 0
+    made = picture.read_bytes()
+    for kind in SOMETHING_ELSE:
+        other = tmp_path / f"other.{suffix}"
+        kept = put_something_else(kind, other)
+        before = kept.read_bytes() if kept.is_file() else None
+        result = timeline(file, "-o", other)
+        assert result.exit_code == 1
+        assert result.output.startswith(f"hermes-async: error: the picture {other} cannot be written: ")
+        assert (kept.read_bytes() if kept.is_file() else None) == before
+        other.rmdir() if kind == "directory" else other.unlink()
+    assert picture.read_bytes() == made
 
 
 def test_a_part_of_a_timeline_begins_with_what_was_before() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save, save_file
 from transformers import AttentionInterface, BertConfig, BertModel, Wav2Vec2Config, Wav2Vec2Model
 
 from hermes_async import (
@@ -62,6 +63,7 @@ def set_length(directory: Path, length: int) -> None:
 
 def missing_shard(directory: Path) -> None:
     write_index(directory, dict.fromkeys(load_file(shard(directory)), "model-00001-of-00002.safetensors"))
+    shard(directory).unlink()
 
 
 def no_weights(directory: Path) -> None:
@@ -103,6 +105,7 @@ def shape_that_is_not_its_bytes(directory: Path) -> None:
 def index_that_leaves_the_directory(directory: Path) -> None:
     shutil.copy(shard(directory), directory.parent / "x.safetensors")
     write_index(directory, dict.fromkeys(load_file(shard(directory)), "../x.safetensors"))
+    shard(directory).unlink()
 
 
 def missing_tensor(directory: Path) -> None:
@@ -156,6 +159,50 @@ def a_model_of_speech(directory: Path) -> None:
     Wav2Vec2Model(config).save_pretrained(directory)
 
 
+def quantized_by_mlx(directory: Path) -> None:
+    change_config(directory, quantization={"group_size": 64, "bits": 4})
+
+
+def quantized_by_gptq_before_configs_told_it(directory: Path) -> None:
+    (directory / "quantize_config.json").write_text('{"bits": 4}')
+
+
+def adapter_beside_weights(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text("{}")
+
+
+def packed_weight(directory: Path) -> None:
+    change_tensor(directory, dtype="F4", bytes_of=lambda elements: elements // 2)
+
+
+def complex_weight(directory: Path) -> None:
+    change_tensor(directory, dtype="C64", bytes_of=lambda elements: elements * 8)
+
+
+def change_tensor(directory: Path, dtype: str, bytes_of: Callable[[int], int], name: str = "lm_head.weight") -> None:
+    """Puts a tensor of zeros in another dtype in the place of `name`, or beside the others."""
+    tensors = load_file(shard(directory))
+    shape = list(tensors.pop(name, torch.zeros(4, 2)).shape)
+    data = save(tensors)
+    length = int.from_bytes(data[:8], "little")
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    nbytes = bytes_of(math.prod(shape))
+    header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [len(rest), len(rest) + nbytes]}
+    text = json.dumps(header).encode()
+    shard(directory).write_bytes(len(text).to_bytes(8, "little") + text + rest + bytes(nbytes))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [("F4", 4), ("F6_E2M3", 6), ("F6_E3M2", 6), ("F8_E8M0", 8), ("F8_E4M3FNUZ", 8), ("F8_E5M2FNUZ", 8), ("C64", 64)],
+)
+async def test_dtypes_that_the_model_does_not_use(tiny_model: Any, directory: Path, dtype: str, bits: int) -> None:
+    change_tensor(directory, dtype, lambda elements: elements * bits // 8, name="vision.weight")
+    async with Engine(directory, memory_budget="8MiB", config=tiny_model.config) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
+        assert completion.token_ids == tiny_model.references[1]
+
+
 def quantized(directory: Path) -> None:
     change_config(directory, quantization_config={"quant_method": "gptq", "bits": 4})
 
@@ -197,6 +244,11 @@ BAD = [
     (an_encoder_that_is_said_to_generate, (UnsupportedModelError, MissingTensorError)),
     (a_model_of_speech, UnsupportedModelError),
     (quantized, UnsupportedModelError),
+    (quantized_by_mlx, UnsupportedModelError),
+    (quantized_by_gptq_before_configs_told_it, UnsupportedModelError),
+    (adapter_beside_weights, UnsupportedModelError),
+    (packed_weight, UnsupportedModelError),
+    (complex_weight, UnsupportedModelError),
     (other_hidden_size, CheckpointError),
     (other_vocab_size, CheckpointError),
     (heads_that_do_not_divide, (CheckpointError, UnsupportedModelError)),

@@ -55,7 +55,52 @@ async def test_a_shard_truncated_while_running(tiny_model: Any) -> None:
             await engine.complete(tiny_model.prompts[1], tiny_model.params)
         with tiny_model.shard.open("r+b") as file:
             file.write(data)
-        await settle(engine)
+        with pytest.raises(ReadError, match="was changed after its header was read"):  # what it holds now, none knows
+            await engine.complete(tiny_model.prompts[1], tiny_model.params)
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        await check_answers(engine, tiny_model)
+
+
+async def test_a_shard_overwritten_in_place_while_running(tiny_model: Any) -> None:
+    data = tiny_model.shard.read_bytes()
+    header_end = 8 + int.from_bytes(data[:8], "little")
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        await check_answers(engine, tiny_model)
+        with tiny_model.shard.open("r+b") as file:
+            file.seek(header_end)
+            file.write(bytes(len(data) - header_end))
+        with pytest.raises(ReadError, match="was changed after its header was read: it was written to") as caught:
+            await engine.complete(tiny_model.prompts[1], tiny_model.params)
+        assert caught.value.path == tiny_model.shard
+
+
+@pytest.mark.parametrize("how", ["replaced", "overwritten", "longer"])
+async def test_a_shard_changed_between_its_header_and_its_opening(
+    tiny_model: Any, disk: Any, how: str, tmp_path: Path
+) -> None:
+    data = tiny_model.shard.read_bytes()
+
+    def on_open(path: Path) -> None:
+        if how == "replaced":
+            other = tmp_path / "other"
+            other.write_bytes(data[:-4] + b"1234")
+            other.replace(path)
+        else:
+            path.write_bytes(data[:-4] + b"1234" + b"5" * (how == "longer"))
+
+    disk.on_open = on_open
+    with pytest.raises(ReadError, match="was changed after its header was read") as caught:
+        async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config):
+            pytest.fail("entered")
+    assert caught.value.path == tiny_model.shard
+    assert disk.num_open == 0
+
+
+async def test_a_shard_replaced_while_running_goes_on_as_it_was(tiny_model: Any, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.write_bytes(tiny_model.shard.read_bytes()[:-4] + b"1234")
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        other.replace(tiny_model.shard)
         await check_answers(engine, tiny_model)
 
 

@@ -18,6 +18,7 @@ import pytest
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+from hermes_async.storage.tensor_spec import FileState
 from tests.disks import Disk, Read
 
 pytestmark = pytest.mark.anyio
@@ -364,3 +365,84 @@ async def test_one_of_many_fails_and_no_other_is_left_writing(reading: Reading, 
     with pytest.raises(ReadError, match="Input/output error"):
         await reading.reader.read_many(place([(file, 0, 100), (file, 5000, 100)]), reading.buffer.view, at_once=2)
     assert ended.is_set()
+
+
+# More shards than open files are allowed
+
+
+async def read_each_twice(reader: Reader, files: Sequence[Path]) -> None:
+    buffer = Buffer(ALIGNMENT * 16)
+    for idx, path in enumerate([*files, *files]):
+        await reader.read([ReadRange(path, 0, 100, 0)], buffer.view)
+        assert bytes(buffer.view[:100]) == bytes([idx % len(files)] * 100)
+    places = place([(path, 0, 10) for path in files[:10]])
+    await reader.read(places, buffer.view)
+    assert [buffer.view[item.position] for item in places] == list(range(10))
+    buffer.close()
+
+
+@pytest.fixture
+def many_files(tmp_path: Path) -> list[Path]:
+    files = [tmp_path / f"{idx:02}" for idx in range(40)]
+    for idx, path in enumerate(files):
+        path.write_bytes(bytes([idx] * 1000))
+    return files
+
+
+async def test_of_many_shards_only_some_are_open_at_once(
+    disk: Disk, many_files: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_async.storage.reader.resource.getrlimit", lambda which: (32, 32))
+    most = 0
+
+    def on_read(path: Path, offset: int, read: Any) -> int:
+        nonlocal most
+        most = max(most, disk.num_open)
+        return int(read())
+
+    disk.on_read = on_read
+    with ThreadPoolExecutor(2) as executor:
+        async with Reader(many_files, executor, ReadStatistics()) as reader:
+            assert disk.num_open == 8
+            await read_each_twice(reader, many_files)
+    assert most == 10  # of one read that needs as many
+    assert disk.num_open == 0
+
+
+async def test_a_process_that_has_too_many_files_open(disk: Disk, many_files: list[Path]) -> None:
+    def on_open(path: Path) -> None:
+        if disk.num_open >= 12:
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    disk.on_open = on_open
+    with ThreadPoolExecutor(2) as executor:
+        async with Reader(many_files, executor, ReadStatistics()) as reader:
+            await read_each_twice(reader, many_files)
+    assert disk.num_open == 0
+
+
+async def test_a_process_that_can_open_none(disk: Disk, many_files: list[Path]) -> None:
+    def on_open(path: Path) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    disk.on_open = on_open
+    with ThreadPoolExecutor(1) as executor, pytest.raises(ReadError, match="Too many open files"):
+        async with Reader(many_files, executor, ReadStatistics()):
+            pytest.fail("entered")
+
+
+async def test_a_shard_changed_while_it_was_closed(
+    disk: Disk, many_files: list[Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("hermes_async.storage.reader.resource.getrlimit", lambda which: (4, 4))
+    states = {path: FileState.of(path.stat()) for path in many_files}
+    with ThreadPoolExecutor(1) as executor:
+        async with Reader(many_files, executor, ReadStatistics(), states=states) as reader:
+            buffer = Buffer(ALIGNMENT)
+            await reader.read([ReadRange(many_files[1], 0, 100, 0)], buffer.view)
+            (tmp_path / "new").write_bytes(bytes(1000))
+            (tmp_path / "new").replace(many_files[0])
+            with pytest.raises(ReadError, match="another file is there now"):
+                await reader.read([ReadRange(many_files[0], 0, 100, 0)], buffer.view)
+            buffer.close()
+    assert disk.num_open == 0

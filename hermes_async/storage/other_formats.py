@@ -1,0 +1,100 @@
+"""Directories that are no checkpoint of transformers in safetensors: each is named for what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from hermes_async.errors import UnsupportedModelError
+
+_FORMATS = {
+    "pytorch_model*.bin": "PyTorch's pickles",
+    "*.pt": "PyTorch's pickles",
+    "*.pth": "PyTorch's pickles",
+    "*.ckpt": "pickles",
+    "*.pkl": "pickles",
+    "*.gguf": "GGUF, llama.cpp's format",
+    "*.ggml": "GGML, llama.cpp's older format",
+    "tf_model*.h5": "TensorFlow's format",
+    "flax_model*.msgpack": "Flax's format",
+    "*.npz": "NumPy's format, as MLX once wrote it",
+    "*.onnx": "ONNX",
+    "openvino_model.xml": "OpenVINO's format",
+    "*.tflite": "TensorFlow Lite's format",
+    "*.mlmodel": "Core ML's format",
+    "*.mlpackage": "Core ML's format",
+    "*.nemo": "NeMo's format",
+}
+ONLY_SAFETENSORS = (
+    "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with transformers: "
+    "load it with the class that config.json names, such as AutoModelForCausalLM.from_pretrained(...), and "
+    "save_pretrained(directory) writes safetensors"
+)
+_WRITERS = {
+    "mlx": "MLX, which changes some weights and quantizes others; take the model that it was converted from",
+    "tf": "TensorFlow, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
+    "flax": "Flax, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
+}
+_QUANTIZED_BY = {
+    "hf_quant_config.json": "NVIDIA ModelOpt",
+    "quantize_config.json": "GPTQ",
+    "quant_config.json": "AWQ",
+}
+
+
+def check_names(directory: Path, names: Collection[str]) -> None:
+    """Refuses what its file names tell to be no whole checkpoint of transformers.
+
+    Raises:
+        UnsupportedModelError: By the name of what it is.
+    """
+    weights = [name for name in names if name.endswith(".safetensors")]
+    if "adapter_config.json" in names or weights == ["adapter_model.safetensors"]:
+        raise UnsupportedModelError(
+            f"{directory} is an adapter (LoRA or another of PEFT), which is not applied here; merge it into its base "
+            "model once with PEFT (merge_and_unload, then save_pretrained), and give that directory; if its weights "
+            "are whole, take the adapter's files out",
+            path=directory,
+        )
+    if "model_index.json" in names and "config.json" not in names:
+        raise UnsupportedModelError(
+            f"{directory} is a pipeline of diffusers; give the directory of one model of transformers in it, such as "
+            "text_encoder",
+            path=directory,
+        )
+    if weights and all(name.startswith("consolidated") for name in weights):
+        raise UnsupportedModelError(
+            f"{directory} has its weights in {weights[0]!r} alone, Mistral's own layout; take the model's layout for "
+            "transformers (config.json, and model.safetensors or its shards)",
+            path=directory,
+        )
+    if weights:
+        return
+    for pattern, what in _FORMATS.items():
+        for name in names:
+            if fnmatch(name, pattern):
+                message = f"{directory} has its weights in {name!r}, {what}; {ONLY_SAFETENSORS}"
+                raise UnsupportedModelError(message, path=directory)
+
+
+def check_writer(path: Path, metadata: Mapping[str, str]) -> None:
+    """Refuses a shard whose header says that it was written for something else than PyTorch.
+
+    Raises:
+        UnsupportedModelError: By the name of the writer.
+    """
+    writer = _WRITERS.get(metadata.get("format", "").lower())
+    if writer is not None:
+        raise UnsupportedModelError(f"{path} was written by {writer}", path=path)
+
+
+def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
+    """The method by which a checkpoint was quantized; None where it was not."""
+    for key, writer in (("quantization_config", "?"), ("quantization", "MLX"), ("compression_config", "?")):
+        told = config.get(key)
+        if told:
+            method = told.get("quant_method") if isinstance(told, dict) else None
+            return str(method or writer)
+    return next((method for name, method in _QUANTIZED_BY.items() if (directory / name).is_file()), None)
