@@ -11,10 +11,11 @@ from itertools import count
 import anyio
 import anyio.abc
 
+from hermes_async.config import format_bytes
 from hermes_async.engine.kv_blocks import KVBlocks, Reservation
 from hermes_async.engine.request import Request
 from hermes_async.engine.session_kv import SessionKV
-from hermes_async.errors import ParkingError, QueueFullError
+from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks, num_kept
 from hermes_async.storage.parking import ParkingFile
 
@@ -25,7 +26,8 @@ class Admission:
     """The queue before the sweeps, and the KV of sessions between their turns.
 
     A request waits at most behind those that came before it, even where a smaller one would fit. When the first one
-    does not fit, prefixes that nobody uses are dropped, and then the longest idle session is parked.
+    does not fit, prefixes that nobody uses are dropped, and then the longest idle session is parked. It is refused where
+    the budget has shrunk so far that it never can fit.
 
     Args:
         tasks: Owns the tasks that write to the parking file and read from it.
@@ -33,7 +35,8 @@ class Admission:
         max_waiting: Most requests that may wait.
         num_active: Counts the requests that were let in and are not paused.
         admitted: Told of each request that was let in; its reservation is there.
-        ended: Told of a request that was aborted while its session came back from disk.
+        ended: Told of a request that was aborted while its session came back from disk, and of one that is refused,
+            with the error.
     """
 
     def __init__(
@@ -46,7 +49,7 @@ class Admission:
         max_waiting: int | None,
         num_active: Callable[[], int],
         admitted: Callable[[Request], None],
-        ended: Callable[[Request], None],
+        ended: Callable[[Request, HermesError | None], None],
     ) -> None:
         self.blocks = blocks
         self._parking = parking
@@ -62,6 +65,7 @@ class Admission:
         self._loading: set[Request] = set()
         self._sessions: dict[SessionKV, None] = {}
         self._is_parking = False
+        self._is_pumping = False
         self._stopped = False
         self._numbers = count(1)
         self.num_parkings = 0
@@ -101,8 +105,20 @@ class Admission:
 
     def pump(self) -> None:
         """Lets in who can be let in now; called whenever something has changed."""
+        if self._is_pumping:
+            return  # the end of a request that is refused calls this
+        self._is_pumping = True
+        try:
+            self._pump()
+        finally:
+            self._is_pumping = False
+
+    def _pump(self) -> None:
         while self._waiting and not self._stopped and self._num_active() + len(self._loading) < self._max_sequences:
             request = self._waiting[0]
+            if (error := self._refusal(request)) is not None:
+                self._ended(request, error)
+                continue
             session = request.session
             if session is not None and (session.moving is not None or session.in_turn):
                 return  # being parked, or a turn that was left is still computed; the end of that calls this again
@@ -122,6 +138,19 @@ class Admission:
                 self._tasks.start_soon(self._load, request, session, session.slots)
             else:
                 self._admitted(request)
+
+    def _refusal(self, request: Request) -> MemoryBudgetError | None:
+        """Why a request can never be let in: it was made when there was more memory for KV."""
+        capacity, most = request.prepared.capacity, self.blocks.most_bytes
+        needed = self.blocks.pool.layout.nbytes(capacity)
+        if needed <= most:
+            return None
+        return MemoryBudgetError(
+            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the budget has shrunk while the request "
+            f"waited, and leaves {format_bytes(most)} for KV caches. Ask for fewer tokens, or give the engine more memory",
+            requested_bytes=needed,
+            budget_bytes=most,
+        )
 
     def is_loading(self, request: Request) -> bool:
         """Whether a thread may be writing to its blocks; `ended` is called for it later if it is aborted."""
@@ -185,7 +214,7 @@ class Admission:
         session.moving = None
         self._loading.discard(request)
         if request.aborted:
-            self._ended(request)
+            self._ended(request, None)
         else:
             self._admitted(request)
 

@@ -82,6 +82,11 @@ class KVBlocks:
         """Of prefixes that no sequence uses now."""
         return len(self._unused) * self.pool.layout.block_bytes
 
+    @property
+    def most_bytes(self) -> int:
+        """Of the blocks that one sequence could have if no other had any; less after the budget has shrunk."""
+        return (self._num_free() + self.pool.num_used) * self.pool.layout.block_bytes
+
     def num_shared(self, token_ids: Sequence[int]) -> int:
         """How many of the tokens that a sequence begins with lie in shared blocks."""
         return len(self._match(token_ids)) * BLOCK_TOKENS

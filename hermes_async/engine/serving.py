@@ -119,7 +119,6 @@ class Serving:
                 self._resizes.remove(resize)
         if resize.error is not None:
             raise resize.error from resize.error.__cause__
-        self.admission.pump()
 
     def end_resizes(self, error: HermesError) -> None:
         while self._resizes:
@@ -268,6 +267,7 @@ class Serving:
                 raise self._listener_error
             while self._resizes:
                 await self._resizes.popleft().run(self.running)
+                self.admission.pump()
             sweep, forwards = self.scheduler.schedule(), self.forwarding.take()
             if sweep:
                 await self._run_sweep(sweep)

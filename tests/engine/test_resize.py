@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import shutil
+from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -196,6 +197,41 @@ async def test_keys_and_values_in_use_are_not_given_back(long_model: Any) -> Non
         plan = await engine.resize("8MiB")
         assert plan.kv_bytes > held
         assert (await chat.complete(tokens(3, 5), greedy_params(4))).usage.cached_tokens > 290
+
+
+@pytest.mark.parametrize("in_session", [False, True])
+async def test_what_can_never_fit_any_more_is_refused_and_the_others_go_on(long_model: Any, in_session: bool) -> None:
+    results: dict[str, Any] = {}
+    opened = engine_of(long_model, "8MiB", share_prefixes=False, kv_budget=20 * BLOCK_BYTES)
+    async with opened as engine, engine.session() as chat, anyio.create_task_group() as group:
+
+        async def ask(name: str, num_tokens: int) -> None:
+            source = chat if in_session and name == "large 1" else engine
+            try:
+                results[name] = await source.complete(tokens(2, 5), greedy_params(num_tokens), request_id=name)
+            except MemoryBudgetError as error:
+                results[name] = error
+
+        # It holds ten blocks for as long as nobody takes its chunks.
+        held = engine.generate(tokens(1, 100), greedy_params(60))
+        async with aclosing(held):
+            await anext(held)
+            for count, (name, num_tokens) in enumerate((("large 1", 300), ("large 2", 280), ("small", 20)), start=1):
+                group.start_soon(ask, name, num_tokens)
+                await until(lambda count=count: engine.statistics().num_waiting == count)  # type: ignore[misc]
+            with pytest.raises(MemoryBudgetError) as caught:
+                await engine.resize("64KiB")
+            await engine.resize(caught.value.minimum_bytes or 0)
+            await until(lambda: len(results) == 3)
+        for name, num_blocks in (("large 1", 20), ("large 2", 18)):
+            assert isinstance(results[name], MemoryBudgetError)
+            assert results[name].requested_bytes == num_blocks * BLOCK_BYTES
+            assert results[name].budget_bytes == 16 * BLOCK_BYTES  # the room for one sequence, that always is
+            assert "the budget has shrunk" in str(results[name])
+        assert results["small"].token_ids == long_model.greedy(tokens(2, 5), 20)
+        check(engine)
+        await chat.aclose()
+        await check_nothing_is_left(engine)
 
 
 async def test_prefixes_that_nobody_uses_are_dropped_first(long_model: Any) -> None:
