@@ -26,8 +26,8 @@ class Admission:
     """The queue before the sweeps, and the KV of sessions between their turns.
 
     A request waits at most behind those that came before it, even where a smaller one would fit. When the first one
-    does not fit, prefixes that nobody uses are dropped, and then the longest idle session is parked. It is refused where
-    the budget has shrunk so far that it never can fit.
+    does not fit, prefixes that nobody uses are dropped, and then the longest idle session is parked. It is refused
+    where the budget has shrunk so far that it never can fit.
 
     Args:
         tasks: Owns the tasks that write to the parking file and read from it.
@@ -147,7 +147,8 @@ class Admission:
             return None
         return MemoryBudgetError(
             f"{capacity} tokens need {format_bytes(needed)} of KV memory; the budget has shrunk while the request "
-            f"waited, and leaves {format_bytes(most)} for KV caches. Ask for fewer tokens, or give the engine more memory",
+            f"waited, and leaves {format_bytes(most)} for KV caches. Ask for fewer tokens, or give the engine more "
+            "memory",
             requested_bytes=needed,
             budget_bytes=most,
         )

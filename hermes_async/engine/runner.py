@@ -162,11 +162,15 @@ class SweepRunner:
         text = ""
         reason: FinishReason | None = None
         for row, draft in zip_longest(logits, drafted):
+            num_sampled = len(sampled)
             try:
                 sampled.append(request.prepared.sampler.sample(row))
-            except RequestError as error:
-                return Outcome(item, length + len(sampled), tuple(sampled), text, error=error)
-            delta, reason = self._after(request, sampled)
+                delta, reason = self._after(request, sampled)
+            except (KeyboardInterrupt, SystemExit):
+                raise
+            except BaseException as error:  # a tokenizer's panic is no Exception; it is this request's fault alone
+                kept = tuple(sampled[:num_sampled])
+                return Outcome(item, length + num_sampled, kept, text, error=_request_error(error))
             text += delta
             if reason is not None or sampled[-1].token_id != draft:
                 break
@@ -183,6 +187,15 @@ class SweepRunner:
             return "", reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
+
+
+def _request_error(error: BaseException) -> RequestError:
+    """What ends a request, and no other, whose token could not be chosen or decoded."""
+    if isinstance(error, RequestError):
+        return error
+    wrapped = RequestError(f"the request's next token could not be chosen or decoded: {type(error).__name__}: {error}")
+    wrapped.__cause__ = error
+    return wrapped
 
 
 def _pack(

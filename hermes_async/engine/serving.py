@@ -292,7 +292,12 @@ class Serving:
         except HermesError as read_error:
             error = read_error
         for outcome in outcomes:
-            self._deliver(outcome)
+            try:
+                self._deliver(outcome)
+            except Exception as delivery_error:  # of one request; the others get their tokens
+                failed = RequestError(f"the request's tokens could not be delivered: {delivery_error!r}")
+                failed.__cause__ = delivery_error
+                self.finish(outcome.item.request, failed)
         for item in sweep:
             if item.request.aborted or error is not None:
                 self.finish(item.request, None if item.request.aborted else error)

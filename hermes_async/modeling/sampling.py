@@ -64,7 +64,7 @@ class Sampler:
         self._num_output_tokens = 0
         bias = params.logit_bias or {}
         self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
-        self._biases = torch.tensor(list(bias.values()), dtype=torch.float32)
+        self._biases = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
         # A checkpoint's configuration may name an end-of-sequence token that its head has no row for.
         end_ids = {*params.stop_token_ids, *(eos_id for eos_id in eos_token_ids if 0 <= eos_id < vocab_size)}
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
@@ -124,7 +124,7 @@ class Sampler:
 
     def _draw(self, scores: torch.Tensor, generator: torch.Generator) -> int:
         # A large bias over a small temperature can pass float32's range, and softmax would make NaN of that.
-        scores = (scores.float() / self._params.temperature).clamp(max=torch.finfo(torch.float32).max)
+        scores = (scores.float() / float(self._params.temperature)).clamp(max=torch.finfo(torch.float32).max)
         warped = scores[None]  # [1, vocab_size], as transformers' processors take them
         for warper in self._warpers:
             warped = warper(None, warped)
