@@ -393,9 +393,9 @@ class Engine:
                             self._serving = Serving(self._running, tasks, self._config, self._on_event)
                             task_status.started()
                             if self._memory_budget == "auto":
-                                budget, baseline = opened.plan.memory_budget, opened.baseline_bytes
+                                budget, claim = opened.plan.memory_budget, opened.claim
                                 most = self._running.bytes_for_everything
-                                tasks.start_soon(follow, budget, most, baseline, self._serving.resize)
+                                tasks.start_soon(follow, budget, most, claim, self._serving.resize)
                             try:
                                 await self._serving.run_sweeps()
                             finally:

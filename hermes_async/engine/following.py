@@ -11,7 +11,8 @@ import anyio.to_thread
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import MemoryBudgetError, ReadError
-from hermes_async.pipeload.memory import HEADROOM, process_rss_bytes, room_bytes, stalled_share
+from hermes_async.pipeload.claims import Claim
+from hermes_async.pipeload.memory import headroom, stalled_share
 
 logger = logging.getLogger(__name__)
 
@@ -28,13 +29,15 @@ class Look:
 
     Attributes:
         room: Bytes that it would still give.
-        held: Bytes that the engine holds.
+        held: Bytes that the engines of the process hold.
         stalled: The share of time in which tasks waited for memory.
+        others: Bytes that the other engines of the process may come to hold.
     """
 
     room: int
     held: int
     stalled: float = 0.0
+    others: int = 0
 
 
 class BudgetFollower:
@@ -52,8 +55,9 @@ class BudgetFollower:
 
     def next_budget(self, look: Look) -> int | None:
         """Another budget, or None to go on with this one."""
-        allowed = min(self._most, int((look.room + look.held) * (1 - HEADROOM)))
-        too_much = self.budget > (look.room + look.held) * (1 - HEADROOM / 2)
+        total = look.room + look.held
+        allowed = min(self._most, max(0, total - headroom(total) - look.others))
+        too_much = self.budget > total - headroom(total) // 2 - look.others
         if look.stalled > _PRESSURE:
             allowed, too_much = min(allowed, int(self.budget * (1 - _GIVEN_BACK))), True
         self._looks = [*self._looks, allowed][-_LOOKS_BEFORE_GROWING:]
@@ -70,17 +74,17 @@ class BudgetFollower:
         self._looks.clear()
 
 
-async def follow(budget: int, most: int, baseline_bytes: int, resize: Callable[[int], Awaitable[None]]) -> None:
+async def follow(budget: int, most: int, claim: Claim, resize: Callable[[int], Awaitable[None]]) -> None:
     """Looks once a second, and calls `resize`; never returns.
 
     Args:
         most: A budget that holds everything; more is never asked for.
-        baseline_bytes: What the process held before the engine took anything.
+        claim: The engine's, by which the engines of a process know of each other.
     """
     follower = BudgetFollower(budget, max(budget, most))
     while True:
         await anyio.sleep(SECONDS_BETWEEN_LOOKS)
-        wanted = follower.next_budget(await anyio.to_thread.run_sync(_look, baseline_bytes))
+        wanted = follower.next_budget(await anyio.to_thread.run_sync(_look, claim))
         if wanted is None:
             continue
         try:
@@ -95,5 +99,8 @@ async def follow(budget: int, most: int, baseline_bytes: int, resize: Callable[[
         follower.changed(wanted)
 
 
-def _look(baseline_bytes: int) -> Look:
-    return Look(room_bytes(), max(0, process_rss_bytes() - baseline_bytes), stalled_share())
+def _look(claim: Claim) -> Look:
+    seen = claim.look()
+    # Each keeps its fair share: who has more gives back.
+    others = min(seen.others, max(0, seen.for_budgets - seen.share))
+    return Look(seen.room, seen.held, stalled_share(), others)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
+import anyio.from_thread
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,7 +27,8 @@ from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
-from hermes_async.pipeload.memory import automatic_budget, process_rss_bytes
+from hermes_async.pipeload.claims import Claim
+from hermes_async.pipeload.memory import process_rss_bytes
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan
@@ -41,6 +44,9 @@ _TEXT_TOKENS = 64
 
 _LONG_TEXT_TOKENS = 512
 """And should have room for so many: the context of most encoders."""
+
+_SECONDS_FOR_OTHERS = 10.0
+_SECONDS_BETWEEN_LOOKS = 0.1
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
@@ -83,6 +89,7 @@ class OpenedModel:
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
+        claim: On the memory that the engines of the process have in common; until `close`.
     """
 
     checkpoint: Checkpoint
@@ -97,8 +104,10 @@ class OpenedModel:
     forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
+    claim: Claim
 
     def close(self) -> None:
+        self.claim.release()
         self.attention.close()
         if self.draft is not None:
             self.draft.close()
@@ -123,6 +132,8 @@ def open_model(
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
     with ExitStack() as on_error:
         checkpoint = Checkpoint.open(source)
+        claim = Claim(fixed_budget)
+        on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
         skeleton, pooling = _with_pooling(skeleton, checkpoint.path)
@@ -130,7 +141,7 @@ def open_model(
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
         baseline = process_rss_bytes()
-        budget = automatic_budget() if fixed_budget is None else fixed_budget
+        budget = _claimed(claim, fixed_budget)
         of_pass = forward_bytes(skeleton, seen)
         sizes = _sizes(skeleton, attention, seen, of_pass, draft)
         chosen = plan(budget, _cuts(skeleton, seen), sizes, config, _speeds(checkpoint))
@@ -153,7 +164,31 @@ def open_model(
         of_pass,
         draft,
         baseline,
+        claim,
     )
+
+
+def _claimed(claim: Claim, fixed_budget: int | None) -> int:
+    """The budget, when other engines of the process that follow the machine have made room for it.
+
+    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end.
+    """
+    budget = claim.take() if fixed_budget is None else fixed_budget
+    if claim.others_follow():
+        ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
+        while claim.left_over() < budget and time.monotonic() < ends_at:
+            time.sleep(_SECONDS_BETWEEN_LOOKS)
+            _stop_where_nobody_waits()
+        if fixed_budget is None:
+            budget = min(budget, claim.left_over())
+            claim.change(budget)
+    return budget
+
+
+def _stop_where_nobody_waits() -> None:
+    """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
+    with suppress(RuntimeError):  # so anyio says that no task waits
+        anyio.from_thread.check_cancelled()
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:

@@ -78,6 +78,7 @@ class RunningModel:
         Cancellation: leaves the model fit only to be closed.
         """
         plan = self._resized(budget)
+        self.opened.claim.change(max(budget, self.opened.plan.memory_budget))
         kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
         await self._set_resident(kept)
         self.weights_lease.shrink(self.opened.plan.resident_bytes - replace(plan, resident=kept).resident_bytes)
@@ -91,6 +92,7 @@ class RunningModel:
         self.weights_lease.grow_nowait(plan.resident_bytes - self.opened.plan.resident_bytes)
         await self._set_resident(plan.resident)
         self.opened.plan = plan
+        self.opened.claim.change(budget)
 
     def _resized(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.opened.skeleton
@@ -127,6 +129,7 @@ async def running_model(
     """
     plan, partition = opened.plan, opened.partition
     governor = MemoryGovernor(plan.memory_budget)
+    opened.claim.leased = lambda: governor.budget_bytes - governor.free_bytes
     async with AsyncExitStack() as exits:
         weights_lease = exits.enter_context(governor.acquire_nowait("resident weights", plan.resident_bytes))
         ring_lease = exits.enter_context(governor.acquire_nowait("ring buffers", plan.ring_bytes))

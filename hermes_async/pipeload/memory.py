@@ -8,8 +8,11 @@ from pathlib import Path
 
 from hermes_async.errors import ConfigError
 
-HEADROOM = 0.1
-"""The share of the room that is left to others."""
+HEADROOM = 0.05
+"""The share of the room that is left to others, at the least."""
+
+OVERHEAD_BYTES = 48 << 20
+"""What an engine takes beside its budget, however small that is: kernels, stacks of threads, pieces of the heap."""
 
 
 def process_rss_bytes() -> int:
@@ -28,14 +31,20 @@ def process_peak_rss_bytes() -> int:
 
 
 def automatic_budget(root: Path = Path("/")) -> int:
-    """The tightest of the cgroup's room (v1 and v2) and the memory available, less a tenth of it as headroom.
+    """The tightest of the cgroup's room (v1 and v2) and the memory available, less `headroom`.
 
     What the process holds already (the baseline) is taken off by both figures.
 
     Raises:
         ConfigError: The system tells neither.
     """
-    return int(room_bytes(root) * (1 - HEADROOM))
+    room = room_bytes(root)
+    return max(0, room - headroom(room))
+
+
+def headroom(room: int) -> int:
+    """What of `room` no budget takes: a share for others, and not less than what an engine takes beside its budget."""
+    return max(OVERHEAD_BYTES, int(room * HEADROOM))
 
 
 def room_bytes(root: Path = Path("/")) -> int:
@@ -78,28 +87,29 @@ def _cgroup_rooms(root: Path) -> list[int | None]:
     for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
-            base, limit, used, cache = mount, "memory.max", "memory.current", "inactive_file"
+            base, limit, used, prefix = mount, "memory.max", "memory.current", ""
         elif "memory" in controllers.split(","):
-            base, limit, used, cache = (
-                mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file",
+            base, limit, used, prefix = (
+                mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
             )  # fmt: skip
         else:
             continue
         parts = [part for part in path.split("/") if part]
         # A container sees its own group at the mount's root, under whatever path the host has for it.
-        rooms += [_room(base.joinpath(*parts[:depth]), limit, used, cache) for depth in range(len(parts) + 1)]
+        rooms += [_room(base.joinpath(*parts[:depth]), limit, used, prefix) for depth in range(len(parts) + 1)]
     return rooms
 
 
-def _room(group: Path, limit: str, used: str, cache: str) -> int | None:
+def _room(group: Path, limit: str, used: str, prefix: str) -> int | None:
     try:
         text = (group / limit).read_text().strip()
         if text == "max" or int(text) >= 2**60:
             return None
-        reclaimable = 0
-        for line in (group / "memory.stat").read_text().splitlines():
-            if line.startswith(f"{cache} "):
-                reclaimable = int(line.split()[1])  # page cache that the kernel would give up
-        return int(text) - int((group / used).read_text()) + reclaimable
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        counts = {name.removeprefix(prefix): int(count) for name, count in lines if name.startswith(prefix)}
+        # Page cache that the kernel would give up, also what was used twice; but not the code that runs.
+        cache = counts.get("inactive_file", 0) + counts.get("active_file", 0)
+        mapped = counts.get("file_mapped", counts.get("mapped_file", 0))
+        return int(text) - int((group / used).read_text()) + max(0, cache - mapped)
     except (OSError, ValueError):
         return None

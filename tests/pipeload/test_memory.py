@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from hermes_async.errors import ConfigError
-from hermes_async.pipeload.memory import automatic_budget, process_peak_rss_bytes, process_rss_bytes
+from hermes_async.pipeload.memory import automatic_budget, headroom, process_peak_rss_bytes, process_rss_bytes
 
 MIB = 2**20
 
@@ -26,17 +26,28 @@ class Machine:
     def available(self, num_bytes: int) -> None:
         self.write("proc/meminfo", f"MemTotal: 99999999 kB\nMemFree: 5 kB\nMemAvailable: {num_bytes // 1024} kB\n")
 
-    def v2(self, group: str, limit: str | int, used: int, inactive_file: int = 0) -> None:
+    def v2(
+        self, group: str, limit: str | int, used: int, inactive_file: int = 0, active_file: int = 0, mapped: int = 0
+    ) -> None:
         base = f"sys/fs/cgroup/{group}"
         self.write(f"{base}/memory.max", f"{limit}\n")
         self.write(f"{base}/memory.current", f"{used}\n")
-        self.write(f"{base}/memory.stat", f"anon 12345\ninactive_file {inactive_file}\nactive_file 777\n")
+        self.write(
+            f"{base}/memory.stat",
+            f"anon 12345\nfile_mapped {mapped}\ninactive_file {inactive_file}\nactive_file {active_file}\n",
+        )
 
-    def v1(self, group: str, limit: int, used: int, inactive_file: int = 0) -> None:
+    def v1(
+        self, group: str, limit: int, used: int, inactive_file: int = 0, active_file: int = 0, mapped: int = 0
+    ) -> None:
         base = f"sys/fs/cgroup/memory/{group}"
         self.write(f"{base}/memory.limit_in_bytes", f"{limit}\n")
         self.write(f"{base}/memory.usage_in_bytes", f"{used}\n")
-        self.write(f"{base}/memory.stat", f"cache 1\ninactive_file 5\ntotal_inactive_file {inactive_file}\n")
+        self.write(
+            f"{base}/memory.stat",
+            f"cache 1\ninactive_file 5\ntotal_mapped_file {mapped}\n"
+            f"total_inactive_file {inactive_file}\ntotal_active_file {active_file}\n",
+        )
 
 
 @pytest.fixture
@@ -45,7 +56,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def less_headroom(num_bytes: int) -> int:
-    return int(num_bytes * 0.9)
+    return num_bytes - max(48 * MIB, int(num_bytes * 0.05))
 
 
 def test_without_cgroups_it_is_the_memory_available(machine: Machine) -> None:
@@ -65,6 +76,25 @@ def test_v2_page_cache_can_be_reclaimed(machine: Machine) -> None:
     machine.write("proc/self/cgroup", "0::/service\n")
     machine.v2("service", 500 * MIB, 400 * MIB, inactive_file=300 * MIB)
     assert automatic_budget(machine.root) == less_headroom(400 * MIB)
+
+
+def test_page_cache_that_was_used_twice_can_be_reclaimed_but_not_what_is_mapped(machine: Machine) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "0::/service\n")
+    machine.v2("service", 500 * MIB, 400 * MIB, inactive_file=100 * MIB, active_file=200 * MIB, mapped=50 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(350 * MIB)
+    machine.write("proc/self/cgroup", "9:memory:/service\n")
+    machine.v1("service", 500 * MIB, 400 * MIB, inactive_file=100 * MIB, active_file=200 * MIB, mapped=40 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(360 * MIB)
+
+
+@pytest.mark.parametrize("room", [10, 40, 90, 150, 640, 1000, 20_000])
+def test_what_an_engine_takes_beside_its_budget_has_room(machine: Machine, room: int) -> None:
+    machine.available(room * MIB)
+    budget = automatic_budget(machine.root)
+    assert budget == max(0, room * MIB - headroom(room * MIB))
+    assert headroom(room * MIB) >= 48 * MIB
+    assert budget >= 0.95 * room * MIB - 48 * MIB
 
 
 def test_v2_a_group_above_is_tighter(machine: Machine) -> None:
