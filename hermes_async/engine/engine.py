@@ -70,11 +70,9 @@ class Engine:
         on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
             engine.
         trace: A file to write what the agents do to, in Chrome's trace event format: for Perfetto, and for
-            `hermes-async timeline`: a new file, or one that holds an older trace. Or a `Trace`, whose events you drain
-            yourself.
-        revision: A branch, tag or commit of a model on the hub; not of the draft model.
-        token: For the hub, instead of the one that is logged in; False sends none.
-        cache_dir: Where what comes from the hub is kept, instead of the hub's default cache.
+            `hermes-async timeline`; a new one, or an older trace. Or a `Trace`, whose events you drain yourself.
+        revision, token, cache_dir: For models on the hub: a branch, tag or commit (not of the draft model); instead of
+            the token that is logged in (False sends none); instead of the hub's cache.
 
     Raises (on entering):
         ConfigError: An option cannot work.

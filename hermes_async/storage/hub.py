@@ -74,7 +74,7 @@ def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, w
                 repo_id,
                 revision=hub.revision,
                 token=hub.token,
-                cache_dir=hub.cache_dir,
+                cache_dir=None if hub.cache_dir is None else Path(hub.cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=list(_WANTED),
                 ignore_patterns=unwanted,
@@ -133,8 +133,8 @@ def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path)
 
 def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
     """The first bytes of a shard on the hub: all of its header, and perhaps a little more."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in its __all__
 
     url = hf_hub_url(repo_id, name, revision=commit)
     headers = build_hf_headers(token=hub.token)

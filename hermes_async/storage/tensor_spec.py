@@ -62,7 +62,7 @@ class TensorSpec:
             else:
                 pieces.append(Extent(spec.file, spec.offset, spec.nbytes))
         states = file_states(specs)
-        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces), states)
+        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces), file_states=states)
 
     def rows(self, start: int, stop: int) -> TensorSpec:
         """Return the spec of the rows `start` to `stop` (exclusive) of the first dimension.

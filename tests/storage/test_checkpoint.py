@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage import checkpoint as checkpoint_module
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
+from hermes_async.storage.tensor_spec import Extent, FileState, TensorSpec, merge_extents
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 
 INDEX = "model.safetensors.index.json"
@@ -148,6 +148,16 @@ def test_a_relative_name_and_a_trailing_slash(directory: Path, monkeypatch: pyte
 def test_repr_is_short(directory: Path) -> None:
     write_shard(directory / "model.safetensors", {"a": entry(0, 1)}, b"1")
     assert repr(Checkpoint.open(directory)) == f"Checkpoint(path={directory.resolve()!r})"
+
+
+def test_specs_tell_what_their_files_were(directory: Path) -> None:
+    write_shard(directory / "one.safetensors", {"a": entry(0, 4, [2, 2])}, b"1234")
+    write_shard(directory / "two.safetensors", {"b": entry(0, 2, [1, 2])}, b"56")
+    tensors = Checkpoint.open(directory).tensors
+    joined = TensorSpec.joined(list(tensors.values()), (3, 2))
+    states = {path: FileState.of(path.stat()) for path in directory.glob("*.safetensors")}
+    assert joined.file_states == joined.rows(1, 3).file_states == states
+    assert joined.packed is None
 
 
 # Rows of a tensor
