@@ -14,6 +14,7 @@ from hermes_async.config import SamplingParams
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.session import Session
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
+from hermes_async.storage.hub import HubOptions
 
 _HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
 
@@ -31,13 +32,16 @@ def chat(
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
     trace: options.Trace = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
-        path = find_checkpoint(model)
-        draft = None if draft_model is None else find_checkpoint(draft_model)
+        path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
+        draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)

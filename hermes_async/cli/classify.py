@@ -11,6 +11,7 @@ import typer
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.engine.engine import Engine
+from hermes_async.storage.hub import HubOptions
 
 
 def classify(
@@ -20,11 +21,14 @@ def classify(
     top: Annotated[int, typer.Option(help="How many labels to print.", min=1)] = 5,
     truncate: options.Truncate = False,
     trace: options.Trace = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
     """Print the likeliest labels with their probabilities."""
     with errors_in_one_line():
-        path = find_checkpoint(model)
+        path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
             async with Engine(path, memory_budget=memory, trace=trace) as engine:

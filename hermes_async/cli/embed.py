@@ -11,6 +11,7 @@ from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.engine.engine import Engine
 from hermes_async.modeling.pooling import Pooling
+from hermes_async.storage.hub import HubOptions
 
 
 def embed(
@@ -26,11 +27,14 @@ def embed(
     ] = None,
     truncate: options.Truncate = False,
     trace: options.Trace = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
     """Print each text's vector; with --json the vectors, plan and statistics."""
     with errors_in_one_line():
-        path = find_checkpoint(model)
+        path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
             async with Engine(path, memory_budget=memory, trace=trace) as engine:

@@ -17,6 +17,7 @@ from hermes_async.config import SamplingParams
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.prompt import Prompt
 from hermes_async.engine.request import Completion, Timings, Usage
+from hermes_async.storage.hub import HubOptions
 
 _REQUEST_ID = "generate"
 
@@ -46,6 +47,9 @@ def generate(
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
     trace: options.Trace = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
     """Generate text from a prompt. Ctrl-C stops and keeps what there is."""
@@ -63,8 +67,8 @@ def generate(
             ignore_eos=ignore_eos,
         )
         config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
-        path = find_checkpoint(model)
-        draft = None if draft_model is None else find_checkpoint(draft_model)
+        path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
+        draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
             command = _to_json if json_output else _to_terminal

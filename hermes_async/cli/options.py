@@ -67,6 +67,25 @@ Trace = Annotated[
     ),
 ]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")]
+Revision = Annotated[
+    str | None,
+    typer.Option(help="A branch, tag or commit of a model on the hub.", show_default=False),
+]
+Token = Annotated[
+    str | None,
+    typer.Option(
+        help="For the hub, instead of the one that is logged in; HF_TOKEN does the same and is seen by fewer.",
+        show_default=False,
+    ),
+]
+CacheDir = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FOLDER",
+        help="Where what comes from the hub is kept; the hub's cache if not given.",
+        show_default=False,
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
 
 

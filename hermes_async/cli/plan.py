@@ -20,6 +20,7 @@ from hermes_async.config import format_bytes
 from hermes_async.engine.opening import open_model, plans_by_budget
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.prediction import Prediction, predict
+from hermes_async.storage.hub import HubOptions, without_weights
 
 _SESSIONS = (1, 8, 64)
 _TEXTS = (1, 4)  # of a model that does not generate
@@ -39,19 +40,23 @@ def plan(
         Path | None,
         typer.Option(metavar="FILE", help="With --sweep, draw speed against memory.", show_default=False),
     ] = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Show how a budget would be divided and what that would do, without loading the model."""
+    """Show how a budget would be divided and what that would do, without loading the model, or downloading weights."""
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
         config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
-        if sweep:
-            plans = plans_by_budget(model, config, _BUDGETS)
-        else:
-            opened = open_model(model, memory, config)
-            opened.close()
-            plans = [opened.plan]
+        with without_weights(model, HubOptions(revision, token, cache_dir)) as source:
+            if sweep:
+                plans = plans_by_budget(source, config, _BUDGETS)
+            else:
+                opened = open_model(source, memory, config)
+                opened.close()
+                plans = [opened.plan]
         predictions = [predictions_of(chosen) for chosen in plans]
         if json_output:
             records = [

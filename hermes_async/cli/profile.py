@@ -24,6 +24,7 @@ from hermes_async.engine.tracing import open_trace_file
 from hermes_async.errors import ConfigError
 from hermes_async.pipeload.trace import Event
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.hub import HubOptions
 
 
 def profile(
@@ -33,11 +34,14 @@ def profile(
     max_resident_layers: options.MaxResidentLayers = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever was kept.")] = False,
     trace: options.Trace = None,
+    revision: options.Revision = None,
+    token: options.Token = None,
+    cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
     """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
     with errors_in_one_line():
-        path = find_checkpoint(model)
+        path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         config = options.engine_config(loading_agents, max_resident_layers)
         file = profile_file(Checkpoint.open(path))
         measured = None if refresh or trace is not None else load_profile(file)

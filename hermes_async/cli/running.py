@@ -14,6 +14,7 @@ import typer
 
 from hermes_async.errors import HermesError
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.hub import HubOptions
 
 INTERRUPTED = 130
 """The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
@@ -101,9 +102,10 @@ def print_error(error: HermesError) -> None:
     print(f"hermes-async: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def find_checkpoint(model: str) -> Path:
+def find_checkpoint(model: str, hub: HubOptions | None = None) -> Path:
     """Returns the model's directory; a model on the hub is downloaded first.
 
     The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
     """
-    return Checkpoint.open(model).path
+    hub = hub or HubOptions()
+    return Checkpoint.open(model, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir).path

@@ -43,6 +43,7 @@ from hermes_async.modeling.pooling import Pooling
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.trace import Trace
+from hermes_async.storage.hub import HubOptions
 
 T = TypeVar("T")
 
@@ -69,7 +70,9 @@ class Engine:
         on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
             engine.
         trace: A file to write what the agents do to, in Chrome's trace event format: for Perfetto, and for
-            `hermes-async timeline`. Or a `Trace`, whose events you drain yourself.
+            `hermes-async timeline`; a new one, or an older trace. Or a `Trace`, whose events you drain yourself.
+        revision, token, cache_dir: For models on the hub: a branch, tag or commit (not of the draft model); instead of
+            the token that is logged in (False sends none); instead of the hub's cache.
 
     Raises (on entering):
         ConfigError: An option cannot work.
@@ -88,6 +91,9 @@ class Engine:
         config: EngineConfig | None = None,
         on_event: Callable[[RequestEvent], None] | None = None,
         trace: str | os.PathLike[str] | Trace | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
@@ -97,6 +103,7 @@ class Engine:
         self._config = config or EngineConfig()
         self._on_event = on_event
         self._trace = trace
+        self._hub = HubOptions(revision, token, cache_dir)
         # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
         self._tasks: anyio.abc.TaskGroup | None = None
         self._running: RunningModel | None = None
@@ -381,7 +388,7 @@ class Engine:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
             opened = await anyio.to_thread.run_sync(
-                open_model, self._source, self._memory_budget, self._config, self._draft_model
+                open_model, self._source, self._memory_budget, self._config, self._draft_model, self._hub
             )
             with contextlib.closing(opened), ungrouped():
                 async with (

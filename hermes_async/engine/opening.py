@@ -34,6 +34,7 @@ from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan
 from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
 
 _DRAFT_TOKENS = 256
@@ -118,6 +119,7 @@ def open_model(
     memory_budget: int | str,
     config: EngineConfig,
     draft_source: str | os.PathLike[str] | None = None,
+    hub: HubOptions | None = None,
 ) -> OpenedModel:
     """Finds the checkpoint, builds the model without weights, looks at how it runs, and divides the budget.
 
@@ -125,13 +127,15 @@ def open_model(
         source: A directory, or an id on the Hugging Face hub, which is downloaded first.
         memory_budget: Bytes, a text such as "3GiB", or "auto".
         draft_source: A draft model's, as `source`.
+        hub: How a model on the hub is found; the revision is the model's alone.
 
     Raises:
         ConfigError, CheckpointError, UnsupportedModelError, MemoryBudgetError: Each as its class says.
     """
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
+    hub = hub or HubOptions()
     with ExitStack() as on_error:
-        checkpoint = Checkpoint.open(source)
+        checkpoint = _open_checkpoint(source, hub)
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
@@ -139,7 +143,7 @@ def open_model(
         skeleton, pooling = _with_pooling(skeleton, checkpoint.path)
         draft = None
         if draft_source is not None:
-            draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error)
+            draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error, replace(hub, revision=None))
         baseline = process_rss_bytes()
         budget = _claimed(claim, fixed_budget)
         of_pass = forward_bytes(skeleton, seen)
@@ -189,6 +193,10 @@ def _stop_where_nobody_waits() -> None:
     """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
     with suppress(RuntimeError):  # so anyio says that no task waits
         anyio.from_thread.check_cancelled()
+
+
+def _open_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpoint:
+    return Checkpoint.open(source, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:
@@ -245,8 +253,9 @@ def _open_draft(
     target_tokenizer: PreTrainedTokenizerBase | None,
     config: EngineConfig,
     on_error: ExitStack,
+    hub: HubOptions,
 ) -> OpenedDraft:
-    checkpoint = Checkpoint.open(source)
+    checkpoint = _open_checkpoint(source, hub)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     skeleton, attention, seen = _look_at(checkpoint, config, on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):

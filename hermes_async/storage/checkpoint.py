@@ -21,7 +21,7 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
-from hermes_async.storage.hub import download, is_hub_id
+from hermes_async.storage.hub import MAX_HEADER_BYTES, HubOptions, download, is_hub_id
 from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
 from hermes_async.storage.tensor_spec import FileState, TensorSpec
 
@@ -31,7 +31,6 @@ _INDEX_NAME = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
-_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _MAX_INT64 = 2**63 - 1  # the most that a file offset or a torch size can be
 
 _DTYPES = {
@@ -110,9 +109,8 @@ class Checkpoint:
         elif os.fspath(source) and path.exists():
             raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
         elif isinstance(source, str) and is_hub_id(source):
-            path = download(
-                source, revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only
-            ).resolve()
+            hub = HubOptions(revision, token, cache_dir)
+            path = download(source, hub, local_files_only=local_files_only).resolve()
         else:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
@@ -283,7 +281,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         if prefix == b"version ":
             raise _corrupt(path, "a Git LFS pointer in place of the weights; run `git lfs pull`")
         header_bytes = int.from_bytes(prefix, "little")
-        limit = min(_MAX_HEADER_BYTES, size - 8)
+        limit = min(MAX_HEADER_BYTES, size - 8)
         if header_bytes > limit:
             message = f"a header of {header_bytes} bytes, where at most {limit} can be"
             raise _corrupt(path, message, expected=header_bytes, actual=limit)

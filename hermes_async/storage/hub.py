@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from tempfile import TemporaryDirectory
 
-from hermes_async.errors import CheckpointError
+from hermes_async.errors import CheckpointError, HermesError
+from hermes_async.storage.other_formats import check_names
+
+MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+_FIRST_BYTES = 100_000  # of a shard on the hub; nearly every header is shorter
+_TIMEOUT_S = 30.0
+_TOKEN = "a token (token=, or --token)"  # noqa: S105 - a word of messages
 
 _HUB_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*(/[A-Za-z0-9_][A-Za-z0-9_.-]*)?")
 _WANTED = (
@@ -28,37 +39,161 @@ def is_hub_id(source: str) -> bool:
     return _HUB_ID.fullmatch(source) is not None
 
 
-def download(repo_id: str, revision: str | None, **options: Any) -> Path:
+@dataclass(frozen=True, slots=True)
+class HubOptions:
+    """How a model is found on the hub.
+
+    Attributes:
+        revision: A branch, tag or commit; None is the main branch.
+        token: Instead of the one that is logged in; False sends none.
+        cache_dir: Where downloads are kept, instead of the hub's default cache.
+    """
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+
+
+def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, weights: bool = True) -> Path:
     """Bring a model's safetensors, config and tokenizer files into the hub's cache; return its snapshot.
+
+    Args:
+        local_files_only: Take what the cache holds and do not ask the hub.
+        weights: Bring safetensors too.
 
     Raises:
         CheckpointError: It is not there, not to be had, or the hub is out of reach.
     """
     # Imported here: a checkpoint on disk needs no HTTP client.
-    from huggingface_hub import errors, snapshot_download
+    from huggingface_hub import snapshot_download
 
-    wanted, unwanted = list(_WANTED), list(_UNWANTED)
-    try:
+    unwanted = [*_UNWANTED] if weights else [*_UNWANTED, "*.safetensors"]
+    with _hub_errors(repo_id, hub):
         return Path(
-            snapshot_download(repo_id, revision=revision, allow_patterns=wanted, ignore_patterns=unwanted, **options)
+            snapshot_download(
+                repo_id,
+                revision=hub.revision,
+                token=hub.token,
+                cache_dir=None if hub.cache_dir is None else Path(hub.cache_dir),
+                local_files_only=local_files_only,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=unwanted,
+            )
         )
+
+
+@contextmanager
+def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
+    """A directory in which the headers of a hub's model stand in for its weights; what is here stays what it is.
+
+    Config and tokenizer files come into the hub's cache; of safetensors only the headers are asked for, and files as
+    long as the hub's, with nothing behind their headers, take no room. All of it goes when the block is left.
+
+    Raises:
+        CheckpointError: As `download`.
+        UnsupportedModelError: The model is on the hub, but not as safetensors.
+    """
+    if Path(source).exists() or not is_hub_id(source):
+        yield source
+        return
+    snapshot = download(source, hub, weights=False)
+    if _is_complete(snapshot):
+        yield snapshot
+        return
+    with TemporaryDirectory(prefix="hermes-async-") as folder:
+        directory = Path(folder, source.rpartition("/")[2])
+        with _hub_errors(source, hub):
+            _put_headers(source, snapshot, hub, directory)
+        yield directory
+
+
+def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path) -> None:
+    from huggingface_hub import HfApi, RepoFile
+
+    commit = snapshot.name  # the snapshot's, so that nothing is mixed
+    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, token=hub.token)
+    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
+    check_names(Path(repo_id), [name for name in sizes if "/" not in name])
+    for file in snapshot.rglob("*"):
+        if file.is_file():
+            link = directory / file.relative_to(snapshot)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(file.resolve())
+    shards = [name for name in sizes if name.endswith(".safetensors") and not name.startswith("consolidated")]
+    if "model.safetensors" in shards:
+        shards = [name for name in shards if name == "model.safetensors" or "/" in name]
+    for name in shards:
+        shard = directory / name
+        if not shard.exists():
+            shard.parent.mkdir(parents=True, exist_ok=True)
+            with shard.open("wb") as stand_in:
+                stand_in.write(_header(repo_id, name, commit, hub)[: sizes[name]])
+                stand_in.truncate(sizes[name])
+
+
+def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
+    """The first bytes of a shard on the hub: all of its header, and perhaps a little more."""
+    from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
+    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in its __all__
+
+    url = hf_hub_url(repo_id, name, revision=commit)
+    headers = build_hf_headers(token=hub.token)
+
+    def read(first: int, last: int) -> bytes:
+        asked = {**headers, "Range": f"bytes={first}-{last}"}
+        with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S) as response:
+            if response.is_error:
+                response.read()
+                hf_raise_for_status(response)
+            if response.status_code != 206:  # all of the weights would come
+                raise OSError(f"the hub does not send parts of {name}")
+            return bytes(response.read())
+
+    begin = read(0, _FIRST_BYTES - 1)
+    end = 8 + int.from_bytes(begin[:8], "little")
+    if end <= len(begin) or len(begin) < _FIRST_BYTES:
+        return begin
+    if end > MAX_HEADER_BYTES:
+        raise OSError(f"{name} claims a header of {end - 8} bytes, more than the format allows")
+    return begin + read(len(begin), end - 1)
+
+
+def _is_complete(snapshot: Path) -> bool:
+    """Whether the cache holds the weights already."""
+    if (snapshot / "model.safetensors").is_file():
+        return True
+    try:
+        index = json.loads((snapshot / "model.safetensors.index.json").read_text(encoding="utf-8"))
+        return all((snapshot / shard).is_file() for shard in set(index["weight_map"].values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False  # what is wrong with it is found where it is read
+
+
+@contextmanager
+def _hub_errors(repo_id: str, hub: HubOptions) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except HermesError:
+        raise
     # Every kind, since the hub's client lets the errors of its HTTP library through, and that has changed.
     except Exception as error:
         match error:
             case errors.GatedRepoError():
-                reason = "is gated: accept its terms on the hub, then log in (`hf auth login`) or pass token="
+                reason = f"is gated: accept its terms on the hub, then log in (`hf auth login`) or pass {_TOKEN}"
             case errors.RepositoryNotFoundError():
-                reason = "is neither a directory here nor a model on the hub; if it is private, pass token="
+                reason = f"is neither a directory here nor a model on the hub; if it is private, pass {_TOKEN}"
             case errors.RevisionNotFoundError():
                 reason = "is not on the hub, though the model is"
-            case errors.LocalEntryNotFoundError():
+            case errors.LocalEntryNotFoundError() | errors.OfflineModeIsEnabled():
                 reason = (
                     "is no directory here and not complete in the hub's cache, and the hub is out of reach; "
-                    "go online (local_files_only=False, HF_HUB_OFFLINE unset) or give a directory"
+                    "go online (with HF_HUB_OFFLINE unset) or give a directory"
                 )
             case errors.HFValidationError():
                 reason = "is neither a directory here nor a hub id"
             case _:
                 reason = f"could not be downloaded from the hub ({type(error).__name__}: {error})"
-        asked = f"{repo_id!r}" + (f" at revision {revision!r}" if revision else "")
+        asked = f"{repo_id!r}" + (f" at revision {hub.revision!r}" if hub.revision else "")
         raise CheckpointError(f"{asked} {reason}") from error

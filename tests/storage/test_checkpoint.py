@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import threading
-from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import close_session
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage import checkpoint as checkpoint_module
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
+from hermes_async.storage.tensor_spec import Extent, FileState, TensorSpec, merge_extents
+from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 
 INDEX = "model.safetensors.index.json"
 CONFIG = {"model_type": "llama", "hidden_size": 4}
@@ -152,6 +148,16 @@ def test_a_relative_name_and_a_trailing_slash(directory: Path, monkeypatch: pyte
 def test_repr_is_short(directory: Path) -> None:
     write_shard(directory / "model.safetensors", {"a": entry(0, 1)}, b"1")
     assert repr(Checkpoint.open(directory)) == f"Checkpoint(path={directory.resolve()!r})"
+
+
+def test_specs_tell_what_their_files_were(directory: Path) -> None:
+    write_shard(directory / "one.safetensors", {"a": entry(0, 4, [2, 2])}, b"1234")
+    write_shard(directory / "two.safetensors", {"b": entry(0, 2, [1, 2])}, b"56")
+    tensors = Checkpoint.open(directory).tensors
+    joined = TensorSpec.joined(list(tensors.values()), (3, 2))
+    states = {path: FileState.of(path.stat()) for path in directory.glob("*.safetensors")}
+    assert joined.file_states == joined.rows(1, 3).file_states == states
+    assert joined.packed is None
 
 
 # Rows of a tensor
@@ -670,96 +676,6 @@ def test_a_file_is_not_a_checkpoint(directory: Path) -> None:
 # The hub
 
 
-class Hub:
-    """A stand-in for the hub: serves from memory as much of a repository as `snapshot_download` asks for."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, dict[str, bytes]] = {}
-        self.errors: dict[str, tuple[int, str]] = {}
-        self.downloads: set[str] = set()
-        self.authorizations: set[str | None] = set()
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
-            def do_GET(self) -> None:
-                self.answer()
-
-            def do_HEAD(self) -> None:
-                self.answer()
-
-            def answer(self) -> None:
-                hub.authorizations.add(self.headers.get("Authorization"))
-                status, body, headers = hub.response(unquote(urlsplit(self.path).path))
-                self.send_response(status)
-                for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                    self.send_header(name, value)
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def commit(self, repo_id: str) -> str:
-        return hashlib.sha1(repo_id.encode(), usedforsecurity=False).hexdigest()
-
-    def response(self, path: str) -> tuple[int, bytes, dict[str, str]]:
-        for repo_id, (status, code) in self.errors.items():
-            if f"/{repo_id}/" in path + "/":
-                return status, b"{}", {"X-Error-Code": code, "X-Error-Message": "refused"}
-        for repo_id, files in self.files.items():
-            commit = self.commit(repo_id)
-            if path == f"/api/models/{repo_id}/revision/main":
-                return self.json({"id": repo_id, "sha": commit, "siblings": [{"rfilename": f} for f in files]})
-            if path == f"/api/models/{repo_id}/tree/{commit}":
-                return self.json(
-                    [
-                        {"type": "file", "path": name, "size": len(data), "oid": self.oid(data)}
-                        for name, data in files.items()
-                    ]
-                )
-            if path.startswith(f"/api/models/{repo_id}/revision/"):
-                return 404, b"{}", {"X-Error-Code": "RevisionNotFound"}
-            prefix = f"/{repo_id}/resolve/{commit}/"
-            if path.startswith(prefix):
-                name = path.removeprefix(prefix)
-                self.downloads.add(name)
-                return 200, files[name], {"X-Repo-Commit": commit, "ETag": f'"{self.oid(files[name])}"'}
-        return 404, b"{}", {"X-Error-Code": "RepoNotFound"}
-
-    @staticmethod
-    def oid(data: bytes) -> str:
-        return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
-
-    @staticmethod
-    def json(value: Any) -> tuple[int, bytes, dict[str, str]]:
-        return 200, json.dumps(value).encode(), {"Content-Type": "application/json"}
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
-    stand_in = Hub()
-    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", stand_in.url)
-    template = stand_in.url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-    monkeypatch.chdir(tmp_path)  # nothing here shall be taken for a hub id's directory
-    close_session()  # made with the settings of before
-    thread = threading.Thread(target=stand_in.server.serve_forever, args=(0.01,))
-    thread.start()
-    yield stand_in
-    close_session()
-    stand_in.server.shutdown()
-    stand_in.server.server_close()
-    thread.join()
-
-
 @pytest.fixture
 def repository(hub: Hub, directory: Path) -> str:
     """A model on the stand-in, with files that must never be fetched."""
@@ -823,7 +739,7 @@ def test_a_directory_comes_before_the_hub(hub: Hub, repository: str, directory: 
     ("status", "code", "message"),
     [
         (404, "RepoNotFound", r"neither a directory here nor a model on the hub"),
-        (401, "RepoNotFound", r"pass token="),
+        (401, "RepoNotFound", r"pass a token \(token=, or --token\)"),
         (403, "GatedRepo", r"is gated: accept its terms"),
         (400, "", r"is out of reach"),
     ],
@@ -847,7 +763,7 @@ def test_offline_and_not_in_the_cache(
 ) -> None:
     if how == "HF_HUB_OFFLINE":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(CheckpointError, match=r"not complete in the hub's cache.*local_files_only=False"):
+    with pytest.raises(CheckpointError, match=r"not complete in the hub's cache.*HF_HUB_OFFLINE unset"):
         Checkpoint.open(repository, cache_dir=tmp_path / "cache", local_files_only=how == "local_files_only")
     assert not hub.authorizations
 

@@ -1,0 +1,156 @@
+"""Models on the hub: which revision, with which token, kept where; and plans from headers alone."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from hermes_async import CheckpointError, Engine, UnsupportedModelError
+from hermes_async.cli import app
+from hermes_async.config import EngineConfig
+from hermes_async.engine.opening import plans_by_budget
+from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.hub import HubOptions, without_weights
+from tests.engines import one_loop
+from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
+
+anyio_backend = one_loop(use_uvloop=False)
+
+
+def files_of(path: Path) -> dict[str, bytes]:
+    return {str(file.relative_to(path)): file.read_bytes() for file in path.rglob("*") if file.is_file()}
+
+
+@pytest.fixture(scope="module")
+def saved(random_model: Callable[..., Any], save_model: Callable[..., Path]) -> dict[str, Path]:
+    """One model, in one file and in shards."""
+    config = LlamaConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=4096, max_position_embeddings=128, tie_word_embeddings=False,
+    )  # fmt: skip
+    model = random_model(config)
+    return {"whole": save_model(model), "sharded": save_model(model, max_shard_size="200KB")}
+
+
+def hermes(*args: object) -> Any:
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("kind", ["whole", "sharded"])
+@pytest.mark.parametrize("first_bytes", [100_000, 100])
+def test_a_plan_takes_headers_alone(
+    hub: Hub, saved: dict[str, Path], tmp_path: Path, kind: str, first_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_async.storage.hub._FIRST_BYTES", first_bytes)
+    hub.files["org/name"] = files_of(saved[kind])
+    options = HubOptions(cache_dir=tmp_path / "cache")
+    with without_weights("org/name", options) as source:
+        tensors = Checkpoint.open(source).tensors
+        plans = plans_by_budget(source, EngineConfig(), 3)
+    assert not Path(source).exists()
+    here = Checkpoint.open(saved[kind])
+    assert {name: (spec.file.name, spec.offset, spec.shape) for name, spec in tensors.items()} == {
+        name: (spec.file.name, spec.offset, spec.shape) for name, spec in here.tensors.items()
+    }
+    assert [plan.as_dict() for plan in plans] == [
+        plan.as_dict() for plan in plans_by_budget(saved[kind], EngineConfig(), 3)
+    ]
+    shards = [name for name in hub.files["org/name"] if name.endswith(".safetensors")]
+    assert set(hub.ranges) == set(shards)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    for name in shards:
+        header = 8 + int.from_bytes(hub.files["org/name"][name][:8], "little")
+        assert hub.bytes_sent[name] <= max(header, first_bytes)
+
+
+@pytest.mark.parametrize("extra", [("--memory", "2MiB"), ("--sweep",)])
+def test_the_command_plan_downloads_no_weights(
+    hub: Hub, saved: dict[str, Path], tmp_path: Path, extra: tuple[str, ...]
+) -> None:
+    hub.files["org/name"] = files_of(saved["whole"])
+    args = ("--json", "--revision", "main", "--token", "hf_secret", "--cache-dir", tmp_path / "cache")
+    told = hermes("plan", "org/name", *extra, *args)
+    assert told.exit_code == 0, told.output
+    assert json.loads(told.stdout)
+    assert "model.safetensors" in hub.ranges
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert hub.authorizations == {"Bearer hf_secret"}
+
+
+def test_a_plan_takes_weights_that_are_in_the_cache(hub: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
+    for kind in ("whole", "sharded"):
+        hub.files = {"org/name": files_of(saved[kind])}
+        options = HubOptions(cache_dir=tmp_path / kind)
+        path = Checkpoint.open("org/name", cache_dir=options.cache_dir).path
+        with without_weights("org/name", options) as source:
+            assert Path(source).resolve() == path
+    assert not hub.ranges
+
+
+def test_what_is_here_is_planned_as_it_is(hub: Hub, saved: dict[str, Path]) -> None:
+    for source in (str(saved["whole"]), "/nowhere/model"):
+        with without_weights(source, HubOptions()) as same:
+            assert same == source
+    assert not hub.authorizations
+
+
+def test_a_hub_that_would_send_all_of_a_shard(hub: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
+    hub.files["org/name"] = files_of(saved["whole"])
+    hub.knows_ranges = False
+    with (
+        pytest.raises(CheckpointError, match=r"'org/name' could not be downloaded .*does not send parts of model\.saf"),
+        without_weights("org/name", HubOptions(cache_dir=tmp_path / "cache")),
+    ):
+        pytest.fail("entered")
+
+
+@pytest.mark.parametrize("data", [b"", b"1234", b"\xff" * 7 + b"\0" + b"{}", b"\xff" * 200_000])
+def test_shards_on_the_hub_that_are_none(hub: Hub, tmp_path: Path, data: bytes) -> None:
+    hub.files["org/name"] = {"config.json": b'{"model_type": "llama"}', "model.safetensors": data}
+    told = hermes("plan", "org/name", "--memory", "2MiB", "--cache-dir", tmp_path / "cache")
+    assert told.exit_code == 1
+    assert told.output.startswith("hermes-async: error: ")
+    assert told.output.count(os.linesep) == 1
+
+
+def test_a_model_on_the_hub_in_another_format_is_named(hub: Hub, tmp_path: Path) -> None:
+    hub.files["org/name"] = {"config.json": b'{"model_type": "llama"}', "model.gguf": b"never sent"}
+    with (
+        pytest.raises(UnsupportedModelError, match=r"org/name has its weights in 'model\.gguf', GGUF"),
+        without_weights("org/name", HubOptions(cache_dir=tmp_path / "cache")),
+    ):
+        pytest.fail("entered")
+    assert "model.gguf" not in hub.downloads
+
+
+@pytest.mark.anyio
+async def test_an_engine_takes_a_revision_a_token_and_a_folder(
+    hub: Hub, saved: dict[str, Path], tmp_path: Path
+) -> None:
+    hub.files["org/name"] = files_of(saved["whole"])
+    cache = tmp_path / "cache"
+    commit = hub.commit("org/name")
+    async with Engine(
+        "org/name", memory_budget="8MiB", revision="main", token="hf_secret", cache_dir=cache, draft_model="org/name"
+    ) as engine:
+        assert engine._model().running.opened.checkpoint.path.name == commit
+    assert (cache / "models--org--name" / "snapshots" / commit / "model.safetensors").is_file()
+    assert hub.authorizations == {"Bearer hf_secret"}
+    with pytest.raises(CheckpointError, match="'org/name' at revision 'v9' is not on the hub, though"):
+        async with Engine("org/name", memory_budget="8MiB", revision="v9", cache_dir=cache):
+            pytest.fail("entered")
+
+
+def test_commands_take_a_revision(hub: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
+    hub.files["org/name"] = files_of(saved["whole"])
+    for command in (["generate", "1 2"], ["chat"], ["embed", "text"], ["classify", "text"], ["profile"], ["plan"]):
+        told = hermes(command[0], "org/name", *command[1:], "--revision", "v9", "--cache-dir", tmp_path / "cache")
+        assert told.exit_code == 1
+        assert "'org/name' at revision 'v9' is not on the hub, though" in told.output, command
