@@ -69,11 +69,14 @@ class Checkpoint:
         path: The directory, resolved.
         config: What `config.json` holds.
         tensors: By the names that the files use; within a shard in the order of their bytes.
+        root: The directory that was opened, where `modules.json` there names another one for the model
+            (sentence-transformers' `0_Transformer`); else None.
     """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorSpec] = field(repr=False)
+    root: Path | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -117,11 +120,27 @@ class Checkpoint:
         else:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
+        root, path = path, _model_folder(path)
         # First the weights: where they are in another format, config.json is often missing too.
         tensors = read_tensors(path)
         # Keys may repeat here: transformers lets the last one count.
         config = read_config(path / "config.json", dict)
-        return cls(path, config, tensors)
+        return cls(path, config, tensors, None if root == path else root)
+
+
+def _model_folder(path: Path) -> Path:
+    """Where the model is: old releases of sentence-transformers put it into a folder that `modules.json` names."""
+    file = path / "modules.json"
+    try:
+        modules = read_config(file, list) if file.is_file() else []
+    except CheckpointError:
+        return path  # only sentence vectors need the file; who asks for them is told
+    first = modules[0] if modules and isinstance(modules[0], dict) else {}
+    folder = first.get("path")
+    if not isinstance(folder, str) or not folder or not str(first.get("type", "")).endswith(".Transformer"):
+        return path
+    inside = (path / folder).resolve()
+    return inside if inside.is_relative_to(path) and (inside / "config.json").is_file() else path
 
 
 def read_tensors(directory: Path) -> dict[str, TensorSpec]:
