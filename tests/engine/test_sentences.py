@@ -12,6 +12,7 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import (
+    AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
@@ -270,13 +271,16 @@ async def test_pairs_of_texts(lengths: tuple[int, int], side: str, tmp_path: Pat
     torch.manual_seed(6)
     model = BertForSequenceClassification(BertConfig(**SIZES, num_labels=1)).eval()
     model.save_pretrained(tmp_path)
-    own = tokenizer(truncation_side=side)
-    own.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    own.save_pretrained(tmp_path)
+    tokenizer(truncation_side=side).save_pretrained(tmp_path)
+    file = tmp_path / "tokenizer_config.json"
+    names = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | names))
+    own = AutoTokenizer.from_pretrained(tmp_path)
     first, second = (
         " ".join((WORDS * 2)[start : start + length]) for start, length in zip((0, 9), lengths, strict=True)
     )
     inputs = own(first, second, truncation=True, max_length=64, return_tensors="pt")
+    assert set(inputs["token_type_ids"][0].tolist()) == {0, 1}
     with torch.inference_mode():
         wanted = model(**inputs).logits[0].sigmoid()
     async with Engine(tmp_path, memory_budget="64MiB") as engine:
@@ -284,7 +288,7 @@ async def test_pairs_of_texts(lengths: tuple[int, int], side: str, tmp_path: Pat
             (label,) = await engine.classify(pair, truncate=True)
             assert label.score == pytest.approx(wanted.item(), abs=1e-5)
         if sum(lengths) > 61:
-            with pytest.raises(ContextLengthError, match="the model's context is 64"):
+            with pytest.raises(ContextLengthError, match="the model's context of 64"):
                 await engine.classify((first, second))
         for wrong in [(first,), (first, second, second), (first, 3), []]:
             with pytest.raises(RequestError, match="two texts"):
