@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor
 
+from hermes_async.engine.encoding import count_text_tokens, cut, encode_pair, encode_texts, features
 from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, RequestError
@@ -32,8 +33,10 @@ class Label:
     score: float
 
 
-def prepare_classification(opened: OpenedModel, item: str | os.PathLike[str], *, truncate: bool) -> ForwardRequest:
-    """Makes the inputs of a text, or of an image file where the model takes images; for a worker thread.
+def prepare_classification(
+    opened: OpenedModel, item: str | os.PathLike[str] | Sequence[str], *, truncate: bool
+) -> ForwardRequest:
+    """Makes the inputs of a text or two, or of an image file where the model takes images; for a worker thread.
 
     Its result is all labels, the likeliest first.
 
@@ -44,9 +47,14 @@ def prepare_classification(opened: OpenedModel, item: str | os.PathLike[str], *,
         MemoryBudgetError: As `prepare_forward`.
     """
     model = opened.skeleton.model
-    if not isinstance(item, (str, os.PathLike)):
-        raise RequestError(f"a text or the path of an image is wanted, not {type(item).__name__}")
+    pair = isinstance(item, (tuple, list))
+    if pair and (len(item) != 2 or not all(isinstance(text, str) for text in item)):
+        raise RequestError(f"a pair is two texts, not {[type(text).__name__ for text in item]}")
+    if not pair and not isinstance(item, (str, os.PathLike)):
+        raise RequestError(f"a text, two texts or the path of an image is wanted, not {type(item).__name__}")
     if model.main_input_name == "pixel_values":
+        if not isinstance(item, (str, os.PathLike)):
+            raise RequestError(f"{type(model).__name__} takes the path of an image, not two texts")
         inputs = _image_inputs(opened.checkpoint.path, Path(item))
     else:
         inputs = _text_inputs(opened, item, truncate)
@@ -64,16 +72,26 @@ def prepare_classification(opened: OpenedModel, item: str | os.PathLike[str], *,
     return prepare_forward(opened, inputs, labels)
 
 
-def _text_inputs(opened: OpenedModel, text: str | os.PathLike[str], truncate: bool) -> dict[str, Any]:
+def _text_inputs(opened: OpenedModel, item: str | os.PathLike[str] | Sequence[str], truncate: bool) -> dict[str, Any]:
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise RequestError(f"a text needs a tokenizer: {opened.tokenizer_error}")
-    if not isinstance(text, str) or not text:
-        raise RequestError("the text is empty" if text == "" else f"a text is a str, not {type(text).__name__}")
-    context = opened.skeleton.context_length
-    encoded = tokenizer([text], truncation=truncate and context is not None, max_length=context, verbose=False)
+    if isinstance(item, os.PathLike):
+        raise RequestError(f"a text is a str, not {type(item).__name__}")
+    context, num_first = opened.skeleton.context_length, None
+    if isinstance(item, str):
+        (encoded,) = encode_texts(tokenizer, [item])
+    else:
+        encoded = encode_pair(tokenizer, *item)
+        num_first = count_text_tokens(encode_texts(tokenizer, [item[0]])[0])
+    if truncate:
+        limits = [most for most in (context, tokenizer.model_max_length) if most is not None]
+        encoded = cut(tokenizer, encoded, min(limits), num_first) if limits else encoded
+    if not encoded["input_ids"]:
+        raise RequestError("the text has no tokens: the tokenizer puts none around it")
+    (kept,) = features([encoded])
     taken = input_names(opened.skeleton.model)  # some tokenizers give more
-    return {name: torch.tensor(values) for name, values in encoded.items() if name in taken}
+    return {name: torch.tensor([values]) for name, values in kept.items() if name in taken}
 
 
 def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from hermes_async.config import EngineConfig, SamplingParams, parse_bytes
 from hermes_async.engine.classification import Label, prepare_classification
-from hermes_async.engine.embedding import embed_batches, prepare_embedding
+from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
 from hermes_async.engine.forwarding import prepare_forward
@@ -222,18 +222,25 @@ class Engine:
         *,
         pooling: Pooling | None = None,
         normalize: bool | None = None,
-        truncate: bool = False,
+        truncate: bool | None = None,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        truncate_dim: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Sentence vectors, float32 [texts, out]; of one text [out].
+        """Sentence vectors, float32 [texts, out]; of one text [out]. They are those of sentence-transformers.
 
         `out` is the hidden size, or what the checkpoint's own Dense layers make of it.
         Texts of about one length go in one forward pass, and passes share sweeps, also those of other calls.
 
         Args:
-            pooling: "mean", "cls", "max" or "last"; None takes the checkpoint's own (sentence-transformers' files), or
-                the mean.
+            pooling: "mean", "cls", "max", "last", "weightedmean" or "mean_sqrt_len"; None takes the checkpoint's own
+                (sentence-transformers' files), or the last token of a causal language model, or the mean.
             normalize: To length 1; None as the checkpoint says, where `pooling` is not given.
-            truncate: Cut texts that are longer than the model's context, instead of refusing them.
+            truncate: Cut texts that are longer than the checkpoint takes, or refuse them. None cuts them where the
+                checkpoint has sentence-transformers' files.
+            prompt_name: One of the checkpoint's prompts, to put before each text; None takes its default, if any.
+            prompt: A text to put before each text.
+            truncate_dim: Keep only so many numbers of each vector; None as the checkpoint says.
 
         Raises:
             RequestError: Something is no text, or the model does not take texts or gives no hidden states.
@@ -243,14 +250,17 @@ class Engine:
         Cancellation: as `forward`.
         """
         several = [texts] if isinstance(texts, str) else list(texts)
-        batches = await self._prepare(
-            lambda opened: prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
-        )
+        options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
+        batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
         vectors = await embed_batches(self._model().forwarding, batches)
         return vectors[0] if isinstance(texts, str) else vectors
 
-    async def classify(self, item: str | os.PathLike[str], *, truncate: bool = False) -> Sequence[Label]:
+    async def classify(
+        self, item: str | os.PathLike[str] | Sequence[str], *, truncate: bool = False
+    ) -> Sequence[Label]:
         """All labels of a text, or of an image file where the model takes images, the likeliest first.
+
+        Of a pair of texts too, as cross-encoders take them: `classify((query, document))`.
 
         Raises:
             RequestError: The model is no classifier of texts or images, or the file is no image.

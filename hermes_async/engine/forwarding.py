@@ -60,14 +60,14 @@ def prepare_forward(
 
     Args:
         then: Makes of the output what is wanted, on the inference thread.
-        base: Leave the model's head out.
+        base: Leave the model's head out, and a decoder behind an encoder.
 
     Raises:
         RequestError: As `checked_inputs`.
         MemoryBudgetError: The activations would take more than the plan sets aside for them.
     """
     skeleton, plan = opened.skeleton, opened.plan
-    model = skeleton.base_model if base else skeleton.named_model
+    model = skeleton.text_encoder if base else skeleton.named_model
     checked = checked_inputs(skeleton, model, inputs)
     sequences, tokens = count_tokens(checked, opened.seen)
     nbytes = opened.forward_bytes(sequences, tokens) + recorded_bytes(

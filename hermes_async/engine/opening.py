@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
+from hermes_async.engine.encoding import lower_casing
 from hermes_async.engine.profile_store import load_profile, profile_file
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
@@ -25,6 +26,7 @@ from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_dense
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
+from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
@@ -87,6 +89,8 @@ class OpenedModel:
         attention: Registered with transformers until `close`.
         partition: The plan's.
         pooling: How the checkpoint makes sentence vectors, or why it makes none, which only `embed` asks for.
+        sentences: How the checkpoint makes tokens of texts for that, or why it does not.
+        sentence_tokenizer: The tokenizer for that.
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
@@ -102,6 +106,8 @@ class OpenedModel:
     tokenizer: PreTrainedTokenizerBase | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
+    sentences: SentenceSettings | CheckpointError
+    sentence_tokenizer: PreTrainedTokenizerBase | None
     forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
@@ -140,7 +146,8 @@ def open_model(
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
-        skeleton, pooling = _with_pooling(skeleton, checkpoint.path)
+        skeleton, pooling = _with_pooling(skeleton, checkpoint)
+        sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error, replace(hub, revision=None))
@@ -165,6 +172,8 @@ def open_model(
         tokenizer,
         tokenizer_error,
         pooling,
+        sentences,
+        sentence_tokenizer,
         of_pass,
         draft,
         baseline,
@@ -214,7 +223,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     with ExitStack() as always:
         checkpoint = Checkpoint.open(source)
         skeleton, attention, seen = _look_at(checkpoint, config, always)
-        skeleton, _ = _with_pooling(skeleton, checkpoint.path)
+        skeleton, _ = _with_pooling(skeleton, checkpoint)
         sizes = _sizes(skeleton, attention, seen, forward_bytes(skeleton, seen), None)
         cut, speeds = _cuts(skeleton, seen), _speeds(checkpoint)
         most = sizes.weight_bytes * 2
@@ -348,13 +357,27 @@ def _layer_bytes(skeleton: Skeleton) -> Sequence[int]:
     return sizes
 
 
-def _with_pooling(skeleton: Skeleton, path: Path) -> tuple[Skeleton, PoolingConfig | CheckpointError]:
+def _with_pooling(skeleton: Skeleton, checkpoint: Checkpoint) -> tuple[Skeleton, PoolingConfig | CheckpointError]:
     """The model with the checkpoint's Dense layers, if it makes sentence vectors in a way that is built."""
     try:
-        pooling = pooling_config(path)
+        pooling = pooling_config(
+            checkpoint.root or checkpoint.path,
+            skeleton.model.config.architectures or (),
+            is_causal=getattr(skeleton.model.config, "is_causal", True) is not False,
+        )
         return with_dense(skeleton, pooling), pooling
     except CheckpointError as error:
         return skeleton, error
+
+
+def _sentences(
+    checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[SentenceSettings | CheckpointError, PreTrainedTokenizerBase | None]:
+    try:
+        settings = sentence_settings(checkpoint.root or checkpoint.path, checkpoint.path)
+    except CheckpointError as error:
+        return error, tokenizer
+    return settings, lower_casing(tokenizer) if settings.lower_case and tokenizer is not None else tokenizer
 
 
 def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | None]:

@@ -18,8 +18,10 @@ from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS
 if TYPE_CHECKING:
     from hermes_async.modeling.probe import Probe
 
-_FLAGS = frozenset({"output_attentions", "output_hidden_states", "return_dict", "interpolate_pos_encoding"})
-_NOT_HERE = KV_CACHE_ARGUMENTS | {"use_cache", "cache_position"}
+# What transformers takes of every model, whether its forward names them or not.
+_OF_ALL = frozenset({"output_attentions", "output_hidden_states", "return_dict"})
+_FLAGS = _OF_ALL | {"interpolate_pos_encoding", "output_router_logits", "return_loss"}
+_NOT_HERE = KV_CACHE_ARGUMENTS | {"use_cache", "cache_position", "encoder_outputs"}
 
 
 def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, torch.Tensor]:
@@ -63,17 +65,46 @@ def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[s
         raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
     checked: dict[str, Any] = {}
     for key, value in inputs.items():
+        if key == "use_cache" and value in (None, False) and isinstance(value, (bool, type(None))):
+            continue
+        if key == "encoder_outputs":
+            raise RequestError("forward runs the encoder itself, and takes no encoder_outputs; give its inputs")
         if key in _NOT_HERE:
             raise RequestError(f"forward keeps no KV cache, and takes no {key}; generate does")
-        if key not in taken and key not in _FLAGS:
+        if key not in taken and not _passed_on(model, key):
             raise RequestError(f"{name}.forward takes no {key!r}; it takes {', '.join(taken)}")
         if value is None:
             continue
-        checked[key] = value if isinstance(value, bool) else _tensor(key, value, model.dtype)
+        checked[key] = _checked(key, value, model.dtype)
+    if not checked:
+        raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
     _check_token_ids(skeleton, checked.get("input_ids"))
     if "use_cache" in inspect.signature(model.forward).parameters:
         checked["use_cache"] = False
     return checked
+
+
+def _passed_on(model: PreTrainedModel, key: str) -> bool:
+    """Whether the model's forward takes by `**kwargs` what transformers, or a part of the model, knows by that name."""
+    parameters = inspect.signature(model.forward).parameters
+    if key in _OF_ALL:
+        return True
+    if not any(item.kind is item.VAR_KEYWORD for item in parameters.values()):
+        return False
+    if key == "num_items_in_batch":
+        return "labels" in parameters
+    return key in _FLAGS and any(key in inspect.signature(module.forward).parameters for module in model.modules())
+
+
+def _checked(key: str, value: Any, dtype: torch.dtype) -> Any:
+    """A flag or a number as it is, for a number does not mean what a tensor of it does; all else a tensor."""
+    if key in _FLAGS:
+        if not isinstance(value, (bool, int, np.bool_)):
+            raise RequestError(f"{key} must be True or False, not {type(value).__name__}")
+        return bool(value)
+    if isinstance(value, np.generic):
+        value = value.item()
+    return value if isinstance(value, (bool, int, float)) else _tensor(key, value, dtype)
 
 
 def _tensor(key: str, value: Any, dtype: torch.dtype) -> torch.Tensor:

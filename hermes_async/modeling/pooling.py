@@ -5,7 +5,7 @@ Source: `modules.json` and the folders it names, as sentence-transformers writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,8 +19,9 @@ from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.storage.checkpoint import read_config, read_tensors
 from hermes_async.storage.tensor_spec import TensorSpec
 
-Pooling = Literal["mean", "cls", "max", "last"]
-"""What is made of a text's tokens: their mean or maximum, or the first or last one alone."""
+Pooling = Literal["mean", "cls", "max", "last", "weightedmean", "mean_sqrt_len"]
+"""What is made of a text's tokens: their mean or maximum, the first or last one alone, a mean that weighs each by its
+place, or their sum by the root of their number."""
 
 DENSE = "sentence_dense"
 """The module of a model that holds its Dense layers, beside what transformers makes."""
@@ -50,40 +51,58 @@ class PoolingConfig:
     """How vectors are made of hidden states.
 
     Attributes:
+        poolings: Several stand side by side in the vector.
+        include_prompt: A prompt's tokens are pooled too.
         dense: What the pooled vectors go through.
         normalize: To length 1, last of all.
     """
 
-    pooling: Pooling = "mean"
+    poolings: tuple[Pooling, ...] = ("mean",)
+    include_prompt: bool = True
     dense: tuple[Dense, ...] = ()
     normalize: bool = False
 
 
-def pooling_config(path: Path) -> PoolingConfig:
-    """What the checkpoint says; the mean where it says nothing.
+def pooling_config(path: Path, architectures: Sequence[str] = (), *, is_causal: bool = True) -> PoolingConfig:
+    """What the checkpoint says; where it says nothing, a causal language model's last token, or the mean.
+
+    Args:
+        path: Where `modules.json` is.
+        architectures: Those that `config.json` names.
+        is_causal: False where `config.json` says that tokens attend to those behind them.
 
     Raises:
         CheckpointError: The files cannot be read, or ask for what is not built.
     """
     file = path / "modules.json"
     if not file.is_file():
-        return PoolingConfig()
-    chosen = PoolingConfig()
-    for module in read_config(file, list):
-        kind = str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else "?"
-        if kind == "Pooling":
-            chosen = replace(chosen, pooling=_pooling_mode(_inside(path, module) / "config.json"))
-        elif kind == "Dense" and not chosen.normalize:
+        last = is_causal and bool(architectures) and architectures[0].endswith("ForCausalLM")
+        return PoolingConfig(("last",) if last else ("mean",))
+    chosen: PoolingConfig | None = None
+    for idx, module in enumerate(read_config(file, list)):
+        name = str(module.get("type", "")) if isinstance(module, dict) else "?"
+        kind = name.rpartition(".")[2] if name.startswith("sentence_transformers.") else name
+        if kind == "Transformer" and idx == 0:
+            continue
+        if kind == "Pooling" and chosen is None and idx == 1:
+            chosen = _pooling(_inside(path, module) / "config.json")
+        elif kind == "Dense" and chosen is not None and not chosen.normalize:
             chosen = replace(chosen, dense=(*chosen.dense, _dense(_inside(path, module))))
-        elif kind == "Normalize":
+        elif kind == "Normalize" and chosen is not None:
+            config = _inside(path, module) / "config.json"
+            _check_names(config, read_config(config, dict) if config.is_file() else {})
             chosen = replace(chosen, normalize=True)
-        elif kind != "Transformer":
-            last = "Normalize" if chosen.normalize else "Transformer"
+        elif kind != "Dropout" or idx == 0:
+            behind = "its beginning" if idx == 0 else "its Transformer"
+            if chosen is not None:
+                behind = "its Normalize" if chosen.normalize else "its Pooling"
             raise CheckpointError(
-                f"{file} has a module of type {kind!r} behind its {last}; Pooling, Dense and Normalize are supported, "
-                "in this order. Name a pooling to leave them out",
+                f"{file} has a module of type {kind!r} behind {behind}; sentence-transformers' own Transformer, "
+                "Pooling, Dense and Normalize are supported, in this order. Name a pooling to leave them out",
                 path=file,
             )
+    if chosen is None:
+        raise CheckpointError(f"{file} names no Pooling; name one yourself", path=file)
     return chosen
 
 
@@ -96,6 +115,7 @@ def with_dense(skeleton: Skeleton, config: PoolingConfig) -> Skeleton:
     if not config.dense:
         return skeleton
     hidden_size = getattr(skeleton.model.config.get_text_config(), "hidden_size", None)
+    hidden_size = None if hidden_size is None else hidden_size * len(config.poolings)
     layers, tensors = nn.Sequential(), dict(skeleton.tensors)
     for dense in config.dense:
         out_features, in_features = dense.weight.shape
@@ -115,40 +135,83 @@ def with_dense(skeleton: Skeleton, config: PoolingConfig) -> Skeleton:
     return replace(skeleton, tensors=tensors, dtypes=skeleton.dtypes | dtypes)
 
 
-def pool(model: nn.Module, config: PoolingConfig, hidden_states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def pool(
+    model: nn.Module,
+    config: PoolingConfig,
+    hidden_states: torch.Tensor,
+    mask: torch.Tensor,
+    num_prompt_tokens: int = 0,
+) -> torch.Tensor:
     """Vectors, float32 [texts, out], of hidden states [texts, tokens, hidden]; with the model's weights bound.
 
     Args:
-        mask: [texts, tokens]; 0 where there is only padding.
+        mask: [texts, tokens]; 0 where there is only padding, which is behind the text.
+        num_prompt_tokens: At each text's beginning; they are left out where the config says so.
     """
-    hidden_states, mask = hidden_states.float(), mask[..., None].float()
+    hidden_states, mask = hidden_states.float(), mask.clone()
+    if not config.include_prompt:
+        mask[:, :num_prompt_tokens] = 0
+    rows, weights = torch.arange(len(mask)), mask[..., None].float()
+    places = torch.arange(1, mask.shape[1] + 1)[None, :, None] * weights
+
+    def total(weights: torch.Tensor) -> torch.Tensor:
+        return (hidden_states * weights).sum(1)
+
     pools: dict[Pooling, Callable[[], torch.Tensor]] = {
-        "mean": lambda: (hidden_states * mask).sum(1) / mask.sum(1),
-        "max": lambda: hidden_states.masked_fill(mask == 0, -torch.inf).amax(1),
-        "cls": lambda: hidden_states[:, 0],
-        "last": lambda: hidden_states[torch.arange(len(mask)), mask[..., 0].cumsum(1).argmax(1)],
+        "mean": lambda: total(weights) / weights.sum(1).clamp(min=1e-9),
+        "max": lambda: hidden_states.masked_fill(weights == 0, -torch.inf).amax(1),
+        "cls": lambda: hidden_states[rows, mask.argmax(1)],
+        "last": lambda: (hidden_states * weights)[rows, mask.cumsum(1).argmax(1)],
+        "weightedmean": lambda: total(places) / places.sum(1).clamp(min=1e-9),
+        "mean_sqrt_len": lambda: total(weights) / weights.sum(1).clamp(min=1e-9).sqrt(),
     }
-    vectors = pools[config.pooling]()
+    vectors = torch.cat([pools[pooling]() for pooling in config.poolings], dim=1)
     if config.dense:
         vectors = model.get_submodule(DENSE)(vectors)
     return F.normalize(vectors, dim=1) if config.normalize else vectors
 
 
-def _pooling_mode(file: Path) -> Pooling:
+# The order is the one in which several stand side by side.
+_MODES: Mapping[str, Pooling] = {
+    "cls_token": "cls",
+    "max_tokens": "max",
+    "mean_tokens": "mean",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+    "weightedmean_tokens": "weightedmean",
+    "lasttoken": "last",
+}
+_NAMES: Mapping[str, Pooling] = {mode: mode for mode in get_args(Pooling)} | {
+    "lasttoken": "last",
+    "mean_sqrt_len_tokens": "mean_sqrt_len",
+}
+
+
+def _pooling(file: Path) -> PoolingConfig:
     config = read_config(file, dict)
-    modes: dict[str, Pooling] = {mode: mode for mode in get_args(Pooling)}
-    modes |= {"mean_tokens": "mean", "cls_token": "cls", "max_tokens": "max", "lasttoken": "last"}
-    chosen = [name.removeprefix("pooling_mode_") for name, value in config.items() if value is True]
-    chosen = [name for name in chosen if f"pooling_mode_{name}" in config]
-    if isinstance(config.get("pooling_mode"), str):
-        chosen = [config["pooling_mode"]]
-    if len(chosen) != 1 or chosen[0] not in modes:
+    named = config.get("pooling_mode")
+    unknown = [
+        key for key in config if key.startswith("pooling_mode_") and key.removeprefix("pooling_mode_") not in _MODES
+    ]
+    if named is not None:
+        names = [named] if isinstance(named, str) else named
+    else:
+        names = [_MODES[mode] for mode in _MODES if config.get(f"pooling_mode_{mode}")]
+        if not names and ("word_embedding_dimension" in config or "embedding_dimension" in config):
+            names = ["mean"]
+    if unknown or not isinstance(names, list) or not names or any(name not in _NAMES for name in names):
+        asked = ", ".join(unknown) or (" and ".join(map(str, names)) if isinstance(names, list) else repr(names))
         raise CheckpointError(
-            f"{file} asks for pooling {' and '.join(chosen) or 'of no kind'}; one of {', '.join(get_args(Pooling))} is "
-            "supported",
-            path=file,
+            f"{file} asks for pooling {asked or 'of no kind'}; {', '.join(get_args(Pooling))} are supported", path=file
         )
-    return modes[chosen[0]]
+    return PoolingConfig(tuple(_NAMES[name] for name in names), bool(config.get("include_prompt", True)))
+
+
+def _check_names(file: Path, config: Mapping[str, Any]) -> None:
+    for key in ("module_input_name", "module_output_name"):
+        if config.get(key) not in (None, "sentence_embedding"):
+            raise CheckpointError(
+                f"{file} has {key}={config[key]!r}; only 'sentence_embedding' is supported", path=file
+            )
 
 
 def _dense(folder: Path) -> Dense:
@@ -161,11 +224,9 @@ def _dense(folder: Path) -> Dense:
             f"{file} asks for the activation {activation!r}; one of {', '.join(_ACTIVATIONS)} of torch.nn is supported",
             path=file,
         )
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key) not in (None, "sentence_embedding"):
-            raise CheckpointError(
-                f"{file} has {key}={config[key]!r}; only 'sentence_embedding' is supported", path=file
-            )
+    _check_names(file, config)
+    if config.get("use_residual"):
+        raise CheckpointError(f"{file} has use_residual, which is not supported", path=file)
     tensors = read_tensors(folder)
     weight, bias = tensors.get("linear.weight"), tensors.get("linear.bias")
     if weight is None or len(weight.shape) != 2 or (bias is not None and bias.shape != weight.shape[:1]):

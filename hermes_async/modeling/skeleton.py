@@ -78,6 +78,16 @@ class Skeleton:
         return base
 
     @property
+    def text_encoder(self) -> PreTrainedModel:
+        """What makes hidden states of texts: the model without its head, and of an encoder-decoder only the encoder."""
+        base = self.base_model
+        if not base.config.is_encoder_decoder:
+            return base
+        encoder = base.get_encoder()
+        assert isinstance(encoder, PreTrainedModel)
+        return encoder
+
+    @property
     def vocab_size(self) -> int:
         """Of a model with an input embedding."""
         embedding = self.embedding
@@ -141,7 +151,7 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
         try:
             tensors = resolve_tensors(model, checkpoint)
         except MissingTensorError as error:
-            encoder = _headless_class(config, model, error.names)
+            encoder = _headless_class(config, model, error.names, checkpoint)
             if encoder is None:
                 raise
     if encoder is not None:
@@ -161,23 +171,33 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     (`LlamaModel`) counts as the causal language model that it is part of. Whether the checkpoint has a head for it,
     `build_skeleton` finds out.
     """
-    name = (config.architectures or [""])[0]
-    model_class = getattr(transformers, name, None)
+    is_decoder = model_class_of(AutoModelForCausalLM, config) and not model_class_of(AutoModelForMaskedLM, config)
+    if not config.architectures:
+        return None if is_decoder else model_class_of(AutoModel, config)
+    model_class = getattr(transformers, config.architectures[0], None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         return None
     if model_class is model_class_of(AutoModelForCausalLM, config):
         return None
     if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", None) is True:
         return model_class
-    is_decoder = model_class_of(AutoModelForCausalLM, config) and not model_class_of(AutoModelForMaskedLM, config)
     return None if is_decoder and model_class is model_class_of(AutoModel, config) else model_class
 
 
 def _headless_class(
-    config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str]
+    config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str], checkpoint: Checkpoint
 ) -> type[PreTrainedModel] | None:
-    """The decoder that `config` names, where it is `model` but for the head, and only the head is missing."""
-    return None if any(name.startswith(f"{model.base_model_prefix}.") for name in missing) else _named_base(config)
+    """The decoder that `config` names, where it is `model` but for the head, and only the head is missing.
+
+    Embedding models are decoders that keep the name of the causal language model whose head was taken off.
+    """
+    prefix = f"{model.base_model_prefix}."
+    if any(name.startswith(prefix) for name in missing):
+        return None
+    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+        return model_class_of(AutoModel, config)
+    embeds = ((checkpoint.root or checkpoint.path) / "modules.json").is_file()
+    return model_class_of(AutoModel, config) if embeds else _named_base(config)
 
 
 def _named_base(config: PreTrainedConfig) -> type[PreTrainedModel] | None:

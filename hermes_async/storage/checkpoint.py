@@ -67,11 +67,14 @@ class Checkpoint:
         path: The directory, resolved.
         config: What `config.json` holds.
         tensors: By the names that the files use; within a shard in the order of their bytes.
+        root: The directory that was opened, where `modules.json` there names another one for the model
+            (sentence-transformers' `0_Transformer`); else None.
     """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorSpec] = field(repr=False)
+    root: Path | None = None
 
     @property
     def total_bytes(self) -> int:
@@ -114,12 +117,28 @@ class Checkpoint:
         else:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
+        root, path = path, _model_folder(path)
         # First the weights: where they are in another format, config.json is often missing too.
         # Keys of config.json may repeat: transformers lets the last one count.
         file = path / "config.json"
         config = read_config(file, dict) if file.is_file() else {}
         tensors = read_tensors(path, _named_weights(config, file))
-        return cls(path, config or read_config(file, dict), tensors)
+        return cls(path, config or read_config(file, dict), tensors, None if root == path else root)
+
+
+def _model_folder(path: Path) -> Path:
+    """Where the model is: old releases of sentence-transformers put it into a folder that `modules.json` names."""
+    file = path / "modules.json"
+    try:
+        modules = read_config(file, list) if file.is_file() else []
+    except CheckpointError:
+        return path  # only sentence vectors need the file; who asks for them is told
+    first = modules[0] if modules and isinstance(modules[0], dict) else {}
+    folder = first.get("path")
+    if not isinstance(folder, str) or not folder or not str(first.get("type", "")).endswith(".Transformer"):
+        return path
+    inside = (path / folder).resolve()
+    return inside if inside.is_relative_to(path) and (inside / "config.json").is_file() else path
 
 
 def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, TensorSpec]:

@@ -25,7 +25,8 @@ _WANTED = (
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*"),
     *("*.model", "preprocessor_config.json", "processor_config.json"),
     *("adapter_config.json", "quantize_config.json", "quant_config.json", "hf_quant_config.json"),
-    *("modules.json", "*_Pooling/config.json", "*_Dense/config.json", "sentence_bert_config.json"),
+    *("modules.json", "*_Pooling/config.json", "*_Dense/config.json", "*_Normalize/config.json"),
+    *("sentence_*_config.json", "config_sentence_transformers.json", "*_Transformer/*"),
 )
 # "tokenizer*" also fits code and pickles; "consolidated" is a second copy of the weights, by other names.
 _UNWANTED = (

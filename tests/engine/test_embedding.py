@@ -143,11 +143,16 @@ async def test_the_checkpoint_s_own_pooling(
         ([*MODULES, {"type": "sentence_transformers.models.LSTM", "path": "2_LSTM"}], {"pooling_mode": "cls"}, "LSTM"),
         ([*MODULES, NORMALIZE, DENSE], {"pooling_mode": "cls"}, "'Dense' behind its Normalize"),
         ([*MODULES, DENSE], {"pooling_mode": "cls"}, "config.json is missing"),
-        (MODULES, {"pooling_mode_weightedmean_tokens": True}, "weightedmean_tokens"),
-        (MODULES, {"pooling_mode_cls_token": True, "pooling_mode_max_tokens": True}, "cls_token and max_tokens"),
+        (MODULES, {"pooling_mode_median_tokens": True}, "median_tokens"),
+        (MODULES, {"pooling_mode": ["cls", "median"]}, "cls and median"),
+        (MODULES, {"pooling_mode": 7}, "asks for pooling 7"),
+        ([MODULES[0]], None, "names no Pooling"),
+        ([MODULES[0], NORMALIZE, MODULES[1]], {"pooling_mode": "cls"}, "'Normalize' behind its Transformer"),
+        ([MODULES[0], {"type": "custom_code.Pooling", "path": ""}], None, "type 'custom_code.Pooling'"),
+        ([{"type": "custom_code.Transformer", "path": ""}, MODULES[1]], None, "type 'custom_code.Transformer'"),
         (MODULES, {}, "of no kind"),
         (MODULES, None, "config.json is missing"),
-        ([{"type": "x.Pooling", "path": "../elsewhere"}], None, "outside of the checkpoint"),
+        ([MODULES[0], MODULES[1] | {"path": "../elsewhere"}], None, "outside of the checkpoint"),
         ({"type": "x.Pooling"}, None, "a JSON dict, not a list"),
         (["Pooling"], None, "type '\\?'"),
     ],
@@ -248,6 +253,7 @@ async def test_dense_layers_are_in_the_plan(embedder: Embedder) -> None:
     [
         ({"activation_function": "os.system"}, {}, "the activation 'os.system'; one of Identity, Tanh"),
         ({"activation_function": "torch.nn.modules.activation.PReLU"}, {}, "PReLU'; one of"),
+        ({"use_residual": True}, {}, "use_residual, which is not supported"),
         ({"module_input_name": "token_embeddings"}, {}, "module_input_name='token_embeddings'"),
         ({}, {"weight": torch.ones(4, 32)}, r"must hold linear.weight \[out, in\].*it has {'weight': \[4, 32\]}"),
         ({}, {"linear.weight": torch.ones(4, 32), "linear.bias": torch.ones(5)}, "must hold linear.weight"),
@@ -293,10 +299,19 @@ async def test_a_text_longer_than_the_context(embedder: Embedder) -> None:
 @pytest.mark.parametrize(
     ("texts", "options", "message"),
     [
-        ("", {}, "text 0 is empty"),
-        (["w5", ""], {}, "text 1 is empty"),
+        ("", {}, "text 0 has no tokens: the tokenizer puts none around it"),
+        (["w5", ""], {}, "text 1 has no tokens"),
+        ("w5", {"prompt_name": "no"}, "prompt_name 'no' is none of the checkpoint's prompts: query, document"),
+        ("w5", {"prompt_name": "query", "prompt": "w3 "}, "a prompt or a prompt_name, not both"),
+        ("w5", {"prompt": 3}, "prompt must be a text or None, not int"),
+        ("w5", {"truncate_dim": 0}, "truncate_dim must be a whole number above 0 or None, not 0"),
+        ("w5", {"truncate_dim": True}, "truncate_dim must be"),
         (["w5", 7], {}, "text 1 is no text but int"),
-        ("w5", {"pooling": "sum"}, "pooling must be one of mean, cls, max, last or None, not 'sum'"),
+        (
+            "w5",
+            {"pooling": "sum"},
+            "pooling must be one of mean, cls, max, last, weightedmean, mean_sqrt_len or None, not 'sum'",
+        ),
     ],
 )
 async def test_texts_that_cannot_be_used(embedder: Embedder, texts: Any, options: Any, message: str) -> None:
@@ -321,7 +336,7 @@ async def test_a_tokenizer_that_cannot_pad(long_model: Any) -> None:
     """Then only texts of one length go together."""
     texts = ["w5 w6", "w7 w8", "w9", "w5 w6 w7"]
     async with open_engine(long_model) as engine:
-        vectors = await engine.embed(texts)
+        vectors = await engine.embed(texts, pooling="mean")
     base = long_model.model.model
     for vector, text in zip(vectors, texts, strict=True):
         with torch.inference_mode():

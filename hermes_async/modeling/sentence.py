@@ -1,0 +1,125 @@
+"""What sentence-transformers' files say about texts: how many tokens, in which case, and behind which prompt.
+
+Source: `sentence_bert_config.json` and `config_sentence_transformers.json`, as sentence-transformers reads them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from hermes_async.errors import CheckpointError, RequestError
+from hermes_async.storage.checkpoint import read_config
+
+_TRANSFORMER_FILES = (
+    *("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"),
+    *("sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json"),
+    "sentence_xlnet_config.json",
+)
+# What may be given to transformers without a change of the vectors, beside what is read here.
+_HARMLESS = frozenset(
+    {
+        *("model_max_length", "padding_side", "use_fast", "trust_remote_code", "add_pooling_layer", "dtype"),
+        *("torch_dtype", "attn_implementation", "use_safetensors", "low_cpu_mem_usage", "use_cache"),
+    }
+)
+_ARGUMENTS = ("processor_kwargs", "tokenizer_args", "model_kwargs", "model_args", "config_kwargs", "config_args")
+
+
+@dataclass(frozen=True, slots=True)
+class SentenceSettings:
+    """How texts become tokens.
+
+    Attributes:
+        named: The checkpoint has sentence-transformers' files.
+        max_tokens: Longer texts are cut to so many tokens; None leaves it to the tokenizer and the model.
+        lower_case: Texts are put into lower case first.
+        prompts: What is put before a text, by name.
+        default_prompt_name: The prompt of texts for which none is named.
+        truncate_dim: Vectors are cut to so many numbers.
+    """
+
+    named: bool = False
+    max_tokens: int | None = None
+    lower_case: bool = False
+    prompts: Mapping[str, str] = field(default_factory=lambda: {"query": "", "document": ""})
+    default_prompt_name: str | None = None
+    truncate_dim: int | None = None
+
+    def prompt(self, name: str | None) -> str:
+        """The prompt of that name, or the default one; "" where there is none.
+
+        Raises:
+            RequestError: There is none of that name.
+        """
+        name = self.default_prompt_name if name is None else name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            raise RequestError(f"prompt_name {name!r} is none of the checkpoint's prompts: {', '.join(self.prompts)}")
+        return self.prompts[name]
+
+
+def sentence_settings(root: Path, transformer: Path) -> SentenceSettings:
+    """Reads the settings of a checkpoint.
+
+    Args:
+        root: Where `modules.json` is.
+        transformer: Where the model's `config.json` is.
+
+    Raises:
+        CheckpointError: A file cannot be read, or asks for what is not built.
+    """
+    if not (root / "modules.json").is_file():
+        return SentenceSettings()
+    file = next((transformer / name for name in _TRANSFORMER_FILES if (transformer / name).is_file()), None)
+    config = {} if file is None else read_config(file, dict)
+    if file is not None:
+        _check_transformer(file, config)
+    max_tokens = config.get("max_seq_length")
+    for key in ("tokenizer_args", "processor_kwargs"):
+        max_tokens = (config.get(key) or {}).get("model_max_length", max_tokens)
+    file = root / "config_sentence_transformers.json"
+    general = read_config(file, dict) if file.is_file() else {}
+    if general.get("model_type", "SentenceTransformer") != "SentenceTransformer":
+        raise CheckpointError(
+            f"{file} describes a {general['model_type']}; only a SentenceTransformer makes sentence vectors", path=file
+        )
+    prompts = general.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(prompt, (str, type(None))) for prompt in prompts.values()):
+        raise CheckpointError(f"{file}: prompts must be an object of texts, not {prompts!r:.200}", path=file)
+    prompts = {"query": "", "document": ""} | {name: prompt or "" for name, prompt in prompts.items()}
+    default = general.get("default_prompt_name")
+    if default is not None and default not in prompts:
+        raise CheckpointError(f"{file}: default_prompt_name {default!r} is none of {', '.join(prompts)}", path=file)
+    for name, value in (("max_seq_length", max_tokens), ("truncate_dim", general.get("truncate_dim"))):
+        if value is not None and (type(value) is not int or value < 1):
+            raise CheckpointError(f"{root}: {name} must be a whole number above 0, not {value!r}", path=root)
+    return SentenceSettings(
+        True, max_tokens, bool(config.get("do_lower_case")), prompts, default, general.get("truncate_dim")
+    )
+
+
+def _check_transformer(file: Path, config: Mapping[str, Any]) -> None:
+    """Refuses what would change the vectors and is not built."""
+    refused = []
+    if config.get("transformer_task", "feature-extraction") != "feature-extraction":
+        refused.append("transformer_task")
+    if config.get("module_output_name", "token_embeddings") != "token_embeddings":
+        refused.append("module_output_name")
+    modalities = config.get("modality_config")
+    if modalities is not None and (
+        "message" in modalities
+        or modalities.get("text") != {"method": "forward", "method_output_name": "last_hidden_state"}
+    ):
+        refused.append("modality_config")
+    if config.get("processing_kwargs"):
+        refused.append("processing_kwargs")
+    for key in _ARGUMENTS:
+        arguments = config.get(key) or {}
+        if not isinstance(arguments, dict) or set(arguments) - _HARMLESS:
+            refused.append(key)
+    if refused:
+        raise CheckpointError(f"{file} has {refused[0]}={config[refused[0]]!r:.200}, which is not supported", path=file)
