@@ -48,7 +48,7 @@ class Claim:
             others = set(_CLAIMS)
             # What others hold by now is their engines', so the process's baseline is the first one's.
             self._baseline: int = min((other._baseline for other in others), default=process_rss_bytes())
-            self._budget = fixed_bytes
+            self._budget: int | None = fixed_bytes
             _CLAIMS.add(self)
 
     def look(self) -> CommonRoom:

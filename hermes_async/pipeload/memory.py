@@ -11,7 +11,7 @@ from hermes_async.errors import ConfigError
 HEADROOM = 0.05
 """The share of the room that is left to others, at the least."""
 
-OVERHEAD_BYTES = 48 << 20
+OVERHEAD_BYTES = 32 << 20
 """What an engine takes beside its budget, however small that is: kernels, stacks of threads, pieces of the heap."""
 
 

@@ -56,7 +56,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def less_headroom(num_bytes: int) -> int:
-    return num_bytes - max(48 * MIB, int(num_bytes * 0.05))
+    return num_bytes - max(32 * MIB, int(num_bytes * 0.05))
 
 
 def test_without_cgroups_it_is_the_memory_available(machine: Machine) -> None:
@@ -93,8 +93,8 @@ def test_what_an_engine_takes_beside_its_budget_has_room(machine: Machine, room:
     machine.available(room * MIB)
     budget = automatic_budget(machine.root)
     assert budget == max(0, room * MIB - headroom(room * MIB))
-    assert headroom(room * MIB) >= 48 * MIB
-    assert budget >= 0.95 * room * MIB - 48 * MIB
+    assert headroom(room * MIB) >= 32 * MIB
+    assert budget >= 0.95 * room * MIB - 32 * MIB
 
 
 def test_v2_a_group_above_is_tighter(machine: Machine) -> None:
