@@ -497,7 +497,25 @@ def test_chat_goes_on_after_a_question_that_is_too_long(
     os.write(keyboard, b"news " * 1200 + b"\nWhat news?\n/exit\n")
     assert not chat("--max-tokens", 2)
     assert [len(prompt) for prompt in prompts] == [1, 1]
-    assert "/reset" in capsys.readouterr().err
+    errors = capsys.readouterr().err
+    assert "a shorter message" in errors and "/reset" not in errors  # there is nothing to forget
+
+
+def test_chat_says_that_reset_makes_room_where_it_does(
+    keyboard: int, prompts: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.write(keyboard, b"What news?\n" + b"news " * 1200 + b"\n/exit\n")
+    assert not chat("--max-tokens", 2)
+    assert [len(prompt) for prompt in prompts] == [1, 3]
+    assert "/reset forgets the conversation" in capsys.readouterr().err
+
+
+def test_chat_that_could_answer_nothing_fails(keyboard: int, capsys: pytest.CaptureFixture[str]) -> None:
+    os.write(keyboard, b"What news?\n/reset\nAnd now?\n/exit\n")
+    assert chat("--max-tokens", 1000, "--memory", "4MiB") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("a smaller --max-tokens or a larger --memory") == 2
+    assert "/reset" not in errors
 
 
 def test_ctrl_c_stops_only_the_answer(keyboard: int, prompts: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

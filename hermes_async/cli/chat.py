@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import typer
 from rich.console import Console
 
 from hermes_async.cli import options
@@ -54,6 +55,7 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
     at_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     lines = LineReader(sys.stdin.fileno())
+    answered, failed = False, False
     async with engine, engine.session() as chat:
         if at_terminal:
             console.print(_HELP, style="dim")
@@ -66,17 +68,23 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
             if line is None and at_terminal:
                 console.print()
             if line is None or line.strip() == "/exit":
-                return
+                break
             if line.strip() == "/reset":
                 chat.edit(messages=[])
             elif line.strip():
-                await _take_turn(chat, line, params, interrupts, at_terminal=at_terminal)
+                done = await _take_turn(chat, line, params, interrupts, at_terminal=at_terminal)
+                answered, failed = answered or done, failed or not done
+    if failed and not answered:
+        raise typer.Exit(1)
 
 
 async def _take_turn(
     chat: Session, line: str, params: SamplingParams, interrupts: Interrupts, *, at_terminal: bool
-) -> None:
-    """Asks and shows the answer; both then belong to the conversation, a stopped answer as far as it came."""
+) -> bool:
+    """Asks and shows the answer; both then belong to the conversation, a stopped answer as far as it came.
+
+    Returns whether there could be an answer.
+    """
     message = {"role": "user", "content": line}
     try:
         answer: Answer = await stream_answer(
@@ -84,8 +92,17 @@ async def _take_turn(
         )
     except (ContextLengthError, MemoryBudgetError) as error:
         print_error(error)
-        print("/reset forgets the conversation, which makes room again", file=sys.stderr)
-        return
+        if chat.messages or chat.token_ids:
+            print("/reset forgets the conversation, which makes room again", file=sys.stderr)
+        elif isinstance(error, ContextLengthError):
+            print("Nothing was said before: only a shorter message fits", file=sys.stderr)
+        else:
+            print(
+                "Nothing was said before: a shorter message, a smaller --max-tokens or a larger --memory makes it fit",
+                file=sys.stderr,
+            )
+        return False
     print(flush=True)
     if at_terminal:
         print(answer, file=sys.stderr)
+    return True
