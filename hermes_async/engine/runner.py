@@ -10,6 +10,7 @@ import anyio.from_thread
 import torch
 
 from hermes_async.engine.draft_model import DraftModel
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.request import FinishReason, Request
 from hermes_async.engine.scheduler import Scheduled
 from hermes_async.engine.timing import SweepTimes
@@ -31,7 +32,7 @@ class Outcome:
         sampled: The next tokens: none after a chunk of a prompt that goes on, more than one where drafts were right.
         text: The text that these tokens make certain, with the rest of it where the request ends.
         finish_reason: Where the request ends with the last of them.
-        error: Why no token could be chosen for this request.
+        error: Why no token could be chosen or decoded for this request.
     """
 
     item: Scheduled
@@ -163,10 +164,13 @@ class SweepRunner:
         reason: FinishReason | None = None
         for row, draft in zip_longest(logits, drafted):
             try:
-                sampled.append(request.prepared.sampler.sample(row))
+                with one_request("the choice of a token"):
+                    token = request.prepared.sampler.sample(row)
+                with one_request("the decoding of a token"):
+                    delta, reason = self._after(request, [*sampled, token])
             except RequestError as error:
                 return Outcome(item, length + len(sampled), tuple(sampled), text, error=error)
-            delta, reason = self._after(request, sampled)
+            sampled.append(token)
             text += delta
             if reason is not None or sampled[-1].token_id != draft:
                 break

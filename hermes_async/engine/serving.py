@@ -16,6 +16,7 @@ from hermes_async.config import EngineConfig
 from hermes_async.engine.admission import Admission
 from hermes_async.engine.events import EventKind, RequestEvent
 from hermes_async.engine.forwarding import Forwarding
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.request import Chunk, Request
 from hermes_async.engine.runner import Outcome
 from hermes_async.engine.running import RunningModel
@@ -292,7 +293,11 @@ class Serving:
         except HermesError as read_error:
             error = read_error
         for outcome in outcomes:
-            self._deliver(outcome)
+            try:
+                with one_request("the delivery of tokens"):
+                    self._deliver(outcome)
+            except RequestError as error_of_one:
+                self.finish(outcome.item.request, error_of_one)
         for item in sweep:
             if item.request.aborted or error is not None:
                 self.finish(item.request, None if item.request.aborted else error)
