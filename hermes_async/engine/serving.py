@@ -27,6 +27,9 @@ from hermes_async.errors import DeadlineExceededError, EngineClosedError, Hermes
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import SweepAbandoned
 
+_SECONDS_TO_SHARE = 0.02  # that the first sweep after an idle moment waits for prompts that are being tokenized
+_MAX_PREPARATIONS = 64  # at once; they are the engine's own threads
+
 
 @dataclass(eq=False, slots=True)
 class _Resize:
@@ -72,10 +75,12 @@ class Serving:
         self._tasks = tasks
         self._on_event = on_event
         # All mutable state. `_resizes` are done before the next sweep; `requests` holds every request that has not
-        # ended; `preparing` an event for each prompt tokenized just now; `_work` wakes the sweeps; `acceptance` is what
+        # ended; `preparing` an event for each prompt tokenized just now, on one of
+        # `preparations` threads; `_work` wakes the sweeps; `acceptance` is what
         # drafts were worth; and counts.
         self.requests: dict[str, Request] = {}
         self.preparing: set[anyio.Event] = set()
+        self.preparations = anyio.CapacityLimiter(_MAX_PREPARATIONS)
         self.scheduler = Scheduler(
             plan.tokens_by_outputs,
             plan.max_sequences,
@@ -279,8 +284,10 @@ class Serving:
             if not sweep and not forwards and not self._resizes:
                 self._work = anyio.Event()
                 await self._work.wait()
-                for ready in tuple(self.preparing):  # requests made at the same time share the first sweep too
-                    await ready.wait()
+                # Requests made at the same time share the first sweep too, where their prompts take no time.
+                with anyio.move_on_after(_SECONDS_TO_SHARE):
+                    for ready in tuple(self.preparing):
+                        await ready.wait()
                 await anyio.lowlevel.checkpoint()
 
     async def _run_sweep(self, sweep: Sequence[Scheduled]) -> None:
