@@ -19,6 +19,11 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter] = 1024**_power
 
 
+# Logits are float32. Within these bounds, bias, penalty and temperature together keep them in its range.
+_LARGEST = 1e6
+_LARGEST_BIAS = 1e9
+
+
 def parse_bytes(size: int | str) -> int:
     """Reads a byte size: an int, or a text such as "3GiB", "512 MiB", "1.5GB" (10**9) or "800M" (2**20).
 
@@ -61,8 +66,8 @@ class SamplingParams:
         top_p: Keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
         top_k: Keep the k likeliest tokens; 0 or -1 keeps all.
         min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1].
-        repetition_penalty: Divides (multiplies, if negative) the logits of tokens seen in prompt or output; in
-            [0.001, 1000].
+        repetition_penalty: Divides (multiplies, if negative) the logits of tokens seen in prompt or output; from
+            1e-6 to 1e6.
         presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
         frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
         seed: Seeds this request's own generator; None draws a fresh one.
@@ -71,7 +76,7 @@ class SamplingParams:
         ignore_eos: Go on past the model's end-of-sequence tokens.
         min_tokens: Tokens to generate before an end-of-sequence or stop token may come.
         logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
-        logit_bias: Added to the logits, by token id; each in [-1e30, 1e30].
+        logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
         skip_special_tokens: Leave special tokens out of the text.
 
     Raises:
@@ -114,12 +119,13 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature <= 1e6, "from 0 (greedy) to 1e6")
+        _check("temperature", self.temperature, 0 <= self.temperature <= _LARGEST, f"from 0 (greedy) to {_LARGEST:g}")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
         _check("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all tokens) or more")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
+        penalty = self.repetition_penalty
         _check(
-            "repetition_penalty", self.repetition_penalty, 1e-3 <= self.repetition_penalty <= 1e3, "from 0.001 to 1000"
+            "repetition_penalty", penalty, 1 / _LARGEST <= penalty <= _LARGEST, f"from {1 / _LARGEST:g} to {_LARGEST:g}"
         )
         _check("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "from -2 to 2")
         _check("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "from -2 to 2")
@@ -136,7 +142,10 @@ class SamplingParams:
                 if isinstance(token_id, bool) or not isinstance(token_id, int) or not _is_finite_number(bias):
                     pair = f"{token_id!r} to {bias!r}"
                     raise RequestError(f"logit_bias must map token ids to finite numbers, not {pair}")
-                _check("logit_bias", bias, abs(bias) <= 1e30, "from -1e30 to 1e30")
+                if abs(bias) > _LARGEST_BIAS:
+                    raise RequestError(
+                        f"logit_bias must be from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g}, not {bias!r} for {token_id}"
+                    )
 
 
 def _is_finite_number(value: object) -> bool:

@@ -13,6 +13,7 @@ import anyio.to_thread
 import torch
 import torch.nn.functional as F
 
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.opening import OpenedDraft
 from hermes_async.engine.request import Request
 from hermes_async.engine.scheduler import Scheduled
@@ -97,7 +98,8 @@ class DraftModel:
             while left:
                 for item, row in self._pass(list(left)):
                     try:
-                        item.token_ids.append(samplers[item].sample(row).token_id)
+                        with one_request("the choice of a drafted token"):
+                            item.token_ids.append(samplers[item].sample(row).token_id)
                         left[item] -= 1
                     except RequestError:  # nothing to choose from, for this model: the other one decides
                         item.num_drafted -= left[item]

@@ -23,6 +23,7 @@ from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepa
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
 from hermes_async.engine.forwarding import prepare_forward
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
@@ -34,6 +35,7 @@ from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import (
     ConfigError,
+    DeadlineExceededError,
     EngineClosedError,
     EngineFailedError,
     RequestError,
@@ -360,15 +362,19 @@ class Engine:
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         check_deadline(deadline)
         created_at = time.perf_counter()
-        prompt = await self._prepare(
-            lambda opened: prepare(
-                opened,
-                tokenize(opened),
-                params,
-                prompt_lookup=self._config.prompt_lookup,
-                prior=serving.acceptance,
+        prompt = None
+        with anyio.move_on_after(None if deadline is None else deadline - anyio.current_time()):
+            prompt = await self._prepare(
+                lambda opened: prepare(
+                    opened,
+                    tokenize(opened),
+                    params,
+                    prompt_lookup=self._config.prompt_lookup,
+                    prior=serving.acceptance,
+                )
             )
-        )
+        if prompt is None:
+            raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
         if request_id in self._model().requests:
             raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
         if session is not None and session.closed:
@@ -382,12 +388,20 @@ class Engine:
             serving.leave(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """Tokenizes and checks what a user gave, on a worker thread."""
+        """Tokenizes and checks what a user gave, on a worker thread that the application's own cannot keep from it.
+
+        Raises:
+            RequestError: `check` raised what is no error of ours.
+
+        Cancellation: at once; the thread goes on until `check` ends, and its result is dropped.
+        """
         serving = self._model()
         ready = anyio.Event()
         serving.preparing.add(ready)
         try:
-            return await anyio.to_thread.run_sync(check, serving.running.opened)
+            return await anyio.to_thread.run_sync(
+                _prepare, check, serving.running.opened, abandon_on_cancel=True, limiter=serving.preparations
+            )
         finally:
             serving.preparing.remove(ready)
             ready.set()
@@ -457,3 +471,8 @@ class Engine:
         error = EngineFailedError(f"the engine stopped: {type(self._failure).__name__}: {self._failure}")
         error.__cause__ = self._failure
         return error
+
+
+def _prepare(check: Callable[[OpenedModel], T], opened: OpenedModel) -> T:
+    with one_request("the preparation of the request"):
+        return check(opened)

@@ -10,6 +10,7 @@ import anyio.from_thread
 import torch
 
 from hermes_async.engine.draft_model import DraftModel
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.request import FinishReason, Request
 from hermes_async.engine.scheduler import Scheduled
 from hermes_async.engine.timing import SweepTimes
@@ -31,7 +32,7 @@ class Outcome:
         sampled: The next tokens: none after a chunk of a prompt that goes on, more than one where drafts were right.
         text: The text that these tokens make certain, with the rest of it where the request ends.
         finish_reason: Where the request ends with the last of them.
-        error: Why no token could be chosen for this request.
+        error: Why no token could be chosen or decoded for this request.
     """
 
     item: Scheduled
@@ -162,15 +163,14 @@ class SweepRunner:
         text = ""
         reason: FinishReason | None = None
         for row, draft in zip_longest(logits, drafted):
-            num_sampled = len(sampled)
             try:
-                sampled.append(request.prepared.sampler.sample(row))
-                delta, reason = self._after(request, sampled)
-            except (KeyboardInterrupt, SystemExit):
-                raise
-            except BaseException as error:  # a tokenizer's panic is no Exception; it is this request's fault alone
-                kept = tuple(sampled[:num_sampled])
-                return Outcome(item, length + num_sampled, kept, text, error=_request_error(error))
+                with one_request("the choice of a token"):
+                    token = request.prepared.sampler.sample(row)
+                with one_request("the decoding of a token"):
+                    delta, reason = self._after(request, [*sampled, token])
+            except RequestError as error:
+                return Outcome(item, length + len(sampled), tuple(sampled), text, error=error)
+            sampled.append(token)
             text += delta
             if reason is not None or sampled[-1].token_id != draft:
                 break
@@ -187,15 +187,6 @@ class SweepRunner:
             return "", reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
-
-
-def _request_error(error: BaseException) -> RequestError:
-    """What ends a request, and no other, whose token could not be chosen or decoded."""
-    if isinstance(error, RequestError):
-        return error
-    wrapped = RequestError(f"the request's next token could not be chosen or decoded: {type(error).__name__}: {error}")
-    wrapped.__cause__ = error
-    return wrapped
 
 
 def _pack(

