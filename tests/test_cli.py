@@ -100,8 +100,9 @@ def test_embed_prints_a_vector_a_line() -> None:
 
 
 def test_embed_refuses_in_one_line() -> None:
-    result = hermes("embed", MODEL_PATH, "", "--memory", "16MiB")
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", "hermes-async: error: text 0 is empty\n")
+    result = hermes("embed", MODEL_PATH, "a", "--memory", "16MiB", "--prompt-name", "no")
+    message = "hermes-async: error: prompt_name 'no' is none of the checkpoint's prompts: query, document\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
     assert hermes("embed", MODEL_PATH, "a", "--pooling", "sum").exit_code == 2
 
 

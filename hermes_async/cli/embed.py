@@ -25,7 +25,20 @@ def embed(
         bool | None,
         typer.Option("--normalize/--no-normalize", help="Vectors of length 1; without it, as the checkpoint says."),
     ] = None,
-    truncate: options.Truncate = False,
+    truncate: Annotated[
+        bool | None,
+        typer.Option(
+            "--truncate/--no-truncate",
+            help="Cut texts that are longer than the checkpoint takes; without it, as sentence-transformers does.",
+        ),
+    ] = None,
+    prompt_name: Annotated[
+        str | None, typer.Option(help="One of the checkpoint's prompts, to put before each text.", show_default=False)
+    ] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text to put before each text.", show_default=False)] = None,
+    truncate_dim: Annotated[
+        int | None, typer.Option(help="Keep only so many numbers of each vector.", show_default=False)
+    ] = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -38,7 +51,15 @@ def embed(
 
         async def work(interrupts: Interrupts) -> None:
             async with Engine(path, memory_budget=memory, trace=trace) as engine:
-                vectors = await engine.embed(texts, pooling=pooling, normalize=normalize, truncate=truncate)
+                vectors = await engine.embed(
+                    texts,
+                    pooling=pooling,
+                    normalize=normalize,
+                    truncate=truncate,
+                    prompt_name=prompt_name,
+                    prompt=prompt,
+                    truncate_dim=truncate_dim,
+                )
                 plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
             if json_output:
                 print(json.dumps({"vectors": vectors.tolist(), "plan": plan, "statistics": statistics}))

@@ -47,10 +47,9 @@ def prepare_classification(
         MemoryBudgetError: As `prepare_forward`.
     """
     model = opened.skeleton.model
-    pair = isinstance(item, (tuple, list))
-    if pair and (len(item) != 2 or not all(isinstance(text, str) for text in item)):
+    if isinstance(item, (tuple, list)) and (len(item) != 2 or not all(isinstance(text, str) for text in item)):
         raise RequestError(f"a pair is two texts, not {[type(text).__name__ for text in item]}")
-    if not pair and not isinstance(item, (str, os.PathLike)):
+    if not isinstance(item, (str, os.PathLike, tuple, list)):
         raise RequestError(f"a text, two texts or the path of an image is wanted, not {type(item).__name__}")
     if model.main_input_name == "pixel_values":
         if not isinstance(item, (str, os.PathLike)):

@@ -101,10 +101,10 @@ def lower_casing(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
     lowering = copy.deepcopy(tokenizer)
     backend: Any = getattr(lowering, "backend_tokenizer", None)
     if backend is None:
-        lowering.do_lower_case = True  # type: ignore[attr-defined]
+        lowering.do_lower_case = True
         return lowering
-    normalizer = backend.normalizer
-    normalizers = list(normalizer) if isinstance(normalizer, NormalizerSequence) else [normalizer]
+    normalizer: Any = backend.normalizer
+    normalizers: list[Any] = list(iter(normalizer)) if isinstance(normalizer, NormalizerSequence) else [normalizer]
     if not any(isinstance(item, Lowercase) for item in normalizers):
         backend.normalizer = NormalizerSequence([Lowercase(), *(item for item in normalizers if item is not None)])
     return lowering
