@@ -27,10 +27,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 
 class HermesError(Exception):
-    """The root of every error that hermes_async raises."""
+    """The root of every error that hermes_async raises; each survives `pickle` and `copy` with its attributes."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Exception's own calls the class with `args` alone, which lacks the arguments that have names.
+        return _rebuilt, (type(self), self.args), self.__dict__.copy()
 
 
 class ConfigError(HermesError, ValueError):
@@ -205,3 +210,8 @@ class EngineClosedError(EngineError):
 
 class EngineFailedError(EngineError):
     """The engine stopped on an error, which is this one's `__cause__`."""
+
+
+def _rebuilt(kind: type[HermesError], args: tuple[Any, ...]) -> HermesError:
+    """An error without its attributes, which `pickle` and `copy` set afterwards."""
+    return kind.__new__(kind, *args)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import logging
 import os
 import time
 import uuid
@@ -11,7 +13,6 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import anyio
-import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
 import numpy as np
@@ -37,6 +38,7 @@ from hermes_async.errors import (
     ConfigError,
     DeadlineExceededError,
     EngineClosedError,
+    EngineError,
     EngineFailedError,
     RequestError,
     SessionClosedError,
@@ -48,6 +50,8 @@ from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
 
 T = TypeVar("T")
+
+_log = logging.getLogger("hermes_async")
 
 
 class Engine:
@@ -107,34 +111,61 @@ class Engine:
         self._trace = trace
         self._hub = HubOptions(revision, token, cache_dir)
         # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
-        self._tasks: anyio.abc.TaskGroup | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._scope = anyio.CancelScope()
+        self._failure_told = False  # a call has raised it
         self._running: RunningModel | None = None
         self._serving: Serving | None = None
         self._closed = False
         self._failure: BaseException | None = None
 
     async def __aenter__(self) -> Self:
-        if self._tasks is not None or self._closed:
+        if self._task is not None or self._closed:
             raise EngineClosedError("an engine can be entered once; make another one")
-        self._tasks = anyio.create_task_group()
-        await self._tasks.__aenter__()
+        self._loop = asyncio.get_running_loop()
+        ready = anyio.Event()
+        self._task = asyncio.create_task(self._own(ready), name="hermes engine")
         try:
-            await self._tasks.start(self._serve, name="hermes engine")
+            await ready.wait()
         except BaseException:
-            self._closed = True
-            self._tasks.cancel_scope.cancel()
-            await self._tasks.__aexit__(None, None, None)
+            await self._leave()
             raise
+        if self._serving is None:
+            self._closed = True
+            await self._task  # raises why it did not open
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        assert self._tasks is not None
+        self._check_loop()
+        await self._leave()
+        if kind is None and self._failure is not None and not self._failure_told:
+            raise self._failed()
+
+    async def _leave(self) -> None:
+        """Ends the engine's task; a cancellation comes out when that has ended."""
+        assert self._task is not None
         self._closed = True
-        self._tasks.cancel_scope.cancel()
-        # The body's own error goes on by itself; given to the task group it would come out in a group.
-        await self._tasks.__aexit__(None, None, None)
+        self._scope.cancel()
+        cancelled: asyncio.CancelledError | None = None
+        with anyio.CancelScope(shield=True):
+            while not self._task.done():
+                try:
+                    await asyncio.wait([self._task])
+                except asyncio.CancelledError as error:
+                    cancelled = error
+        if cancelled is not None:
+            raise cancelled
+
+    async def _own(self, ready: anyio.Event) -> None:
+        """The engine's task: its task groups are entered and left here, whichever tasks enter and leave the engine."""
+        try:
+            with self._scope:
+                await self._serve(ready)
+        finally:
+            ready.set()
 
     # --- what users call ---
 
@@ -293,6 +324,7 @@ class Engine:
 
         Returns when the request's memory is free. False if no such request is under way.
         """
+        self._check_loop()
         serving = self._serving
         request = None if serving is None else serving.requests.get(request_id)
         if serving is None or request is None:
@@ -408,7 +440,7 @@ class Engine:
 
     # --- the engine's own task ---
 
-    async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
+    async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
             opened = await anyio.to_thread.run_sync(
@@ -422,7 +454,7 @@ class Engine:
                     try:
                         async with anyio.create_task_group() as tasks:
                             self._serving = Serving(self._running, tasks, self._config, self._on_event)
-                            task_status.started()
+                            ready.set()
                             if self._memory_budget == "auto":
                                 budget, claim = opened.plan.memory_budget, opened.claim
                                 most = self._running.bytes_for_everything
@@ -446,8 +478,11 @@ class Engine:
 
     def _end_requests(self) -> None:
         self._closed = True
+        if self._failure is not None:
+            _log.error("the engine stopped", exc_info=self._failure)
         if self._serving is None:
             return
+        self._failure_told = bool(self._serving.requests or self._serving.forwarding.num_under_way)
         self._serving.admission.stop()
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
@@ -458,8 +493,21 @@ class Engine:
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
 
+    def _check_loop(self) -> None:
+        try:
+            loop = asyncio.get_running_loop()
+        except RuntimeError:
+            loop = None
+        if self._loop is not None and loop is not self._loop:
+            raise EngineError(
+                "the engine is used from another event loop or thread than it was entered in; call it there, "
+                "with asyncio.run_coroutine_threadsafe from another thread"
+            )
+
     def _model(self) -> Serving:
+        self._check_loop()
         if self._failure is not None:
+            self._failure_told = True
             raise self._failed()
         if self._closed:
             raise EngineClosedError("the engine was left")
