@@ -10,7 +10,12 @@ import pytest
 from hermes_async import errors
 
 KINDS = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, errors.HermesError)]
-VALUES: dict[str, Any] = {"path": Path("model.safetensors"), "names": ("a", "b"), "holders": {"ring": 3}}
+VALUES: dict[str, Any] = {
+    "path": Path("model.safetensors"),
+    "names": ("a", "b"),
+    "holders": {"ring": 3},
+    "installed": {"torch": "2"},
+}
 
 
 def _made(kind: type[errors.HermesError]) -> errors.HermesError:

@@ -60,7 +60,7 @@ class EngineLifetime:
         # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
         self._loop: asyncio.AbstractEventLoop | None = None
         self._task: asyncio.Task[None] | None = None
-        self._scope = anyio.CancelScope()
+        self._scope: anyio.CancelScope | None = None
         self._failure_told = False  # a call has raised it
         self._running: RunningModel | None = None
         self._serving: Serving | None = None
@@ -71,8 +71,8 @@ class EngineLifetime:
         if self._task is not None or self._closed:
             raise EngineClosedError("an engine can be entered once; make another one")
         self._loop = asyncio.get_running_loop()
-        ready = anyio.Event()
-        self._task = asyncio.create_task(self._own(ready), name="hermes engine")
+        self._scope, ready = anyio.CancelScope(), anyio.Event()
+        self._task = asyncio.create_task(self._own(self._scope, ready), name="hermes engine")
         try:
             await ready.wait()
         except BaseException:
@@ -94,6 +94,7 @@ class EngineLifetime:
     async def _leave(self) -> None:
         """Ends the engine's task; a cancellation comes out when that has ended."""
         assert self._task is not None
+        assert self._scope is not None
         self._closed = True
         self._scope.cancel()
         cancelled: asyncio.CancelledError | None = None
@@ -106,10 +107,10 @@ class EngineLifetime:
         if cancelled is not None:
             raise cancelled
 
-    async def _own(self, ready: anyio.Event) -> None:
+    async def _own(self, scope: anyio.CancelScope, ready: anyio.Event) -> None:
         """The engine's task: its task groups are entered and left here, whichever tasks enter and leave the engine."""
         try:
-            with self._scope:
+            with scope:
                 await self._serve(ready)
         finally:
             ready.set()

@@ -194,7 +194,8 @@ def _headless_class(
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in missing):
         return None
-    if not any(name.startswith(prefix) for name in checkpoint.tensors):
+    bare = not any(name.startswith(prefix) for name in checkpoint.tensors)
+    if bare and model_class_of(AutoModelForMaskedLM, config) is None:
         return model_class_of(AutoModel, config)
     embeds = ((checkpoint.root or checkpoint.path) / "modules.json").is_file()
     return model_class_of(AutoModel, config) if embeds else _named_base(config)

@@ -74,7 +74,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorSpec] = field(repr=False)
-    root: Path | None = None
+    root: Path | None = field(default=None, repr=False)
 
     @property
     def total_bytes(self) -> int:
