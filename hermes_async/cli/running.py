@@ -13,7 +13,7 @@ import anyio
 import typer
 
 from hermes_async.errors import HermesError
-from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.checkpoint import open_checkpoint
 from hermes_async.storage.hub import HubOptions
 
 INTERRUPTED = 130
@@ -102,10 +102,9 @@ def print_error(error: HermesError) -> None:
     print(f"hermes-async: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
-def find_checkpoint(model: str, hub: HubOptions | None = None) -> Path:
+def find_checkpoint(model: str, hub: HubOptions) -> Path:
     """Returns the model's directory; a model on the hub is downloaded first.
 
     The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
     """
-    hub = hub or HubOptions()
-    return Checkpoint.open(model, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir).path
+    return open_checkpoint(model, hub).path

@@ -35,7 +35,7 @@ from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.planner import plan
 from hermes_async.pipeload.speeds import Speeds, estimated
-from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
 
@@ -141,7 +141,7 @@ def open_model(
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
     hub = hub or HubOptions()
     with ExitStack() as on_error:
-        checkpoint = _open_checkpoint(source, hub)
+        checkpoint = open_checkpoint(source, hub)
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
@@ -191,21 +191,17 @@ def _claimed(claim: Claim, fixed_budget: int | None) -> int:
         ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
         while claim.left_over() < budget and time.monotonic() < ends_at:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            _stop_where_nobody_waits()
+            _raise_if_cancelled()
         if fixed_budget is None:
             budget = min(budget, claim.left_over())
             claim.change(budget)
     return budget
 
 
-def _stop_where_nobody_waits() -> None:
+def _raise_if_cancelled() -> None:
     """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
     with suppress(RuntimeError):  # so anyio says that no task waits
         anyio.from_thread.check_cancelled()
-
-
-def _open_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpoint:
-    return Checkpoint.open(source, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:
@@ -264,7 +260,7 @@ def _open_draft(
     on_error: ExitStack,
     hub: HubOptions,
 ) -> OpenedDraft:
-    checkpoint = _open_checkpoint(source, hub)
+    checkpoint = open_checkpoint(source, hub)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     skeleton, attention, seen = _look_at(checkpoint, config, on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):

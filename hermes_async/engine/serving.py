@@ -75,9 +75,8 @@ class Serving:
         self._tasks = tasks
         self._on_event = on_event
         # All mutable state. `_resizes` are done before the next sweep; `requests` holds every request that has not
-        # ended; `preparing` an event for each prompt tokenized just now, on one of
-        # `preparations` threads; `_work` wakes the sweeps; `acceptance` is what
-        # drafts were worth; and counts.
+        # ended; `preparing` an event for each prompt tokenized just now, and `preparations` bounds the threads for
+        # that; `_work` wakes the sweeps; `acceptance` is what drafts were worth; and counts.
         self.requests: dict[str, Request] = {}
         self.preparing: set[anyio.Event] = set()
         self.preparations = anyio.CapacityLimiter(_MAX_PREPARATIONS)

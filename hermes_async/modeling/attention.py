@@ -1,7 +1,7 @@
 """Attention over a packed row: every segment attends to its own sequence only.
 
-Two ways. Models that let their attention be chosen call `PackedAttention`. The others
-attend by themselves, under `block_diagonal_mask`, over keys and values that `PackedCache` lays one after another.
+Two ways. Models that let their attention be chosen call `PackedAttention`. The others attend by themselves, under
+`block_diagonal_mask`, over keys and values that `PackedCache` lays one after another.
 """
 
 from __future__ import annotations

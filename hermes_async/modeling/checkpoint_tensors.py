@@ -42,7 +42,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
     found: dict[str, TensorSpec] = {}
     # Of a parameter what makes it, and by its source patterns of which tensors.
     to_join: dict[str, tuple[Any, dict[str, list[TensorSpec]]]] = {}
-    for name in sorted(checkpoint.tensors, key=tensor_order):
+    for name in sorted(checkpoint.tensors, key=tensor_order()):
         renamed, converted = rename(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
             renamed, converted = rename(name, [], [], prefix, expected)

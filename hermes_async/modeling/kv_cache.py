@@ -6,7 +6,6 @@ Source: block tables as in PagedAttention (Kwon et al., SOSP 2023, arXiv 2309.06
 from __future__ import annotations
 
 import mmap
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,9 +13,7 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache
 
-from hermes_async.storage.buffers import align_up
-
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has a name for it from 3.13 on
+from hermes_async.storage.buffers import MAP_NORESERVE, align_up
 
 BLOCK_TOKENS = 16
 """Tokens of one block: what sequences can share, and the most that is computed again after an edit of a history."""
@@ -83,7 +80,7 @@ class KVPool:
         self.layout = layout
         self.num_blocks = nbytes // layout.block_bytes
         # Reserved for the most there can ever be, so without swap being set aside for it.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, max(1, self.num_blocks) * layout.block_bytes, flags=flags)
         # All mutable state: blocks given back, and the first that was never used.
         self._free: list[int] = []

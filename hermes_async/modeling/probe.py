@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import mmap
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,12 +33,12 @@ from hermes_async.modeling.module_tensors import replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, layers_of, token_embedding
 from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
+from hermes_async.storage.buffers import MAP_NORESERVE
 
 logger = logging.getLogger(__name__)
 
 _NUM_TOKENS = 1
 _MORE_TOKENS = (16, 128)
-_NO_RESERVE = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,7 +327,7 @@ def _zeros_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Zeros that take no memory, however large they are: matrices may be larger than the machine's memory."""
     largest = max((tensor.nbytes for tensor in tensors.values()), default=0)
     try:
-        block = mmap.mmap(-1, max(1, largest), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+        block = mmap.mmap(-1, max(1, largest), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
     except OSError as error:  # a limit on addresses, or a system that promises no more than it has
         logger.debug("no room for the addresses of %d bytes: %s", largest, error)
         # Not first, because a product of several matrices would make a real copy of what is repeated.

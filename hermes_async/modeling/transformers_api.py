@@ -136,11 +136,11 @@ def tensor_renamer() -> Callable[[str, list[Any], list[Any], str, Mapping[str, A
     return rename
 
 
-def tensor_order(name: str) -> Any:
-    """A sort key for tensor names, by which layer 10 comes behind layer 9."""
+def tensor_order() -> Callable[[str], Any]:
+    """The sort key of tensor names by which layer 10 comes behind layer 9."""
     with _needs("order of a checkpoint's tensors"):
-        key = import_module("transformers.core_model_loading").dot_natural_key
-    return key(name)
+        key: Callable[[str], Any] = import_module("transformers.core_model_loading").dot_natural_key
+    return key
 
 
 def operation_of(operation: Any) -> tuple[str, int | None]:
@@ -183,7 +183,12 @@ def unregister_attention(name: str) -> None:
 
 def kv_cache_argument(model: PreTrainedModel) -> str | None:
     """What the model's forward calls its KV cache; None where it takes none."""
-    accepted = inspect.signature(model.forward).parameters
+    return _kv_cache_argument_of(getattr(model.forward, "__func__", model.forward))
+
+
+@cache  # asked for in each sweep, and to read a signature takes tens of microseconds
+def _kv_cache_argument_of(forward: Callable[..., Any]) -> str | None:
+    accepted = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in accepted), None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+import sys
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,6 +14,9 @@ import anyio
 import torch
 
 _HUGE_PAGE = 2 << 20
+
+MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has a name for it from 3.13 on
+"""A mapping's flag: addresses alone are taken, and no swap is set aside for what is never written."""
 
 ALIGNMENT = 4096
 """Direct I/O wants file offset, length and memory address to be multiples of this many bytes."""

@@ -126,6 +126,11 @@ class Checkpoint:
         return cls(path, config or read_config(file, dict), tensors, None if root == path else root)
 
 
+def open_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpoint:
+    """As `Checkpoint.open`, with what is asked of the hub in one value."""
+    return Checkpoint.open(source, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
+
+
 def _model_folder(path: Path) -> Path:
     """Where the model is: old releases of sentence-transformers put it into a folder that `modules.json` names."""
     file = path / "modules.json"
