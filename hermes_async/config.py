@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any
 
@@ -22,6 +22,8 @@ for _power, _letter in enumerate("KMGT", start=1):
 # Logits are float32. Within these bounds, bias, penalty and temperature together keep them in its range.
 _LARGEST = 1e6
 _LARGEST_BIAS = 1e9
+_NOT_OPTIONAL = ("max_tokens", "min_tokens", "ignore_eos", "skip_special_tokens")
+"""Of `SamplingParams`: what is not its default where None is given. `max_tokens` is then without a limit."""
 
 
 def parse_bytes(size: int | str) -> int:
@@ -60,6 +62,8 @@ def format_bytes(num_bytes: int) -> str:
 class SamplingParams:
     """How one request's tokens are chosen; names and meanings are vLLM's.
 
+    None is the default of every number and sequence but `max_tokens` and `min_tokens`.
+
     Attributes:
         max_tokens: Most tokens to generate; None for as many as the context has room for.
         temperature: 0.0 is greedy; otherwise logits are divided by it; at most 1e6.
@@ -70,11 +74,11 @@ class SamplingParams:
             1e-6 to 1e6.
         presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
         frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
-        seed: Seeds this request's own generator; None draws a fresh one.
+        seed: Seeds this request's own generator; None or -1 draws a fresh one.
         stop: Texts that end the generation; they are not part of the output.
         stop_token_ids: Tokens that end the generation, besides the model's end-of-sequence tokens.
         ignore_eos: Go on past the model's end-of-sequence tokens.
-        min_tokens: Tokens to generate before an end-of-sequence or stop token may come.
+        min_tokens: Tokens to generate before an end-of-sequence or stop token may come, or a stop text ends it.
         logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
         skip_special_tokens: Leave special tokens out of the text.
@@ -101,6 +105,12 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        # As in vLLM and its server: None is the default, and -1 no seed.
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.name not in _NOT_OPTIONAL:
+                object.__setattr__(self, field.name, field.default)
+        if self.seed == -1 and not isinstance(self.seed, float):
+            object.__setattr__(self, "seed", None)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))

@@ -151,16 +151,16 @@ def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) 
     ("name", "value"),
     [
         *[("max_tokens", value) for value in (0, -1, 1.5, "16", True)],
-        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None, True, 10**400)],
-        *[("top_p", value) for value in (0, -0.5, 1.01, math.nan, None)],
-        *[("top_k", value) for value in (-2, 1.0, None, False)],
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", True, 10**400)],
+        *[("top_p", value) for value in (0, -0.5, 1.01, math.nan)],
+        *[("top_k", value) for value in (-2, 1.0, False)],
         *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
         *[("repetition_penalty", value) for value in (0, -1.0, math.inf)],
         *[("presence_penalty", value) for value in (-2.1, 2.1, math.nan)],
         *[("frequency_penalty", value) for value in (-2.1, 2.1, "0")],
-        *[("seed", value) for value in (-1, 2**64, 1.0, True)],
-        *[("stop", value) for value in ("", ["a", ""], [1], 5, None, b"a", [None])],
-        *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5, None)],
+        *[("seed", value) for value in (-2, -1.0, 2**64, 1.0, True)],
+        *[("stop", value) for value in ("", ["a", ""], [1], 5, b"a", [None])],
+        *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5)],
         *[("ignore_eos", value) for value in ("false", 1, None)],
         *[("min_tokens", value) for value in (-1, 1.0, None, 17)],
         *[("logprobs", value) for value in (-1, 1.0, True)],
@@ -177,6 +177,22 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, HermesError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "logit_bias"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    ],
+)
+def test_none_is_the_default_where_vllm_takes_it(name: str) -> None:
+    given: dict[str, Any] = {name: None}
+    assert SamplingParams(**given) == SamplingParams()
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1).seed is None
 
 
 def test_min_tokens_must_fit_into_max_tokens() -> None:

@@ -67,6 +67,7 @@ def prepare(
             prompt_ids=token_ids,
             stop=tuple(params.stop),
             skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")

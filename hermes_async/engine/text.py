@@ -40,6 +40,7 @@ class TextStream:
         prompt_ids: What comes before the output; the last few tell whether it begins with a space.
         stop: Texts that end the output and are not part of it.
         skip_special_tokens: Leave special tokens out.
+        min_tokens: Stop texts that the first so many tokens complete do not count.
     """
 
     def __init__(
@@ -49,9 +50,11 @@ class TextStream:
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
         self._stop = tuple(stop)
+        self._num_to_pass = min_tokens
         self._held = ""
         self._deltas: list[str] = []
         self._stopped = False
@@ -68,17 +71,19 @@ class TextStream:
 
     def push(self, token_id: int, *, final: bool = False) -> TextDelta:
         """Takes the next token; returns the text that is certain now, or with `final` all that is left."""
-        return self._advance(self._decoder.push(token_id), final)
+        looked_for = self._num_to_pass == 0
+        self._num_to_pass = max(0, self._num_to_pass - 1)
+        return self._advance(self._decoder.push(token_id), final, looked_for)
 
     def finish(self) -> str:
         """Returns what was held back; bytes of an incomplete character become U+FFFD."""
-        return self._advance("", final=True).text
+        return self._advance("", True, self._num_to_pass == 0).text
 
-    def _advance(self, decoded: str, final: bool) -> TextDelta:
+    def _advance(self, decoded: str, final: bool, looked_for: bool) -> TextDelta:
         if self._stopped:
             return TextDelta("", stopped=True)
         text = self._held + decoded + (self._decoder.flush() if final else "")
-        cut = _first_stop(text, self._stop)
+        cut = _first_stop(text, self._stop, len(self._held)) if looked_for else None
         if cut is not None:
             self._stopped = True
         elif final:
@@ -166,9 +171,9 @@ class _Decoder:
         return cast(str, text)
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Returns where the stop text begins that is complete first in `text`, or None."""
-    found = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
+def _first_stop(text: str, stop: Sequence[str], num_passed: int) -> int | None:
+    """Returns where the stop text begins that is complete first in `text` behind `num_passed` characters, or None."""
+    found = [(at + len(s), at) for s in stop if (at := text.find(s, max(0, num_passed - len(s) + 1))) >= 0]
     return min(found)[1] if found else None
 
 

@@ -413,3 +413,19 @@ def test_stop_text_in_the_prompt_does_not_count() -> None:
     stream = TextStream(BYTE_LEVEL, prompt_ids=byte_tokens(BYTE_LEVEL, b"STOP ST"), stop=["STOP"])
     assert "".join(stream_all(stream, byte_tokens(BYTE_LEVEL, b"OP"))) == "OP"
     assert not stream.stopped
+
+
+def test_a_stop_text_does_not_count_before_min_tokens() -> None:
+    tokenizer = byte_level_tokenizer()
+    token_ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "axbyaxbz"]
+    for min_tokens, expected in ((0, "a"), (1, "a"), (2, "ax"), (3, "axbya"), (6, "axbya"), (7, "axbyaxbz")):
+        stream = TextStream(
+            tokenizer, prompt_ids=(), stop=("xb",) if min_tokens != 2 else ("b",), min_tokens=min_tokens
+        )
+        text = ""
+        for token_id in token_ids:
+            delta = stream.push(token_id)
+            text += delta.text
+            if delta.stopped:
+                break
+        assert (text if stream.stopped else text + stream.finish()) == expected

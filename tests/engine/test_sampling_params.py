@@ -1,0 +1,49 @@
+"""What `SamplingParams` mean in an engine, beside transformers' `generate` and vLLM's rules."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+
+from hermes_async import SamplingParams
+from tests.engines import one_loop, open_engine
+
+pytestmark = pytest.mark.anyio
+anyio_backend = one_loop(use_uvloop=False)
+
+
+# No stop before min_tokens
+
+
+@pytest.mark.parametrize("min_tokens", [0, 2, 3, 12])
+async def test_no_end_token_comes_before_min_tokens(tiny_model: Any, min_tokens: int) -> None:
+    """The tokens are those of transformers' `min_new_tokens`."""
+    prompt, reference = tiny_model.prompts[1], tiny_model.references[1]
+    with torch.inference_mode():
+        output = tiny_model.model.generate(
+            torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), do_sample=False, pad_token_id=0,
+            max_new_tokens=12, min_new_tokens=min_tokens, eos_token_id=[1, reference[1]],
+        )  # fmt: skip
+    expected = tuple(output[0, len(prompt) :].tolist())
+    assert len(expected) >= max(2, min_tokens)
+    params = SamplingParams(max_tokens=12, temperature=0, min_tokens=min_tokens, stop_token_ids=[reference[1]])
+    async with open_engine(tiny_model) as engine:
+        assert (await engine.complete(prompt, params)).token_ids == expected
+
+
+@pytest.mark.parametrize("min_tokens", [0, 1, 3, 4, 12])
+async def test_no_stop_text_ends_it_before_min_tokens(tiny_model: Any, min_tokens: int) -> None:
+    reference = tiny_model.references[1]
+    stop = next(token_id for token_id in reference[2:] if token_id >= 10)  # no other word begins as this one
+    ends = [idx for idx, token_id in enumerate(reference) if token_id == stop and idx >= min_tokens]
+    num_tokens = ends[0] + 1 if ends else len(reference)
+    params = dataclasses.replace(tiny_model.params, stop=f"w{stop}", min_tokens=min_tokens)
+    async with open_engine(tiny_model) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], params)
+    assert completion.token_ids == reference[:num_tokens]
+    assert completion.finish_reason == ("stop" if ends else "length")
+    shown = num_tokens - 1 if ends else num_tokens
+    assert completion.text.split() == tiny_model.text(reference[:shown]).split()
