@@ -22,7 +22,8 @@ for _power, _letter in enumerate("KMGT", start=1):
 # Logits are float32. Within these bounds, bias, penalty and temperature together keep them in its range.
 _LARGEST = 1e6
 _LARGEST_BIAS = 1e9
-_NOT_OPTIONAL = ("max_tokens", "min_tokens", "ignore_eos", "skip_special_tokens")
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_NOT_OPTIONAL = ("max_tokens", "min_tokens", *_FLAGS)
 """Of `SamplingParams`: what is not its default where None is given. `max_tokens` is then without a limit."""
 
 
@@ -75,8 +76,10 @@ class SamplingParams:
         presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
         frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
         seed: Seeds this request's own generator; None or -1 draws a fresh one.
-        stop: Texts that end the generation; they are not part of the output.
+        stop: Texts that end the generation.
         stop_token_ids: Tokens that end the generation, besides the model's end-of-sequence tokens.
+        include_stop_str_in_output: Whether the text has what ended it at its end, a stop text or the text of a stop
+            or end-of-sequence token. `token_ids` have the last token in any case.
         ignore_eos: Go on past the model's end-of-sequence tokens.
         min_tokens: Tokens to generate before an end-of-sequence or stop token may come, or a stop text ends it.
         logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
@@ -98,6 +101,7 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -125,7 +129,7 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", *penalties):
             if not _is_finite_number(getattr(self, name)):
                 raise RequestError(f"{name} must be a finite number, not {getattr(self, name)!r}")
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")

@@ -66,6 +66,7 @@ def prepare(
             opened.tokenizer,
             prompt_ids=token_ids,
             stop=tuple(params.stop),
+            include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
         )

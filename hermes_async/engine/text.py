@@ -19,7 +19,7 @@ _MAX_MORE_CONTEXT = 26
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text, and whether a stop text was met (the new text ends right before it)."""
+    """New text, and whether a stop text was met (the new text ends right before it, or with it)."""
 
     text: str
     stopped: bool
@@ -38,7 +38,8 @@ class TextStream:
     Args:
         tokenizer: Decodes; not changed.
         prompt_ids: What comes before the output; the last few tell whether it begins with a space.
-        stop: Texts that end the output and are not part of it.
+        stop: Texts that end the output.
+        include_stop: Whether the stop text that ends it is part of it.
         skip_special_tokens: Leave special tokens out.
         min_tokens: Stop texts that the first so many tokens complete do not count.
     """
@@ -49,11 +50,13 @@ class TextStream:
         *,
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
+        include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
     ) -> None:
         self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
         self._stop = tuple(stop)
+        self._include_stop = include_stop
         self._num_to_pass = min_tokens
         self._held = ""
         self._deltas: list[str] = []
@@ -83,9 +86,10 @@ class TextStream:
         if self._stopped:
             return TextDelta("", stopped=True)
         text = self._held + decoded + (self._decoder.flush() if final else "")
-        cut = _first_stop(text, self._stop, len(self._held)) if looked_for else None
-        if cut is not None:
+        stop = _first_stop(text, self._stop, len(self._held)) if looked_for else None
+        if stop is not None:
             self._stopped = True
+            cut = stop.stop if self._include_stop else stop.start
         elif final:
             cut = len(text)
         else:
@@ -171,10 +175,11 @@ class _Decoder:
         return cast(str, text)
 
 
-def _first_stop(text: str, stop: Sequence[str], num_passed: int) -> int | None:
-    """Returns where the stop text begins that is complete first in `text` behind `num_passed` characters, or None."""
+def _first_stop(text: str, stop: Sequence[str], num_passed: int) -> range | None:
+    """Returns where the stop text is that is complete first in `text` behind `num_passed` characters, or None."""
     found = [(at + len(s), at) for s in stop if (at := text.find(s, max(0, num_passed - len(s) + 1))) >= 0]
-    return min(found)[1] if found else None
+    end, start = min(found, default=(0, 0))
+    return range(start, end) if end else None
 
 
 def _num_held(text: str, stop: Sequence[str]) -> int:

@@ -47,3 +47,45 @@ async def test_no_stop_text_ends_it_before_min_tokens(tiny_model: Any, min_token
     assert completion.finish_reason == ("stop" if ends else "length")
     shown = num_tokens - 1 if ends else num_tokens
     assert completion.text.split() == tiny_model.text(reference[:shown]).split()
+
+
+# What of a stop is in the text
+
+
+@pytest.mark.parametrize("included", [False, True])
+async def test_the_text_of_a_stop_token_is_no_part_of_the_text_unless_it_is_asked_for(
+    tiny_model: Any, included: bool
+) -> None:
+    reference = tiny_model.references[1]
+    first = reference.index(reference[3]) + 1
+    params = dataclasses.replace(tiny_model.params, stop_token_ids=[reference[3]], include_stop_str_in_output=included)
+    async with open_engine(tiny_model) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], params)
+    assert completion.finish_reason == "stop"
+    assert completion.token_ids == reference[:first]
+    assert completion.text.split() == tiny_model.text(reference[: first if included else first - 1]).split()
+
+
+@pytest.mark.parametrize("included", [False, True])
+async def test_so_is_the_text_of_an_end_of_sequence_token_where_special_tokens_are_shown(
+    tiny_model: Any, included: bool
+) -> None:
+    params = SamplingParams(
+        max_tokens=5, temperature=0, logit_bias={1: 1e6}, skip_special_tokens=False, include_stop_str_in_output=included
+    )
+    async with open_engine(tiny_model) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], params)
+    assert (completion.token_ids, completion.finish_reason) == ((1,), "stop")
+    assert completion.text.strip() == ("</s>" if included else "")
+
+
+@pytest.mark.parametrize("included", [False, True])
+async def test_a_stop_text_is_in_the_text_where_it_is_asked_for(tiny_model: Any, included: bool) -> None:
+    reference = tiny_model.references[1]
+    stop = next(token_id for token_id in reference[2:] if token_id >= 10)
+    params = dataclasses.replace(tiny_model.params, stop=f"w{stop}", include_stop_str_in_output=included)
+    async with open_engine(tiny_model) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], params)
+    num_shown = reference.index(stop) + included
+    assert completion.text.split() == tiny_model.text(reference[:num_shown]).split()
+    assert completion.finish_reason == "stop"

@@ -429,3 +429,16 @@ def test_a_stop_text_does_not_count_before_min_tokens() -> None:
             if delta.stopped:
                 break
         assert (text if stream.stopped else text + stream.finish()) == expected
+
+
+def test_what_was_held_back_is_given_out_where_a_stop_token_ends_the_text() -> None:
+    stream = TextStream(BYTE_LEVEL, prompt_ids=(), stop=["STOP"])
+    deltas = [stream.push(token_id).text for token_id in byte_tokens(BYTE_LEVEL, b"aST")]
+    assert (deltas, stream.finish()) == (["a", "", ""], "ST")
+
+
+def test_a_stop_text_that_is_asked_for_is_the_end_of_the_text() -> None:
+    stream = TextStream(BYTE_LEVEL, prompt_ids=(), stop=["STOP"], include_stop=True)
+    deltas = [stream.push(token_id) for token_id in byte_tokens(BYTE_LEVEL, b"aSTOPb")]
+    assert [delta.text for delta in deltas] == ["a", "", "", "", "STOP", ""]
+    assert [delta.stopped for delta in deltas] == [False] * 4 + [True] * 2
