@@ -15,6 +15,8 @@ _MAX_INCOMPLETE_TOKENS = 3
 _MAX_HELD_TOKENS = 8
 _NUM_CONTEXT_TOKENS = 6
 _MAX_MORE_CONTEXT = 26
+_FIRST_MARK = 0xD800
+"""The first of the surrogates, of which none is ever a character of a text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class TextStream:
     The deltas together are what `tokenizer.decode` adds for the output to what it gives for the prompt. Text
     is held back while it may end within a character, or within a stop text. Of several stop texts, the one
     that is complete first ends the text (the longest, if several are complete at once): so how the text was
-    cut into tokens does not matter.
+    cut into tokens does not matter. A special token in a stop text is met whether it is shown or left out.
 
     A token costs the decoding of a few tokens, however long the output is.
 
@@ -55,7 +57,11 @@ class TextStream:
         min_tokens: int = 0,
     ) -> None:
         self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
+        # Of special tokens that are left out and that a stop text names: what stands for each in `_held`.
+        self._marks: dict[int, str] = {}
         self._stop = tuple(stop)
+        if skip_special_tokens and stop:
+            self._mark_special_tokens(tokenizer)
         self._include_stop = include_stop
         self._num_to_pass = min_tokens
         self._held = ""
@@ -76,11 +82,21 @@ class TextStream:
         """Takes the next token; returns the text that is certain now, or with `final` all that is left."""
         looked_for = self._num_to_pass == 0
         self._num_to_pass = max(0, self._num_to_pass - 1)
-        return self._advance(self._decoder.push(token_id), final, looked_for)
+        return self._advance(self._decoder.push(token_id) + self._marks.get(token_id, ""), final, looked_for)
 
     def finish(self) -> str:
         """Returns what was held back; bytes of an incomplete character become U+FFFD."""
         return self._advance("", True, self._num_to_pass == 0).text
+
+    def _mark_special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        special = {str(token): idx for idx, token in tokenizer.added_tokens_decoder.items() if token.special}
+        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        named = [token for token in special if any(token in text for text in self._stop)]
+        marked = list(self._stop)
+        for number, token in enumerate(sorted(named, key=len, reverse=True)):
+            mark = self._marks[special[token]] = chr(_FIRST_MARK + number)
+            marked = [text.replace(token, mark) for text in marked]
+        self._stop = tuple(dict.fromkeys([*self._stop, *marked]))
 
     def _advance(self, decoded: str, final: bool, looked_for: bool) -> TextDelta:
         if self._stopped:
@@ -95,8 +111,11 @@ class TextStream:
         else:
             cut = len(text) - _num_held(text, self._stop)
         self._held = "" if self._stopped else text[cut:]
-        self._deltas.append(text[:cut])
-        return TextDelta(text[:cut], self._stopped)
+        shown = text[:cut]
+        for mark in self._marks.values():
+            shown = shown.replace(mark, "")
+        self._deltas.append(shown)
+        return TextDelta(shown, self._stopped)
 
 
 class _Decoder:

@@ -49,6 +49,16 @@ async def test_no_stop_text_ends_it_before_min_tokens(tiny_model: Any, min_token
     assert completion.text.split() == tiny_model.text(reference[:shown]).split()
 
 
+@pytest.mark.parametrize("shown", [False, True])
+async def test_a_special_token_is_a_stop_text(tiny_model: Any, shown: bool) -> None:
+    params = SamplingParams(
+        max_tokens=5, temperature=0, logit_bias={1: 1e6}, ignore_eos=True, stop="</s>", skip_special_tokens=shown
+    )
+    async with open_engine(tiny_model) as engine:
+        completion = await engine.complete(tiny_model.prompts[1], params)
+    assert (completion.token_ids, completion.finish_reason, completion.text.strip()) == ((1,), "stop", "")
+
+
 # What of a stop is in the text
 
 
