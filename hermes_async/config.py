@@ -8,9 +8,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from hermes_async.errors import ConfigError, RequestError
+
+Pooling = Literal["mean", "cls", "max", "last"]
+"""What is made of a text's tokens: their mean or maximum, or the first or last one alone."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):

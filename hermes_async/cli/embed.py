@@ -9,8 +9,7 @@ import typer
 
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.engine.engine import Engine
-from hermes_async.modeling.pooling import Pooling
+from hermes_async.config import Pooling
 
 
 def embed(
@@ -30,9 +29,12 @@ def embed(
 ) -> None:
     """Print each text's vector; with --json the vectors, plan and statistics."""
     with errors_in_one_line():
+        texts = [options.checked_text(text) for text in texts]
         path = find_checkpoint(model)
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             async with Engine(path, memory_budget=memory, trace=trace) as engine:
                 vectors = await engine.embed(texts, pooling=pooling, normalize=normalize, truncate=truncate)
                 plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()

@@ -12,11 +12,8 @@ from pathlib import Path
 import anyio
 import typer
 
+from hermes_async.cli import INTERRUPTED
 from hermes_async.errors import HermesError
-from hermes_async.storage.checkpoint import Checkpoint
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
 
 
 class Interrupts:
@@ -61,12 +58,16 @@ def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
         HermesError: As `work` raised it, never in a group.
         KeyboardInterrupt: Ctrl-C came while `work` had no block of its own open.
     """
+    from hermes_async.engine import parts
+
+    parts.load()  # here Ctrl-C ends it at once, which it could not on the engine's worker thread
     anyio.run(_interruptible, work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
 
 
 async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
     interrupts = Interrupts()
     failure: Exception | SystemExit | None = None
+    before = signal.getsignal(signal.SIGINT)
     async with anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGINT) as signals:
             tasks.start_soon(interrupts.watch, signals)
@@ -77,6 +78,7 @@ async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
                 except (Exception, SystemExit) as error:
                     failure = error
             tasks.cancel_scope.cancel()
+        signal.signal(signal.SIGINT, before)  # the event loop puts Python's own in its place
     if failure is not None:
         raise failure
     if everything.cancelled_caught:
@@ -94,6 +96,9 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("hermes-async: stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    except UnicodeEncodeError as error:  # what has no UTF-8: a name of bytes that are none
+        print(f"hermes-async: error: {error.object!a} is not UTF-8", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def print_error(error: HermesError) -> None:
@@ -106,4 +111,6 @@ def find_checkpoint(model: str) -> Path:
 
     The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
     """
+    from hermes_async.storage.checkpoint import Checkpoint
+
     return Checkpoint.open(model).path

@@ -13,11 +13,12 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from hermes_async.config import Pooling
 from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
 from hermes_async.modeling.inputs import input_names
-from hermes_async.modeling.pooling import Pooling, PoolingConfig, pool
+from hermes_async.modeling.pooling import PoolingConfig, pool
 from hermes_async.pipeload.groups import ungrouped
 
 _SLACK = 1.25  # the longest text of a pass may be so much longer than its shortest

@@ -8,28 +8,20 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import TYPE_CHECKING, Any, Self, TypeVar
 
 import anyio
 import anyio.abc
 import anyio.lowlevel
 import anyio.to_thread
-import numpy as np
-import numpy.typing as npt
 
-from hermes_async.config import EngineConfig, SamplingParams, parse_bytes
-from hermes_async.engine.classification import Label, prepare_classification
-from hermes_async.engine.embedding import embed_batches, prepare_embedding
+from hermes_async.config import EngineConfig, Pooling, SamplingParams, parse_bytes
+from hermes_async.engine import parts
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
-from hermes_async.engine.forwarding import prepare_forward
-from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
-from hermes_async.engine.running import RunningModel, running_model
-from hermes_async.engine.serving import Serving
 from hermes_async.engine.session import Session
-from hermes_async.engine.session_kv import SessionKV
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import (
@@ -39,10 +31,15 @@ from hermes_async.errors import (
     RequestError,
     SessionClosedError,
 )
-from hermes_async.modeling.pooling import Pooling
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.trace import Trace
+
+if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
+    import numpy as np
+    import numpy.typing as npt
+
+    from hermes_async.engine.parts import Label, OpenedModel, RunningModel, Serving, SessionKV
 
 T = TypeVar("T")
 
@@ -206,7 +203,7 @@ class Engine:
 
         Cancellation: the pass ends before its next stage.
         """
-        request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
+        request = await self._prepare(lambda opened: parts.prepare_forward(opened, inputs))
         return await self._model().forwarding.run(request)
 
     async def embed(
@@ -237,9 +234,9 @@ class Engine:
         """
         several = [texts] if isinstance(texts, str) else list(texts)
         batches = await self._prepare(
-            lambda opened: prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
+            lambda opened: parts.prepare_embedding(opened, several, pooling, normalize, truncate=truncate)
         )
-        vectors = await embed_batches(self._model().forwarding, batches)
+        vectors = await parts.embed_batches(self._model().forwarding, batches)
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def classify(self, item: str | os.PathLike[str], *, truncate: bool = False) -> Sequence[Label]:
@@ -253,7 +250,7 @@ class Engine:
 
         Cancellation: as `forward`.
         """
-        request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
+        request = await self._prepare(lambda opened: parts.prepare_classification(opened, item, truncate=truncate))
         labels: Sequence[Label] = await self._model().forwarding.run(request)
         return labels
 
@@ -380,17 +377,18 @@ class Engine:
     async def _serve(self, *, task_status: anyio.abc.TaskStatus[None]) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
+            await anyio.to_thread.run_sync(parts.load)
             opened = await anyio.to_thread.run_sync(
-                open_model, self._source, self._memory_budget, self._config, self._draft_model
+                parts.open_model, self._source, self._memory_budget, self._config, self._draft_model
             )
             with contextlib.closing(opened), ungrouped():
                 async with (
                     tracing(self._trace) as trace,
-                    running_model(opened, self._config, self._release, trace) as self._running,
+                    parts.running_model(opened, self._config, self._release, trace) as self._running,
                 ):
                     try:
                         async with anyio.create_task_group() as tasks:
-                            self._serving = Serving(self._running, tasks, self._config, self._on_event)
+                            self._serving = parts.Serving(self._running, tasks, self._config, self._on_event)
                             task_status.started()
                             if self._memory_budget == "auto":
                                 budget, baseline = opened.plan.memory_budget, opened.baseline_bytes
