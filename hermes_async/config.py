@@ -8,9 +8,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any
+from typing import Any, Literal
 
 from hermes_async.errors import ConfigError, RequestError
+
+Pooling = Literal["mean", "cls", "max", "last", "weightedmean", "mean_sqrt_len"]
+"""What is made of a text's tokens: their mean or maximum, the first or last one alone, a mean that weighs each by its
+place, or their sum by the root of their number."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):

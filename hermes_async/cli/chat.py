@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from hermes_async.cli import options
 from hermes_async.cli.answer import Answer, stream_answer
 from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
 from hermes_async.config import SamplingParams
-from hermes_async.engine.engine import Engine
-from hermes_async.engine.session import Session
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
 from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from hermes_async import Engine, Session
 
 _HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
 
@@ -45,6 +46,8 @@ def chat(
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
             await _converse(engine, params, interrupts)
 
@@ -52,6 +55,8 @@ def chat(
 
 
 async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrupts) -> None:
+    from rich.console import Console
+
     at_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     lines = LineReader(sys.stdin.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -87,6 +88,22 @@ CacheDir = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
+
+
+def checked_text(text: str) -> str:
+    """A text of the command line, which is UTF-8 whatever the locale says.
+
+    Raises:
+        BadParameter: Its bytes are not UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # it has bytes that the locale's encoding does not have
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise typer.BadParameter(f"{text!a} is not UTF-8") from None
 
 
 def engine_config(

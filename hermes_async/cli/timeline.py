@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hermes_async.cli.answer import count
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
 from hermes_async.config import format_bytes
@@ -52,6 +53,7 @@ def timeline(
         if len(spans) > _MAX_SPANS:
             raise ConfigError(f"{len(spans)} spans are too many for one picture; give fewer --seconds")
         draw(shown, first, last, output)
+        print(f"{output} shows {first:.3f} s to {last:.3f} s of {file}: {count(len(spans), 'span')}")
 
 
 def _window(everything: Timeline, start: float | None, seconds: float | None) -> tuple[float, float]:

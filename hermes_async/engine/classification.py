@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,23 +13,12 @@ from transformers import AutoImageProcessor
 
 from hermes_async.engine.encoding import count_text_tokens, cut, encode_pair, encode_texts, features
 from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
+from hermes_async.engine.label import Label
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, RequestError
 from hermes_async.modeling.inputs import input_names
 
 _MAX_PIXELS = 64_000_000  # of an image: a small file may claim any number, and they are all unpacked
-
-
-@dataclass(frozen=True, slots=True)
-class Label:
-    """One of a classifier's labels.
-
-    Attributes:
-        score: Its probability; of a classifier whose labels do not exclude each other, each on its own.
-    """
-
-    label: str
-    score: float
 
 
 def prepare_classification(

@@ -15,12 +15,13 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
+from hermes_async.config import Pooling
 from hermes_async.engine.encoding import Encoded, count_prompt_tokens, cut, encode_texts, features
 from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
 from hermes_async.modeling.inputs import input_names
-from hermes_async.modeling.pooling import Pooling, PoolingConfig, pool
+from hermes_async.modeling.pooling import PoolingConfig, pool
 from hermes_async.modeling.sentence import SentenceSettings
 from hermes_async.pipeload.groups import ungrouped
 

@@ -7,25 +7,18 @@ import os
 import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import anyio
 import anyio.lowlevel
 import anyio.to_thread
-import numpy as np
-import numpy.typing as npt
 
-from hermes_async.config import SamplingParams, parse_bytes
-from hermes_async.engine.classification import Label, prepare_classification
-from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
-from hermes_async.engine.forwarding import prepare_forward
+from hermes_async.config import Pooling, SamplingParams, parse_bytes
 from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
 from hermes_async.engine.session import Session
-from hermes_async.engine.session_kv import SessionKV
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     DeadlineExceededError,
@@ -33,8 +26,15 @@ from hermes_async.errors import (
     RequestError,
     SessionClosedError,
 )
-from hermes_async.modeling.pooling import Pooling
 from hermes_async.pipeload.plan import Plan
+
+if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
+    import numpy as np
+    import numpy.typing as npt
+
+    from hermes_async.engine.label import Label
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.engine.session_kv import SessionKV
 
 T = TypeVar("T")
 
@@ -152,6 +152,8 @@ class Engine(EngineLifetime):
 
         Cancellation: the pass ends before its next stage.
         """
+        from hermes_async.engine.forwarding import prepare_forward
+
         request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
         return await self._model().forwarding.run(request)
 
@@ -188,6 +190,8 @@ class Engine(EngineLifetime):
 
         Cancellation: as `forward`.
         """
+        from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
+
         several = [texts] if isinstance(texts, str) else list(texts)
         options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
         batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
@@ -209,6 +213,8 @@ class Engine(EngineLifetime):
 
         Cancellation: as `forward`.
         """
+        from hermes_async.engine.classification import prepare_classification
+
         request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
         labels: Sequence[Label] = await self._model().forwarding.run(request)
         return labels

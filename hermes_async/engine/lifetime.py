@@ -7,8 +7,9 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from importlib import import_module
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
@@ -16,17 +17,27 @@ import anyio.to_thread
 from hermes_async.config import EngineConfig
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
-from hermes_async.engine.opening import open_model
 from hermes_async.engine.request import Request
-from hermes_async.engine.running import RunningModel, running_model
-from hermes_async.engine.serving import Serving
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
 
+if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.engine.running import RunningModel
+    from hermes_async.engine.serving import Serving
+
 _log = logging.getLogger("hermes_async")
+
+_IMPORT_TORCH = ("opening", "running", "serving", "forwarding", "embedding", "classification")
+
+
+def import_torch() -> None:
+    """Imports the engine's modules that import torch and transformers, which takes seconds."""
+    for name in _IMPORT_TORCH:
+        import_module(f"hermes_async.engine.{name}")
 
 
 class EngineLifetime:
@@ -120,9 +131,10 @@ class EngineLifetime:
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            opened = await anyio.to_thread.run_sync(
-                open_model, self._source, self._memory_budget, self._config, self._draft_model, self._hub
-            )
+            opened = await anyio.to_thread.run_sync(self._open)
+            from hermes_async.engine.running import running_model
+            from hermes_async.engine.serving import Serving
+
             with contextlib.closing(opened), ungrouped():
                 async with (
                     tracing(self._trace) as trace,
@@ -148,6 +160,12 @@ class EngineLifetime:
             if self._serving is None:
                 raise
             self._failure = self._failure or error
+
+    def _open(self) -> OpenedModel:
+        import_torch()
+        from hermes_async.engine.opening import open_model
+
+        return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
 
     def _release(self, request: Request) -> None:
         assert self._serving is not None

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from hermes_async.config import SamplingParams, format_bytes
-from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
 from hermes_async.engine.text import TextStream
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
-from hermes_async.modeling.kv_cache import BLOCK_TOKENS
-from hermes_async.modeling.sampling import Sampler
+
+if TYPE_CHECKING:  # what imports torch, only where it is used
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.modeling.sampling import Sampler
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages."""
@@ -57,6 +58,8 @@ def prepare(
     if not opened.skeleton.generates:
         name = type(opened.skeleton.model).__name__
         raise RequestError(f"{name} is no causal language model and does not generate; forward and embed run it")
+    from hermes_async.modeling.sampling import Sampler
+
     sampler = Sampler(
         params, token_ids, eos_token_ids=opened.skeleton.eos_token_ids, vocab_size=opened.skeleton.vocab_size
     )
@@ -167,6 +170,8 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         )
     kv, plan = opened.seen.kv, opened.plan
     if max_tokens is None:
+        from hermes_async.modeling.kv_cache import BLOCK_TOKENS
+
         affordable = plan.kv_bytes // kv.block_bytes * BLOCK_TOKENS
         capacity = affordable if context is None else min(context, affordable)
         capacity = max(capacity, num_prompt_tokens + 1)

@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from hermes_async.config import SamplingParams
-from hermes_async.engine.kv_blocks import Reservation
-from hermes_async.engine.prompt import PreparedPrompt
-from hermes_async.engine.session_kv import SessionKV
 from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
-from hermes_async.modeling.kv_cache import SequenceKV
-from hermes_async.modeling.sampling import SampledToken
+
+if TYPE_CHECKING:
+    from hermes_async.engine.kv_blocks import Reservation
+    from hermes_async.engine.prompt import PreparedPrompt
+    from hermes_async.engine.session_kv import SessionKV
+    from hermes_async.modeling.kv_cache import SequenceKV
+    from hermes_async.modeling.sampled_token import SampledToken
 
 FinishReason = Literal["stop", "length", "abort"]
 

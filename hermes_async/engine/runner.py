@@ -17,7 +17,7 @@ from hermes_async.engine.timing import SweepTimes
 from hermes_async.errors import RequestError
 from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
-from hermes_async.modeling.sampling import SampledToken
+from hermes_async.modeling.sampled_token import SampledToken
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.pipeline import Pipeline, PipelineStatistics, SweepAbandoned
 from hermes_async.storage.rows import RowReader

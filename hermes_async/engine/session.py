@@ -8,14 +8,14 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from hermes_async.config import SamplingParams
-from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.prompt import Prompt, checked_messages, continue_text, encode, has_chat_template
 from hermes_async.engine.request import Chunk, Completion
-from hermes_async.engine.session_kv import SessionKV
 from hermes_async.errors import RequestError, SessionClosedError
 
 if TYPE_CHECKING:
     from hermes_async.engine.engine import Engine
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.engine.session_kv import SessionKV
 
 
 class Session:

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
+from hermes_async.modeling.sampled_token import SampledToken
 
 # As in vLLM: dividing logits by less than this would only lose precision against argmax.
 _GREEDY_BELOW = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """One chosen token.
-
-    Log-probabilities are of the model's own distribution, before bias, penalties and temperature (as vLLM's
-    default), and are there only where `SamplingParams.logprobs` is not None.
-
-    Attributes:
-        token_id: The token.
-        logprob: The token's log-probability.
-        top_logprobs: The `logprobs` likeliest tokens, likeliest first, and the chosen one, by token id.
-    """
-
-    token_id: int
-    logprob: float | None
-    top_logprobs: dict[int, float] | None
 
 
 class Sampler:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hermes_async.config import format_bytes
 from hermes_async.pipeload.speeds import Speeds
-from hermes_async.pipeload.stage import StageLayout
+
+if TYPE_CHECKING:
+    from hermes_async.pipeload.stage import StageLayout
 
 
 class Partitioned(Protocol):

@@ -23,7 +23,8 @@ from transformers import (
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
-from hermes_async.modeling.sampling import SampledToken, Sampler, TopPWarper
+from hermes_async.modeling.sampled_token import SampledToken
+from hermes_async.modeling.sampling import Sampler, TopPWarper
 
 VOCAB_SIZE = 50
 
