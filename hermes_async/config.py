@@ -124,6 +124,8 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
         if any(not text for text in self.stop):
             raise RequestError("stop: a stop text must not be empty")
+        for text in self.stop:
+            check_text("stop", text)
         for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
             value = getattr(self, name)
             optional = name in ("max_tokens", "seed", "logprobs")
@@ -184,6 +186,18 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
         if isinstance(value, bool) or not isinstance(value, kind):
             raise RequestError(f"{name} must hold only {kind.__name__} values, not {value!r}")
     return items
+
+
+def check_text(name: str, text: str) -> None:
+    """Raises `RequestError` for a text with half of a surrogate pair, of which no tokenizer can make tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise RequestError(
+            f"{name} has a lone surrogate, {code}, as character {error.start}; such a text cannot be encoded. Bytes "
+            "that are not UTF-8 are decoded with errors='replace'"
+        ) from None
 
 
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:

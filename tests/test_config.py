@@ -197,6 +197,12 @@ def test_a_seed_of_minus_one_is_none() -> None:
     assert SamplingParams(seed=-1).seed is None
 
 
+@pytest.mark.parametrize("stop", ["a\ud800", ["end", "\udfff"]])
+def test_a_stop_text_with_a_lone_surrogate_is_refused(stop: Any) -> None:
+    with pytest.raises(RequestError, match="stop has a lone surrogate, U\\+D"):
+        SamplingParams(stop=stop)
+
+
 def test_min_tokens_must_fit_into_max_tokens() -> None:
     with pytest.raises(RequestError, match="min_tokens must be at most max_tokens, not 5"):
         SamplingParams(max_tokens=4, min_tokens=5)
