@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import transformers
@@ -16,7 +14,6 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -31,7 +28,7 @@ from hermes_async.modeling.transformers_api import (
     names_kept_in_float32,
     supports_packed_attention,
 )
-from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.checkpoint import Checkpoint, read_config
 from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -125,8 +122,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         custom = "auto_map" in checkpoint.config
         needs_code = " and would need code from the checkpoint, which is never run" if custom else ""
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read the configuration of model_type {model_type!r}{needs_code}: "
-            f"{_first_line(error)}",
+            f"{path / 'config.json'}: transformers cannot read the configuration of model_type {model_type!r}"
+            f"{needs_code}: {_first_lines(error)}",
             path=path,
         ) from error
     return config
@@ -275,6 +272,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _first_lines(error: BaseException) -> str:
+    """The first says which field was wrong, and the second how."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:1000] or type(error).__name__
+
+
 def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """As transformers does: what config.json says, else the first floating tensor's."""
     dtype = getattr(config, "dtype", None)
@@ -301,19 +304,23 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:
-    """From generation_config.json where there is one, else from config.json."""
-    eos: Any = None
-    path = checkpoint.path / "generation_config.json"
+    """From generation_config.json where there is one, else from config.json.
+
+    Some of them may be none of the vocabulary, such as -1; those never come.
+    """
+    path, eos = checkpoint.path / "generation_config.json", None
     if path.is_file():
-        try:
-            eos = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id
-        except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", path=path) from error
+        eos = read_config(path, dict).get("eos_token_id")
     if eos is None:
-        eos = getattr(config.get_text_config(), "eos_token_id", None)
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
+        path, eos = checkpoint.path / "config.json", getattr(config.get_text_config(), "eos_token_id", None)
+    several = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+    for token_id in several:
+        whole = isinstance(token_id, int) or (isinstance(token_id, float) and token_id.is_integer())
+        if isinstance(token_id, bool) or not whole:
+            raise CheckpointError(
+                f"{path}: eos_token_id is {eos!r:.200}; it must be a token id, a list of token ids, or null", path=path
+            )
+    return frozenset(int(token_id) for token_id in several)
 
 
 def _context_length(model: PreTrainedModel) -> int | None:
