@@ -217,6 +217,8 @@ class EngineConfig:
         max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
             chooses.
         max_sequences: Most sequences in one sweep; further requests wait.
+        context_length: Most tokens of a sequence, of a prompt and its answer together (vLLM's `max_model_len`); None:
+            what the model's configuration says, its RoPE scaling counted. It cannot be more than that.
         max_waiting: Most requests that may wait; past it `QueueFullError`. None for no limit.
         max_buffered_chunks: Chunks that a request's user may leave untaken before the request pauses.
         kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: a tenth of the budget, and
@@ -239,6 +241,7 @@ class EngineConfig:
     max_resident_layers: int | None = None
     max_tokens_per_sweep: int | None = None
     max_sequences: int = 64
+    context_length: int | None = None
     max_waiting: int | None = 1024
     max_buffered_chunks: int = 64
     kv_budget: int | str | None = None
@@ -250,9 +253,15 @@ class EngineConfig:
     self_check: str = "require"
 
     def __post_init__(self) -> None:
-        optional = ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_waiting")
+        optional = (
+            "num_loading_agents",
+            "max_resident_layers",
+            "max_tokens_per_sweep",
+            "max_waiting",
+            "context_length",
+        )
         for name in (*optional, "max_sequences", "max_buffered_chunks"):
-            value, least = getattr(self, name), 0 if name == "max_waiting" else 1
+            value, least = getattr(self, name), {"max_waiting": 0, "context_length": 2}.get(name, 1)
             if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -238,6 +238,7 @@ def test_the_engine_s_defaults() -> None:
         "max_resident_layers": None,
         "max_tokens_per_sweep": None,
         "max_sequences": 64,
+        "context_length": None,
         "max_waiting": 1024,
         "max_buffered_chunks": 64,
         "kv_budget": None,

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import transformers
@@ -18,7 +19,13 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hermes_async.errors import CheckpointError, IncompatibleVersionError, MissingTensorError, UnsupportedModelError
+from hermes_async.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompatibleVersionError,
+    MissingTensorError,
+    UnsupportedModelError,
+)
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
@@ -45,7 +52,7 @@ class Skeleton:
         names_base: It generates, but `config.json` names the model without its head (`GPT2Model`, whose head is tied),
             so a plain forward pass is that model's.
         eos_token_ids: The model's end-of-sequence tokens.
-        context_length: Most tokens of a sequence; None where the model names no limit.
+        context_length: Most tokens of a sequence, of a prompt and its answer together; None without a limit.
     """
 
     model: PreTrainedModel
@@ -159,6 +166,23 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     names_base = generates and _named_base(config) is not None
     eos_token_ids = _eos_token_ids(checkpoint, config) if generates else frozenset[int]()
     return Skeleton(model, tensors, dtype, dtypes, generates, names_base, eos_token_ids, _context_length(model))
+
+
+def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skeleton:
+    """The same model for shorter sequences; None leaves its own context.
+
+    Raises:
+        ConfigError: The model's own context is shorter.
+    """
+    own = skeleton.context_length
+    if context_length is None:
+        return skeleton
+    if own is not None and context_length > own:
+        raise ConfigError(
+            f"context_length is {context_length}; the context of this {type(skeleton.model).__name__} is {own}, by its "
+            "config.json and the RoPE scaling in that. Give at most as much, or None"
+        )
+    return replace(skeleton, context_length=context_length)
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -324,13 +348,38 @@ def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozense
 
 
 def _context_length(model: PreTrainedModel) -> int | None:
+    """As vLLM reckons it, but for kinds of RoPE scaling that transformers changes with the longest sequence of a row.
+
+    "longrope" and "dynamic" do: past the original context, all positions get other frequencies at once, those of
+    neighbours in a packed row and those of keys that are kept too.
+    """
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = any(isinstance(item, Mapping) for item in rope.values())
+    several = [item for item in rope.values() if isinstance(item, Mapping)] if by_layer_type else [rope]
+    own = _unscaled_context_length(model)
+    limits = [_scaled(item, text, own, by_layer_type=by_layer_type) for item in several]
+    return min((limit for limit in limits if limit is not None), default=own)
+
+
+def _scaled(rope: Mapping[str, Any], text: PreTrainedConfig, own: int | None, *, by_layer_type: bool) -> int | None:
+    """The context by one set of RoPE parameters; `own` is what the configuration says without them."""
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     if rope.get("rope_type") == "longrope":
-        # Past this, transformers changes the frequencies of all positions at once, of neighbours in a packed row too.
-        names = ("original_max_position_embeddings", "max_position_embeddings")
-        limits = [rope.get(names[0]), *(getattr(text, name, None) for name in names)]
+        limits = [original, getattr(text, "original_max_position_embeddings", None), own]
         return min((limit for limit in limits if isinstance(limit, int)), default=None)
+    if not isinstance(factor, (int, float)):
+        return own
+    if rope.get("rope_type") == "yarn" and isinstance(original, int):
+        return int(original * factor)
+    if rope.get("rope_type") == "linear" and own is not None and not by_layer_type:
+        # Where layers differ (Gemma 3), `max_position_embeddings` is what all of them together are made for.
+        return int(own * factor)
+    return own
+
+
+def _unscaled_context_length(model: PreTrainedModel) -> int | None:
+    text = model.config.get_text_config()
     for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
         length = getattr(text, name, None)
         if isinstance(length, int) and length > 0:
