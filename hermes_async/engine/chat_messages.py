@@ -86,18 +86,20 @@ def _is_parts(content: Any) -> bool:
 
 def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the template makes the same of one text part as of the text."""
-    rendered = []
-    for content in ("a", [{"type": "text", "text": "a"}]):
-        try:
-            rendered.append(tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False))
-        except Exception:
-            return False
-    return rendered[0] == rendered[1]
+    contents: tuple[Any, Any] = ("a", [{"type": "text", "text": "a"}])
+    try:
+        of_text, of_part = (
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            for content in contents
+        )
+    except Exception:  # whatever a template does with what it does not take
+        return False
+    return bool(of_text == of_part)
 
 
 def _with_parts_joined(message: dict[str, Any]) -> dict[str, Any]:
     """Line by line, as in vLLM."""
-    content = message.get("content")
+    content: Any = message.get("content")
     if not _is_parts(content):
         return message
     return {**message, "content": "\n".join(part["text"] for part in content)}

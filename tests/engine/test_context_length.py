@@ -5,14 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaForCausalLM
+from transformers import Gemma3TextConfig, LlamaForCausalLM
 
 from hermes_async import Completion, ConfigError, ContextLengthError, Engine, EngineConfig, SamplingParams
+from hermes_async.engine.opening import open_model
 from tests.engines import one_loop, tokens
 
 pytestmark = pytest.mark.anyio
@@ -77,6 +79,25 @@ async def test_the_context_under_rope_scaling_is_used_to_its_end(
         with pytest.raises(ContextLengthError) as caught:
             await engine.complete(tokens(3, context), PARAMS)
         assert caught.value.context_length == context
+
+
+@pytest.mark.parametrize("positions", [64, 256])
+def test_scaling_of_some_layers_only_is_in_what_the_configuration_says(
+    random_model: Callable[..., Any], save_model: Callable[..., Path], positions: int
+) -> None:
+    """As Gemma 3: windows beside layers whose positions are scaled."""
+    config = Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        head_dim=16, vocab_size=96, sliding_window=16, layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=positions, pad_token_id=0, eos_token_id=1, bos_token_id=0,
+        rope_parameters={
+            "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000000.0},
+        },
+    )  # fmt: skip
+    opened = open_model(save_model(random_model(config)), "8MiB", EngineConfig())
+    opened.close()
+    assert opened.plan.context_length == positions
 
 
 async def test_a_context_length_that_is_asked_for_ends_sequences(tiny_model: Any) -> None:
