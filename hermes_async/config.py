@@ -86,7 +86,8 @@ class SamplingParams:
             or end-of-sequence token. `token_ids` have the last token in any case.
         ignore_eos: Go on past the model's end-of-sequence tokens.
         min_tokens: Tokens to generate before an end-of-sequence or stop token may come, or a stop text ends it.
-        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
+        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; -1 for all of
+            them, None for none.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
         skip_special_tokens: Leave special tokens out of the text.
 
@@ -153,7 +154,7 @@ class SamplingParams:
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
         if self.max_tokens is not None:
             _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "at most max_tokens")
-        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more")
+        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= -1, "0 or more, or -1 (all tokens)")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(f"logit_bias must be a mapping or None, not {self.logit_bias!r}")

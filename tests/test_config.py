@@ -165,7 +165,7 @@ def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) 
         *[("include_stop_str_in_output", value) for value in ("false", 1, None)],
         *[("ignore_eos", value) for value in ("false", 1, None)],
         *[("min_tokens", value) for value in (-1, 1.0, None, 17)],
-        *[("logprobs", value) for value in (-1, 1.0, True)],
+        *[("logprobs", value) for value in (-2, 1.0, True)],
         *[("logit_bias", value) for value in ([1, 2], {"1": 1.0}, {True: 1.0}, 5)],
         *[("temperature", value) for value in (2**64, 1e7)],
         *[("repetition_penalty", value) for value in (1e300, 1e7, 1e-7)],

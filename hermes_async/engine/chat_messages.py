@@ -21,6 +21,8 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     Raises:
         RequestError: One is no mapping, or has no role or no content that can be a prompt; the error names its index.
     """
+    if not isinstance(messages, Sequence):
+        raise RequestError(f"chat messages come in a list, not in a {type(messages).__name__}")
     for idx, message in enumerate(messages):
         where = f"message {idx}"
         if not isinstance(message, Mapping):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -90,8 +90,10 @@ class TextStream:
         return self._advance("", True, self._num_to_pass == 0).text
 
     def _mark_special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        special = {str(token): idx for idx, token in tokenizer.added_tokens_decoder.items() if token.special}
-        special |= dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        added: Any = tokenizer.added_tokens_decoder
+        if isinstance(added, Mapping):  # of Mistral's own tokenizers it is no property, and not implemented
+            special |= {str(token): token_id for token_id, token in added.items() if token.special}
         named = [token for token in special if any(token in text for text in self._stop)]
         marked = list(self._stop)
         for number, token in enumerate(sorted(named, key=len, reverse=True)):

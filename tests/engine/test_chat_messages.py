@@ -61,6 +61,12 @@ def test_what_a_tool_gives_is_the_template_s_matter() -> None:
     assert render(using, messages) == '{"degrees": 12}[1, 2]'
 
 
+@pytest.mark.parametrize("messages", [5, None, {"role": "user", "content": "a"}, {1}, iter([])])
+def test_messages_that_are_no_list(messages: Any) -> None:
+    with pytest.raises(RequestError, match=f"in a list, not in a {type(messages).__name__}"):
+        checked_messages(messages)
+
+
 @pytest.mark.parametrize(
     ("message", "says"),
     [
