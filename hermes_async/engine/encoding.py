@@ -10,6 +10,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from transformers import PreTrainedTokenizerBase
 
+from hermes_async.config import check_text
 from hermes_async.errors import RequestError
 
 Encoded = dict[str, list[int]]
@@ -37,6 +38,9 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> 
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, *texts: list[str]) -> list[Encoded]:
+    for several in texts:
+        for idx, text in enumerate(several):
+            check_text(f"text {idx}", text)
     try:
         encoded = tokenizer(*texts, return_special_tokens_mask=True, return_attention_mask=True, verbose=False)
     except Exception as error:

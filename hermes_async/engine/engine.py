@@ -14,9 +14,10 @@ import anyio.lowlevel
 import anyio.to_thread
 
 from hermes_async.config import Pooling, SamplingParams, parse_bytes
+from hermes_async.engine.chat_messages import checked_messages
 from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
+from hermes_async.engine.prompt import Prompt, encode, prepare
 from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
 from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics

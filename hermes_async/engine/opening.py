@@ -27,7 +27,7 @@ from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_de
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
+from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.memory import process_rss_bytes
@@ -245,6 +245,7 @@ def _look_at(
     on_error.callback(attention.close)
     model_config = load_config(checkpoint)
     skeleton = build_skeleton(checkpoint, model_config, attention.name)
+    skeleton = with_context_length(skeleton, config.context_length)
     if not skeleton.generates:
         return skeleton, attention, probe_forward(skeleton)
     if config.self_check == "require":
@@ -262,7 +263,7 @@ def _open_draft(
 ) -> OpenedDraft:
     checkpoint = open_checkpoint(source, hub)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
-    skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+    skeleton, attention, seen = _look_at(checkpoint, replace(config, context_length=None), on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):
         if not looked_at.generates:
             raise ConfigError(

@@ -7,8 +7,9 @@ from contextlib import aclosing
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hermes_async.config import SamplingParams
-from hermes_async.engine.prompt import Prompt, checked_messages, continue_text, encode, has_chat_template
+from hermes_async.config import SamplingParams, check_text
+from hermes_async.engine.chat_messages import checked_messages
+from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
 from hermes_async.engine.request import Chunk, Completion
 from hermes_async.errors import RequestError, SessionClosedError
 
@@ -154,7 +155,10 @@ class Session:
     def _asked(self, opened: OpenedModel, prompt: Prompt) -> list[dict[str, Any]]:
         """The conversation with a new message; empty where the turn goes on from token ids."""
         new: list[dict[str, Any]] = []
-        if isinstance(prompt, str) and prompt and has_chat_template(opened):
+        if isinstance(prompt, str) and has_chat_template(opened):
+            if not prompt:
+                raise RequestError("the prompt is empty; a turn of a conversation is a text, or messages")
+            check_text("the prompt", prompt)
             new = [{"role": "user", "content": prompt}]
         elif isinstance(prompt, Sequence):
             new = [dict(message) for message in prompt if isinstance(message, Mapping)]
@@ -164,7 +168,7 @@ class Session:
             return []
         if self._token_ids and not self._messages:
             raise RequestError("this session goes on from token ids, and does not take messages")
-        return [*self._messages, *new]
+        return [*self._messages, *checked_messages(new)]
 
     def _continued(self, opened: OpenedModel, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and self._token_ids:

@@ -751,7 +751,7 @@ async def test_a_history_is_checked(long_model: Any) -> None:
             engine.session("Hello")  # type: ignore[arg-type]
         assert engine.statistics().num_sessions == 0
         async with engine.session() as chat:
-            with pytest.raises(RequestError, match="a chat message has"):
+            with pytest.raises(RequestError, match="message 0, of role 'user', has no content"):
                 chat.edit(messages=[{"role": "user"}])
             chat.edit(token_ids=torch.tensor([4, 5]))  # type: ignore[arg-type]
             assert chat.token_ids == (4, 5)
