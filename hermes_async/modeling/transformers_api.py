@@ -23,7 +23,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import IncompatibleVersionError
 
-TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.20.0", "5.24.0"), "torch": ("2.13.0", "2.14.1")}
+TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.21.0", "5.24.0"), "torch": ("2.13.0", "2.14.1")}
 """The lowest and the highest version that the tests passed on; `pyproject.toml` declares the same range."""
 
 KV_CACHE_ARGUMENTS = frozenset({"cache", "past_key_values", "past_key_value", "cache_params"})
