@@ -177,13 +177,18 @@ class EngineLifetime:
             _log.error("the engine stopped", exc_info=self._failure)
         if self._serving is None:
             return
-        self._failure_told = bool(self._serving.requests or self._serving.forwarding.num_under_way)
+        preparations = self._serving.preparations
+        self._failure_told = bool(
+            self._serving.requests or self._serving.forwarding.num_under_way or preparations.num_under_way
+        )
         self._serving.admission.stop()
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left while the request was prepared")
+        preparations.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left before it was resized")
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
