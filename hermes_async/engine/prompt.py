@@ -11,6 +11,7 @@ import numpy as np
 from hermes_async.config import SamplingParams, format_bytes
 from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
 from hermes_async.engine.text import TextStream
+from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
 
 if TYPE_CHECKING:  # what imports torch, only where it is used
@@ -132,6 +133,7 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
     if opened.tokenizer is None:
         raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
+    check_could_fit(opened.tokenizer, text, opened.skeleton.context_length)
     token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if not token_ids:
         raise RequestError("the prompt is empty: its text has no tokens")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, cast
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hermes_async.engine.tokenizer import SharedTokenizer
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. More can be
 # held back: tokens that each end one character and begin the next.
@@ -45,7 +47,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | SharedTokenizer,
         *,
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
@@ -97,7 +99,9 @@ class _Decoder:
     State: `_window`, token ids; `_text`, what they decode to; `_given`, the start of it that is given out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | SharedTokenizer, prompt_ids: Sequence[int], skip: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip
         self._window: list[int] = []
