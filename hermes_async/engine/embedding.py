@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from hermes_async.config import Pooling
+from hermes_async.config import Pooling, format_count
 from hermes_async.engine.encoding import Encoded, count_prompt_tokens, cut, encode_texts, features
 from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
@@ -159,7 +159,7 @@ def _encode(
         if most is not None and length > most:
             what = "the model's context" if most == context else "the most that the checkpoint takes"
             raise ContextLengthError(
-                f"text {idx} has {length} tokens; {what} is {most}. Shorten it, or ask for truncation",
+                f"text {idx} has {format_count(length, 'token')}; {what} is {most}. Shorten it, or ask for truncation",
                 context_length=most,
                 num_tokens=length,
             )

@@ -12,7 +12,7 @@ import anyio
 import anyio.abc
 import anyio.lowlevel
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, format_count
 from hermes_async.engine.admission import Admission
 from hermes_async.engine.events import EventKind, RequestEvent
 from hermes_async.engine.forwarding import Forwarding
@@ -199,7 +199,7 @@ class Serving:
             return
         if self._is_under_way(request):
             request.error = DeadlineExceededError(
-                f"the request did not end before its deadline; {request.num_output_tokens} tokens came"
+                f"the request did not end before its deadline; {format_count(request.num_output_tokens, 'token')} came"
             )
             self.abort(request)
 
