@@ -10,6 +10,7 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from transformers import PreTrainedTokenizerBase
 
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import RequestError
 
@@ -40,11 +41,8 @@ def encode_pair(tokenizer: SharedTokenizer, first: str, second: str) -> Encoded:
 
 
 def _encode(tokenizer: SharedTokenizer, text: str, pair: str | None = None) -> Encoded:
-    try:
+    with one_request("the tokenization of a text"):
         encoded = tokenizer(text, pair, return_special_tokens_mask=True, return_attention_mask=True, verbose=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the tokenizer refuses this text: {reason}") from error
     return dict(encoded)
 
 

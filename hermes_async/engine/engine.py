@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hermes_async.config import Pooling, SamplingParams, parse_bytes
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
 from hermes_async.engine.preparing import PreparationAbortedError
 from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
@@ -187,7 +188,8 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
 
-        several = [texts] if isinstance(texts, str) else list(texts)
+        with one_request("the reading of the texts"):
+            several = [texts] if isinstance(texts, str) else list(texts)
         options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
         batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
         vectors = await embed_batches(self._model().forwarding, batches)
@@ -224,7 +226,9 @@ class Engine(EngineLifetime):
             RequestError: A message has no role or no content.
             EngineClosedError, EngineFailedError: The engine was left, or failed.
         """
-        return self._open_session(None, checked_messages(messages), ())
+        with one_request("the reading of the messages"):
+            checked = checked_messages(messages)
+        return self._open_session(None, checked, ())
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".

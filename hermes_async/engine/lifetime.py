@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
+from hermes_async.engine.isolation import one_checkpoint
 from hermes_async.engine.request import Request
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
@@ -61,6 +62,12 @@ class EngineLifetime:
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
+        paths = {"source": source, "draft_model": draft_model, "trace": None if isinstance(trace, Trace) else trace}
+        for name, path in paths.items():
+            if not isinstance(path, (str, os.PathLike)) and (path is not None or name == "source"):
+                raise ConfigError(f"{name} must be a path, not {type(path).__name__}")
+        if not isinstance(memory_budget, (int, str)):
+            parse_bytes(memory_budget)  # says what is right
         self._source = source
         self._memory_budget = memory_budget
         self._draft_model = draft_model
@@ -165,7 +172,8 @@ class EngineLifetime:
         import_torch()
         from hermes_async.engine.opening import open_model
 
-        return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+        with one_checkpoint(self._source):
+            return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
 
     def _release(self, request: Request) -> None:
         assert self._serving is not None

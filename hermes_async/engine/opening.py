@@ -16,6 +16,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.isolation import is_foreign, reason_of
 from hermes_async.engine.profile_store import load_profile, profile_file
 from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ConfigError
@@ -387,6 +388,7 @@ def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | N
         return None, f"{path} has no tokenizer; give the prompt as token ids"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"the tokenizer in {path} cannot be loaded ({reason}); give the prompt as token ids"
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        return None, f"the tokenizer in {path} cannot be loaded ({reason_of(error)}); give the prompt as token ids"
