@@ -78,7 +78,7 @@ def prepare_forward(
         attentions=bool(checked.get("output_attentions")),
     )
     embedded = [checked[key].flatten() for key in embedded_inputs(model, checked)]
-    token_ids = torch.cat(embedded).unique().tolist() if embedded else []
+    token_ids = torch.unique(torch.cat(embedded)).tolist() if embedded else []
     num_tokens = max(sequences * tokens, len(token_ids))
     if nbytes > plan.workspace_bytes or num_tokens > plan.max_tokens_per_sweep:
         minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)

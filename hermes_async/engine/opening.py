@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.isolation import is_foreign, reason_of
 from hermes_async.engine.profile_store import load_profile, profile_file
+from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
@@ -103,11 +105,11 @@ class OpenedModel:
     seen: Probe
     partition: Partition
     plan: Plan
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
-    sentence_tokenizer: PreTrainedTokenizerBase | None
+    sentence_tokenizer: SharedTokenizer | None
     forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
@@ -148,6 +150,10 @@ def open_model(
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
         skeleton, pooling = _with_pooling(skeleton, checkpoint)
         sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
+        shared = None if tokenizer is None else SharedTokenizer(tokenizer)
+        shared_for_sentences = shared
+        if sentence_tokenizer is not None and sentence_tokenizer is not tokenizer:
+            shared_for_sentences = SharedTokenizer(sentence_tokenizer)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error, replace(hub, revision=None))
@@ -169,11 +175,11 @@ def open_model(
         seen,
         chosen.partition,
         chosen,
-        tokenizer,
+        shared,
         tokenizer_error,
         pooling,
         sentences,
-        sentence_tokenizer,
+        shared_for_sentences,
         of_pass,
         draft,
         baseline,
@@ -383,6 +389,7 @@ def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | N
         return None, f"{path} has no tokenizer; give the prompt as token ids"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"the tokenizer in {path} cannot be loaded ({reason}); give the prompt as token ids"
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        return None, f"the tokenizer in {path} cannot be loaded ({reason_of(error)}); give the prompt as token ids"
