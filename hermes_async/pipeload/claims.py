@@ -16,14 +16,15 @@ class CommonRoom:
 
     Attributes:
         room: Bytes that the machine would still give the process.
-        held: Bytes that all engines of the process hold of what they have leased. What else the process has grown by is
-            nobody's, and counts as gone.
+        held: Bytes that all engines of the process hold of what they have leased.
+        beside: Bytes that the process has grown by and nobody has leased.
         others: Bytes that the other engines may come to hold.
         share: What is left to budgets and not fixed, divided by the engines that follow the machine.
     """
 
     room: int
     held: int
+    beside: int
     others: int
     share: int
 
@@ -31,7 +32,7 @@ class CommonRoom:
     def for_budgets(self) -> int:
         """What all engines of the process may come to hold."""
         total = self.room + self.held
-        return max(0, total - headroom(total))
+        return max(0, total - headroom(total, self.beside))
 
 
 class Claim:
@@ -76,7 +77,7 @@ class Claim:
         """What others leave now, if half of the headroom is not minded, which they do not mind either."""
         seen = self.look()
         total = seen.room + seen.held
-        return max(0, total - headroom(total) // 2 - seen.others)
+        return max(0, total - headroom(total, seen.beside) // 2 - seen.others)
 
     def others_follow(self) -> bool:
         """Whether there are other engines that give back what they hold too much."""
@@ -96,9 +97,14 @@ class Claim:
     def _look(self) -> CommonRoom:
         claims = set(_CLAIMS)
         leased = sum(claim.leased() for claim in claims)
-        held = min(leased, max(0, process_rss_bytes() - self._baseline))
+        rss = process_rss_bytes()
+        if not leased:  # what it takes to open an engine comes before its budget, not beside it
+            for claim in claims:
+                claim._baseline = rss
+        grown = max(0, rss - self._baseline)
+        held = min(leased, grown)
         others = sum(claim._budget or 0 for claim in claims if claim is not self)
-        seen = CommonRoom(room_bytes(), held, others, 0)
+        seen = CommonRoom(room_bytes(), held, grown - held, others, 0)
         fixed = sum(claim._budget or 0 for claim in claims if not claim.automatic)
         num_automatic = sum(claim.automatic for claim in claims)
         return replace(seen, share=max(0, seen.for_budgets - fixed) // max(1, num_automatic))

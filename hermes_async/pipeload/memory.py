@@ -42,9 +42,15 @@ def automatic_budget(root: Path = Path("/")) -> int:
     return max(0, room - headroom(room))
 
 
-def headroom(room: int) -> int:
-    """What of `room` no budget takes: a share for others, and not less than what an engine takes beside its budget."""
-    return max(OVERHEAD_BYTES, int(room * HEADROOM))
+def headroom(room: int, beside: int = 0) -> int:
+    """What of `room` no budget takes: a share for others, and not less than what an engine takes beside its budget.
+
+    Args:
+        beside: Bytes that have been taken beside budgets already, which are no longer in `room`. They are what was set
+            aside for that; half as much again may come.
+    """
+    whole = max(OVERHEAD_BYTES, int((room + beside) * HEADROOM))
+    return max(whole - beside, whole // 2)
 
 
 def room_bytes(root: Path = Path("/")) -> int:

@@ -12,6 +12,7 @@ import pytest
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine import following
 from hermes_async.engine.following import BudgetFollower, Look
+from hermes_async.errors import MemoryBudgetError
 from hermes_async.pipeload import claims, memory
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.memory import headroom, room_bytes, stalled_share
@@ -81,6 +82,48 @@ def test_what_other_engines_may_hold_is_not_taken() -> None:
     assert budgets(BudgetFollower(12 * GIB, 20 * GIB), looks) == [after_headroom(20 * GIB) - 8 * GIB]
 
 
+def test_what_engines_take_beside_their_budgets_is_what_was_set_aside_for_it() -> None:
+    """It was set aside for once more, and a tenth of a small budget given back, as soon as it came."""
+    total, beside = 120 << 20, 20 << 20
+    budget = after_headroom(total)
+    look = Look(total - budget - beside, budget, beside=beside)
+    assert budgets(BudgetFollower(budget, 1 << 40), [look] * 20) == [None] * 20
+
+
+@pytest.mark.parametrize("beside", range(0, 60, 4))
+@pytest.mark.parametrize("total", [80, 250, 2000])
+def test_more_beside_budgets_always_leaves_room(total: int, beside: int) -> None:
+    total, beside = total << 20, beside << 20
+    follower = BudgetFollower(after_headroom(total), 1 << 40)
+    budgets(follower, [Look(total - follower.budget - beside, follower.budget, beside=beside)])
+    assert follower.budget + beside + headroom(total) // 4 <= total
+
+
+class Requests:
+    """Resizes to what requests leave, which hold more each time that somebody asks."""
+
+    def __init__(self, *least: int) -> None:
+        self._least = list(least)
+        self.budget = 100
+
+    async def resize(self, budget: int) -> None:
+        least = self._least.pop(0)
+        if budget < least:
+            raise MemoryBudgetError("", requested_bytes=least, budget_bytes=budget, minimum_bytes=least)
+        self.budget = budget
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("least", "budget"), [((40,), 50), ((60, 60), 60), ((60, 70, 90, 90), 90), ((60, 100), 100), ((60, 110), 100)]
+)
+async def test_what_requests_have_taken_since_the_last_try_is_left_to_them(least: tuple[int, ...], budget: int) -> None:
+    """The second try ended the engine."""
+    requests = Requests(*least)
+    assert await following._resize(50, 100, requests.resize) == budget
+    assert requests.budget == budget
+
+
 # Several engines of one process
 
 
@@ -104,7 +147,16 @@ def test_growth_that_nobody_leased_is_not_an_engine_s_own(process: Any) -> None:
     claim.leased = lambda: 500 << 20
     process.rss += 800 << 20
     seen = claim.look()
-    assert (seen.room, seen.held) == (400 << 20, 500 << 20)
+    assert (seen.room, seen.held, seen.beside) == (400 << 20, 500 << 20, 300 << 20)
+
+
+def test_what_opening_takes_is_not_beside_the_budget(process: Any) -> None:
+    claim = Claim(None)
+    process.rss += 20 << 20
+    assert claim.take() == after_headroom(1180 << 20)
+    claim.leased = lambda: 500 << 20
+    process.rss += 510 << 20
+    assert claim.look().beside == 10 << 20
 
 
 def test_what_is_leased_and_not_yet_touched_is_not_held(process: Any) -> None:
