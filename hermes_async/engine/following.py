@@ -29,17 +29,17 @@ class Look:
 
     Attributes:
         room: Bytes that it would still give.
-        held: Bytes that the engines of the process hold.
+        held: Bytes that the engines hold, also those of other processes.
         stalled: The share of time in which tasks waited for memory.
-        others: Bytes that the other engines of the process may come to hold.
-        beside: Bytes that the engines of the process have taken beside what they hold.
+        others: Bytes that the other engines may come to hold.
+        headroom: Bytes that no budget takes; None where nothing was taken beside budgets so far.
     """
 
     room: int
     held: int
     stalled: float = 0.0
     others: int = 0
-    beside: int = 0
+    headroom: int | None = None
 
 
 class BudgetFollower:
@@ -58,7 +58,7 @@ class BudgetFollower:
     def next_budget(self, look: Look) -> int | None:
         """Another budget, or None to go on with this one."""
         total = look.room + look.held
-        left = headroom(total, look.beside)
+        left = headroom(total) if look.headroom is None else look.headroom
         allowed = min(self._most, max(0, total - left - look.others))
         too_much = self.budget > total - left // 2 - look.others
         if look.stalled > _PRESSURE:
@@ -117,4 +117,4 @@ def _look(claim: Claim) -> Look:
     seen = claim.look()
     # Each keeps its fair share: who has more gives back.
     others = min(seen.others, max(0, seen.for_budgets - seen.share))
-    return Look(seen.room, seen.held, stalled_share(), others, seen.beside)
+    return Look(seen.room, seen.held, stalled_share(), others, seen.headroom)
