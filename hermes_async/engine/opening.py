@@ -96,7 +96,7 @@ class OpenedModel:
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
-        claim: On the memory that the engines of the process have in common; until `close`.
+        claim: On the memory that the engines of the user have in common; until `close`.
     """
 
     checkpoint: Checkpoint
@@ -188,9 +188,10 @@ def open_model(
 
 
 def _claimed(claim: Claim, fixed_budget: int | None) -> int:
-    """The budget, when other engines of the process that follow the machine have made room for it.
+    """The budget, when other engines of the user that follow the machine have made room for it.
 
-    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end.
+    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end; a process
+    that does not answer, as it may be stopped, keeps what it holds.
     """
     budget = claim.take() if fixed_budget is None else fixed_budget
     if claim.others_follow():
@@ -199,7 +200,7 @@ def _claimed(claim: Claim, fixed_budget: int | None) -> int:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             _raise_if_cancelled()
         if fixed_budget is None:
-            budget = min(budget, claim.left_over())
+            budget = min(budget, max(claim.left_over(), claim.left_over(whatever_is_claimed=True)))
             claim.change(budget)
     return budget
 
