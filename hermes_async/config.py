@@ -63,6 +63,11 @@ def format_bytes(num_bytes: int) -> str:
     return f"{value:.{decimals}f} {unit}"
 
 
+def format_count(count: int, noun: str) -> str:
+    """Writes how many there are, such as "1 token" and "3 tokens"; the noun's plural ends in "s"."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How one request's tokens are chosen; names and meanings are vLLM's.

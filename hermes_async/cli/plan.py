@@ -15,7 +15,7 @@ from hermes_async.cli import options
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
 from hermes_async.cli.tables import print_table
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -158,7 +158,7 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
             point = (chosen.memory_budget / 2**20, prediction.tokens_per_second)
             lines.setdefault(count, []).append(point)
     for count, points in lines.items():
-        label = f"{count} {'session' if what == 'tokens' else 'text'}{'s' if count > 1 else ''}"
+        label = format_count(count, "session" if what == "tokens" else "text")
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
     smallest, weights = plans[0].minimum_budget / 2**20, plans[0].weight_bytes / 2**20
     axes.axvline(

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hermes_async.config import check_text
+from hermes_async.engine.isolation import one_request
 from hermes_async.errors import RequestError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from hermes_async.engine.tokenizer import SharedTokenizer
 
 # Results of tools may be of any kind: what they mean is the template's matter.
 _ROLES_OF_TOOLS = ("tool", "function", "ipython")
@@ -39,7 +40,7 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
     return [dict(message) for message in messages]
 
 
-def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any]) -> str:
+def render(tokenizer: SharedTokenizer, messages: Sequence[Any]) -> str:
     """The text that the tokenizer's chat template makes of messages, with the beginning of an answer.
 
     Raises:
@@ -48,11 +49,8 @@ def render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any]) -> str:
     conversation = checked_messages(messages)
     if any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer):
         conversation = [_with_parts_joined(message) for message in conversation]
-    try:
+    with one_request("the checkpoint's chat template"):
         rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the checkpoint's chat template refuses these messages: {reason}") from error
     if not isinstance(rendered, str) or not rendered:
         raise RequestError("the checkpoint's chat template gives no text for these messages")
     return rendered
@@ -86,7 +84,7 @@ def _is_parts(content: Any) -> bool:
     return isinstance(content, (list, tuple)) and len(content) > 0 and all(_is_text_part(part) for part in content)
 
 
-def _takes_parts(tokenizer: PreTrainedTokenizerBase) -> bool:
+def _takes_parts(tokenizer: SharedTokenizer) -> bool:
     """Whether the template makes the same of one text part as of the text."""
     contents: tuple[Any, Any] = ("a", [{"type": "text", "text": "a"}])
     try:

@@ -12,6 +12,7 @@ from hermes_async.config import SamplingParams, check_text, format_bytes
 from hermes_async.engine.chat_messages import render
 from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
 from hermes_async.engine.text import TextStream
+from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
 
 if TYPE_CHECKING:  # what imports torch, only where it is used
@@ -122,6 +123,7 @@ def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> li
     if opened.tokenizer is None:
         raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
     check_text("the prompt", text)
+    check_could_fit(opened.tokenizer, text, opened.skeleton.context_length)
     token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if not token_ids:
         what = "has no tokens" if text else "is empty"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from hermes_async.config import SamplingParams, check_text
 from hermes_async.engine.chat_messages import checked_messages
+from hermes_async.engine.isolation import one_request
 from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
 from hermes_async.engine.request import Chunk, Completion
 from hermes_async.errors import RequestError, SessionClosedError
@@ -76,8 +78,10 @@ class Session:
         self._check_idle()
         if (messages is None) == (token_ids is None):
             raise RequestError("edit takes either messages or token_ids")
-        self._messages = [] if messages is None else checked_messages(messages)
-        self._token_ids = [] if token_ids is None else [int(token_id) for token_id in token_ids]
+        with one_request("the reading of the history"):
+            new_messages = [] if messages is None else checked_messages(messages)
+            new_token_ids = [] if token_ids is None else [index(token_id) for token_id in token_ids]
+        self._messages, self._token_ids = new_messages, new_token_ids
 
     async def generate(
         self,

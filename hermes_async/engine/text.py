@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from hermes_async.engine.tokenizer import SharedTokenizer
+
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. More can be
 # held back: tokens that each end one character and begin the next.
@@ -49,7 +51,7 @@ class TextStream:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | SharedTokenizer,
         *,
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
@@ -96,7 +98,7 @@ class TextStream:
         """Returns what was held back; bytes of an incomplete character become U+FFFD."""
         return self._advance("", True, self._num_to_pass == 0).text
 
-    def _mark_special_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def _mark_special_tokens(self, tokenizer: PreTrainedTokenizerBase | SharedTokenizer) -> None:
         special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
         added: Any = tokenizer.added_tokens_decoder
         if isinstance(added, Mapping):  # of Mistral's own tokenizers it is no property, and not implemented
@@ -134,7 +136,9 @@ class _Decoder:
     State: `_window`, token ids; `_text`, what they decode to; `_given`, the start of it that is given out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | SharedTokenizer, prompt_ids: Sequence[int], skip: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip
         self._window: list[int] = []

@@ -662,7 +662,7 @@ async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, m
         chat = engine.session()
         async with anyio.create_task_group() as group:
             group.start_soon(take_turn)
-            await until(lambda: bool(engine._serving.preparing))
+            await until(lambda: bool(engine._serving.preparations.num_requests))
             await chat.aclose()
         assert ends[0] in ("abort", "closed")
         assert engine.statistics().tokens_generated == 0
