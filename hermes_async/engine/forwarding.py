@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import torch
 
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import HermesError, MemoryBudgetError, RequestError
 from hermes_async.modeling.activations import recorded_bytes
@@ -78,14 +78,15 @@ def prepare_forward(
         attentions=bool(checked.get("output_attentions")),
     )
     embedded = [checked[key].flatten() for key in embedded_inputs(model, checked)]
-    token_ids = torch.cat(embedded).unique().tolist() if embedded else []
+    token_ids = torch.unique(torch.cat(embedded)).tolist() if embedded else []
     num_tokens = max(sequences * tokens, len(token_ids))
     if nbytes > plan.workspace_bytes or num_tokens > plan.max_tokens_per_sweep:
         minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)
         raise MemoryBudgetError(
-            f"{num_tokens} tokens ({sequences} sequences or images of {tokens}) may take {format_bytes(nbytes)} of "
-            f"activations; the plan sets aside {format_bytes(plan.workspace_bytes)} for {plan.max_tokens_per_sweep} "
-            f"tokens. Give fewer at once, or the engine max_tokens_per_sweep={num_tokens} and a memory_budget of about "
+            f"{format_count(num_tokens, 'token')} ({sequences} sequences or images of {tokens}) may take "
+            f"{format_bytes(nbytes)} of activations; the plan sets aside {format_bytes(plan.workspace_bytes)} for "
+            f"{format_count(plan.max_tokens_per_sweep, 'token')}. Give fewer at once, "
+            f"or the engine max_tokens_per_sweep={num_tokens} and a memory_budget of about "
             f"{format_bytes(minimum)}",
             requested_bytes=nbytes,
             budget_bytes=plan.workspace_bytes,

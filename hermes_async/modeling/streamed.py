@@ -88,7 +88,7 @@ class _NotLoaded(nn.Parameter):
         name = getattr(func, "__name__", str(func))
         if name not in _HARMLESS:
             raise NotLoadedError(f"a part of its weights was to be used ({name}) while it is not loaded")
-        result = super().__torch_function__(func, types, args, kwargs or {})
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
 
 
