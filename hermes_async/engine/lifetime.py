@@ -7,26 +7,38 @@ import contextlib
 import logging
 import os
 from collections.abc import Callable
+from importlib import import_module
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import anyio
 import anyio.to_thread
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
-from hermes_async.engine.opening import open_model
+from hermes_async.engine.isolation import one_checkpoint
 from hermes_async.engine.request import Request
-from hermes_async.engine.running import RunningModel, running_model
-from hermes_async.engine.serving import Serving
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
 
+if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.engine.running import RunningModel
+    from hermes_async.engine.serving import Serving
+
 _log = logging.getLogger("hermes_async")
+
+_IMPORT_TORCH = ("opening", "running", "serving", "forwarding", "embedding", "classification")
+
+
+def import_torch() -> None:
+    """Imports the engine's modules that import torch and transformers, which takes seconds."""
+    for name in _IMPORT_TORCH:
+        import_module(f"hermes_async.engine.{name}")
 
 
 class EngineLifetime:
@@ -50,6 +62,12 @@ class EngineLifetime:
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
+        paths = {"source": source, "draft_model": draft_model, "trace": None if isinstance(trace, Trace) else trace}
+        for name, path in paths.items():
+            if not isinstance(path, (str, os.PathLike)) and (path is not None or name == "source"):
+                raise ConfigError(f"{name} must be a path, not {type(path).__name__}")
+        if not isinstance(memory_budget, (int, str)):
+            parse_bytes(memory_budget)  # says what is right
         self._source = source
         self._memory_budget = memory_budget
         self._draft_model = draft_model
@@ -120,9 +138,10 @@ class EngineLifetime:
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            opened = await anyio.to_thread.run_sync(
-                open_model, self._source, self._memory_budget, self._config, self._draft_model, self._hub
-            )
+            opened = await anyio.to_thread.run_sync(self._open)
+            from hermes_async.engine.running import running_model
+            from hermes_async.engine.serving import Serving
+
             with contextlib.closing(opened), ungrouped():
                 async with (
                     tracing(self._trace) as trace,
@@ -149,6 +168,13 @@ class EngineLifetime:
                 raise
             self._failure = self._failure or error
 
+    def _open(self) -> OpenedModel:
+        import_torch()
+        from hermes_async.engine.opening import open_model
+
+        with one_checkpoint(self._source):
+            return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+
     def _release(self, request: Request) -> None:
         assert self._serving is not None
         self._serving.finish(request)
@@ -159,13 +185,18 @@ class EngineLifetime:
             _log.error("the engine stopped", exc_info=self._failure)
         if self._serving is None:
             return
-        self._failure_told = bool(self._serving.requests or self._serving.forwarding.num_under_way)
+        preparations = self._serving.preparations
+        self._failure_told = bool(
+            self._serving.requests or self._serving.forwarding.num_under_way or preparations.num_under_way
+        )
         self._serving.admission.stop()
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left while the request was prepared")
+        preparations.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left before it was resized")
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
