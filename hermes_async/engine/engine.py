@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import anyio
 import anyio.lowlevel
-import anyio.to_thread
 import numpy as np
 import numpy.typing as npt
 
@@ -35,6 +34,7 @@ from hermes_async.errors import (
 )
 from hermes_async.modeling.pooling import Pooling
 from hermes_async.pipeload.plan import Plan
+from hermes_async.storage.threads import run_in_thread
 
 T = TypeVar("T")
 
@@ -337,7 +337,7 @@ class Engine(EngineLifetime):
         ready = anyio.Event()
         serving.preparing.add(ready)
         try:
-            return await anyio.to_thread.run_sync(
+            return await run_in_thread(
                 _prepare, check, serving.running.opened, abandon_on_cancel=True, limiter=serving.preparations
             )
         finally:

@@ -11,12 +11,11 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-import anyio.to_thread
 
 from hermes_async.config import EngineConfig
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
-from hermes_async.engine.opening import open_model
+from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.request import Request
 from hermes_async.engine.running import RunningModel, running_model
 from hermes_async.engine.serving import Serving
@@ -25,6 +24,7 @@ from hermes_async.errors import ConfigError, EngineClosedError, EngineError, Eng
 from hermes_async.pipeload.groups import first_error, ungrouped
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
+from hermes_async.storage.threads import run_in_thread
 
 _log = logging.getLogger("hermes_async")
 
@@ -120,10 +120,8 @@ class EngineLifetime:
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            opened = await anyio.to_thread.run_sync(
-                open_model, self._source, self._memory_budget, self._config, self._draft_model, self._hub
-            )
-            with contextlib.closing(opened), ungrouped():
+            with contextlib.ExitStack() as exits, ungrouped():
+                opened = await run_in_thread(self._open, exits)
                 async with (
                     tracing(self._trace) as trace,
                     running_model(opened, self._config, self._release, trace) as self._running,
@@ -148,6 +146,11 @@ class EngineLifetime:
             if self._serving is None:
                 raise
             self._failure = self._failure or error
+
+    def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
+        opened = open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+        exits.callback(opened.close)
+        return opened
 
     def _release(self, request: Request) -> None:
         assert self._serving is not None

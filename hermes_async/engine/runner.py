@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 
-import anyio.from_thread
 import torch
 
 from hermes_async.engine.draft_model import DraftModel
@@ -126,7 +125,7 @@ class SweepRunner:
         for item, segment in zip(self.sweep, batch.segments, strict=True):
             if item.request.aborted and not segment.dropped and not item.needed:
                 segment.dropped = True
-                anyio.from_thread.run_sync(self._release, item.request)
+                self._pipeline.call_on_loop(self._release, item.request)
 
     def _compute(
         self,
