@@ -169,8 +169,9 @@ async def running_model(
                 Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
             )
             held_back = pipeline.load_order.held_back
-            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
-            exits.callback(rows.close)
+            rows = await exits.enter_async_context(
+                RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
+            )
         draft_model = None
         if opened.draft is not None:
             draft_model = await exits.enter_async_context(

@@ -187,6 +187,7 @@ class Serving:
                 f"the request did not end before its deadline; {request.num_output_tokens} tokens came"
             )
             self.abort(request)
+            request.send.close()  # its user is told at once, although a sweep may still use its memory
 
     def _admitted(self, request: Request) -> None:
         self.scheduler.add(request)

@@ -94,6 +94,7 @@ class Pipeline:
         self.load_order = LoadOrder(self.stages, ring, self._free, pinned=pinned)
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._abandoned = False
+        self._look = False  # somebody was aborted while the compute thread may wait
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
         self._arrived = threading.Condition()  # for the compute thread: a load has ended, or the sweep was abandoned
         self._loop: asyncio.AbstractEventLoop | None = None  # while it runs, and the same for anyio
@@ -342,8 +343,16 @@ class Pipeline:
         if self._abandoned:
             raise SweepAbandoned
 
-    def enter(self, stage: Stage) -> Buffer:
+    def look(self) -> None:
+        """Lets the compute thread, if it waits for a stage, call what `enter` was given."""
+        self._look = True
+        self._tell_compute_thread()
+
+    def enter(self, stage: Stage, on_look: Callable[[], None] = lambda: None) -> Buffer:
         """Called by the compute thread: waits until `stage` is READY and returns its buffer.
+
+        Args:
+            on_look: Called while it waits, after each `look`.
 
         Raises:
             SweepAbandoned: The sweep was abandoned or its task cancelled.
@@ -353,7 +362,7 @@ class Pipeline:
         self.check_abandoned()
         if stage.state is not StageState.READY or not self.load_order.is_next(stage):
             started = time.perf_counter()
-            self._wait_ready(stage)
+            self._wait_ready(stage, on_look)
             ended = time.perf_counter()
             self.statistics.stall_seconds += ended - started
             if self._trace is not None:
@@ -379,12 +388,17 @@ class Pipeline:
             (name, started), self._traced_stage = self._traced_stage, None
             self._trace.span("inference agent", name, started, time.perf_counter())
 
-    def _wait_ready(self, stage: Stage) -> None:
+    def _wait_ready(self, stage: Stage, on_look: Callable[[], None]) -> None:
         """Returns when it is READY, or the sweep abandoned."""
         if not self.load_order.is_next(stage):
             self.call_on_loop(self.load_order.reorder, stage)
-        with only_waiting(), self._arrived:
-            self._arrived.wait_for(lambda: self._abandoned or stage.state is StageState.READY)
+        while True:
+            with only_waiting(), self._arrived:
+                self._arrived.wait_for(lambda: self._look or self._abandoned or stage.state is StageState.READY)
+            if not self._look:
+                return
+            self._look = False
+            on_look()
 
     def call_on_loop(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Called by the compute thread: calls `function` on the event loop, and waits for it."""

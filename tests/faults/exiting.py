@@ -62,9 +62,9 @@ async def come_to(state: str, path: str) -> tuple[Engine, Any]:
     engine = Engine(path, memory_budget="8MiB", config=config)
     if state == "opening hangs":
         reads.hang = True
-        asyncio.ensure_future(engine.__aenter__())
+        entering = asyncio.ensure_future(engine.__aenter__())
         await until_set(reads.hanging)
-        return engine, None
+        return engine, entering
     await engine.__aenter__()
     kept: Any = None
     if state == "generating":
@@ -88,7 +88,7 @@ async def come_to(state: str, path: str) -> tuple[Engine, Any]:
 
 
 async def until_set(event: threading.Event) -> None:
-    while not event.is_set():
+    while not event.is_set():  # noqa: ASYNC110 - a thread sets it
         await asyncio.sleep(0.001)
 
 
