@@ -14,6 +14,7 @@ import pytest
 STATES = ["idle", "generating", "iterating", "computing", "hanging", "opening hangs"]
 CODES = {"return": 0, "stop": 0, "error": 1, "exit": 3, "SIGINT": -signal.SIGINT, "SIGTERM": -signal.SIGTERM}
 ERRORS = {"error": "ZeroDivisionError: of the program", "SIGINT": "KeyboardInterrupt"}
+NOISE = ["Exception ignored", "Fatal", "terminate called", "Task was destroyed", "hermes_async/"]
 
 Run = Callable[..., tuple[int, str]]
 
@@ -51,5 +52,5 @@ def test_the_interpreter_exits(run: Run, loop: str, runner: str, state: str, way
         pytest.skip("asyncio.run says so itself")
     code, errors = run(loop, runner, state, way)
     assert code == CODES[way], errors
-    assert errors.count("Traceback") == (way in ERRORS), errors
+    assert not [line for line in errors.splitlines() if any(noise in line for noise in NOISE)], errors
     assert errors.strip().endswith(ERRORS.get(way, "")), errors
