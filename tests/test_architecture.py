@@ -99,7 +99,7 @@ def private_names_of_others(path: Path) -> set[str]:
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Attribute) and _PRIVATE.fullmatch(node.attr)
     }
-    return used - OWN_NAMES
+    return used - OWN_NAMES - {"_exit"}  # os._exit is documented
 
 
 def own_names() -> set[str]:

@@ -6,14 +6,15 @@ import time
 from collections.abc import Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from hermes_async.cli.running import Interrupts
-from hermes_async.config import SamplingParams, format_bytes
-from hermes_async.engine.engine import Engine
-from hermes_async.engine.prompt import Prompt
-from hermes_async.engine.request import FinishReason
-from hermes_async.engine.session import Session
-from hermes_async.engine.statistics import EngineStatistics
+from hermes_async.config import SamplingParams, format_bytes, format_count
+
+if TYPE_CHECKING:
+    from hermes_async import Engine, EngineStatistics, Session
+    from hermes_async.engine.prompt import Prompt
+    from hermes_async.engine.request import FinishReason
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Answer:
 
     def __str__(self) -> str:
         num_tokens = len(self.token_ids)
-        line = f"{_count(num_tokens, 'token')} in {self.total_s:.2f} s"
+        line = f"{format_count(num_tokens, 'token')} in {self.total_s:.2f} s"
         decoding = self.total_s - self.first_token_s
         if num_tokens > 1 and decoding > 0:
             line += f" (the first after {self.first_token_s:.2f} s, then {(num_tokens - 1) / decoding:.1f} a second)"
@@ -63,10 +64,6 @@ async def stream_answer(
 def statistics_line(statistics: EngineStatistics) -> str:
     """What the engine did for it, in short."""
     return (
-        f"{_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
+        f"{format_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
         f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"
     )
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

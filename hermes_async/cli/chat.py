@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
 import typer
-from rich.console import Console
 
 from hermes_async.cli import options
 from hermes_async.cli.answer import Answer, stream_answer
 from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
 from hermes_async.config import SamplingParams
-from hermes_async.engine.engine import Engine
-from hermes_async.engine.session import Session
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
 from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from hermes_async import Engine, Session
 
 _HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
 
@@ -32,6 +33,7 @@ def chat(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -40,11 +42,15 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
             await _converse(engine, params, interrupts)
 
@@ -52,6 +58,8 @@ def chat(
 
 
 async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrupts) -> None:
+    from rich.console import Console
+
     at_terminal = sys.stdin.isatty()
     console = Console(highlight=False)
     lines = LineReader(sys.stdin.fileno())

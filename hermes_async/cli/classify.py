@@ -10,7 +10,6 @@ import typer
 
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.engine.engine import Engine
 from hermes_async.storage.hub import HubOptions
 
 
@@ -31,6 +30,8 @@ def classify(
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             async with Engine(path, memory_budget=memory, trace=trace) as engine:
                 labels = (await engine.classify(item, truncate=truncate))[:top]
                 plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()

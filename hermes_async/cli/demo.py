@@ -7,22 +7,21 @@ import sys
 from contextlib import aclosing, nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import anyio
 import typer
-from rich.console import Console
-from rich.live import Live
 
-from hermes_async.cli import options
-from hermes_async.cli.running import INTERRUPTED, Interrupts, errors_in_one_line, run
-from hermes_async.config import EngineConfig, SamplingParams, format_bytes
+from hermes_async.cli import INTERRUPTED, options
+from hermes_async.cli.running import Interrupts, errors_in_one_line, run
+from hermes_async.cli.tables import print_table
+from hermes_async.config import EngineConfig, SamplingParams, format_bytes, format_count
 from hermes_async.demo import MODEL_PATH
-from hermes_async.demo.show import SideBySide, Story, print_stories, statistics_table
-from hermes_async.engine.engine import Engine
-from hermes_async.engine.opening import open_model
-from hermes_async.engine.prompt import encode
 from hermes_async.errors import HermesError
+
+if TYPE_CHECKING:
+    from hermes_async import Engine
+    from hermes_async.demo.show import Story
 
 _PROMPTS = (
     "First Citizen:\n",
@@ -50,6 +49,9 @@ def demo(
 ) -> None:
     """Run the model that comes with the library in less memory than it has weights. Nothing is downloaded."""
     with errors_in_one_line():
+        from hermes_async import Engine
+        from hermes_async.demo.show import Story
+
         stories = [Story(_PROMPTS[idx % len(_PROMPTS)]) for idx in range(sessions)]
         params = [
             SamplingParams(max_tokens=max_tokens, temperature=_TEMPERATURE, seed=seed + idx) for idx in range(sessions)
@@ -74,6 +76,9 @@ def _choose_budget(model: Path, stories: list[Story], max_tokens: int) -> tuple[
     Some layers can then stay, and the others stream through the ring. The KV caches of all sessions get up to a quarter
     of the weights' bytes; sessions that do not fit wait until another one has ended.
     """
+    from hermes_async.engine.opening import open_model
+    from hermes_async.engine.prompt import encode
+
     opened = open_model(model, "1TiB", EngineConfig())
     try:
         longest = max(len(encode(opened, story.prompt)) for story in stories) + max_tokens
@@ -93,12 +98,17 @@ async def _run_stories(
     *,
     json_output: bool,
 ) -> None:
+    from rich.console import Console
+    from rich.live import Live
+
+    from hermes_async.demo.show import SideBySide, print_stories, statistics_table
+
     console = Console(force_terminal=sys.stdout.isatty(), quiet=json_output)
     live = console.is_interactive and not json_output
     async with engine:
         plan = engine.plan
         console.print(
-            f"{len(stories)} sessions over {format_bytes(plan.weight_bytes)} of weights "
+            f"{format_count(len(stories), 'session')} over {format_bytes(plan.weight_bytes)} of weights "
             f"in {format_bytes(plan.memory_budget)} of memory\n",
             highlight=False,
         )
@@ -121,7 +131,7 @@ async def _run_stories(
     else:
         if not live:
             print_stories(console, stories)
-        console.print(statistics_table(statistics, plan.weight_bytes))
+        print_table(statistics_table(statistics, plan.weight_bytes), console)
     if writing.cancel_called:
         raise typer.Exit(INTERRUPTED)
 

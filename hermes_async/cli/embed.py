@@ -9,8 +9,7 @@ import typer
 
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.engine.engine import Engine
-from hermes_async.modeling.pooling import Pooling
+from hermes_async.config import Pooling
 from hermes_async.storage.hub import HubOptions
 
 
@@ -47,9 +46,12 @@ def embed(
 ) -> None:
     """Print each text's vector; with --json the vectors, plan and statistics."""
     with errors_in_one_line():
+        texts = [options.checked_text(text) for text in texts]
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             async with Engine(path, memory_budget=memory, trace=trace) as engine:
                 vectors = await engine.embed(
                     texts,

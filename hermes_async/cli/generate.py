@@ -6,18 +6,19 @@ import json
 import re
 import sys
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from hermes_async.cli import options
+from hermes_async.cli import INTERRUPTED, options
 from hermes_async.cli.answer import statistics_line, stream_answer
-from hermes_async.cli.running import INTERRUPTED, Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import SamplingParams
-from hermes_async.engine.engine import Engine
-from hermes_async.engine.prompt import Prompt
-from hermes_async.engine.request import Completion, Timings, Usage
 from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from hermes_async import Completion, Engine
+    from hermes_async.engine.prompt import Prompt
 
 _REQUEST_ID = "generate"
 
@@ -46,6 +47,7 @@ def generate(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -63,14 +65,18 @@ def generate(
             top_p=top_p,
             top_k=top_k,
             seed=seed,
-            stop=tuple(stop or ()),
+            stop=tuple(options.checked_text(text) for text in stop or ()),
             ignore_eos=ignore_eos,
         )
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 
         async def work(interrupts: Interrupts) -> None:
+            from hermes_async import Engine
+
             command = _to_json if json_output else _to_terminal
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
             await command(engine, asked, params, interrupts)
@@ -84,6 +90,7 @@ def _read_prompt(prompt: str, *, chat: bool, token_ids: bool) -> Prompt:
             prompt = typer.get_binary_stream("stdin").read().decode()
         except UnicodeDecodeError as error:
             raise typer.BadParameter(f"standard input is not UTF-8: {error}", param_hint="PROMPT") from None
+    prompt = options.checked_text(prompt)
     if chat:
         return [{"role": "user", "content": prompt}]
     if not token_ids:
@@ -135,6 +142,8 @@ async def _to_json(
 
 async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, interrupts: Interrupts) -> Completion:
     """Ctrl-C aborts the request, which then completes with what it has."""
+    from hermes_async import Completion, Timings, Usage
+
     completion = Completion(_REQUEST_ID, "", (), "abort", Usage(0, 0), Timings(0.0, 0.0, 0.0, 0.0))
     with interrupts.scope() as scope:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -52,6 +53,10 @@ MaxResidentLayers = Annotated[
     int | None,
     typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
 ]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of a prompt and its answer; the model's own if not given.", show_default=False),
+]
 Kernels = Annotated[
     str,
     typer.Option(
@@ -89,12 +94,29 @@ CacheDir = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
 
 
+def checked_text(text: str) -> str:
+    """A text of the command line, which is UTF-8 whatever the locale says.
+
+    Raises:
+        BadParameter: Its bytes are not UTF-8.
+    """
+    try:
+        text.encode()
+        return text
+    except UnicodeEncodeError:  # it has bytes that the locale's encoding does not have
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeError:
+            raise typer.BadParameter(f"{text!a} is not UTF-8") from None
+
+
 def engine_config(
     loading_agents: int | None,
     max_resident_layers: int | None,
     *,
     kv_budget: int | None = None,
     kernels: str = "default",
+    context_length: int | None = None,
 ) -> EngineConfig:
     """The engine's options, from those of the command."""
     return EngineConfig(
@@ -102,4 +124,5 @@ def engine_config(
         max_resident_layers=max_resident_layers,
         kv_budget=kv_budget,
         kernels=kernels,
+        context_length=context_length,
     )

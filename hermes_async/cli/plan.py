@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
 from hermes_async.cli import options
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
-from hermes_async.config import format_bytes
-from hermes_async.engine.opening import open_model, plans_by_budget
-from hermes_async.pipeload.plan import Plan
-from hermes_async.pipeload.prediction import Prediction, predict
-from hermes_async.storage.hub import HubOptions, without_weights
+from hermes_async.cli.tables import print_table
+from hermes_async.config import format_bytes, format_count
+from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hermes_async import Plan, Prediction
 
 _SESSIONS = (1, 8, 64)
 _TEXTS = (1, 4)  # of a model that does not generate
@@ -33,6 +34,7 @@ def plan(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
     ] = False,
@@ -49,7 +51,12 @@ def plan(
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
+        from hermes_async.engine.opening import open_model, plans_by_budget
+        from hermes_async.storage.hub import without_weights
+
         with without_weights(model, HubOptions(revision, token, cache_dir)) as source:
             if sweep:
                 plans = plans_by_budget(source, config, _BUDGETS)
@@ -65,21 +72,26 @@ def plan(
             ]
             print(json.dumps(records if sweep else records[0]))
         elif sweep:
-            Console().print(_budgets_table(plans, predictions))
+            print_table(_budgets_table(plans, predictions))
         else:
             print(plans[0])
-            Console().print(_sessions_table(plans[0], predictions[0]))
+            print_table(_sessions_table(plans[0], predictions[0]))
         if plot is not None:
             draw(plans, predictions, plot)
+            print(f"{plot} shows speed against memory", file=sys.stderr)
 
 
 def predictions_of(chosen: Plan) -> list[Prediction]:
     """For one session, and for as many more as there is KV memory for."""
+    from hermes_async import predict
+
     predicted = [predict(chosen, num_sessions=count) for count in (_SESSIONS if chosen.kv_bytes_per_token else _TEXTS)]
     return list({prediction.num_sessions: prediction for prediction in predicted}.values())
 
 
 def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
+    from rich.table import Table
+
     table = Table(title=f"predicted; speeds {chosen.speeds.source}", title_justify="left")
     what = "token" if chosen.kv_bytes_per_token else "text"
     names = ("sessions" if chosen.kv_bytes_per_token else "at once", "s a sweep", "reading", "computing")
@@ -100,6 +112,9 @@ def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
 
 def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]]) -> Table:
     """A row for each budget; the first is the smallest that works."""
+    from rich import box
+    from rich.table import Table
+
     first = plans[0]
     table = Table(
         title=f"{format_bytes(first.weight_bytes)} of weights; the smallest budget that works is "
@@ -143,7 +158,7 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
             point = (chosen.memory_budget / 2**20, prediction.tokens_per_second)
             lines.setdefault(count, []).append(point)
     for count, points in lines.items():
-        label = f"{count} {'session' if what == 'tokens' else 'text'}{'s' if count > 1 else ''}"
+        label = format_count(count, "session" if what == "tokens" else "text")
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
     smallest, weights = plans[0].minimum_budget / 2**20, plans[0].weight_bytes / 2**20
     axes.axvline(

@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from collections import defaultdict
 from dataclasses import asdict
 from pathlib import Path
-from typing import IO, Annotated
+from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from hermes_async.cli import options
 from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.cli.tables import new_table, print_table
 from hermes_async.config import format_bytes
-from hermes_async.engine.profile import Profile, StageProfile
-from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
-from hermes_async.engine.profiling import asked, measure
-from hermes_async.engine.tracing import open_trace_file
 from hermes_async.errors import ConfigError
-from hermes_async.pipeload.trace import Event
-from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from hermes_async.engine.profile import Profile, StageProfile
+    from hermes_async.pipeload.trace import Event
 
 
 def profile(
@@ -41,6 +41,11 @@ def profile(
 ) -> None:
     """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
     with errors_in_one_line():
+        from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
+        from hermes_async.engine.profiling import asked, measure
+        from hermes_async.engine.tracing import open_trace_file
+        from hermes_async.storage.checkpoint import Checkpoint
+
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         config = options.engine_config(loading_agents, max_resident_layers)
         file = profile_file(Checkpoint.open(path))
@@ -58,12 +63,12 @@ def profile(
             save_profile(file, measured)
             if trace is not None and stream is not None:
                 _write(trace, stream, events)
+                print(f"{trace} is the trace", file=sys.stderr)
         if json_output:
             print(json.dumps(asdict(measured)))
             return
-        console = Console()
         for table in (_stage_table(measured), _disk_table(measured), _kernel_table(measured)):
-            console.print(table)
+            print_table(table)
 
 
 def _write(file: Path, stream: IO[str], events: list[Event]) -> None:
@@ -80,8 +85,8 @@ def _stage_table(measured: Profile) -> Table:
     for stage in measured.stages:
         kinds[re.sub(r"\d+", "*", stage.name)].append(stage)
     counts = sorted({tokens for stage in measured.stages for tokens in stage.compute_s})
-    table = Table(title=f"stages, {measured.dtype}, in {format_bytes(measured.memory_budget)}", title_justify="left")
-    table.add_column("stages", overflow="fold")
+    table = new_table(title=f"stages, {measured.dtype}, in {format_bytes(measured.memory_budget)}")
+    table.add_column("stages")
     for name in ("number", "resident", "each", "load, ms", *(f"compute {count}, ms" for count in counts)):
         table.add_column(name, justify="right")
     for name, stages in kinds.items():
@@ -101,7 +106,7 @@ def _stage_table(measured: Profile) -> Table:
 
 def _disk_table(measured: Profile) -> Table:
     sizes = sorted({disk.read_bytes for disk in measured.disk})
-    table = Table(title="disk, bytes a second", title_justify="left")
+    table = new_table(title="disk, bytes a second")
     table.add_column("agents")
     for size in sizes:
         table.add_column(f"{format_bytes(size)} at once", justify="right")
@@ -114,7 +119,7 @@ def _disk_table(measured: Profile) -> Table:
 
 def _kernel_table(measured: Profile) -> Table:
     counts = sorted({tokens for kernel in measured.kernels for tokens in kernel.flops})
-    table = Table(title="kernels, GFLOP/s by tokens; * is the fastest", title_justify="left")
+    table = new_table(title="kernels, GFLOP/s by tokens; * is the fastest")
     table.add_column("dtype")
     table.add_column("kernel")
     best = {count: max(kernel.flops[count] for kernel in measured.kernels) for count in counts}

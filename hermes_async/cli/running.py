@@ -12,12 +12,9 @@ from pathlib import Path
 import anyio
 import typer
 
+from hermes_async.cli import INTERRUPTED
 from hermes_async.errors import HermesError
-from hermes_async.storage.checkpoint import open_checkpoint
 from hermes_async.storage.hub import HubOptions
-
-INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
 
 
 class Interrupts:
@@ -62,12 +59,16 @@ def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
         HermesError: As `work` raised it, never in a group.
         KeyboardInterrupt: Ctrl-C came while `work` had no block of its own open.
     """
+    from hermes_async.engine.lifetime import import_torch
+
+    import_torch()  # here Ctrl-C ends it at once, which it could not on the engine's worker thread
     anyio.run(_interruptible, work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
 
 
 async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
     interrupts = Interrupts()
     failure: Exception | SystemExit | None = None
+    before = signal.getsignal(signal.SIGINT)
     async with anyio.create_task_group() as tasks:
         with anyio.open_signal_receiver(signal.SIGINT) as signals:
             tasks.start_soon(interrupts.watch, signals)
@@ -78,6 +79,7 @@ async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
                 except (Exception, SystemExit) as error:
                     failure = error
             tasks.cancel_scope.cancel()
+        signal.signal(signal.SIGINT, before)  # the event loop puts Python's own in its place
     if failure is not None:
         raise failure
     if everything.cancelled_caught:
@@ -95,6 +97,9 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("hermes-async: stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
+    except UnicodeEncodeError as error:  # what has no UTF-8: a name of bytes that are none
+        print(f"hermes-async: error: {error.object!a} is not UTF-8", file=sys.stderr)
+        raise typer.Exit(1) from None
 
 
 def print_error(error: HermesError) -> None:
@@ -107,4 +112,6 @@ def find_checkpoint(model: str, hub: HubOptions) -> Path:
 
     The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
     """
+    from hermes_async.storage.checkpoint import open_checkpoint
+
     return open_checkpoint(model, hub).path

@@ -9,18 +9,17 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import import_module
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
-from hermes_async.engine.opening import OpenedModel, open_model
+from hermes_async.engine.isolation import one_checkpoint
 from hermes_async.engine.request import Request
-from hermes_async.engine.running import RunningModel, running_model
-from hermes_async.engine.serving import Serving
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
 from hermes_async.pipeload.groups import all_errors, first_error
@@ -28,7 +27,20 @@ from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.threads import run_in_thread
 
+if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
+    from hermes_async.engine.opening import OpenedModel
+    from hermes_async.engine.running import RunningModel
+    from hermes_async.engine.serving import Serving
+
 _log = logging.getLogger("hermes_async")
+
+_IMPORT_TORCH = ("opening", "running", "serving", "forwarding", "embedding", "classification")
+
+
+def import_torch() -> None:
+    """Imports the engine's modules that import torch and transformers, which takes seconds."""
+    for name in _IMPORT_TORCH:
+        import_module(f"hermes_async.engine.{name}")
 
 
 @dataclass(slots=True)
@@ -65,6 +77,12 @@ class EngineLifetime:
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
+        paths = {"source": source, "draft_model": draft_model, "trace": None if isinstance(trace, Trace) else trace}
+        for name, path in paths.items():
+            if not isinstance(path, (str, os.PathLike)) and (path is not None or name == "source"):
+                raise ConfigError(f"{name} must be a path, not {type(path).__name__}")
+        if not isinstance(memory_budget, (int, str)):
+            parse_bytes(memory_budget)  # says what is right
         self._source = source
         self._memory_budget = memory_budget
         self._draft_model = draft_model
@@ -153,6 +171,9 @@ class EngineLifetime:
         try:
             with contextlib.ExitStack() as exits:
                 opened = await run_in_thread(self._open, exits)
+                from hermes_async.engine.running import running_model
+                from hermes_async.engine.serving import Serving
+
                 async with (
                     tracing(self._trace) as trace,
                     running_model(opened, self._config, self._release, trace) as self._running,
@@ -180,7 +201,11 @@ class EngineLifetime:
             self._fail(error, "the engine could not be closed as it should be")
 
     def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
-        opened = open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+        import_torch()
+        from hermes_async.engine.opening import open_model
+
+        with one_checkpoint(self._source):
+            opened = open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
         exits.callback(opened.close)
         return opened
 
@@ -210,6 +235,8 @@ class EngineLifetime:
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left while the request was prepared")
+        self._serving.preparations.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left before it was resized")
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()

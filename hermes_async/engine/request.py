@@ -6,18 +6,20 @@ import math
 import time
 from collections.abc import AsyncIterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import anyio
 from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from hermes_async.config import SamplingParams
-from hermes_async.engine.kv_blocks import Reservation
-from hermes_async.engine.prompt import PreparedPrompt
-from hermes_async.engine.session_kv import SessionKV
 from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
-from hermes_async.modeling.kv_cache import SequenceKV
-from hermes_async.modeling.sampling import SampledToken
+
+if TYPE_CHECKING:
+    from hermes_async.engine.kv_blocks import Reservation
+    from hermes_async.engine.prompt import PreparedPrompt
+    from hermes_async.engine.session_kv import SessionKV
+    from hermes_async.modeling.kv_cache import SequenceKV
+    from hermes_async.modeling.sampled_token import SampledToken
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -190,6 +192,13 @@ class Request:
             drafted_tokens=self.num_drafted,
             accepted_tokens=self.num_accepted,
         )
+
+
+def aborted_chunk(request_id: str, created_at: float) -> Chunk:
+    """The only chunk of a request that was aborted before it was prepared."""
+    waited = time.perf_counter() - created_at
+    timings = Timings(queued_s=waited, first_token_s=waited, total_s=waited, tokens_per_s=0.0)
+    return Chunk("", (), "abort", usage=Usage(0, 0), timings=timings, request_id=request_id)
 
 
 def check_deadline(deadline: float | None) -> None:

@@ -17,7 +17,7 @@ from hermes_async.engine.timing import SweepTimes
 from hermes_async.errors import RequestError
 from hermes_async.modeling.kv_cache import Segment
 from hermes_async.modeling.packed import PackedBatch
-from hermes_async.modeling.sampling import SampledToken
+from hermes_async.modeling.sampled_token import SampledToken
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.pipeline import Pipeline, PipelineStatistics, SweepAbandoned
 from hermes_async.storage.rows import RowReader
@@ -204,6 +204,8 @@ class SweepRunner:
             reason = "length"
         if request.prepared.text_stream is None:
             return "", reason
+        if ends and not params.include_stop_str_in_output:
+            return request.prepared.text_stream.finish(), reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
 

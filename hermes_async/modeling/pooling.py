@@ -8,20 +8,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hermes_async.config import Pooling
 from hermes_async.errors import CheckpointError
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.storage.checkpoint import read_config, read_tensors
 from hermes_async.storage.tensor_spec import TensorSpec
-
-Pooling = Literal["mean", "cls", "max", "last", "weightedmean", "mean_sqrt_len"]
-"""What is made of a text's tokens: their mean or maximum, the first or last one alone, a mean that weighs each by its
-place, or their sum by the root of their number."""
 
 DENSE = "sentence_dense"
 """The module of a model that holds its Dense layers, beside what transformers makes."""

@@ -4,34 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TopKLogitsWarper
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
+from hermes_async.modeling.sampled_token import SampledToken
 
 # As in vLLM: dividing logits by less than this would only lose precision against argmax.
 _GREEDY_BELOW = 1e-5
-
-
-@dataclass(frozen=True, slots=True)
-class SampledToken:
-    """One chosen token.
-
-    Log-probabilities are of the model's own distribution, before bias, penalties and temperature (as vLLM's
-    default), and are there only where `SamplingParams.logprobs` is not None.
-
-    Attributes:
-        token_id: The token.
-        logprob: The token's log-probability.
-        top_logprobs: The `logprobs` likeliest tokens, likeliest first, and the chosen one, by token id.
-    """
-
-    token_id: int
-    logprob: float | None
-    top_logprobs: dict[int, float] | None
 
 
 class Sampler:
@@ -138,7 +120,8 @@ class Sampler:
             return SampledToken(token_id, None, None)
         logprobs = logits.float().log_softmax(-1)
         logprob = float(logprobs[token_id])
-        top = logprobs.topk(self._params.logprobs)
+        asked = self._params.logprobs
+        top = logprobs.topk(len(logprobs) if asked == -1 else asked)
         top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         top_logprobs.setdefault(token_id, logprob)
         return SampledToken(token_id, logprob, top_logprobs)

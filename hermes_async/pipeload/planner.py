@@ -336,6 +336,7 @@ class _Choices:
             frozenset(idx for idx, stage in enumerate(partition.stages) if self.sizes.is_head(stage)),
             self.speeds,
             reasons,
+            self.sizes.context_length,
         )
 
     # --- parts of plans ---

@@ -10,7 +10,6 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from hermes_async.cli import app
-from hermes_async.cli import demo as demo_module
 from hermes_async.demo.show import SideBySide, Story, print_stories, statistics_table
 from hermes_async.engine.request import Chunk
 from hermes_async.engine.statistics import EngineStatistics
@@ -151,7 +150,7 @@ def test_demo_lets_sessions_wait_where_their_caches_do_not_fit() -> None:
 def test_demo_draws_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     file = io.StringIO()
     monkeypatch.setattr(
-        demo_module, "Console", lambda **_: Console(file=file, force_terminal=True, width=100, height=40)
+        "rich.console.Console", lambda **_: Console(file=file, force_terminal=True, width=100, height=40)
     )
     assert demo("--max-tokens", 3).exit_code == 0
     assert "╭" in file.getvalue()

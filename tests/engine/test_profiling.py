@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 from hermes_async import EngineConfig, MemoryBudgetError
 from hermes_async.cli import app
-from hermes_async.cli import profile as profile_module
 from hermes_async.cli.timeline import read
 from hermes_async.engine import machine, profiling
 from hermes_async.engine.profile import KernelProfile, Profile, StageProfile
@@ -255,7 +254,7 @@ def test_the_command_measures_once(
         measured.append(args)
         return await measure(*args)
 
-    monkeypatch.setattr(profile_module, "measure", counted)
+    monkeypatch.setattr("hermes_async.engine.profiling.measure", counted)
 
     def run(*args: str) -> Any:
         arguments = ["profile", str(tiny_model.path), "--memory", "8MiB", "--max-resident-layers", "3", *args]

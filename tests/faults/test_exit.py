@@ -43,13 +43,17 @@ def run(programs: subprocess.Popen[str], tiny_model: Any, tmp_path: Path) -> Run
 
 
 @pytest.mark.parametrize(
-    ("loop", "runner"), [("asyncio", "run"), ("asyncio", "loop"), ("uvloop", "run"), ("uvloop", "loop")]
+    ("loop", "runner", "state", "way"),
+    [
+        *(("asyncio", "run", state, "error") for state in STATES),
+        *(("uvloop", "loop", state, "return") for state in STATES),
+        *(("asyncio", "loop", state, "stop") for state in ("idle", "computing", "hanging")),
+        *(("uvloop", "run", state, "SIGINT") for state in ("idle", "computing", "hanging")),
+        *(("asyncio", "loop", "generating", way) for way in ("exit", "SIGINT", "SIGTERM")),
+        ("asyncio", "run", "hanging", "exit"),
+    ],
 )
-@pytest.mark.parametrize("state", STATES)
-@pytest.mark.parametrize("way", CODES)
 def test_the_interpreter_exits(run: Run, loop: str, runner: str, state: str, way: str) -> None:
-    if (runner, way) == ("run", "stop"):
-        pytest.skip("asyncio.run says so itself")
     code, errors = run(loop, runner, state, way)
     assert code == CODES[way], errors
     assert not [line for line in errors.splitlines() if any(noise in line for noise in NOISE)], errors

@@ -117,9 +117,9 @@ async def test_calls_end_while_a_read_hangs_and_others_go_on(
             for name in ("second", "first"):
                 await calls.end(name, how)
                 calls.check(name, how)
+            await until(lambda: engine._serving.requests == {})
             statistics = engine.statistics()
             assert (statistics.num_running, statistics.num_waiting) == (0, 0)
-            assert engine._serving.requests == {}
             await calls.start("third")
             hanging.where = lambda offset: False
             hanging.let_go.set()

@@ -23,7 +23,8 @@ from transformers import (
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
-from hermes_async.modeling.sampling import SampledToken, Sampler, TopPWarper
+from hermes_async.modeling.sampled_token import SampledToken
+from hermes_async.modeling.sampling import Sampler, TopPWarper
 
 VOCAB_SIZE = 50
 
@@ -368,6 +369,14 @@ def test_logprobs_are_the_models_own(dtype: torch.dtype) -> None:
     expected = {3: math.log(0.4), 2: math.log(0.3), 0: math.log(0.1)}
     assert sampled.top_logprobs == pytest.approx(expected, abs=tolerance)
     assert list(sampled.top_logprobs or {}) == [3, 2, 0]
+
+
+def test_logprobs_of_minus_one_are_all_tokens() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    sampled = make_sampler([0], vocab_size=3, temperature=0.0, logprobs=-1).sample(logits)
+    expected = logits.log_softmax(-1).tolist()
+    assert sampled.top_logprobs == {1: expected[1], 2: expected[2], 0: expected[0]}
+    assert list(sampled.top_logprobs or {}) == [1, 2, 0]
 
 
 def test_logprobs_of_zero_is_the_chosen_tokens_only() -> None:
