@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from hermes_async.cli.running import Interrupts
-from hermes_async.config import SamplingParams, format_bytes
+from hermes_async.config import SamplingParams, format_bytes, format_count
 
 if TYPE_CHECKING:
     from hermes_async import Engine, EngineStatistics, Session
@@ -29,7 +29,7 @@ class Answer:
 
     def __str__(self) -> str:
         num_tokens = len(self.token_ids)
-        line = f"{count(num_tokens, 'token')} in {self.total_s:.2f} s"
+        line = f"{format_count(num_tokens, 'token')} in {self.total_s:.2f} s"
         decoding = self.total_s - self.first_token_s
         if num_tokens > 1 and decoding > 0:
             line += f" (the first after {self.first_token_s:.2f} s, then {(num_tokens - 1) / decoding:.1f} a second)"
@@ -64,11 +64,6 @@ async def stream_answer(
 def statistics_line(statistics: EngineStatistics) -> str:
     """What the engine did for it, in short."""
     return (
-        f"{count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
+        f"{format_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
         f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"
     )
-
-
-def count(number: int, noun: str) -> str:
-    """A number of things, in the singular or plural."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -13,10 +13,9 @@ import anyio
 import typer
 
 from hermes_async.cli import INTERRUPTED, options
-from hermes_async.cli.answer import count
 from hermes_async.cli.running import Interrupts, errors_in_one_line, run
 from hermes_async.cli.tables import print_table
-from hermes_async.config import EngineConfig, SamplingParams, format_bytes
+from hermes_async.config import EngineConfig, SamplingParams, format_bytes, format_count
 from hermes_async.demo import MODEL_PATH
 from hermes_async.errors import HermesError
 
@@ -109,7 +108,7 @@ async def _run_stories(
     async with engine:
         plan = engine.plan
         console.print(
-            f"{count(len(stories), 'session')} over {format_bytes(plan.weight_bytes)} of weights "
+            f"{format_count(len(stories), 'session')} over {format_bytes(plan.weight_bytes)} of weights "
             f"in {format_bytes(plan.memory_budget)} of memory\n",
             highlight=False,
         )

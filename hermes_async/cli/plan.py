@@ -15,7 +15,7 @@ from hermes_async.cli import options
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
 from hermes_async.cli.tables import print_table
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def plan(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
     ] = False,
@@ -50,7 +51,9 @@ def plan(
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         from hermes_async.engine.opening import open_model, plans_by_budget
         from hermes_async.storage.hub import without_weights
 
@@ -155,7 +158,7 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
             point = (chosen.memory_budget / 2**20, prediction.tokens_per_second)
             lines.setdefault(count, []).append(point)
     for count, points in lines.items():
-        label = f"{count} {'session' if what == 'tokens' else 'text'}{'s' if count > 1 else ''}"
+        label = format_count(count, "session" if what == "tokens" else "text")
         axes.plot(*zip(*points, strict=True), "o-", markersize=4, label=label)
     smallest, weights = plans[0].minimum_budget / 2**20, plans[0].weight_bytes / 2**20
     axes.axvline(

@@ -8,10 +8,9 @@ from typing import Annotated, Any
 
 import typer
 
-from hermes_async.cli.answer import count
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.running import errors_in_one_line
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.errors import ConfigError
 from hermes_async.pipeload.trace import Span, Timeline
 
@@ -53,7 +52,7 @@ def timeline(
         if len(spans) > _MAX_SPANS:
             raise ConfigError(f"{len(spans)} spans are too many for one picture; give fewer --seconds")
         draw(shown, first, last, output)
-        print(f"{output} shows {first:.3f} s to {last:.3f} s of {file}: {count(len(spans), 'span')}")
+        print(f"{output} shows {first:.3f} s to {last:.3f} s of {file}: {format_count(len(spans), 'span')}")
 
 
 def _window(everything: Timeline, start: float | None, seconds: float | None) -> tuple[float, float]:

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.engine.request import Chunk, FinishReason
 from hermes_async.engine.statistics import EngineStatistics
 
@@ -35,7 +35,7 @@ class Story:
     def state(self) -> str:
         if not self.token_ids and self.finish_reason is None:
             return "waiting"
-        count = "1 token" if len(self.token_ids) == 1 else f"{len(self.token_ids)} tokens"
+        count = format_count(len(self.token_ids), "token")
         return count if self.finish_reason is None else f"{count}, {self.finish_reason}"
 
     def as_text(self) -> Text:

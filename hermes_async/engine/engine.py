@@ -9,19 +9,16 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
-import anyio.lowlevel
-import anyio.to_thread
-
 from hermes_async.config import Pooling, SamplingParams, parse_bytes
+from hermes_async.engine.chat_messages import checked_messages
 from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
-from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
+from hermes_async.engine.preparing import PreparationAbortedError
+from hermes_async.engine.prompt import Prompt, encode, prepare
+from hermes_async.engine.request import Chunk, Completion, Request, aborted_chunk, check_deadline
 from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
-    DeadlineExceededError,
     EngineClosedError,
     RequestError,
     SessionClosedError,
@@ -192,7 +189,8 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
 
-        several = [texts] if isinstance(texts, str) else list(texts)
+        with one_request("the reading of the texts"):
+            several = [texts] if isinstance(texts, str) else list(texts)
         options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
         batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
         vectors = await embed_batches(self._model().forwarding, batches)
@@ -229,17 +227,24 @@ class Engine(EngineLifetime):
             RequestError: A message has no role or no content.
             EngineClosedError, EngineFailedError: The engine was left, or failed.
         """
-        return self._open_session(None, checked_messages(messages), ())
+        with one_request("the reading of the messages"):
+            checked = checked_messages(messages)
+        return self._open_session(None, checked, ())
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
 
-        Returns when the request's memory is free. False if no such request is under way.
+        Returns when the request's memory is free; one whose prompt is still being tokenized holds none. False if no
+        such request is under way.
         """
         self._check_loop()
         serving = self._serving
-        request = None if serving is None else serving.requests.get(request_id)
-        if serving is None or request is None:
+        if serving is None or not isinstance(request_id, str):
+            return False
+        if serving.preparations.abort(request_id):
+            return True
+        request = serving.requests.get(request_id)
+        if request is None:
             return False
         serving.abort(request)
         await request.released.wait()
@@ -290,6 +295,8 @@ class Engine(EngineLifetime):
 
     @staticmethod
     def _request_id(request_id: str | None) -> str:
+        if request_id is not None and not isinstance(request_id, str):
+            raise RequestError(f"request_id must be a text or None, not {type(request_id).__name__}")
         return request_id or uuid.uuid4().hex
 
     async def _stream(
@@ -306,21 +313,24 @@ class Engine(EngineLifetime):
             raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
         check_deadline(deadline)
         created_at = time.perf_counter()
+        serving.check_new(request_id)
         prompt = None
-        with anyio.move_on_after(None if deadline is None else deadline - anyio.current_time()):
-            prompt = await self._prepare(
-                lambda opened: prepare(
-                    opened,
-                    tokenize(opened),
+        with contextlib.suppress(PreparationAbortedError):
+            prompt = await serving.preparations.run(
+                lambda: prepare(
+                    serving.running.opened,
+                    tokenize(serving.running.opened),
                     params,
                     prompt_lookup=self._config.prompt_lookup,
                     prior=serving.acceptance,
-                )
+                ),
+                request_id,
+                deadline,
             )
         if prompt is None:
-            raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
-        if request_id in self._model().requests:
-            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+            yield aborted_chunk(request_id, created_at)
+            return
+        self._model()  # says so where the engine was left or failed
         if session is not None and session.closed:
             raise SessionClosedError(f"{session.name} was closed")
         request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
@@ -332,25 +342,6 @@ class Engine(EngineLifetime):
             serving.leave(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """Tokenizes and checks what a user gave, on a worker thread that the application's own cannot keep from it.
-
-        Raises:
-            RequestError: `check` raised what is no error of ours.
-
-        Cancellation: at once; the thread goes on until `check` ends, and its result is dropped.
-        """
+        """As `Preparations.run`, for what is no request to generate."""
         serving = self._model()
-        ready = anyio.Event()
-        serving.preparing.add(ready)
-        try:
-            return await anyio.to_thread.run_sync(
-                _prepare, check, serving.running.opened, abandon_on_cancel=True, limiter=serving.preparations
-            )
-        finally:
-            serving.preparing.remove(ready)
-            ready.set()
-
-
-def _prepare(check: Callable[[OpenedModel], T], opened: OpenedModel) -> T:
-    with one_request("the preparation of the request"):
-        return check(opened)
+        return await serving.preparations.run(lambda: check(serving.running.opened))

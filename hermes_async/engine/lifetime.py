@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Self
 import anyio
 import anyio.to_thread
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.events import RequestEvent
 from hermes_async.engine.following import follow
+from hermes_async.engine.isolation import one_checkpoint
 from hermes_async.engine.request import Request
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
@@ -61,6 +62,12 @@ class EngineLifetime:
     ) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise ConfigError(f"config must be an EngineConfig, not {type(config).__name__}")
+        paths = {"source": source, "draft_model": draft_model, "trace": None if isinstance(trace, Trace) else trace}
+        for name, path in paths.items():
+            if not isinstance(path, (str, os.PathLike)) and (path is not None or name == "source"):
+                raise ConfigError(f"{name} must be a path, not {type(path).__name__}")
+        if not isinstance(memory_budget, (int, str)):
+            parse_bytes(memory_budget)  # says what is right
         self._source = source
         self._memory_budget = memory_budget
         self._draft_model = draft_model
@@ -165,7 +172,8 @@ class EngineLifetime:
         import_torch()
         from hermes_async.engine.opening import open_model
 
-        return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+        with one_checkpoint(self._source):
+            return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
 
     def _release(self, request: Request) -> None:
         assert self._serving is not None
@@ -177,13 +185,18 @@ class EngineLifetime:
             _log.error("the engine stopped", exc_info=self._failure)
         if self._serving is None:
             return
-        self._failure_told = bool(self._serving.requests or self._serving.forwarding.num_under_way)
+        preparations = self._serving.preparations
+        self._failure_told = bool(
+            self._serving.requests or self._serving.forwarding.num_under_way or preparations.num_under_way
+        )
         self._serving.admission.stop()
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
+        ended = EngineClosedError("the engine was left while the request was prepared")
+        preparations.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left before it was resized")
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()

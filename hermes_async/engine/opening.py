@@ -16,7 +16,9 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.isolation import is_foreign, reason_of
 from hermes_async.engine.profile_store import load_profile, profile_file
+from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
@@ -27,7 +29,7 @@ from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_de
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
+from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.memory import process_rss_bytes
@@ -94,7 +96,7 @@ class OpenedModel:
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
-        claim: On the memory that the engines of the process have in common; until `close`.
+        claim: On the memory that the engines of the user have in common; until `close`.
     """
 
     checkpoint: Checkpoint
@@ -103,11 +105,11 @@ class OpenedModel:
     seen: Probe
     partition: Partition
     plan: Plan
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
-    sentence_tokenizer: PreTrainedTokenizerBase | None
+    sentence_tokenizer: SharedTokenizer | None
     forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
@@ -148,6 +150,10 @@ def open_model(
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
         skeleton, pooling = _with_pooling(skeleton, checkpoint)
         sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
+        shared = None if tokenizer is None else SharedTokenizer(tokenizer)
+        shared_for_sentences = shared
+        if sentence_tokenizer is not None and sentence_tokenizer is not tokenizer:
+            shared_for_sentences = SharedTokenizer(sentence_tokenizer)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error, replace(hub, revision=None))
@@ -169,11 +175,11 @@ def open_model(
         seen,
         chosen.partition,
         chosen,
-        tokenizer,
+        shared,
         tokenizer_error,
         pooling,
         sentences,
-        sentence_tokenizer,
+        shared_for_sentences,
         of_pass,
         draft,
         baseline,
@@ -182,9 +188,10 @@ def open_model(
 
 
 def _claimed(claim: Claim, fixed_budget: int | None) -> int:
-    """The budget, when other engines of the process that follow the machine have made room for it.
+    """The budget, when other engines of the user that follow the machine have made room for it.
 
-    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end.
+    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end; a process
+    that does not answer, as it may be stopped, keeps what it holds.
     """
     budget = claim.take() if fixed_budget is None else fixed_budget
     if claim.others_follow():
@@ -193,7 +200,7 @@ def _claimed(claim: Claim, fixed_budget: int | None) -> int:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
             _raise_if_cancelled()
         if fixed_budget is None:
-            budget = min(budget, claim.left_over())
+            budget = min(budget, max(claim.left_over(), claim.left_over(whatever_is_claimed=True)))
             claim.change(budget)
     return budget
 
@@ -245,6 +252,7 @@ def _look_at(
     on_error.callback(attention.close)
     model_config = load_config(checkpoint)
     skeleton = build_skeleton(checkpoint, model_config, attention.name)
+    skeleton = with_context_length(skeleton, config.context_length)
     if not skeleton.generates:
         return skeleton, attention, probe_forward(skeleton)
     if config.self_check == "require":
@@ -262,7 +270,7 @@ def _open_draft(
 ) -> OpenedDraft:
     checkpoint = open_checkpoint(source, hub)
     tokenizer, _ = _load_tokenizer(checkpoint.path)
-    skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+    skeleton, attention, seen = _look_at(checkpoint, replace(config, context_length=None), on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):
         if not looked_at.generates:
             raise ConfigError(
@@ -383,6 +391,7 @@ def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | N
         return None, f"{path} has no tokenizer; give the prompt as token ids"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"the tokenizer in {path} cannot be loaded ({reason}); give the prompt as token ids"
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        return None, f"the tokenizer in {path} cannot be loaded ({reason_of(error)}); give the prompt as token ids"

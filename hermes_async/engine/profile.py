@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.pipeload.speeds import HANDOVER_SECONDS, DiskSpeed, Speeds, without_noise
 
 
@@ -108,7 +108,7 @@ class Profile:
         for count in sorted({min(ours), max(ours)}):
             best = max(others, key=lambda dtype: others[dtype][count])
             if others[best][count] > 1.5 * ours[count]:
-                tokens = f"{count} token{'s' if count > 1 else ''}"
+                tokens = format_count(count, "token")
                 yield (
                     f"dtype: {self.dtype}, as the checkpoint says; {best} multiplies "
                     f"{others[best][count] / ours[count]:.1f} times as fast at {tokens}"

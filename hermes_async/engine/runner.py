@@ -185,6 +185,8 @@ class SweepRunner:
             reason = "length"
         if request.prepared.text_stream is None:
             return "", reason
+        if ends and not params.include_stop_str_in_output:
+            return request.prepared.text_stream.finish(), reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hermes_async.config import format_bytes
+from hermes_async.config import format_bytes, format_count
 from hermes_async.pipeload.speeds import Speeds
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ class Plan:
         looked_up: Which stages are the input embedding alone, of which rows are looked up.
         speeds: What the planner took reading and computing to take.
         reasons: Why it chose as it did, a line each.
+        context_length: Most tokens of a sequence; None without a limit.
     """
 
     memory_budget: int
@@ -63,6 +64,7 @@ class Plan:
     looked_up: frozenset[int]
     speeds: Speeds
     reasons: tuple[str, ...] = ()
+    context_length: int | None = None
 
     @property
     def max_tokens_per_sweep(self) -> int:
@@ -120,30 +122,33 @@ class Plan:
             "max_tokens_per_sweep": self.max_tokens_per_sweep,
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_sequences": self.max_sequences,
+            "context_length": self.context_length,
             "speeds": self.speeds.source,
             "reasons": list(self.reasons),
         }
 
     def __str__(self) -> str:
         if self.num_buffers:
-            agents = f"{self.num_loading_agents} loading agent{'s' if self.num_loading_agents > 1 else ''}"
             ring = (
-                f"ring        {format_bytes(self.ring_bytes):>9}  {self.num_buffers} buffers of "
-                f"{format_bytes(self.slot_bytes)} for {agents}"
+                f"ring        {format_bytes(self.ring_bytes):>9}  {format_count(self.num_buffers, 'buffer')} of "
+                f"{format_bytes(self.slot_bytes)} for {format_count(self.num_loading_agents, 'loading agent')}"
             )
         else:
             ring = "ring              0 B  everything is resident"
-        kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
+        each = "" if self.context_length is None else f", of up to {format_count(self.context_length, 'token')} each"
+        kv = f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together{each}"
+        sequences = format_count(self.max_sequences, "sequence")
         alone = f", {self.max_prompt_tokens} of a prompt alone" if len(set(self.tokens_by_outputs)) > 1 else ""
         return "\n".join((
             f"budget      {format_bytes(self.memory_budget):>9}  of {format_bytes(self.weight_bytes)} of weights; the "
             f"smallest that works is {format_bytes(self.minimum_budget)}",
-            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of {len(self.stages)} stages, "
+            f"resident    {format_bytes(self.resident_bytes):>9}  {len(self.resident)} of "
+            f"{format_count(len(self.stages), 'stage')}, "
             f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
             ring,
-            *kv,
-            f"workspace   {format_bytes(self.workspace_bytes):>9}  up to {self.max_tokens_per_sweep} tokens of "
-            f"{self.max_sequences} sequences a sweep{alone}",
+            *([kv] if self.kv_bytes else []),
+            f"workspace   {format_bytes(self.workspace_bytes):>9}  up to "
+            f"{format_count(self.max_tokens_per_sweep, 'token')} of {sequences} a sweep{alone}",
             f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",
             *(f"because     {reason}" for reason in self.reasons),
         ))  # fmt: skip

@@ -289,6 +289,7 @@ class _Choices:
             frozenset(idx for idx, stage in enumerate(partition.stages) if self.sizes.is_looked_up(stage)),
             self.speeds,
             reasons,
+            self.sizes.context_length,
         )
 
     # --- parts of plans ---

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from hermes_async.config import EngineConfig, format_bytes
+from hermes_async.config import EngineConfig, format_bytes, format_count
 from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.ways import Way
 
@@ -53,7 +53,7 @@ class Reasons:
         return f"{size}: {', '.join(others) or 'no other size works'}"
 
     def _agents(self) -> str:
-        way, name = self._way, f"{self._way.agents} loading agent{'s' if self._way.agents > 1 else ''}"
+        way, name = self._way, format_count(self._way.agents, "loading agent")
         if self._config.num_loading_agents is not None:
             return f"{name}, as asked for"
         fewer = [agents for limit, agents in self._best_of if limit == way.limit and agents < way.agents]
@@ -70,16 +70,16 @@ class Reasons:
         return f"{name}: {'; '.join(parts)}"
 
     def _resident(self, plan: Plan) -> str:
-        streamed = len(plan.streamed)
+        resident, streamed = format_count(len(plan.resident), "resident stage"), len(plan.streamed)
         if self._config.max_resident_layers is not None:
-            return f"{len(plan.resident)} resident stages, as max_resident_layers asks for; {streamed} are streamed"
-        return (
-            f"{len(plan.resident)} resident stages, spread over the depth: what ring, KV and workspace leave; "
-            f"{streamed} are streamed"
-        )
+            return f"{resident}, as max_resident_layers asks for; {streamed} streamed"
+        return f"{resident}, spread over the depth: what ring, KV and workspace leave; {streamed} streamed"
+
+    def _a_sweep(self) -> str:
+        return f"{format_count(self._way.tokens, 'token')} a sweep"
 
     def _tokens(self) -> str:
-        way, name = self._way, f"{self._way.tokens} tokens a sweep"
+        way, name = self._way, self._a_sweep()
         if way.prompt_tokens > way.tokens:
             name += f", {way.prompt_tokens} of a prompt alone"
         if self._config.max_tokens_per_sweep is not None:

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import takewhile
 
+from hermes_async.config import format_count
+
 _GIB = 1 << 30
 _MIB = 1 << 20
 
@@ -108,7 +110,7 @@ class Speeds:
             if gain > _WORTH_NATIVE and count <= (self.native_tokens or count)
         ]
         if self.native_tokens:
-            tokens = f"{self.native_tokens} token{'s' if self.native_tokens > 1 else ''}"
+            tokens = format_count(self.native_tokens, "token")
             kernels = (
                 f"kernels: torch's own in sweeps of up to {tokens} ({', '.join(ahead)} as fast as oneDNN's), which "
                 "round otherwise than transformers"
