@@ -43,6 +43,17 @@ def import_torch() -> None:
         import_module(f"hermes_async.engine.{name}")
 
 
+@contextlib.asynccontextmanager
+async def _closed_in_thread() -> AsyncGenerator[contextlib.ExitStack, None]:
+    """What is closed in the end on a thread: closing a model closes files."""
+    exits = contextlib.ExitStack()
+    try:
+        yield exits
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_thread(exits.close)
+
+
 @dataclass(slots=True)
 class _Failure:
     """Why the engine stopped by itself, or could not be closed.
@@ -169,7 +180,7 @@ class EngineLifetime:
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            with contextlib.ExitStack() as exits:
+            async with _closed_in_thread() as exits:
                 opened = await run_in_thread(self._open, exits)
                 from hermes_async.engine.running import running_model
                 from hermes_async.engine.serving import Serving

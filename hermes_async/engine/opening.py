@@ -324,6 +324,7 @@ def _sizes(
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
+        embedding_name="" if skeleton.embedding is None else skeleton.embedding_name.rpartition(".")[0],
     )
     if skeleton.generates:
         return sizes
