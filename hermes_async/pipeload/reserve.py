@@ -110,7 +110,8 @@ class Reserve:
         """The step of the chain from which on all weights fit, and sweeps may be longer than enough."""
         if self._most_weights == sys.maxsize:
             return sys.maxsize
-        budgets = range(self._smallest, 2 * (self._smallest + self._most_weights) + 10 * self._sizes.weight_bytes)
+        # At least half of what is above the smallest budget goes to weights, or all of it but what a long text takes.
+        budgets = range(self._smallest, self._smallest + 2 * self._most_weights + self._allowances[-1] + 2)
         first = budgets[bisect_left(budgets, self._most_weights, key=lambda budget: budget - self._streaming(budget))]
         return self._step(first - self._most_weights, sys.maxsize)
 

@@ -398,6 +398,22 @@ def test_more_memory_never_leaves_less_of_anything(
 
 
 @relaxed
+@given(models, st.sampled_from([0, 512]), st.integers(0, 8000 * KIB), st.integers(0, 8000 * KIB))
+def test_more_memory_never_takes_shorter_texts_where_nothing_is_generated(
+    model: FakeModel, long_text_tokens: int, first: int, more: int
+) -> None:
+    sizes = replace(model.sizes, kv_bytes_per_token=0, least_sweep_tokens=64, long_text_tokens=long_text_tokens)
+    cut = lru_cache(maxsize=None)(model.cut)
+    with pytest.raises(MemoryBudgetError) as refused:
+        plan(model.draft_bytes, cut, sizes, EngineConfig(), estimated())
+    assert refused.value.minimum_bytes is not None
+    less = refused.value.minimum_bytes + first
+    poor, rich = (plan(budget, cut, sizes, EngineConfig(), estimated()) for budget in (less, less + more))
+    assert rich.max_tokens_per_sweep >= poor.max_tokens_per_sweep >= 64
+    assert rich.bytes_per_sweep == 0 or poor.bytes_per_sweep > 0
+
+
+@relaxed
 @given(large_enough, st.integers(0, 8000 * KIB), st.integers(0, 8000 * KIB))
 def test_more_memory_never_takes_longer(model: FakeModel, first: int, more: int) -> None:
     known = replace(estimated(), others=())
