@@ -12,13 +12,11 @@ import os
 CAPACITY = 16
 """Kernels that each of the two caches keeps. A sweep uses a few: one for each shape of a layer's matrices."""
 
-KERNEL_BYTES = 40 << 20
-"""What the kernels in the caches take at the most: up to 2.2 MiB each, measured with matrices of 2 to 3,000 tokens."""
-
 BESIDE_BUDGET_BYTES = 64 << 20
-"""What an engine takes beside the baseline and the budget: kernels, stacks of threads, pieces of the heap.
+"""What an engine may take beside the process's baseline and its budget, whatever the model, the lengths and the budget.
 
-A constant: whatever the model, the lengths and the budget, a process holds at most the baseline, the budget, and this.
+The kernels in the caches took 35 MiB at the most, with matrices of 2 to 3,000 tokens; the rest is for stacks of threads
+and pieces of the heap. `python -m benchmarks.memory` holds it.
 """
 
 _VARIABLES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
