@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -50,6 +52,32 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path
         if free < 1.2 * num_bytes:
             raise SystemExit(f"{path} has {format_bytes(free)} free; the checkpoint takes {format_bytes(num_bytes)}")
         _write(path, shapes, dtype)
+        config.architectures = [type(model).__name__]
+        config.save_pretrained(path)
+        yield path
+    finally:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextmanager
+def sparse_checkpoint(config: PreTrainedConfig, folder: Path | None = None) -> Iterator[Path]:
+    """A checkpoint of `config` in bf16 in one file of holes, which takes no disk: its weights are zeros."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
+    header: dict[str, Any] = {}
+    end = 0
+    for name, tensor in model.state_dict().items():
+        if name not in tied:
+            begin, end = end, end + tensor.nbytes
+            header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
+    try:
+        with (path / "model.safetensors").open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
         config.architectures = [type(model).__name__]
         config.save_pretrained(path)
         yield path

@@ -6,7 +6,7 @@ import math
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -26,6 +26,9 @@ for _power, _letter in enumerate("KMGT", start=1):
 # Logits are float32. Within these bounds, bias, penalty and temperature together keep them in its range.
 _LARGEST = 1e6
 _LARGEST_BIAS = 1e9
+_FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
+_NOT_OPTIONAL = ("max_tokens", "min_tokens", *_FLAGS)
+"""Of `SamplingParams`: what is not its default where None is given. `max_tokens` is then without a limit."""
 
 
 def parse_bytes(size: int | str) -> int:
@@ -69,6 +72,8 @@ def format_count(count: int, noun: str) -> str:
 class SamplingParams:
     """How one request's tokens are chosen; names and meanings are vLLM's.
 
+    None is the default of every number and sequence but `max_tokens` and `min_tokens`.
+
     Attributes:
         max_tokens: Most tokens to generate; None for as many as the context has room for.
         temperature: 0.0 is greedy; otherwise logits are divided by it; at most 1e6.
@@ -79,12 +84,15 @@ class SamplingParams:
             1e-6 to 1e6.
         presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
         frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
-        seed: Seeds this request's own generator; None draws a fresh one.
-        stop: Texts that end the generation; they are not part of the output.
+        seed: Seeds this request's own generator; None or -1 draws a fresh one.
+        stop: Texts that end the generation.
         stop_token_ids: Tokens that end the generation, besides the model's end-of-sequence tokens.
+        include_stop_str_in_output: Whether the text has what ended it at its end, a stop text or the text of a stop
+            or end-of-sequence token. `token_ids` have the last token in any case.
         ignore_eos: Go on past the model's end-of-sequence tokens.
-        min_tokens: Tokens to generate before an end-of-sequence or stop token may come.
-        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; or None.
+        min_tokens: Tokens to generate before an end-of-sequence or stop token may come, or a stop text ends it.
+        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; -1 for all of
+            them, None for none.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
         skip_special_tokens: Leave special tokens out of the text.
 
@@ -103,6 +111,7 @@ class SamplingParams:
     seed: int | None = None
     stop: str | Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     min_tokens: int = 0
     logprobs: int | None = None
@@ -110,11 +119,19 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
+        # As in vLLM and its server: None is the default, and -1 no seed.
+        for field in fields(self):
+            if getattr(self, field.name) is None and field.name not in _NOT_OPTIONAL:
+                object.__setattr__(self, field.name, field.default)
+        if self.seed == -1 and not isinstance(self.seed, float):
+            object.__setattr__(self, "seed", None)
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
         if any(not text for text in self.stop):
             raise RequestError("stop: a stop text must not be empty")
+        for text in self.stop:
+            check_text("stop", text)
         for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
             value = getattr(self, name)
             optional = name in ("max_tokens", "seed", "logprobs")
@@ -124,7 +141,7 @@ class SamplingParams:
         for name in ("temperature", "top_p", "min_p", *penalties):
             if not _is_finite_number(getattr(self, name)):
                 raise RequestError(f"{name} must be a finite number, not {getattr(self, name)!r}")
-        for name in ("ignore_eos", "skip_special_tokens"):
+        for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
         _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
@@ -142,7 +159,7 @@ class SamplingParams:
         _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
         if self.max_tokens is not None:
             _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "at most max_tokens")
-        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= 0, "0 or more")
+        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= -1, "0 or more, or -1 (all tokens)")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
                 raise RequestError(f"logit_bias must be a mapping or None, not {self.logit_bias!r}")
@@ -177,6 +194,18 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
     return items
 
 
+def check_text(name: str, text: str) -> None:
+    """Raises `RequestError` for a text with half of a surrogate pair, of which no tokenizer can make tokens."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = f"U+{ord(text[error.start]):04X}"
+        raise RequestError(
+            f"{name} has a lone surrogate, {code}, as character {error.start}; such a text cannot be encoded. Bytes "
+            "that are not UTF-8 are decoded with errors='replace'"
+        ) from None
+
+
 def _check(name: str, value: object, holds: bool, allowed: str) -> None:
     if not holds:
         raise RequestError(f"{name} must be {allowed}, not {value!r}")
@@ -194,10 +223,12 @@ class EngineConfig:
         max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
             chooses.
         max_sequences: Most sequences in one sweep; further requests wait.
+        context_length: Most tokens of a sequence, of a prompt and its answer together (vLLM's `max_model_len`); None:
+            what the model's configuration says, its RoPE scaling counted. It cannot be more than that.
         max_waiting: Most requests that may wait; past it `QueueFullError`. None for no limit.
         max_buffered_chunks: Chunks that a request's user may leave untaken before the request pauses.
-        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: a tenth of the budget, and
-            what no stage fits into; more where everything is resident.
+        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: about a tenth of the budget,
+            and more where everything is resident; a larger budget never has less.
         share_prefixes: Let requests that begin with the same tokens share what is computed for them.
         prompt_lookup: Draft tokens from the sequence itself, where that is expected to pay.
         parking_dir: Where idle sessions' KV is parked, on a disk; None: /var/tmp, or the system's temporary directory.
@@ -216,6 +247,7 @@ class EngineConfig:
     max_resident_layers: int | None = None
     max_tokens_per_sweep: int | None = None
     max_sequences: int = 64
+    context_length: int | None = None
     max_waiting: int | None = 1024
     max_buffered_chunks: int = 64
     kv_budget: int | str | None = None
@@ -227,9 +259,15 @@ class EngineConfig:
     self_check: str = "require"
 
     def __post_init__(self) -> None:
-        optional = ("num_loading_agents", "max_resident_layers", "max_tokens_per_sweep", "max_waiting")
+        optional = (
+            "num_loading_agents",
+            "max_resident_layers",
+            "max_tokens_per_sweep",
+            "max_waiting",
+            "context_length",
+        )
         for name in (*optional, "max_sequences", "max_buffered_chunks"):
-            value, least = getattr(self, name), 0 if name == "max_waiting" else 1
+            value, least = getattr(self, name), {"max_waiting": 0, "context_length": 2}.get(name, 1)
             if value is None and name in optional:
                 continue
             if isinstance(value, bool) or not isinstance(value, int) or value < least:

@@ -9,10 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hermes_async.modeling.skeleton import token_embedding
+from hermes_async.pipeload import claims
+from hermes_async.pipeload.neighbours import Neighbourhood
 from tests.disks import Disk
+
+# How long an example takes says nothing of its result, and machines differ.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 EVENT_LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
 
@@ -35,6 +42,14 @@ def no_profiles_of_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """What was measured on this machine before must not change what is planned here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Engines of other processes, such as those of tests that run beside these, would change budgets."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "NEIGHBOURHOOD", Neighbourhood(tmp_path_factory.mktemp("neighbours")))
         yield
 
 

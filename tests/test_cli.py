@@ -305,6 +305,12 @@ def test_plan_keeps_to_the_most_resident_layers() -> None:
     assert record["num_resident_stages"] + record["num_buffers"] <= 3
 
 
+def test_a_context_length_is_in_the_plan() -> None:
+    args = ("plan", MODEL_PATH, "--memory", BUDGET, "--context-length", 100)
+    assert "of up to 100 tokens each" in hermes(*args).stdout
+    assert last_json(hermes(*args, "--json"))["context_length"] == 100
+
+
 def test_plan_says_why_and_predicts() -> None:
     told = hermes("plan", MODEL_PATH, "--memory", BUDGET).stdout
     assert told.count("\nbecause ") >= 4

@@ -112,6 +112,7 @@ def test_defaults_are_vllms() -> None:
         "seed": None,
         "stop": (),
         "stop_token_ids": (),
+        "include_stop_str_in_output": False,
         "ignore_eos": False,
         "min_tokens": 0,
         "logprobs": None,
@@ -151,19 +152,20 @@ def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) 
     ("name", "value"),
     [
         *[("max_tokens", value) for value in (0, -1, 1.5, "16", True)],
-        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", None, True, 10**400)],
-        *[("top_p", value) for value in (0, -0.5, 1.01, math.nan, None)],
-        *[("top_k", value) for value in (-2, 1.0, None, False)],
+        *[("temperature", value) for value in (-0.1, math.nan, math.inf, "1", True, 10**400)],
+        *[("top_p", value) for value in (0, -0.5, 1.01, math.nan)],
+        *[("top_k", value) for value in (-2, 1.0, False)],
         *[("min_p", value) for value in (-0.1, 1.1, math.nan)],
         *[("repetition_penalty", value) for value in (0, -1.0, math.inf)],
         *[("presence_penalty", value) for value in (-2.1, 2.1, math.nan)],
         *[("frequency_penalty", value) for value in (-2.1, 2.1, "0")],
-        *[("seed", value) for value in (-1, 2**64, 1.0, True)],
-        *[("stop", value) for value in ("", ["a", ""], [1], 5, None, b"a", [None])],
-        *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5, None)],
+        *[("seed", value) for value in (-2, -1.0, 2**64, 1.0, True)],
+        *[("stop", value) for value in ("", ["a", ""], [1], 5, b"a", [None])],
+        *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5)],
+        *[("include_stop_str_in_output", value) for value in ("false", 1, None)],
         *[("ignore_eos", value) for value in ("false", 1, None)],
         *[("min_tokens", value) for value in (-1, 1.0, None, 17)],
-        *[("logprobs", value) for value in (-1, 1.0, True)],
+        *[("logprobs", value) for value in (-2, 1.0, True)],
         *[("logit_bias", value) for value in ([1, 2], {"1": 1.0}, {True: 1.0}, 5)],
         *[("temperature", value) for value in (2**64, 1e7)],
         *[("repetition_penalty", value) for value in (1e300, 1e7, 1e-7)],
@@ -177,6 +179,28 @@ def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
         SamplingParams(**{name: value})
     assert isinstance(caught.value, ValueError)
     assert isinstance(caught.value, HermesError)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("stop", "stop_token_ids", "temperature", "top_p", "top_k", "min_p", "seed", "logprobs", "logit_bias"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty"),
+    ],
+)
+def test_none_is_the_default_where_vllm_takes_it(name: str) -> None:
+    given: dict[str, Any] = {name: None}
+    assert SamplingParams(**given) == SamplingParams()
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert SamplingParams(seed=-1).seed is None
+
+
+@pytest.mark.parametrize("stop", ["a\ud800", ["end", "\udfff"]])
+def test_a_stop_text_with_a_lone_surrogate_is_refused(stop: Any) -> None:
+    with pytest.raises(RequestError, match="stop has a lone surrogate, U\\+D"):
+        SamplingParams(stop=stop)
 
 
 def test_min_tokens_must_fit_into_max_tokens() -> None:
@@ -214,6 +238,7 @@ def test_the_engine_s_defaults() -> None:
         "max_resident_layers": None,
         "max_tokens_per_sweep": None,
         "max_sequences": 64,
+        "context_length": None,
         "max_waiting": 1024,
         "max_buffered_chunks": 64,
         "kv_budget": None,

@@ -33,6 +33,7 @@ def chat(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -41,7 +42,9 @@ def chat(
     """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
     with errors_in_one_line():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 

@@ -47,6 +47,7 @@ def generate(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
@@ -67,7 +68,9 @@ def generate(
             stop=tuple(options.checked_text(text) for text in stop or ()),
             ignore_eos=ignore_eos,
         )
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))
 

@@ -53,6 +53,10 @@ MaxResidentLayers = Annotated[
     int | None,
     typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
 ]
+ContextLength = Annotated[
+    int | None,
+    typer.Option(help="Most tokens of a prompt and its answer; the model's own if not given.", show_default=False),
+]
 Kernels = Annotated[
     str,
     typer.Option(
@@ -112,6 +116,7 @@ def engine_config(
     *,
     kv_budget: int | None = None,
     kernels: str = "default",
+    context_length: int | None = None,
 ) -> EngineConfig:
     """The engine's options, from those of the command."""
     return EngineConfig(
@@ -119,4 +124,5 @@ def engine_config(
         max_resident_layers=max_resident_layers,
         kv_budget=kv_budget,
         kernels=kernels,
+        context_length=context_length,
     )

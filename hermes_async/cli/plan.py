@@ -34,6 +34,7 @@ def plan(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    context_length: options.ContextLength = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
     ] = False,
@@ -50,7 +51,9 @@ def plan(
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
-        config = options.engine_config(loading_agents, max_resident_layers, kernels=kernels)
+        config = options.engine_config(
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+        )
         from hermes_async.engine.opening import open_model, plans_by_budget
         from hermes_async.storage.hub import without_weights
 

@@ -98,10 +98,26 @@ class Admission:
         self.pump()
         if self._max_waiting is not None and len(self._waiting) > self._max_waiting and request in self._waiting:
             self._waiting.remove(request)
-            raise QueueFullError(
-                f"{len(self._waiting)} requests wait, which is as many as max_waiting={self._max_waiting} lets wait; "
-                "try again later"
-            )
+            raise self._full(len(self._waiting))
+
+    def check_room(self, num_preparing: int) -> None:
+        """Refuses a request that has not been prepared yet, where too many would wait.
+
+        Those in preparation count as waiting, but for as many as could be let in at once.
+
+        Raises:
+            QueueFullError: As many wait as may.
+        """
+        free = max(0, self._max_sequences - self._num_active() - len(self._loading))
+        num_waiting = len(self._waiting) + num_preparing
+        if self._max_waiting is not None and num_waiting >= self._max_waiting + (0 if self._waiting else free):
+            raise self._full(num_waiting)
+
+    def _full(self, num_waiting: int) -> QueueFullError:
+        return QueueFullError(
+            f"{num_waiting} requests wait, which is as many as max_waiting={self._max_waiting} lets wait; "
+            "try again later"
+        )
 
     def pump(self) -> None:
         """Lets in who can be let in now; called whenever something has changed."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Sequence
 from functools import lru_cache
@@ -15,6 +16,7 @@ from hermes_async.engine.encoding import count_text_tokens, cut, encode_pair, en
 from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
 from hermes_async.engine.label import Label
 from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import CheckpointError, RequestError
 from hermes_async.modeling.inputs import input_names
 
@@ -66,6 +68,9 @@ def _text_inputs(opened: OpenedModel, item: str | os.PathLike[str] | Sequence[st
     if isinstance(item, os.PathLike):
         raise RequestError(f"a text is a str, not {type(item).__name__}")
     context, num_first = opened.skeleton.context_length, None
+    if not truncate:
+        for text in [item] if isinstance(item, str) else item:
+            check_could_fit(tokenizer, text, context)
     if isinstance(item, str):
         (encoded,) = encode_texts(tokenizer, [item])
     else:
@@ -86,7 +91,7 @@ def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
         from PIL import Image
     except ImportError as error:
         raise RequestError("images need Pillow: pip install 'hermes_async[vision]'") from error
-    processor = _image_processor(checkpoint)
+    processor = copy.deepcopy(_image_processor(checkpoint))  # another thread may use the same one
     try:
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:

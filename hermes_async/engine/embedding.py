@@ -13,12 +13,13 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedTokenizerBase
 
 from hermes_async.config import Pooling, format_count
 from hermes_async.engine.encoding import Encoded, count_prompt_tokens, cut, encode_texts, features
 from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
+from hermes_async.engine.text_length import check_could_fit
+from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
 from hermes_async.modeling.inputs import input_names
 from hermes_async.modeling.pooling import PoolingConfig, pool
@@ -132,7 +133,7 @@ def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: Embedd
 
 
 def _encode(
-    opened: OpenedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], truncate: bool | None
+    opened: OpenedModel, tokenizer: SharedTokenizer, texts: Sequence[str], truncate: bool | None
 ) -> tuple[list[Encoded], int | None]:
     """The texts' tokens, and to how many they were cut."""
     assert isinstance(opened.sentences, SentenceSettings)
@@ -144,10 +145,13 @@ def _encode(
     if limit is None or (context is not None and context < limit and truncate is not None):
         limit = context
     cutting = opened.sentences.named if truncate is None else truncate
+    most = context if limit is None or (context is not None and context < limit) else limit
+    if not cutting:
+        for text in texts:
+            check_could_fit(tokenizer, text, most)
     encoded = encode_texts(tokenizer, texts)
     if cutting and limit is not None:
         encoded = [cut(tokenizer, item, limit) for item in encoded]
-    most = context if limit is None or (context is not None and context < limit) else limit
     for idx, item in enumerate(encoded):
         length = len(item["input_ids"])
         if not length:

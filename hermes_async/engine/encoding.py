@@ -10,6 +10,9 @@ from tokenizers.normalizers import Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
 from transformers import PreTrainedTokenizerBase
 
+from hermes_async.config import check_text
+from hermes_async.engine.isolation import one_request
+from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import RequestError
 
 Encoded = dict[str, list[int]]
@@ -18,34 +21,37 @@ Encoded = dict[str, list[int]]
 _MASK = "special_tokens_mask"
 
 
-def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[Encoded]:
+def encode_texts(tokenizer: SharedTokenizer, texts: Sequence[str]) -> list[Encoded]:
     """Whole texts, each with the tokenizer's special tokens around it.
+
+    One after another: a batch would wait for the Rust library's threads, which all tokenizers of the process share.
 
     Raises:
         RequestError: The tokenizer refuses them.
     """
-    return _encode(tokenizer, list(texts))
+    for idx, text in enumerate(texts):
+        check_text(f"text {idx}", text)
+    return [_encode(tokenizer, text) for text in texts]
 
 
-def encode_pair(tokenizer: PreTrainedTokenizerBase, first: str, second: str) -> Encoded:
+def encode_pair(tokenizer: SharedTokenizer, first: str, second: str) -> Encoded:
     """Two texts in one sequence, as the tokenizer joins them.
 
     Raises:
         RequestError: The tokenizer refuses them.
     """
-    return _encode(tokenizer, [first], [second])[0]
+    for idx, text in enumerate((first, second)):
+        check_text(f"text {idx}", text)
+    return _encode(tokenizer, first, second)
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, *texts: list[str]) -> list[Encoded]:
-    try:
-        encoded = tokenizer(*texts, return_special_tokens_mask=True, return_attention_mask=True, verbose=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the tokenizer refuses these texts: {reason}") from error
-    return [{name: values[idx] for name, values in encoded.items()} for idx in range(len(texts[0]))]
+def _encode(tokenizer: SharedTokenizer, text: str, pair: str | None = None) -> Encoded:
+    with one_request("the tokenization of a text"):
+        encoded = tokenizer(text, pair, return_special_tokens_mask=True, return_attention_mask=True, verbose=False)
+    return dict(encoded)
 
 
-def cut(tokenizer: PreTrainedTokenizerBase, encoded: Encoded, max_tokens: int, num_first: int | None = None) -> Encoded:
+def cut(tokenizer: SharedTokenizer, encoded: Encoded, max_tokens: int, num_first: int | None = None) -> Encoded:
     """At most `max_tokens`, as the tokenizer's own truncation leaves them: the special tokens all stay.
 
     Args:
@@ -89,7 +95,7 @@ def features(encoded: Sequence[Encoded]) -> list[Encoded]:
     return [{name: values for name, values in item.items() if name != _MASK} for item in encoded]
 
 
-def count_prompt_tokens(tokenizer: PreTrainedTokenizerBase, prompt: str, max_tokens: int | None) -> int:
+def count_prompt_tokens(tokenizer: SharedTokenizer, prompt: str, max_tokens: int | None) -> int:
     """How many tokens at a text's beginning are the prompt's, those that the tokenizer puts before it included."""
     (encoded,) = encode_texts(tokenizer, [prompt])
     token_ids = (encoded if max_tokens is None else cut(tokenizer, encoded, max_tokens))["input_ids"]

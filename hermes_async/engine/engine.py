@@ -9,20 +9,18 @@ import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import anyio
-import anyio.lowlevel
-import anyio.to_thread
-
 from hermes_async.config import Pooling, SamplingParams, parse_bytes
+from hermes_async.engine.chat_messages import checked_messages
 from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.prompt import Prompt, checked_messages, encode, prepare
-from hermes_async.engine.request import Chunk, Completion, Request, check_deadline
+from hermes_async.engine.preparing import PreparationAbortedError
+from hermes_async.engine.prompt import Prompt, encode, prepare
+from hermes_async.engine.request import Chunk, Completion, Request, aborted_chunk, check_deadline
 from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
-    DeadlineExceededError,
     EngineClosedError,
+    EngineError,
     RequestError,
     SessionClosedError,
 )
@@ -78,10 +76,12 @@ class Engine(EngineLifetime):
     @property
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
-        return self._model().running.opened.plan
+        with self._call():
+            return self._model().running.opened.plan
 
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened; also after it was left."""
+        self._check_loop()
         if self._serving is None:
             raise EngineClosedError("the engine was never entered")
         return self._serving.statistics()
@@ -118,7 +118,8 @@ class Engine(EngineLifetime):
         Cancellation: leaving the iteration, or cancelling its task, ends the request within one stage and frees its
         memory. An iterator that is kept after `break` ends when it is closed: use `contextlib.aclosing`.
         """
-        return self._stream(lambda opened: encode(opened, prompt), params, self._request_id(request_id), deadline, None)
+        request_id = self._request_id(request_id)
+        return self._stream(lambda opened: encode(opened, prompt), params, request_id, deadline, None)
 
     async def complete(
         self,
@@ -154,8 +155,9 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.forwarding import prepare_forward
 
-        request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
-        return await self._model().forwarding.run(request)
+        with self._call():
+            request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
+            return await self._model().forwarding.run(request)
 
     async def embed(
         self,
@@ -192,10 +194,12 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
 
-        several = [texts] if isinstance(texts, str) else list(texts)
+        with one_request("the reading of the texts"):
+            several = [texts] if isinstance(texts, str) else list(texts)
         options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
-        batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
-        vectors = await embed_batches(self._model().forwarding, batches)
+        with self._call():
+            batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
+            vectors = await embed_batches(self._model().forwarding, batches)
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def classify(
@@ -215,8 +219,9 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.classification import prepare_classification
 
-        request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
-        labels: Sequence[Label] = await self._model().forwarding.run(request)
+        with self._call():
+            request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
+            labels: Sequence[Label] = await self._model().forwarding.run(request)
         return labels
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
@@ -229,17 +234,24 @@ class Engine(EngineLifetime):
             RequestError: A message has no role or no content.
             EngineClosedError, EngineFailedError: The engine was left, or failed.
         """
-        return self._open_session(None, checked_messages(messages), ())
+        with one_request("the reading of the messages"):
+            checked = checked_messages(messages)
+        return self._open_session(None, checked, ())
 
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
 
-        Returns when the request's memory is free. False if no such request is under way.
+        Returns when the request's memory is free; one whose prompt is still being tokenized holds none. False if no
+        such request is under way.
         """
         self._check_loop()
         serving = self._serving
-        request = None if serving is None else serving.requests.get(request_id)
-        if serving is None or request is None:
+        if serving is None or not isinstance(request_id, str):
+            return False
+        if serving.preparations.abort(request_id):
+            return True
+        request = serving.requests.get(request_id)
+        if request is None:
             return False
         serving.abort(request)
         await request.released.wait()
@@ -267,19 +279,22 @@ class Engine(EngineLifetime):
         Cancellation: what has begun goes on.
         """
         budget = parse_bytes(memory_budget)
-        await self._model().resize(budget)
-        return self.plan
+        with self._call():
+            await self._model().resize(budget)
+            return self.plan
 
     def drop_prefixes(self) -> None:
         """Frees the keys and values that are kept only for requests to come that begin with the same tokens."""
-        self._model().running.blocks.drop_unused()
+        with self._call():
+            self._model().running.blocks.drop_unused()
 
     # --- sessions ---
 
     def _open_session(
         self, parent: SessionKV | None, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]
     ) -> Session:
-        return Session(self, self._model().admission.open_session(parent), messages, token_ids)
+        with self._call():
+            return Session(self, self._model().admission.open_session(parent), messages, token_ids)
 
     def _close_session(self, kv: SessionKV) -> None:
         if self._serving is not None and not self._closed:  # leaving the engine closes all of them
@@ -290,6 +305,8 @@ class Engine(EngineLifetime):
 
     @staticmethod
     def _request_id(request_id: str | None) -> str:
+        if request_id is not None and not isinstance(request_id, str):
+            raise RequestError(f"request_id must be a text or None, not {type(request_id).__name__}")
         return request_id or uuid.uuid4().hex
 
     async def _stream(
@@ -300,57 +317,53 @@ class Engine(EngineLifetime):
         deadline: float | None,
         session: SessionKV | None,
     ) -> AsyncGenerator[Chunk, None]:
-        serving = self._model()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-        check_deadline(deadline)
-        created_at = time.perf_counter()
-        prompt = None
-        with anyio.move_on_after(None if deadline is None else deadline - anyio.current_time()):
-            prompt = await self._prepare(
-                lambda opened: prepare(
-                    opened,
-                    tokenize(opened),
-                    params,
-                    prompt_lookup=self._config.prompt_lookup,
-                    prior=serving.acceptance,
+        with self._call():
+            serving = self._model()
+            params = SamplingParams() if params is None else params
+            if not isinstance(params, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+            check_deadline(deadline)
+            created_at = time.perf_counter()
+            serving.check_new(request_id)
+            prompt = None
+            with contextlib.suppress(PreparationAbortedError):
+                prompt = await serving.preparations.run(
+                    lambda: prepare(
+                        serving.running.opened,
+                        tokenize(serving.running.opened),
+                        params,
+                        prompt_lookup=self._config.prompt_lookup,
+                        prior=serving.acceptance,
+                    ),
+                    request_id,
+                    deadline,
                 )
-            )
-        if prompt is None:
-            raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
-        if request_id in self._model().requests:
-            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
-        if session is not None and session.closed:
-            raise SessionClosedError(f"{session.name} was closed")
-        request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
+            if prompt is None:
+                yield aborted_chunk(request_id, created_at)
+                return
+            self._model()  # says so where the engine was left or failed
+            if session is not None and session.closed:
+                raise SessionClosedError(f"{session.name} was closed")
+            request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
+            try:
+                serving.submit(request, deadline)
+                while (chunk := await serving.next_chunk(request)) is not None:
+                    yield chunk
+                    self._check_loop()
+            finally:
+                self._on_own_loop(serving.leave, request)
+
+    def _on_own_loop(self, function: Callable[[Request], None], request: Request) -> None:
+        """Calls `function` at once; where an iterator was taken to another loop or thread, on its own one."""
         try:
-            serving.submit(request, deadline)
-            while (chunk := await serving.next_chunk(request)) is not None:
-                yield chunk
-        finally:
-            serving.leave(request)
+            self._check_loop()
+        except EngineError:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(function, request)
+        else:
+            function(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """Tokenizes and checks what a user gave, on a worker thread that the application's own cannot keep from it.
-
-        Raises:
-            RequestError: `check` raised what is no error of ours.
-
-        Cancellation: at once; the thread goes on until `check` ends, and its result is dropped.
-        """
+        """As `Preparations.run`, for what is no request to generate."""
         serving = self._model()
-        ready = anyio.Event()
-        serving.preparing.add(ready)
-        try:
-            return await anyio.to_thread.run_sync(
-                _prepare, check, serving.running.opened, abandon_on_cancel=True, limiter=serving.preparations
-            )
-        finally:
-            serving.preparing.remove(ready)
-            ready.set()
-
-
-def _prepare(check: Callable[[OpenedModel], T], opened: OpenedModel) -> T:
-    with one_request("the preparation of the request"):
-        return check(opened)
+        return await serving.preparations.run(lambda: check(serving.running.opened))

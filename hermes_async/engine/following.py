@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import MemoryBudgetError, ReadError
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.memory import headroom, stalled_share
+from hermes_async.storage.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -29,15 +29,17 @@ class Look:
 
     Attributes:
         room: Bytes that it would still give.
-        held: Bytes that the engines of the process hold.
+        held: Bytes that the engines hold, also those of other processes.
         stalled: The share of time in which tasks waited for memory.
-        others: Bytes that the other engines of the process may come to hold.
+        others: Bytes that the other engines may come to hold.
+        headroom: Bytes that no budget takes; None where nothing was taken beside budgets so far.
     """
 
     room: int
     held: int
     stalled: float = 0.0
     others: int = 0
+    headroom: int | None = None
 
 
 class BudgetFollower:
@@ -56,8 +58,9 @@ class BudgetFollower:
     def next_budget(self, look: Look) -> int | None:
         """Another budget, or None to go on with this one."""
         total = look.room + look.held
-        allowed = min(self._most, max(0, total - headroom(total) - look.others))
-        too_much = self.budget > total - headroom(total) // 2 - look.others
+        left = headroom(total) if look.headroom is None else look.headroom
+        allowed = min(self._most, max(0, total - left - look.others))
+        too_much = self.budget > total - left // 2 - look.others
         if look.stalled > _PRESSURE:
             allowed, too_much = min(allowed, int(self.budget * (1 - _GIVEN_BACK))), True
         self._looks = [*self._looks, allowed][-_LOOKS_BEFORE_GROWING:]
@@ -84,23 +87,34 @@ async def follow(budget: int, most: int, claim: Claim, resize: Callable[[int], A
     follower = BudgetFollower(budget, max(budget, most))
     while True:
         await anyio.sleep(SECONDS_BETWEEN_LOOKS)
-        wanted = follower.next_budget(await anyio.to_thread.run_sync(_look, claim))
+        wanted = follower.next_budget(await run_in_thread(_look, claim, left_at_exit=True))
         if wanted is None:
             continue
         try:
-            await resize(max(1, wanted))
-        except MemoryBudgetError as error:  # it gives back what it can
-            wanted = error.minimum_bytes or follower.budget
-            if wanted < follower.budget:
-                await resize(wanted)
+            wanted = await _resize(max(1, wanted), follower.budget, resize)
         except ReadError as error:
             logger.warning("not all of the weights that there is memory for could be read: %s", error)
-        logger.info("the memory budget is %s now, after %s", format_bytes(wanted), format_bytes(follower.budget))
+        if wanted != follower.budget:
+            logger.info("the memory budget is %s now, after %s", format_bytes(wanted), format_bytes(follower.budget))
         follower.changed(wanted)
+
+
+async def _resize(wanted: int, now: int, resize: Callable[[int], Awaitable[None]]) -> int:
+    """Goes from one budget to another, or as near as what is in use allows; the budget that there is then."""
+    while True:
+        try:
+            await resize(wanted)
+        except MemoryBudgetError as error:
+            # Requests may take more KV before the next try has its turn: then that is too little as well.
+            if error.minimum_bytes is None or error.minimum_bytes >= now:
+                return now
+            wanted = error.minimum_bytes
+        else:
+            return wanted
 
 
 def _look(claim: Claim) -> Look:
     seen = claim.look()
     # Each keeps its fair share: who has more gives back.
     others = min(seen.others, max(0, seen.for_budgets - seen.share))
-    return Look(seen.room, seen.held, stalled_share(), others)
+    return Look(seen.room, seen.held, stalled_share(), others, seen.headroom)

@@ -15,8 +15,8 @@ from hermes_async.config import format_bytes, format_count
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.errors import HermesError, MemoryBudgetError, RequestError
 from hermes_async.modeling.activations import recorded_bytes
-from hermes_async.modeling.inputs import checked_inputs, count_tokens
-from hermes_async.modeling.passes import ForwardPass
+from hermes_async.modeling.inputs import checked_inputs, count_tokens, embedded_inputs
+from hermes_async.modeling.passes import EmbeddingRows, ForwardPass, NotLoadedError
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.pipeline import Pipeline, SweepAbandoned
 from hermes_async.pipeload.plan import Plan
@@ -28,8 +28,8 @@ class ForwardRequest:
     """One forward pass that somebody waits for.
 
     Attributes:
-        input_ids: [batch, tokens], where the input embedding is given token ids.
-        token_ids: The same, each once, sorted.
+        inputs: The names of what the model is given.
+        token_ids: All that its input embedding may be given, each once, sorted.
         num_tokens: Of all its sequences or images, padding included.
         nbytes: Most memory that its activations take.
         done: Set when it has a result or an error.
@@ -37,7 +37,7 @@ class ForwardRequest:
     """
 
     forward_pass: ForwardPass
-    input_ids: torch.Tensor | None
+    inputs: tuple[str, ...]
     token_ids: list[int]
     num_tokens: int
     nbytes: int
@@ -77,7 +77,9 @@ def prepare_forward(
         hidden_states=bool(checked.get("output_hidden_states")),
         attentions=bool(checked.get("output_attentions")),
     )
-    num_tokens = sequences * tokens
+    embedded = [checked[key].flatten() for key in embedded_inputs(model, checked)]
+    token_ids = torch.unique(torch.cat(embedded)).tolist() if embedded else []
+    num_tokens = max(sequences * tokens, len(token_ids))
     if nbytes > plan.workspace_bytes or num_tokens > plan.max_tokens_per_sweep:
         minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)
         raise MemoryBudgetError(
@@ -94,9 +96,7 @@ def prepare_forward(
     def compute() -> Any:
         return then(model(**checked))
 
-    input_ids = checked.get("input_ids")
-    token_ids = [] if input_ids is None else input_ids.unique().tolist()
-    return ForwardRequest(ForwardPass(compute), input_ids, token_ids, num_tokens, nbytes)
+    return ForwardRequest(ForwardPass(compute), tuple(checked), token_ids, num_tokens, nbytes)
 
 
 class Forwarding:
@@ -115,9 +115,10 @@ class Forwarding:
         self._rows = rows
         self._plan = plan
         self._wake = wake
-        # All mutable state: who waits, in order; who is in the running sweep.
+        # All mutable state: who waits, in order; who is in the running sweep, and its read of embedding rows.
         self._waiting: deque[ForwardRequest] = deque()
         self._running: list[ForwardRequest] = []
+        self._reading_rows: anyio.CancelScope | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -164,16 +165,19 @@ class Forwarding:
         error: HermesError | None = None
         try:
             needed = sorted({token_id for request in requests for token_id in request.token_ids})
-            rows = await self._rows.read(needed) if self._rows is not None and needed else []
+            rows: list[torch.Tensor] = []
+            if self._rows is not None and needed:
+                with anyio.CancelScope() as self._reading_rows:
+                    rows = await self._rows.read(needed)
             if not all(forward_pass.dropped for forward_pass in passes):
                 await self._pipeline.sweep(partial(self._compute, requests, dict(zip(needed, rows, strict=False))))
         except SweepAbandoned:  # each of the passes knows why
             pass
         except HermesError as read_error:
             error = read_error
-        self._running = []
+        self._running, self._reading_rows = [], None
         for request in requests:
-            request.end(error or self._error_of(request.forward_pass))
+            request.end(error or self._error_of(request))
 
     def end(self, error: HermesError) -> None:
         """Ends all that wait or were running."""
@@ -187,22 +191,28 @@ class Forwarding:
             self._waiting.remove(request)
         elif self._running and all(other.forward_pass.dropped for other in self._running):
             self._pipeline.abandon()
+            if self._reading_rows is not None:
+                self._reading_rows.cancel()
 
     def _compute(self, requests: list[ForwardRequest], rows: Mapping[int, torch.Tensor]) -> None:
         """On the inference agent's thread. Each pass gets the rows of its own tokens."""
         for request in requests:
-            if rows and request.input_ids is not None:
-                request.forward_pass.embedding = (
-                    torch.stack([rows[token_id] for token_id in request.token_ids]),
-                    torch.searchsorted(torch.tensor(request.token_ids), request.input_ids.long()),
+            if rows and request.token_ids:
+                request.forward_pass.embedding = EmbeddingRows(
+                    torch.stack([rows[token_id] for token_id in request.token_ids]), torch.tensor(request.token_ids)
                 )
         self._model.run_passes([request.forward_pass for request in requests])
 
-    def _error_of(self, forward_pass: ForwardPass) -> HermesError | None:
-        error = forward_pass.error
+    def _error_of(self, request: ForwardRequest) -> HermesError | None:
+        error = request.forward_pass.error
+        name = type(self._model.model).__name__
+        if isinstance(error, NotLoadedError):
+            given = ", ".join(name for name in request.inputs if name != "use_cache")
+            not_here = RequestError(f"{name}.forward cannot be given {given} together here; leave some out: {error}")
+            not_here.__cause__ = error
+            return not_here
         if error is None or isinstance(error, HermesError):
             return error
-        name = type(self._model.model).__name__
         reason = (str(error).strip().splitlines() or [""])[0]
         refused = RequestError(f"{name}.forward does not run on these inputs: {type(error).__name__}: {reason}")
         refused.__cause__ = error

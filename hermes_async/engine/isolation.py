@@ -1,19 +1,34 @@
-"""Keeps what goes wrong with one request from the others."""
+"""Makes errors of ours of what libraries raise, and keeps what goes wrong with one request from the others."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from hermes_async.errors import HermesError, RequestError
+from hermes_async.errors import CheckpointError, HermesError, RequestError
+
+
+def is_foreign(error: BaseException) -> bool:
+    """Whether a library raised it, and it is neither an error of ours nor an end from outside, such as a cancellation.
+
+    A panic of a library's Rust code is a `BaseException` of no public class: it is known by its module. Every other
+    `BaseException` that is no `Exception` is an end from outside.
+    """
+    return not isinstance(error, HermesError) and (
+        isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
+    )
+
+
+def reason_of(error: BaseException) -> str:
+    """One line that says what was raised."""
+    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
+    return f"{type(error).__name__}: {reason}"
 
 
 @contextmanager
 def one_request(what: str) -> Iterator[None]:
-    """Makes a `RequestError` of whatever a library raises in the body; errors of ours pass as they are.
-
-    A panic of a tokenizer's Rust code is a `BaseException` of no public class: it is known by its module. Every other
-    `BaseException` is no error but an end from outside, and passes.
+    """Makes a `RequestError` of whatever a library raises in the body; all else passes as it is.
 
     Args:
         what: What the body does, as the subject of the message.
@@ -25,10 +40,24 @@ def one_request(what: str) -> Iterator[None]:
     """
     try:
         yield
-    except HermesError:
-        raise
     except BaseException as error:
-        if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        if not is_foreign(error):
             raise
-        reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-        raise RequestError(f"{what} failed: {type(error).__name__}: {reason}") from error
+        raise RequestError(f"{what} failed: {reason_of(error)}") from error
+
+
+@contextmanager
+def one_checkpoint(source: Any) -> Iterator[None]:
+    """As `one_request`, for a checkpoint that is opened.
+
+    Raises:
+        CheckpointError: Its `__cause__` is what was raised.
+
+    Cancellation: passes unchanged.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        raise CheckpointError(f"{source} cannot be opened: {reason_of(error)}") from error

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import anyio.from_thread
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.isolation import is_foreign, reason_of
 from hermes_async.engine.profile_store import load_profile, profile_file
+from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
@@ -27,7 +29,7 @@ from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_de
 from hermes_async.modeling.probe import Probe, probe, probe_forward
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config
+from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.heap import bound_heap
@@ -39,6 +41,7 @@ from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
+from hermes_async.storage.threads import check_cancelled, only_waiting
 
 _DRAFT_TOKENS = 256
 """Tokens of one pass of a draft model; more are pending only when it sees a prompt for the first time."""
@@ -48,6 +51,9 @@ _TEXT_TOKENS = 64
 
 _LONG_TEXT_TOKENS = 512
 """And should have room for so many: the context of most encoders."""
+
+_LOOKING_AT = threading.Lock()
+"""Transformers changes torch's default dtype for the whole process while it makes a model: one at a time."""
 
 _SECONDS_FOR_OTHERS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -95,7 +101,7 @@ class OpenedModel:
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
-        claim: On the memory that the engines of the process have in common; until `close`.
+        claim: On the memory that the engines of the user have in common; until `close`.
     """
 
     checkpoint: Checkpoint
@@ -104,11 +110,11 @@ class OpenedModel:
     seen: Probe
     partition: Partition
     plan: Plan
-    tokenizer: PreTrainedTokenizerBase | None
+    tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
-    sentence_tokenizer: PreTrainedTokenizerBase | None
+    sentence_tokenizer: SharedTokenizer | None
     forward_bytes: Callable[[int, int], int]
     draft: OpenedDraft | None
     baseline_bytes: int
@@ -143,13 +149,21 @@ def open_model(
     hub = hub or HubOptions()
     bound_heap()
     with ExitStack() as on_error:
-        checkpoint = open_checkpoint(source, hub)
+        with only_waiting():  # for a download, perhaps
+            checkpoint = open_checkpoint(source, hub)
+        check_cancelled()
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
+        check_cancelled()
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+        check_cancelled()
         skeleton, pooling = _with_pooling(skeleton, checkpoint)
         sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
+        shared = None if tokenizer is None else SharedTokenizer(tokenizer)
+        shared_for_sentences = shared
+        if sentence_tokenizer is not None and sentence_tokenizer is not tokenizer:
+            shared_for_sentences = SharedTokenizer(sentence_tokenizer)
         draft = None
         if draft_source is not None:
             draft = _open_draft(draft_source, skeleton, tokenizer, config, on_error, replace(hub, revision=None))
@@ -171,11 +185,11 @@ def open_model(
         seen,
         chosen.partition,
         chosen,
-        tokenizer,
+        shared,
         tokenizer_error,
         pooling,
         sentences,
-        sentence_tokenizer,
+        shared_for_sentences,
         of_pass,
         draft,
         baseline,
@@ -184,26 +198,21 @@ def open_model(
 
 
 def _claimed(claim: Claim, fixed_budget: int | None) -> int:
-    """The budget, when other engines of the process that follow the machine have made room for it.
+    """The budget, when other engines of the user that follow the machine have made room for it.
 
-    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end.
+    They look once a second, and answer between two sweeps. An automatic budget is what is there in the end; a process
+    that does not answer, as it may be stopped, keeps what it holds.
     """
     budget = claim.take() if fixed_budget is None else fixed_budget
     if claim.others_follow():
         ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
         while claim.left_over() < budget and time.monotonic() < ends_at:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            _raise_if_cancelled()
+            check_cancelled()
         if fixed_budget is None:
-            budget = min(budget, claim.left_over())
+            budget = min(budget, max(claim.left_over(), claim.left_over(whatever_is_claimed=True)))
             claim.change(budget)
     return budget
-
-
-def _raise_if_cancelled() -> None:
-    """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
-    with suppress(RuntimeError):  # so anyio says that no task waits
-        anyio.from_thread.check_cancelled()
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:
@@ -245,13 +254,15 @@ def _look_at(
     warn_of_untested_versions()
     attention = PackedAttention()
     on_error.callback(attention.close)
-    model_config = load_config(checkpoint)
-    skeleton = build_skeleton(checkpoint, model_config, attention.name)
-    if not skeleton.generates:
-        return skeleton, attention, probe_forward(skeleton)
-    if config.self_check == "require":
-        check_packing(model_config, attention)
-    return skeleton, attention, probe(skeleton, attention)
+    with _LOOKING_AT:
+        model_config = load_config(checkpoint)
+        skeleton = build_skeleton(checkpoint, model_config, attention.name)
+        skeleton = with_context_length(skeleton, config.context_length)
+        if not skeleton.generates:
+            return skeleton, attention, probe_forward(skeleton)
+        if config.self_check == "require":
+            check_packing(model_config, attention)
+        return skeleton, attention, probe(skeleton, attention)
 
 
 def _open_draft(
@@ -262,9 +273,11 @@ def _open_draft(
     on_error: ExitStack,
     hub: HubOptions,
 ) -> OpenedDraft:
-    checkpoint = open_checkpoint(source, hub)
+    with only_waiting():
+        checkpoint = open_checkpoint(source, hub)
+    check_cancelled()
     tokenizer, _ = _load_tokenizer(checkpoint.path)
-    skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+    skeleton, attention, seen = _look_at(checkpoint, replace(config, context_length=None), on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):
         if not looked_at.generates:
             raise ConfigError(
@@ -313,6 +326,7 @@ def _sizes(
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
+        embedding_name="" if skeleton.embedding is None else skeleton.embedding_name.rpartition(".")[0],
     )
     if skeleton.generates:
         return sizes
@@ -384,6 +398,7 @@ def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | N
         return None, f"{path} has no tokenizer; give the prompt as token ids"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return None, f"the tokenizer in {path} cannot be loaded ({reason}); give the prompt as token ids"
+    except BaseException as error:
+        if not is_foreign(error):
+            raise
+        return None, f"the tokenizer in {path} cannot be loaded ({reason_of(error)}); give the prompt as token ids"

@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hermes_async.config import SamplingParams, format_bytes
+from hermes_async.config import SamplingParams, check_text, format_bytes
+from hermes_async.engine.chat_messages import render
 from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
 from hermes_async.engine.text import TextStream
+from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
 
 if TYPE_CHECKING:  # what imports torch, only where it is used
@@ -69,7 +71,9 @@ def prepare(
             opened.tokenizer,
             prompt_ids=token_ids,
             stop=tuple(params.stop),
+            include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
+            min_tokens=params.min_tokens,
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
@@ -82,11 +86,9 @@ def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
     """The prompt's token ids: at least one.
 
     Raises:
-        RequestError: It is empty, of a wrong kind, or needs a tokenizer or chat template that is not there.
+        RequestError: It has no tokens, is of a wrong kind, or needs a tokenizer or chat template that is not there.
     """
     if isinstance(prompt, str):
-        if not prompt:
-            raise RequestError("the prompt is empty")
         return _tokenize(opened, prompt, add_special_tokens=True)
     if isinstance(prompt, np.ndarray) or hasattr(prompt, "tolist"):
         prompt = prompt.tolist()
@@ -117,24 +119,15 @@ def has_chat_template(opened: OpenedModel) -> bool:
     return bool(getattr(opened.tokenizer, "chat_template", None))
 
 
-def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Copies of chat messages.
-
-    Raises:
-        RequestError: One has no role or no content, or is no mapping.
-    """
-    for message in messages:
-        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str) or "content" not in message:
-            raise RequestError(f"a chat message has a 'role' and a 'content', not {message!r}")
-    return [dict(message) for message in messages]
-
-
 def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
     if opened.tokenizer is None:
         raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
+    check_text("the prompt", text)
+    check_could_fit(opened.tokenizer, text, opened.skeleton.context_length)
     token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if not token_ids:
-        raise RequestError("the prompt is empty: its text has no tokens")
+        what = "has no tokens" if text else "is empty"
+        raise RequestError(f"the prompt {what}, and the tokenizer puts no token before a text; give one token at least")
     return token_ids
 
 
@@ -144,15 +137,7 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
         raise RequestError(f"chat messages need a tokenizer: {opened.tokenizer_error}")
     if not has_chat_template(opened):
         raise RequestError("chat messages need a chat template, and the checkpoint's tokenizer has none; give text")
-    conversation = checked_messages(messages)
-    try:
-        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
-    except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RequestError(f"the checkpoint's chat template refuses these messages: {reason}") from error
-    if not isinstance(rendered, str) or not rendered:
-        raise RequestError("the checkpoint's chat template gives no text for these messages")
-    return rendered
+    return render(tokenizer, messages)
 
 
 def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:

@@ -194,6 +194,13 @@ class Request:
         )
 
 
+def aborted_chunk(request_id: str, created_at: float) -> Chunk:
+    """The only chunk of a request that was aborted before it was prepared."""
+    waited = time.perf_counter() - created_at
+    timings = Timings(queued_s=waited, first_token_s=waited, total_s=waited, tokens_per_s=0.0)
+    return Chunk("", (), "abort", usage=Usage(0, 0), timings=timings, request_id=request_id)
+
+
 def check_deadline(deadline: float | None) -> None:
     """Raises `RequestError` for what is no time, and `DeadlineExceededError` for one that has passed."""
     if deadline is None:

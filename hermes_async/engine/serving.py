@@ -17,18 +17,18 @@ from hermes_async.engine.admission import Admission
 from hermes_async.engine.events import EventKind, RequestEvent
 from hermes_async.engine.forwarding import Forwarding
 from hermes_async.engine.isolation import one_request
-from hermes_async.engine.request import Chunk, Request
+from hermes_async.engine.preparing import Preparations
+from hermes_async.engine.request import Chunk, Request, Timings, Usage
 from hermes_async.engine.runner import Outcome
 from hermes_async.engine.running import RunningModel
 from hermes_async.engine.scheduler import Scheduled, Scheduler
 from hermes_async.engine.speculation import AcceptanceRates
 from hermes_async.engine.statistics import EngineStatistics
-from hermes_async.errors import DeadlineExceededError, EngineClosedError, HermesError, RequestError
+from hermes_async.errors import DeadlineExceededError, EngineClosedError, HermesError, QueueFullError, RequestError
 from hermes_async.pipeload.memory import process_peak_rss_bytes
 from hermes_async.pipeload.pipeline import SweepAbandoned
 
 _SECONDS_TO_SHARE = 0.02  # that the first sweep after an idle moment waits for prompts that are being tokenized
-_MAX_PREPARATIONS = 64  # at once; they are the engine's own threads
 
 
 @dataclass(eq=False, slots=True)
@@ -75,11 +75,9 @@ class Serving:
         self._tasks = tasks
         self._on_event = on_event
         # All mutable state. `_resizes` are done before the next sweep; `requests` holds every request that has not
-        # ended; `preparing` an event for each prompt tokenized just now, and `preparations` bounds the threads for
-        # that; `_work` wakes the sweeps; `acceptance` is what drafts were worth; and counts.
+        # ended, once it is prepared; `_work` wakes the sweeps; `acceptance` is what drafts were worth; and counts.
         self.requests: dict[str, Request] = {}
-        self.preparing: set[anyio.Event] = set()
-        self.preparations = anyio.CapacityLimiter(_MAX_PREPARATIONS)
+        self.preparations = Preparations()
         self.scheduler = Scheduler(
             plan.tokens_by_outputs,
             plan.max_sequences,
@@ -125,6 +123,11 @@ class Serving:
         if resize.error is not None:
             raise resize.error from resize.error.__cause__
 
+    @property
+    def num_calls(self) -> int:
+        """Calls under way that will be told how the engine ends."""
+        return len(self.requests) + self.preparations.num_under_way + self.forwarding.num_under_way + len(self._resizes)
+
     def end_resizes(self, error: HermesError) -> None:
         while self._resizes:
             self._resizes.popleft().end(error)
@@ -152,7 +155,7 @@ class Serving:
             stall_seconds=pipeline.statistics.stall_seconds,
             num_running=len(scheduler.running) + admission.num_loading,
             num_paused=len(scheduler.running) - scheduler.num_active,
-            num_waiting=admission.num_waiting,
+            num_waiting=admission.num_waiting + self.preparations.num_requests,
             num_sessions=admission.num_sessions,
             num_parked=admission.num_parked,
             num_parkings=admission.num_parkings,
@@ -167,6 +170,23 @@ class Serving:
         )
 
     # --- a request's way: submitted, running, finished ---
+
+    def check_new(self, request_id: str) -> None:
+        """Refuses a request whose name is in use, or that would have to wait where no more may.
+
+        Raises:
+            RequestError: Another request of this name has not ended.
+            QueueFullError: As many wait as may, those included that are being prepared.
+        """
+        if request_id in self.requests or self.preparations.is_under_way(request_id):
+            raise RequestError(f"request_id {request_id!r} is in use by a request that has not ended")
+        try:
+            self.admission.check_room(self.preparations.num_requests)
+        except QueueFullError as error:
+            at, usage, timings = time.perf_counter(), Usage(0, 0), Timings(0.0, 0.0, 0.0, 0.0)
+            self._tell_event(RequestEvent("queued", request_id, at, usage, timings, None, None))
+            self._tell_event(RequestEvent("finished", request_id, at, usage, timings, None, error))
+            raise
 
     def submit(self, request: Request, deadline: float | None) -> None:
         self.requests[request.request_id] = request
@@ -187,6 +207,7 @@ class Serving:
                 f"the request did not end before its deadline; {format_count(request.num_output_tokens, 'token')} came"
             )
             self.abort(request)
+            request.send.close()  # its user is told at once, although a sweep may still use its memory
 
     def _admitted(self, request: Request) -> None:
         self.scheduler.add(request)
@@ -253,7 +274,13 @@ class Serving:
         if self._on_event is None:
             return
         usage, timings, at = request.usage(), request.timings(), time.perf_counter()
-        event = RequestEvent(kind, request.request_id, at, usage, timings, request.finish_reason, request.error)
+        self._tell_event(
+            RequestEvent(kind, request.request_id, at, usage, timings, request.finish_reason, request.error)
+        )
+
+    def _tell_event(self, event: RequestEvent) -> None:
+        if self._on_event is None:
+            return
         try:
             self._on_event(event)
         except Exception as error:  # the sweeps raise it, and the engine ends; this may be a user's task
@@ -285,8 +312,7 @@ class Serving:
                 await self._work.wait()
                 # Requests made at the same time share the first sweep too, where their prompts take no time.
                 with anyio.move_on_after(_SECONDS_TO_SHARE):
-                    for ready in tuple(self.preparing):
-                        await ready.wait()
+                    await self.preparations.wait()
                 await anyio.lowlevel.checkpoint()
 
     async def _run_sweep(self, sweep: Sequence[Scheduled]) -> None:

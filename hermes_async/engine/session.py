@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Mapping, Sequence
 from contextlib import aclosing
+from operator import index
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hermes_async.config import SamplingParams
-from hermes_async.engine.prompt import Prompt, checked_messages, continue_text, encode, has_chat_template
+from hermes_async.config import SamplingParams, check_text
+from hermes_async.engine.chat_messages import checked_messages
+from hermes_async.engine.isolation import one_request
+from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
 from hermes_async.engine.request import Chunk, Completion
 from hermes_async.errors import RequestError, SessionClosedError
 
@@ -56,11 +59,13 @@ class Session:
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The conversation so far; empty where turns go on from token ids."""
+        self._engine._check_loop()
         return tuple(dict(message) for message in self._messages)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The last turn's prompt and answer, as far as it was taken."""
+        self._engine._check_loop()
         return tuple(self._token_ids)
 
     def edit(
@@ -75,8 +80,10 @@ class Session:
         self._check_idle()
         if (messages is None) == (token_ids is None):
             raise RequestError("edit takes either messages or token_ids")
-        self._messages = [] if messages is None else checked_messages(messages)
-        self._token_ids = [] if token_ids is None else [int(token_id) for token_id in token_ids]
+        with one_request("the reading of the history"):
+            new_messages = [] if messages is None else checked_messages(messages)
+            new_token_ids = [] if token_ids is None else [index(token_id) for token_id in token_ids]
+        self._messages, self._token_ids = new_messages, new_token_ids
 
     async def generate(
         self,
@@ -146,6 +153,7 @@ class Session:
 
     async def aclose(self) -> None:
         """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
+        self._engine._check_loop()
         if not self._kv.closed:
             self._engine._close_session(self._kv)
             if self._turn is not None:
@@ -154,7 +162,10 @@ class Session:
     def _asked(self, opened: OpenedModel, prompt: Prompt) -> list[dict[str, Any]]:
         """The conversation with a new message; empty where the turn goes on from token ids."""
         new: list[dict[str, Any]] = []
-        if isinstance(prompt, str) and prompt and has_chat_template(opened):
+        if isinstance(prompt, str) and has_chat_template(opened):
+            if not prompt:
+                raise RequestError("the prompt is empty; a turn of a conversation is a text, or messages")
+            check_text("the prompt", prompt)
             new = [{"role": "user", "content": prompt}]
         elif isinstance(prompt, Sequence):
             new = [dict(message) for message in prompt if isinstance(message, Mapping)]
@@ -164,7 +175,7 @@ class Session:
             return []
         if self._token_ids and not self._messages:
             raise RequestError("this session goes on from token ids, and does not take messages")
-        return [*self._messages, *new]
+        return [*self._messages, *checked_messages(new)]
 
     def _continued(self, opened: OpenedModel, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and self._token_ids:
@@ -172,6 +183,7 @@ class Session:
         return [*self._token_ids, *encode(opened, prompt)]
 
     def _check_open(self) -> None:
+        self._engine._check_loop()
         if self._kv.closed:
             self._engine._model()  # says so where the engine was left or failed
             raise SessionClosedError(f"{self._kv.name} was closed")

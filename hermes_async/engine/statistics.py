@@ -28,7 +28,7 @@ class EngineStatistics:
         stall_seconds: That sweeps waited for a stage to be read.
         num_running: Requests that have their KV, paused ones included.
         num_paused: Of these, the ones whose user does not take what is there.
-        num_waiting: Requests that wait for memory or a place.
+        num_waiting: Requests that wait for memory or a place, or whose prompts are still being tokenized.
         num_sessions: Chat sessions that are open.
         num_parked: Of these, the ones whose KV is on disk.
         num_parkings: How often one was written there.

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from hermes_async.engine.tokenizer import SharedTokenizer
 
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character's UTF-8 is at most four bytes, so at most three tokens lie in an incomplete one. More can be
@@ -16,11 +18,13 @@ _MAX_INCOMPLETE_TOKENS = 3
 _MAX_HELD_TOKENS = 8
 _NUM_CONTEXT_TOKENS = 6
 _MAX_MORE_CONTEXT = 26
+_FIRST_MARK = 0xD800
+"""The first of the surrogates, of which none is ever a character of a text."""
 
 
 @dataclass(frozen=True, slots=True)
 class TextDelta:
-    """New text, and whether a stop text was met (the new text ends right before it)."""
+    """New text, and whether a stop text was met (the new text ends right before it, or with it)."""
 
     text: str
     stopped: bool
@@ -32,27 +36,37 @@ class TextStream:
     The deltas together are what `tokenizer.decode` adds for the output to what it gives for the prompt. Text
     is held back while it may end within a character, or within a stop text. Of several stop texts, the one
     that is complete first ends the text (the longest, if several are complete at once): so how the text was
-    cut into tokens does not matter.
+    cut into tokens does not matter. A special token in a stop text is met whether it is shown or left out.
 
     A token costs the decoding of a few tokens, however long the output is.
 
     Args:
         tokenizer: Decodes; not changed.
         prompt_ids: What comes before the output; the last few tell whether it begins with a space.
-        stop: Texts that end the output and are not part of it.
+        stop: Texts that end the output.
+        include_stop: Whether the stop text that ends it is part of it.
         skip_special_tokens: Leave special tokens out.
+        min_tokens: Stop texts that the first so many tokens complete do not count.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | SharedTokenizer,
         *,
         prompt_ids: Sequence[int],
         stop: Sequence[str] = (),
+        include_stop: bool = False,
         skip_special_tokens: bool = True,
+        min_tokens: int = 0,
     ) -> None:
         self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
+        # Of special tokens that are left out and that a stop text names: what stands for each in `_held`.
+        self._marks: dict[int, str] = {}
         self._stop = tuple(stop)
+        if skip_special_tokens and stop:
+            self._mark_special_tokens(tokenizer)
+        self._include_stop = include_stop
+        self._num_to_pass = min_tokens
         self._held = ""
         self._deltas: list[str] = []
         self._stopped = False
@@ -69,26 +83,51 @@ class TextStream:
 
     def push(self, token_id: int, *, final: bool = False) -> TextDelta:
         """Takes the next token; returns the text that is certain now, or with `final` all that is left."""
-        return self._advance(self._decoder.push(token_id), final)
+        looked_for = self._num_to_pass == 0
+        self._num_to_pass = max(0, self._num_to_pass - 1)
+        decoded = self._decoder.push(token_id)
+        mark = self._marks.get(token_id)
+        if mark is not None:
+            before = self._held + decoded + self._decoder.pending
+            if looked_for and _first_stop(before + mark, self._stop, len(self._held)):
+                decoded += self._decoder.flush()  # nothing completes a character any more
+            decoded += mark
+        return self._advance(decoded, final, looked_for)
 
     def finish(self) -> str:
         """Returns what was held back; bytes of an incomplete character become U+FFFD."""
-        return self._advance("", final=True).text
+        return self._advance("", True, self._num_to_pass == 0).text
 
-    def _advance(self, decoded: str, final: bool) -> TextDelta:
+    def _mark_special_tokens(self, tokenizer: PreTrainedTokenizerBase | SharedTokenizer) -> None:
+        special = dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True))
+        added: Any = tokenizer.added_tokens_decoder
+        if isinstance(added, Mapping):  # of Mistral's own tokenizers it is no property, and not implemented
+            special |= {str(token): token_id for token_id, token in added.items() if token.special}
+        named = [token for token in special if any(token in text for text in self._stop)]
+        marked = list(self._stop)
+        for number, token in enumerate(sorted(named, key=len, reverse=True)):
+            mark = self._marks[special[token]] = chr(_FIRST_MARK + number)
+            marked = [text.replace(token, mark) for text in marked]
+        self._stop = tuple(dict.fromkeys([*self._stop, *marked]))
+
+    def _advance(self, decoded: str, final: bool, looked_for: bool) -> TextDelta:
         if self._stopped:
             return TextDelta("", stopped=True)
         text = self._held + decoded + (self._decoder.flush() if final else "")
-        cut = _first_stop(text, self._stop)
-        if cut is not None:
+        stop = _first_stop(text, self._stop, len(self._held)) if looked_for else None
+        if stop is not None:
             self._stopped = True
+            cut = stop.stop if self._include_stop else stop.start
         elif final:
             cut = len(text)
         else:
             cut = len(text) - _num_held(text, self._stop)
         self._held = "" if self._stopped else text[cut:]
-        self._deltas.append(text[:cut])
-        return TextDelta(text[:cut], self._stopped)
+        shown = text[:cut]
+        for mark in self._marks.values():
+            shown = shown.replace(mark, "")
+        self._deltas.append(shown)
+        return TextDelta(shown, self._stopped)
 
 
 class _Decoder:
@@ -97,7 +136,9 @@ class _Decoder:
     State: `_window`, token ids; `_text`, what they decode to; `_given`, the start of it that is given out.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, prompt_ids: Sequence[int], skip: bool) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerBase | SharedTokenizer, prompt_ids: Sequence[int], skip: bool
+    ) -> None:
         self._tokenizer = tokenizer
         self._skip_special = skip
         self._window: list[int] = []
@@ -131,9 +172,14 @@ class _Decoder:
                 self._read = len(self._window) - _MAX_INCOMPLETE_TOKENS
         return new
 
+    @property
+    def pending(self) -> str:
+        """The text that is held back."""
+        return self._text[len(self._given) :]
+
     def flush(self) -> str:
         """Returns the text that was held back."""
-        new = self._text[len(self._given) :]
+        new = self.pending
         self._given = self._text
         self._read = len(self._window)
         return new
@@ -167,10 +213,11 @@ class _Decoder:
         return cast(str, text)
 
 
-def _first_stop(text: str, stop: Sequence[str]) -> int | None:
-    """Returns where the stop text begins that is complete first in `text`, or None."""
-    found = [(start + len(s), start) for s in stop if (start := text.find(s)) >= 0]
-    return min(found)[1] if found else None
+def _first_stop(text: str, stop: Sequence[str], num_passed: int) -> range | None:
+    """Returns where the stop text is that is complete first in `text` behind `num_passed` characters, or None."""
+    found = [(at + len(s), at) for s in stop if (at := text.find(s, max(0, num_passed - len(s) + 1))) >= 0]
+    end, start = min(found, default=(0, 0))
+    return range(start, end) if end else None
 
 
 def _num_held(text: str, stop: Sequence[str]) -> int:

@@ -78,7 +78,8 @@ def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[s
         checked[key] = _checked(key, value, model.dtype)
     if not checked:
         raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
-    _check_token_ids(skeleton, checked.get("input_ids"))
+    for key in embedded_inputs(model, checked):
+        _check_token_ids(skeleton, key, checked[key])
     if "use_cache" in inspect.signature(model.forward).parameters:
         checked["use_cache"] = False
     return checked
@@ -119,11 +120,13 @@ def _tensor(key: str, value: Any, dtype: torch.dtype) -> torch.Tensor:
     return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
-def _check_token_ids(skeleton: Skeleton, input_ids: torch.Tensor | None) -> None:
-    if input_ids is None or skeleton.embedding is None:
+def _check_token_ids(skeleton: Skeleton, key: str, input_ids: Any) -> None:
+    if skeleton.embedding is None:
         return
+    if not isinstance(input_ids, torch.Tensor):
+        raise RequestError(f"{key} must be integers [batch, tokens], not {input_ids!r}")
     if input_ids.is_floating_point() or input_ids.dim() != 2 or not input_ids.numel():
-        raise RequestError(f"input_ids must be integers [batch, tokens], not {input_ids.dtype} {list(input_ids.shape)}")
+        raise RequestError(f"{key} must be integers [batch, tokens], not {input_ids.dtype} {list(input_ids.shape)}")
     lowest, highest = int(input_ids.min()), int(input_ids.max())
     if lowest < 0 or highest >= skeleton.vocab_size:
         wrong = lowest if lowest < 0 else highest
@@ -137,6 +140,17 @@ def _check_token_ids(skeleton: Skeleton, input_ids: torch.Tensor | None) -> None
         )
 
 
+def embedded_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
+    """Which of the inputs the model looks up in its table of token ids.
+
+    BERT and its kin have a table of their own for `token_type_ids`; GPT-2 and its kin take them for tokens.
+    """
+    names = [name for name in ("input_ids", "token_type_ids") if inputs.get(name) is not None]
+    if "token_type_ids" in names and any(name.endswith("token_type_embeddings") for name, _ in model.named_modules()):
+        names.remove("token_type_ids")
+    return names
+
+
 def count_tokens(inputs: Mapping[str, Any], seen: Probe) -> tuple[int, int]:
     """How many sequences or images there are, and most tokens that the model makes of one."""
     sequences, tokens = 1, 1
@@ -148,6 +162,6 @@ def count_tokens(inputs: Mapping[str, Any], seen: Probe) -> tuple[int, int]:
             pixels = math.prod(value.shape[-2:])
             sequences = max(sequences, images)
             tokens = max(tokens, -(-seen.tokens_per_image * pixels // max(1, seen.pixels_per_image)))
-        elif key.endswith("input_ids") or key == "inputs_embeds":
+        elif key.endswith(("input_ids", "inputs_embeds")) or key in ("encoder_hidden_states", "labels"):
             sequences, tokens = max(sequences, value.shape[0]), max(tokens, value.shape[1])
     return sequences, tokens

@@ -14,12 +14,46 @@ from typing import Any
 import torch
 from greenlet import getcurrent, greenlet
 
-from hermes_async.errors import ReadError
+from hermes_async.errors import EngineError, ReadError
 from hermes_async.pipeload.stage import Stage
 
 
 class PassDropped(BaseException):
     """Unwinds a pass that nobody waits for any more; the others go on."""
+
+
+class NotLoadedError(EngineError):
+    """The model came to weights that no stage has loaded by then."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingRows:
+    """Rows of an input embedding that is not loaded.
+
+    Attributes:
+        rows: [rows, hidden].
+        token_ids: Whose rows they are, sorted [rows] int64; None where `index` is there.
+        index: Each token's row [batch, tokens] int64, where one call of the embedding is all there is.
+    """
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor | None = None
+    index: torch.Tensor | None = None
+
+    def index_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Where each id's row is; of the shape of `input_ids`.
+
+        Raises:
+            NotLoadedError: The row of an id is not here.
+        """
+        if self.token_ids is None:
+            assert self.index is not None
+            return self.index
+        input_ids = input_ids.long()
+        index = torch.searchsorted(self.token_ids, input_ids).clamp(max=len(self.token_ids) - 1)
+        if not torch.equal(self.token_ids[index], input_ids):
+            raise NotLoadedError("token ids were to be embedded whose rows are not loaded")
+        return index
 
 
 @dataclass(eq=False)
@@ -29,8 +63,7 @@ class ForwardPass:
     Attributes:
         compute: Calls the model, and makes of its output what is wanted; on a thread without an event loop. What it
             sets for its thread, others feel too that take turns with it.
-        embedding: The rows of the input embedding that it needs [rows, hidden], and each token's row among them
-            [batch, tokens] int64; None where the embedding is loaded or not used.
+        embedding: The rows of the input embedding that it needs; None where the embedding is loaded or not used.
         dropped: Set by whoever does not want it any more; the pass then ends before its next stage.
         completed: `compute` has returned.
         result: What it returned.
@@ -38,7 +71,7 @@ class ForwardPass:
     """
 
     compute: Callable[[], Any]
-    embedding: tuple[torch.Tensor, torch.Tensor] | None = None
+    embedding: EmbeddingRows | None = None
     dropped: bool = False
     completed: bool = False
     result: Any = None

@@ -120,7 +120,8 @@ class Sampler:
             return SampledToken(token_id, None, None)
         logprobs = logits.float().log_softmax(-1)
         logprob = float(logprobs[token_id])
-        top = logprobs.topk(self._params.logprobs)
+        asked = self._params.logprobs
+        top = logprobs.topk(len(logprobs) if asked == -1 else asked)
         top_logprobs = dict(zip(top.indices.tolist(), top.values.tolist(), strict=True))
         top_logprobs.setdefault(token_id, logprob)
         return SampledToken(token_id, logprob, top_logprobs)

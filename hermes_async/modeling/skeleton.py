@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,12 +15,17 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
-    GenerationConfig,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from hermes_async.errors import CheckpointError, IncompatibleVersionError, MissingTensorError, UnsupportedModelError
+from hermes_async.errors import (
+    CheckpointError,
+    ConfigError,
+    IncompatibleVersionError,
+    MissingTensorError,
+    UnsupportedModelError,
+)
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
@@ -31,7 +35,7 @@ from hermes_async.modeling.transformers_api import (
     names_kept_in_float32,
     supports_packed_attention,
 )
-from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.checkpoint import Checkpoint, read_config
 from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -48,7 +52,7 @@ class Skeleton:
         names_base: It generates, but `config.json` names the model without its head (`GPT2Model`, whose head is tied),
             so a plain forward pass is that model's.
         eos_token_ids: The model's end-of-sequence tokens.
-        context_length: Most tokens of a sequence; None where the model names no limit.
+        context_length: Most tokens of a sequence, of a prompt and its answer together; None without a limit.
     """
 
     model: PreTrainedModel
@@ -125,8 +129,8 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
         custom = "auto_map" in checkpoint.config
         needs_code = " and would need code from the checkpoint, which is never run" if custom else ""
         raise UnsupportedModelError(
-            f"{path}: transformers cannot read the configuration of model_type {model_type!r}{needs_code}: "
-            f"{_first_line(error)}",
+            f"{path / 'config.json'}: transformers cannot read the configuration of model_type {model_type!r}"
+            f"{needs_code}: {_first_lines(error)}",
             path=path,
         ) from error
     return config
@@ -162,6 +166,23 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     names_base = generates and _named_base(config) is not None
     eos_token_ids = _eos_token_ids(checkpoint, config) if generates else frozenset[int]()
     return Skeleton(model, tensors, dtype, dtypes, generates, names_base, eos_token_ids, _context_length(model))
+
+
+def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skeleton:
+    """The same model for shorter sequences; None leaves its own context.
+
+    Raises:
+        ConfigError: The model's own context is shorter.
+    """
+    own = skeleton.context_length
+    if context_length is None:
+        return skeleton
+    if own is not None and context_length > own:
+        raise ConfigError(
+            f"context_length is {context_length}; the context of this {type(skeleton.model).__name__} is {own}, by its "
+            "config.json and the RoPE scaling in that. Give at most as much, or None"
+        )
+    return replace(skeleton, context_length=context_length)
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -275,6 +296,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def _first_lines(error: BaseException) -> str:
+    """The first says which field was wrong, and the second how."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2])[:1000] or type(error).__name__
+
+
 def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """As transformers does: what config.json says, else the first floating tensor's."""
     dtype = getattr(config, "dtype", None)
@@ -301,29 +328,58 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:
-    """From generation_config.json where there is one, else from config.json."""
-    eos: Any = None
-    path = checkpoint.path / "generation_config.json"
+    """From generation_config.json where there is one, else from config.json.
+
+    Some of them may be none of the vocabulary, such as -1; those never come.
+    """
+    path, eos = checkpoint.path / "generation_config.json", None
     if path.is_file():
-        try:
-            eos = GenerationConfig.from_pretrained(checkpoint.path, local_files_only=True).eos_token_id
-        except (OSError, ValueError, TypeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{path} cannot be read: {_first_line(error)}", path=path) from error
+        eos = read_config(path, dict).get("eos_token_id")
     if eos is None:
-        eos = getattr(config.get_text_config(), "eos_token_id", None)
-    if eos is None:
-        return frozenset()
-    return frozenset(eos) if isinstance(eos, (list, tuple)) else frozenset({int(eos)})
+        path, eos = checkpoint.path / "config.json", getattr(config.get_text_config(), "eos_token_id", None)
+    several = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
+    for token_id in several:
+        whole = isinstance(token_id, int) or (isinstance(token_id, float) and token_id.is_integer())
+        if isinstance(token_id, bool) or not whole:
+            raise CheckpointError(
+                f"{path}: eos_token_id is {eos!r:.200}; it must be a token id, a list of token ids, or null", path=path
+            )
+    return frozenset(int(token_id) for token_id in several)
 
 
 def _context_length(model: PreTrainedModel) -> int | None:
+    """As vLLM reckons it, but for kinds of RoPE scaling that transformers changes with the longest sequence of a row.
+
+    "longrope" and "dynamic" do: past the original context, all positions get other frequencies at once, those of
+    neighbours in a packed row and those of keys that are kept too.
+    """
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
+    by_layer_type = any(isinstance(item, Mapping) for item in rope.values())
+    several = [item for item in rope.values() if isinstance(item, Mapping)] if by_layer_type else [rope]
+    own = _unscaled_context_length(model)
+    limits = [_scaled(item, text, own, by_layer_type=by_layer_type) for item in several]
+    return min((limit for limit in limits if limit is not None), default=own)
+
+
+def _scaled(rope: Mapping[str, Any], text: PreTrainedConfig, own: int | None, *, by_layer_type: bool) -> int | None:
+    """The context by one set of RoPE parameters; `own` is what the configuration says without them."""
+    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     if rope.get("rope_type") == "longrope":
-        # Past this, transformers changes the frequencies of all positions at once, of neighbours in a packed row too.
-        names = ("original_max_position_embeddings", "max_position_embeddings")
-        limits = [rope.get(names[0]), *(getattr(text, name, None) for name in names)]
+        limits = [original, getattr(text, "original_max_position_embeddings", None), own]
         return min((limit for limit in limits if isinstance(limit, int)), default=None)
+    if not isinstance(factor, (int, float)):
+        return own
+    if rope.get("rope_type") == "yarn" and isinstance(original, int):
+        return int(original * factor)
+    if rope.get("rope_type") == "linear" and own is not None and not by_layer_type:
+        # Where layers differ (Gemma 3), `max_position_embeddings` is what all of them together are made for.
+        return int(own * factor)
+    return own
+
+
+def _unscaled_context_length(model: PreTrainedModel) -> int | None:
+    text = model.config.get_text_config()
     for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
         length = getattr(text, name, None)
         if isinstance(length, int) and length > 0:

@@ -12,12 +12,11 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from hermes_async.errors import EngineError
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kernels import bounded_attention, without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.passes import ForwardPass, Turn, run_in_turns
+from hermes_async.modeling.passes import EmbeddingRows, ForwardPass, NotLoadedError, Turn, run_in_turns
 from hermes_async.modeling.transformers_api import attention_implementation, own_parameters, plain_attention
 from hermes_async.pipeload.pipeline import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
@@ -27,7 +26,7 @@ from hermes_async.storage.buffers import Buffer
 class StageGate(Protocol):
     """What the forward pass asks before and after each stage; in the engine, the `Pipeline`."""
 
-    def enter(self, stage: Stage) -> Buffer: ...
+    def enter(self, stage: Stage, on_look: Callable[[], None]) -> Buffer: ...
     def leave(self, stage: Stage) -> None: ...
 
 
@@ -55,36 +54,53 @@ def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]
         setattr(model.get_submodule(parent), leaf, StreamedLinear(linear, block_rows).eval())
 
 
-class _Nothing:
-    """What stands in for weights that are not loaded: tensors in the CPU's memory that take none of it.
+# What says nothing of a tensor's numbers; attributes, such as dtype and shape, are read by `__get__`.
+_HARMLESS = frozenset(
+    {
+        "__get__",
+        "__len__",
+        "__repr__",
+        "data_ptr",
+        "dim",
+        "element_size",
+        "is_complex",
+        "is_floating_point",
+        "numel",
+        "size",
+    }
+)
 
-    On the meta device a weight would mislead a model that asks it where tensors are to be made, and torch multiplies by
-    it without an error and gives what happens to lie in memory. These are NaN, all of one number.
+
+class _NotLoaded(nn.Parameter):
+    """Stands in for a weight or buffer that is not loaded: has its shape and dtype, and refuses to be computed with.
+
+    It is in the CPU's memory and takes none of it. On the meta device it would mislead a model that asks it where
+    tensors are to be made, and torch multiplies there without an error and gives what happens to lie in memory.
     """
 
-    def __init__(self) -> None:
-        self._numbers: dict[torch.dtype, torch.Tensor] = {}
-        self._places: set[int] = set()
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> _NotLoaded:
+        """With the tensor's shape and dtype."""
+        return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).as_subclass(cls)
 
-    def instead_of(self, tensor: torch.Tensor) -> torch.Tensor:
-        """With its shape and dtype."""
-        if tensor.dtype not in self._numbers:
-            number = torch.zeros((), dtype=tensor.dtype)
-            if tensor.is_floating_point():
-                number.fill_(torch.nan)
-            self._numbers[tensor.dtype] = number
-            self._places.add(number.data_ptr())
-        return self._numbers[tensor.dtype].expand(tensor.shape)
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name not in _HARMLESS:
+            raise NotLoadedError(f"a part of its weights was to be used ({name}) while it is not loaded")
+        result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
+        return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
 
-    def check_loaded(self, module: nn.Module, args: Any) -> None:
-        """A forward pre-hook.
 
-        Raises:
-            EngineError: A parameter of the module is not loaded.
-        """
-        for name, parameter in own_parameters(module).items():
-            if parameter is not None and (parameter.is_meta or parameter.data_ptr() in self._places):
-                raise EngineError(f"a {type(module).__name__} was to compute while its {name} is not loaded")
+def _check_loaded(module: nn.Module, args: Any) -> None:
+    """A forward pre-hook.
+
+    Raises:
+        NotLoadedError: A parameter of the module is not loaded.
+    """
+    for name, parameter in own_parameters(module).items():
+        if parameter is not None and (isinstance(parameter, _NotLoaded) or parameter.is_meta):
+            raise NotLoadedError(f"a {type(module).__name__} was to compute while its {name} is not loaded")
 
 
 class StreamedModel:
@@ -117,12 +133,11 @@ class StreamedModel:
         # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
         # whose weights are bound.
         self._before_stage: Callable[[], None] = lambda: None
-        self._rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._embedding: EmbeddingRows | None = None
         self._bound: set[Stage] = set()
-        nothing = _Nothing()
         names = {placement.name for stage in stages for placement in stage.layout.placements}
         self._places = places_of(model, names)
-        self._unloaded = {name: nothing.instead_of(place.get()) for name, place in self._places.items()}
+        self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
         self._stages = tuple(stages)
         for stage in stages:
             self.unbind(stage)
@@ -140,12 +155,12 @@ class StreamedModel:
             assert isinstance(embedding, nn.Embedding)
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
             self._streamed_embedding = Place(embedding, "weight")
-            self._unloaded_embedding = nothing.instead_of(embedding.weight)
+            self._unloaded_embedding = _NotLoaded.of(embedding.weight)
             self._streamed_embedding.put(self._unloaded_embedding)
             self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
         for module in model.modules():
             if own_parameters(module):
-                self._hooks.append(module.register_forward_pre_hook(nothing.check_loaded))  # behind those that load
+                self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # behind those that load
 
     def forward(self, batch: PackedBatch) -> torch.Tensor:
         """Runs one sweep on the calling thread; logits [outputs, vocab].
@@ -155,8 +170,8 @@ class StreamedModel:
             SweepAbandoned: From the gate or `on_stage`. Whatever is raised, no streamed stage stays bound.
         """
         rows = None
-        if batch.embedding_rows is not None and batch.embedding_index is not None:
-            rows = batch.embedding_rows, batch.embedding_index
+        if batch.embedding_rows is not None:
+            rows = EmbeddingRows(batch.embedding_rows, index=batch.embedding_index)
         native = batch.input_ids.numel() <= self._native_tokens
         with without_one_dnn() if native else nullcontext(), self._running(partial(self._on_stage, batch), rows):
             return forward_packed(self.model, self._attention, batch)
@@ -192,16 +207,14 @@ class StreamedModel:
                 self.model.set_attn_implementation(self._attention.name)
 
     @contextmanager
-    def _running(
-        self, before_stage: Callable[[], None], rows: tuple[torch.Tensor, torch.Tensor] | None
-    ) -> Iterator[None]:
-        self._before_stage, self._rows = before_stage, rows
+    def _running(self, before_stage: Callable[[], None], embedding: EmbeddingRows | None) -> Iterator[None]:
+        self._before_stage, self._embedding = before_stage, embedding
         try:
             if self._base is not None:
                 self._enter(self._base)
             yield
         finally:
-            self._rows = None
+            self._embedding = None
             if self._streamed_embedding is not None:
                 self._streamed_embedding.put(self._unloaded_embedding)
             for stage in [stage for stage in self._bound if not stage.resident]:
@@ -238,7 +251,7 @@ class StreamedModel:
         return leave
 
     def _enter(self, stage: Stage) -> None:
-        buffer = self._gate.enter(stage)
+        buffer = self._gate.enter(stage, self._before_stage)
         if stage not in self._bound:
             self._bind(stage, buffer)
 
@@ -262,7 +275,9 @@ class StreamedModel:
 
     def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         turn = Turn.current()
-        rows = self._rows if turn is None else turn.forward_pass.embedding
-        assert rows is not None and self._streamed_embedding is not None
-        self._streamed_embedding.put(rows[0].to(self._unloaded_embedding.dtype))
-        return (rows[1], *args[1:])
+        embedding = self._embedding if turn is None else turn.forward_pass.embedding
+        if embedding is None:
+            raise NotLoadedError("token ids were to be embedded, and no row of them is loaded")
+        assert self._streamed_embedding is not None
+        self._streamed_embedding.put(embedding.rows.to(self._unloaded_embedding.dtype))
+        return (embedding.index_of(args[0]), *args[1:])

@@ -19,11 +19,17 @@ import torch
 import transformers
 from packaging.version import Version
 from torch import nn
-from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from hermes_async.errors import IncompatibleVersionError
 
-TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.20.0", "5.24.0"), "torch": ("2.13.0", "2.14.1")}
+TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.21.0", "5.24.0"), "torch": ("2.13.0", "2.14.1")}
 """The lowest and the highest version that the tests passed on; `pyproject.toml` declares the same range."""
 
 KV_CACHE_ARGUMENTS = frozenset({"cache", "past_key_values", "past_key_value", "cache_params"})
@@ -233,3 +239,27 @@ def packs_attention(dtype: torch.dtype) -> bool:
         return False
     with _needs("table of a CPU's capabilities"):
         return bool(torch.cpu.get_capabilities().get(needed, False))
+
+
+_TOKENIZER_CALLS = ("__call__", "_encode_plus", "decode", "_decode", "pad", "_pad")
+
+
+def changes_in_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether a tokenizer may change itself while it encodes or decodes, even where it need not truncate or pad.
+
+    The class around the Rust library does not. Its subclasses count as if they did where they have their own way to
+    encode, decode or pad, or switch to a text's language before each.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast) or hasattr(tokenizer, "_switch_to_input_mode"):
+        return True
+    with _needs("way to encode and decode"):
+        calls = [(getattr(type(tokenizer), name), getattr(PreTrainedTokenizerFast, name)) for name in _TOKENIZER_CALLS]
+        return any(own is not plain for own, plain in calls)
+
+
+def forget_truncation_and_padding(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Switches off what a tokenizer's file says of it, so that no call has to."""
+    if isinstance(tokenizer, PreTrainedTokenizerFast):
+        with _needs("tokenizer of the Rust library"):
+            tokenizer.backend_tokenizer.no_truncation()
+            tokenizer.backend_tokenizer.no_padding()

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import resource
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_async.errors import ConfigError
+from hermes_async.pipeload.neighbours import cgroups
 
 HEADROOM = 0.05
 """The share of the room that is left to others, at the least."""
 
 OVERHEAD_BYTES = 32 << 20
-"""What an engine takes beside its budget, however small that is: kernels, stacks of threads, pieces of the heap."""
+"""What engines take beside their budgets in each process: kernels, stacks of threads, pieces of the heap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """Bytes that something would still give this process: the machine, or a cgroup of a hierarchy that limits it."""
+
+    free: int
+    hierarchy: str = ""
+    group: str = ""
 
 
 def process_rss_bytes() -> int:
@@ -42,9 +53,16 @@ def automatic_budget(root: Path = Path("/")) -> int:
     return max(0, room - headroom(room))
 
 
-def headroom(room: int) -> int:
-    """What of `room` no budget takes: a share for others, and not less than what an engine takes beside its budget."""
-    return max(OVERHEAD_BYTES, int(room * HEADROOM))
+def headroom(room: int, beside: int = 0, num_processes: int = 1) -> int:
+    """What of `room` no budget takes: a share for others, and not less than what engines take beside their budgets.
+
+    Args:
+        beside: Bytes that have been taken beside budgets already, which are no longer in `room`. They are what was set
+            aside for that; half as much again may come.
+        num_processes: With engines, in this room.
+    """
+    whole = max(num_processes * OVERHEAD_BYTES, int((room + beside) * HEADROOM))
+    return max(whole - beside, whole // 2)
 
 
 def room_bytes(root: Path = Path("/")) -> int:
@@ -53,10 +71,20 @@ def room_bytes(root: Path = Path("/")) -> int:
     Raises:
         ConfigError: The system does not tell.
     """
-    rooms = [room for room in (_available(root), *_cgroup_rooms(root)) if room is not None]
-    if not rooms:
+    return min(room.free for room in rooms(root))
+
+
+def rooms(root: Path = Path("/")) -> list[Room]:
+    """What each would still give: the machine, and each cgroup that this process is in and that has a limit.
+
+    Raises:
+        ConfigError: The system does not tell.
+    """
+    available = _available(root)
+    found = _cgroup_rooms(root) if available is None else [Room(available), *_cgroup_rooms(root)]
+    if not found:
         raise ConfigError("memory_budget='auto' works only on Linux; give a size such as '3GiB'")
-    return max(0, min(rooms))
+    return found
 
 
 def stalled_share(root: Path = Path("/")) -> float:
@@ -76,28 +104,28 @@ def _available(root: Path) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _cgroup_rooms(root: Path) -> list[int | None]:
+def _cgroup_rooms(root: Path) -> list[Room]:
     """Limit less use of this process's cgroup and of each one above it."""
     try:
-        lines = (root / "proc/self/cgroup").read_text().splitlines()
+        groups = cgroups((root / "proc/self/cgroup").read_text())
     except OSError:
         return []
-    rooms: list[int | None] = []
+    found = []
     mount = root / "sys/fs/cgroup"
-    for line in lines:
-        _, controllers, path = line.split(":", 2)
-        if controllers == "":
+    for hierarchy, path in groups.items():
+        if hierarchy == "":
             base, limit, used, prefix = mount, "memory.max", "memory.current", ""
-        elif "memory" in controllers.split(","):
+        else:
             base, limit, used, prefix = (
                 mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
             )  # fmt: skip
-        else:
-            continue
         parts = [part for part in path.split("/") if part]
         # A container sees its own group at the mount's root, under whatever path the host has for it.
-        rooms += [_room(base.joinpath(*parts[:depth]), limit, used, prefix) for depth in range(len(parts) + 1)]
-    return rooms
+        for depth in range(len(parts) + 1):
+            free = _room(base.joinpath(*parts[:depth]), limit, used, prefix)
+            if free is not None:
+                found.append(Room(max(0, free), hierarchy, "".join(f"/{part}" for part in parts[:depth])))
+    return found
 
 
 def _room(group: Path, limit: str, used: str, prefix: str) -> int | None:

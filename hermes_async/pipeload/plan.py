@@ -42,8 +42,10 @@ class Plan:
         minimum_budget: The smallest budget that this model runs in.
         kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
         head: Which stages are the output head or a part of it, by index.
+        looked_up: Which stages are the input embedding alone, of which rows are looked up.
         speeds: What the planner took reading and computing to take.
         reasons: Why it chose as it did, a line each.
+        context_length: Most tokens of a sequence; None without a limit.
     """
 
     memory_budget: int
@@ -59,8 +61,10 @@ class Plan:
     minimum_budget: int
     kv_bytes_per_token: int
     head: frozenset[int]
+    looked_up: frozenset[int]
     speeds: Speeds
     reasons: tuple[str, ...] = ()
+    context_length: int | None = None
 
     @property
     def max_tokens_per_sweep(self) -> int:
@@ -118,6 +122,7 @@ class Plan:
             "max_tokens_per_sweep": self.max_tokens_per_sweep,
             "max_prompt_tokens": self.max_prompt_tokens,
             "max_sequences": self.max_sequences,
+            "context_length": self.context_length,
             "speeds": self.speeds.source,
             "reasons": list(self.reasons),
         }
@@ -130,7 +135,8 @@ class Plan:
             )
         else:
             ring = "ring              0 B  everything is resident"
-        kv = [f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together"] if self.kv_bytes else []
+        each = "" if self.context_length is None else f", of up to {format_count(self.context_length, 'token')} each"
+        kv = f"KV caches   {format_bytes(self.kv_bytes):>9}  for all sequences together{each}"
         sequences = format_count(self.max_sequences, "sequence")
         alone = f", {self.max_prompt_tokens} of a prompt alone" if len(set(self.tokens_by_outputs)) > 1 else ""
         return "\n".join((
@@ -140,7 +146,7 @@ class Plan:
             f"{format_count(len(self.stages), 'stage')}, "
             f"and {format_bytes(self.partition.base.weight_bytes)} outside of them",
             ring,
-            *kv,
+            *([kv] if self.kv_bytes else []),
             f"workspace   {format_bytes(self.workspace_bytes):>9}  up to "
             f"{format_count(self.max_tokens_per_sweep, 'token')} of {sequences} a sweep{alone}",
             f"each sweep  {format_bytes(self.bytes_per_sweep):>9}  are read from disk",

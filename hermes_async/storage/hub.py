@@ -12,7 +12,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hermes_async.errors import CheckpointError, HermesError
-from hermes_async.storage.other_formats import check_names
+from hermes_async.storage.other_formats import check_repository
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _FIRST_BYTES = 100_000  # of a shard on the hub; nearly every header is shorter
@@ -58,18 +58,20 @@ class HubOptions:
 def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, weights: bool = True) -> Path:
     """Bring a model's safetensors, config and tokenizer files into the hub's cache; return its snapshot.
 
+    No weights are brought of a repository whose file names tell that it cannot be run.
+
     Args:
         local_files_only: Take what the cache holds and do not ask the hub.
         weights: Bring safetensors too.
 
     Raises:
         CheckpointError: It is not there, not to be had, or the hub is out of reach.
+        UnsupportedModelError: The model is on the hub, but not as safetensors.
     """
     # Imported here: a checkpoint on disk needs no HTTP client.
     from huggingface_hub import snapshot_download
 
-    unwanted = [*_UNWANTED] if weights else [*_UNWANTED, "*.safetensors"]
-    with _hub_errors(repo_id, hub):
+    def bring(unwanted: tuple[str, ...]) -> Path:
         return Path(
             snapshot_download(
                 repo_id,
@@ -78,9 +80,25 @@ def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, w
                 cache_dir=None if hub.cache_dir is None else Path(hub.cache_dir),
                 local_files_only=local_files_only,
                 allow_patterns=list(_WANTED),
-                ignore_patterns=unwanted,
+                ignore_patterns=list(unwanted),
             )
         )
+
+    with _hub_errors(repo_id, hub):
+        if local_files_only:
+            return bring(_UNWANTED)
+        snapshot = bring((*_UNWANTED, "*.safetensors"))
+        if not any(snapshot.rglob("*.safetensors")):  # what is in the cache was checked when it came
+            check_repository(repo_id, _sizes(repo_id, snapshot.name, hub))
+        return bring(_UNWANTED) if weights else snapshot
+
+
+def _sizes(repo_id: str, commit: str, hub: HubOptions) -> dict[str, int]:
+    """The size of each file of a repository, by its path in it."""
+    from huggingface_hub import HfApi, RepoFile
+
+    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, token=hub.token)
+    return {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
 
 
 @contextmanager
@@ -109,12 +127,8 @@ def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
 
 
 def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path) -> None:
-    from huggingface_hub import HfApi, RepoFile
-
     commit = snapshot.name  # the snapshot's, so that nothing is mixed
-    tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, token=hub.token)
-    sizes = {entry.path: entry.size for entry in tree if isinstance(entry, RepoFile)}
-    check_names(Path(repo_id), [name for name in sizes if "/" not in name])
+    sizes = _sizes(repo_id, commit, hub)
     for file in snapshot.rglob("*"):
         if file.is_file():
             link = directory / file.relative_to(snapshot)

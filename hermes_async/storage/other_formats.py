@@ -26,17 +26,23 @@ _FORMATS = {
     "*.mlmodel": "Core ML's format",
     "*.mlpackage": "Core ML's format",
     "*.nemo": "NeMo's format",
+    "*model*.bin": "PyTorch's pickles, or an older format of llama.cpp",
 }
 ONLY_SAFETENSORS = (
     "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with transformers: "
     "load it with the class that config.json names, such as AutoModelForCausalLM.from_pretrained(...), and "
     "save_pretrained(directory) writes safetensors"
 )
+_FROM_LLAMA_CPP = (
+    "hermes_async reads only safetensors; take the model that this was made from, which its model card or its name "
+    "tells, in safetensors"
+)
 _WRITERS = {
     "mlx": "MLX, which changes some weights and quantizes others; take the model that it was converted from",
     "tf": "TensorFlow, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
     "flax": "Flax, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
 }
+_NAMED = 5  # files of a repository that a message names, at the most
 _QUANTIZED_BY = {
     "hf_quant_config.json": "NVIDIA ModelOpt",
     "quantize_config.json": "GPTQ",
@@ -70,12 +76,35 @@ def check_names(directory: Path, names: Collection[str]) -> None:
             "transformers (config.json, and model.safetensors or its shards)",
             path=directory,
         )
-    if weights:
+    if not weights:
+        _check_formats(directory, names)
+
+
+def check_repository(repo_id: str, names: Collection[str]) -> None:
+    """Refuses a repository of the hub that is no checkpoint of transformers in safetensors.
+
+    Args:
+        names: Paths of all its files, in it.
+
+    Raises:
+        UnsupportedModelError: By the name of what it is.
+    """
+    check_names(Path(repo_id), [name for name in names if "/" not in name])
+    if any(name.endswith(".safetensors") for name in names):
         return
+    _check_formats(Path(repo_id), names)
+    held = ", ".join(repr(name) for name in sorted(names)[:_NAMED]) or "nothing"
+    more = f" and {len(names) - _NAMED} more files" if len(names) > _NAMED else ""
+    message = f"{repo_id} is on the hub but has no weights in safetensors: it holds {held}{more}; {ONLY_SAFETENSORS}"
+    raise UnsupportedModelError(message, path=Path(repo_id))
+
+
+def _check_formats(directory: Path, names: Collection[str]) -> None:
     for pattern, what in _FORMATS.items():
-        for name in names:
-            if fnmatch(name, pattern):
-                message = f"{directory} has its weights in {name!r}, {what}; {ONLY_SAFETENSORS}"
+        for name in sorted(names):
+            if fnmatch(name.rpartition("/")[2], pattern):
+                advice = _FROM_LLAMA_CPP if "llama.cpp's" in what else ONLY_SAFETENSORS
+                message = f"{directory} has its weights in {name!r}, {what}; {advice}"
                 raise UnsupportedModelError(message, path=directory)
 
 

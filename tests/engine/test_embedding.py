@@ -307,6 +307,7 @@ async def test_a_text_longer_than_the_context(embedder: Embedder) -> None:
         ("w5", {"truncate_dim": 0}, "truncate_dim must be a whole number above 0 or None, not 0"),
         ("w5", {"truncate_dim": True}, "truncate_dim must be"),
         (["w5", 7], {}, "text 1 is no text but int"),
+        (["w5", "w6\ud800"], {}, r"text 1 has a lone surrogate, U\+D800"),
         (
             "w5",
             {"pooling": "sum"},

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +12,11 @@ import pytest
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine import following
 from hermes_async.engine.following import BudgetFollower, Look
+from hermes_async.errors import MemoryBudgetError
 from hermes_async.pipeload import claims, memory
 from hermes_async.pipeload.claims import Claim
-from hermes_async.pipeload.memory import headroom, room_bytes, stalled_share
+from hermes_async.pipeload.memory import Room, headroom, room_bytes, stalled_share
+from hermes_async.pipeload.neighbours import Claimed, Neighbour
 from tests.engines import check_nothing_is_left, one_loop, until
 
 anyio_backend = one_loop(use_uvloop=True)
@@ -81,6 +83,49 @@ def test_what_other_engines_may_hold_is_not_taken() -> None:
     assert budgets(BudgetFollower(12 * GIB, 20 * GIB), looks) == [after_headroom(20 * GIB) - 8 * GIB]
 
 
+def test_what_engines_take_beside_their_budgets_is_what_was_set_aside_for_it() -> None:
+    """It was set aside for once more, and a tenth of a small budget given back, as soon as it came."""
+    total, beside = 120 << 20, 20 << 20
+    budget = after_headroom(total)
+    look = Look(total - budget - beside, budget, headroom=headroom(total - beside, beside))
+    assert budgets(BudgetFollower(budget, 1 << 40), [look] * 20) == [None] * 20
+
+
+@pytest.mark.parametrize("beside", range(0, 60, 4))
+@pytest.mark.parametrize("total", [80, 250, 2000])
+def test_more_beside_budgets_always_leaves_room(total: int, beside: int) -> None:
+    total, beside = total << 20, beside << 20
+    follower = BudgetFollower(after_headroom(total), 1 << 40)
+    left = headroom(total - beside, beside)
+    budgets(follower, [Look(total - follower.budget - beside, follower.budget, headroom=left)])
+    assert follower.budget + beside + headroom(total) // 4 <= total
+
+
+class Requests:
+    """Resizes to what requests leave, which hold more each time that somebody asks."""
+
+    def __init__(self, *least: int) -> None:
+        self._least = list(least)
+        self.budget = 100
+
+    async def resize(self, budget: int) -> None:
+        least = self._least.pop(0)
+        if budget < least:
+            raise MemoryBudgetError("", requested_bytes=least, budget_bytes=budget, minimum_bytes=least)
+        self.budget = budget
+
+
+@pytest.mark.anyio
+@pytest.mark.parametrize(
+    ("least", "budget"), [((40,), 50), ((60, 60), 60), ((60, 70, 90, 90), 90), ((60, 100), 100), ((60, 110), 100)]
+)
+async def test_what_requests_have_taken_since_the_last_try_is_left_to_them(least: tuple[int, ...], budget: int) -> None:
+    """The second try ended the engine."""
+    requests = Requests(*least)
+    assert await following._resize(50, 100, requests.resize) == budget
+    assert requests.budget == budget
+
+
 # Several engines of one process
 
 
@@ -94,7 +139,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(claims, "_CLAIMS", set())
     monkeypatch.setattr(claims, "process_rss_bytes", lambda: Process.rss)
-    monkeypatch.setattr(claims, "room_bytes", lambda: Process.total - Process.rss)
+    monkeypatch.setattr(claims, "rooms", lambda: [Room(Process.total - Process.rss)])
     return Process
 
 
@@ -104,7 +149,16 @@ def test_growth_that_nobody_leased_is_not_an_engine_s_own(process: Any) -> None:
     claim.leased = lambda: 500 << 20
     process.rss += 800 << 20
     seen = claim.look()
-    assert (seen.room, seen.held) == (400 << 20, 500 << 20)
+    assert (seen.room, seen.held, seen.beside) == (400 << 20, 500 << 20, 300 << 20)
+
+
+def test_what_opening_takes_is_not_beside_the_budget(process: Any) -> None:
+    claim = Claim(None)
+    process.rss += 20 << 20
+    assert claim.take() == after_headroom(1180 << 20)
+    claim.leased = lambda: 500 << 20
+    process.rss += 510 << 20
+    assert claim.look().beside == 10 << 20
 
 
 def test_what_is_leased_and_not_yet_touched_is_not_held(process: Any) -> None:
@@ -151,6 +205,125 @@ def test_engines_that_come_later_get_their_share(process: Any, num_engines: int)
     assert min(held.values()) >= after_headroom(1200 << 20) // num_engines - num_engines
 
 
+# Engines of other processes
+
+
+class Neighbours:
+    """Other processes, as they would be seen."""
+
+    def __init__(self) -> None:
+        self.seen: list[Neighbour] = []
+        self.published: list[Claimed | None] = []
+        self.on_publish: Callable[[], None] = lambda: None
+
+    def look(self) -> list[Neighbour]:
+        return self.seen
+
+    def publish(self, claimed: Claimed | None) -> None:
+        self.published.append(claimed)
+        self.on_publish()
+
+
+@pytest.fixture
+def neighbours(process: Any, monkeypatch: pytest.MonkeyPatch) -> Neighbours:
+    found = Neighbours()
+    monkeypatch.setattr(claims, "NEIGHBOURHOOD", found)
+    return found
+
+
+def neighbour(budget: int = 0, held: int = 0, fixed: int = 0, group: str = "/ours") -> Neighbour:
+    """One engine in a process; without a budget it is about to take one. In MiB."""
+    claimed = Claimed(budget << 20, fixed << 20, int(not fixed), int(not budget), 300 << 20)
+    return Neighbour(claimed, held << 20, {"memory": group})
+
+
+def two_heads(room: int) -> int:
+    """In MiB, less headroom for two processes."""
+    return (room << 20) - headroom(room << 20, num_processes=2)
+
+
+def test_headroom_is_for_each_process() -> None:
+    assert headroom(100 << 20, num_processes=2) == 64 << 20
+    assert headroom(100 << 30, num_processes=2) == headroom(100 << 30)
+
+
+def test_processes_that_start_together_share(neighbours: Neighbours) -> None:
+    neighbours.seen = [neighbour()]
+    assert Claim(None).take() == two_heads(1200) // 2
+
+
+def test_a_process_that_comes_between_is_seen(neighbours: Neighbours) -> None:
+    """It published its wish after this one had looked, and before this one had said what it takes."""
+    claim = Claim(None)
+    neighbours.on_publish = lambda: neighbours.seen.append(neighbour()) if not neighbours.seen else None
+    assert claim.take() == two_heads(1200) // 2
+    last = neighbours.published[-1]
+    assert last is not None
+    assert (last.budget, last.num_automatic, last.num_undecided) == (two_heads(1200) // 2, 1, 0)
+
+
+def test_what_a_neighbour_may_still_come_to_hold_is_not_taken(neighbours: Neighbours) -> None:
+    neighbours.seen = [neighbour(fixed=500, budget=500, held=100)]
+    assert Claim(None).take() == two_heads(1200 + 100) - (500 << 20)
+
+
+def test_a_neighbour_that_has_all_gives_half_of_it_back(process: Any, neighbours: Neighbours) -> None:
+    """As seen by itself, when another comes."""
+    claim = Claim(None)
+    budget = claim.take()
+    follower = BudgetFollower(budget, 1 << 40)
+    process.rss += budget
+    claim.leased = lambda: budget
+    assert follower.next_budget(following._look(claim)) is None
+    process.total -= 300 << 20  # what the other process takes for itself
+    neighbours.seen = [neighbour()]
+    neighbours.seen = [neighbour(budget=claim.look().share >> 20)]
+    less = follower.next_budget(following._look(claim))
+    assert less is not None
+    assert less == pytest.approx(two_heads(900) // 2, abs=2 << 20)
+
+
+def test_a_neighbour_that_does_not_answer_keeps_what_it_holds(neighbours: Neighbours) -> None:
+    neighbours.seen = [neighbour(budget=1100, held=200)]
+    claim = Claim(None)
+    assert claim.take() == two_heads(1400) // 2
+    half = headroom(1400 << 20, num_processes=2) // 2
+    assert claim.left_over() == (1400 - 1100 << 20) - half
+    assert claim.left_over(whatever_is_claimed=True) == (1400 - 200 << 20) - half
+
+
+@pytest.mark.parametrize(
+    ("above", "near", "expected"),
+    [
+        (5000, [], "/ours"),
+        (5000, [neighbour(budget=3000, group="/theirs"), neighbour(budget=3000, group="/ours2")], "/ours"),
+        (2000, [neighbour(budget=3000, group="/theirs")], ""),
+        (2000, [neighbour(budget=3000, group="/ours/below")], "/ours"),
+    ],
+)
+def test_of_several_limits_the_one_that_leaves_the_least_counts(
+    neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch, above: int, near: list[Neighbour], expected: str
+) -> None:
+    """With the neighbours that share it."""
+    limits = [Room(9000 << 20), Room(1200 << 20, "memory", "/ours"), Room(above << 20, "memory", "")]
+    monkeypatch.setattr(claims, "rooms", lambda: limits)
+    neighbours.seen = near
+    seen = Claim(None).look()
+    assert seen.room == next(room.free for room in limits if (room.hierarchy, room.group) == ("memory", expected))
+    assert seen.num_processes == 1 + sum(other.is_in("memory", expected) for other in near)
+
+
+def test_what_is_claimed_is_published(neighbours: Neighbours) -> None:
+    claim, fixed = Claim(None), Claim(7 << 20)
+    assert neighbours.published[-1] == Claimed(7 << 20, 7 << 20, 1, 1, 300 << 20)
+    claim.take()
+    claim.change(50 << 20)
+    assert neighbours.published[-1] == Claimed(57 << 20, 7 << 20, 1, 0, 300 << 20)
+    fixed.release()
+    claim.release()
+    assert neighbours.published[-1] is None
+
+
 # What the machine says
 
 
@@ -185,7 +358,7 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr(following, "_look", look)
     monkeypatch.setattr(following, "SECONDS_BETWEEN_LOOKS", 0.0)
     monkeypatch.setattr(memory, "OVERHEAD_BYTES", 0)
-    monkeypatch.setattr(claims, "room_bytes", lambda: Machine.total)
+    monkeypatch.setattr(claims, "rooms", lambda: [Room(Machine.total)])
     monkeypatch.setattr(claims, "process_rss_bytes", lambda: 0)
     return Machine
 

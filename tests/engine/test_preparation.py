@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import anyio
 import anyio.to_thread
 import pytest
 
-from hermes_async import DeadlineExceededError, RequestError
+from hermes_async import (
+    Completion,
+    DeadlineExceededError,
+    EngineClosedError,
+    QueueFullError,
+    RequestError,
+    RequestEvent,
+)
 from hermes_async.engine import engine as engine_module
-from tests.engines import check_nothing_is_left, one_loop, open_engine
+from hermes_async.engine import preparing
+from tests.engines import check_nothing_is_left, one_loop, open_engine, until
 
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=False)
@@ -90,3 +100,139 @@ async def test_a_panic_of_the_tokenizer_is_an_error_of_its_request(
             with pytest.raises(RequestError, match="retry limit in match over"):
                 await engine.complete("w5", tiny_model.params)
         assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+
+
+async def test_an_abort_holds_while_the_prompt_is_prepared(tiny_model: Any, held: threading.Event) -> None:
+    async with open_engine(tiny_model) as engine:
+        completions: list[Completion] = []
+
+        async def complete() -> None:
+            completions.append(await engine.complete(tiny_model.prompts[2], tiny_model.params, request_id="long"))
+
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                group.start_soon(complete)
+                await until(lambda: engine.statistics().num_waiting == 1)
+                with pytest.raises(RequestError, match="in use"):
+                    await engine.complete([5], tiny_model.params, request_id="long")
+                assert await engine.abort("long")
+                assert not await engine.abort("long")
+                # Its name is free at once.
+                again = await engine.complete(tiny_model.prompts[1], tiny_model.params, request_id="long")
+                assert again.token_ids == tiny_model.references[1]
+        assert [(c.finish_reason, c.token_ids, c.request_id) for c in completions] == [("abort", (), "long")]
+        assert not held.is_set()
+        await check_nothing_is_left(engine)
+
+
+async def test_a_turn_is_aborted_while_it_is_prepared(tiny_model: Any, held: threading.Event) -> None:
+    async with open_engine(tiny_model) as engine:
+        chat = engine.session()
+        with anyio.fail_after(30):
+            async with anyio.create_task_group() as group:
+                group.start_soon(chat.complete, tiny_model.prompts[2], tiny_model.params)
+                await until(lambda: engine.statistics().num_waiting == 1)
+                await chat.aclose()
+        await check_nothing_is_left(engine)
+
+
+async def test_requests_count_as_waiting_from_the_call_on(tiny_model: Any, held: threading.Event) -> None:
+    events: list[RequestEvent] = []
+    async with open_engine(tiny_model, events.append, max_sequences=1, max_waiting=2) as engine:
+        completions: list[Completion] = []
+
+        async def complete() -> None:
+            completions.append(await engine.complete(tiny_model.prompts[2], tiny_model.params))
+
+        with anyio.fail_after(60):
+            async with anyio.create_task_group() as group:
+                for num_waiting in (1, 2, 3):  # there is a place for one of them, so that two wait
+                    group.start_soon(complete)
+                    await until(lambda count=num_waiting: engine.statistics().num_waiting == count)  # type: ignore[misc]
+                with pytest.raises(QueueFullError, match="max_waiting=2"):
+                    await engine.complete(tiny_model.prompts[1], tiny_model.params, request_id="refused")
+                assert [(e.kind, e.request_id, type(e.error)) for e in events] == [
+                    ("queued", "refused", type(None)), ("finished", "refused", QueueFullError)
+                ]  # fmt: skip
+                held.set()
+        assert [completion.token_ids for completion in completions] == [tiny_model.references[2]] * 3
+        await check_nothing_is_left(engine)
+
+
+async def test_leaving_the_engine_ends_what_is_prepared(tiny_model: Any, held: threading.Event) -> None:
+    errors: list[EngineClosedError] = []
+
+    async def told(call: Callable[..., Any], *args: Any) -> None:
+        with pytest.raises(EngineClosedError) as caught:
+            await call(*args)
+        errors.append(caught.value)
+
+    with anyio.fail_after(60):
+        async with anyio.create_task_group() as group, open_engine(tiny_model) as engine:
+            group.start_soon(told, engine.complete, tiny_model.prompts[2], tiny_model.params)
+            await until(lambda: engine.statistics().num_waiting == 1)
+    assert len(errors) == 1
+    assert not held.is_set()
+
+
+async def test_preparations_that_were_left_keep_their_places(
+    tiny_model: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preparing, "_MAX_THREADS", 2)
+    async with open_engine(tiny_model) as engine:
+        with anyio.fail_after(60):
+            for _ in range(2):
+                async with anyio.create_task_group() as group:
+                    group.start_soon(engine.complete, tiny_model.prompts[2], tiny_model.params)
+                    await until(lambda: engine.statistics().num_waiting == 1)
+                    group.cancel_scope.cancel()
+            # Both threads are still at work: another prompt waits for one of them, and its deadline holds.
+            with pytest.raises(DeadlineExceededError):
+                await engine.complete(tiny_model.prompts[1], tiny_model.params, deadline=anyio.current_time() + 0.05)
+            assert len(_threads()) == 2
+            held.set()
+            completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
+        assert completion.token_ids == tiny_model.references[1]
+        await until(lambda: not _threads())
+
+
+def _threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "preparation of a request"]
+
+
+def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: Any) -> None:
+    program = f"""
+import anyio, threading
+from hermes_async import Engine
+from hermes_async.engine import engine as engine_module
+
+never = threading.Event()
+begun = threading.Event()
+
+def prepare(*args, **options):
+    begun.set()
+    never.wait()
+
+engine_module.prepare = prepare
+
+async def main():
+    async with Engine({str(tiny_model.path)!r}, memory_budget="8MiB") as engine:
+        async with anyio.create_task_group() as group:
+            group.start_soon(engine.complete, [5])
+            while not begun.is_set():
+                await anyio.sleep(0.002)
+            group.cancel_scope.cancel()
+    print("left")
+
+anyio.run(main)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
+    assert ended.stdout == "left\n"
+
+
+@pytest.mark.parametrize("request_id", [5, ["a"], b"a"])
+async def test_a_name_that_is_no_text_is_refused(tiny_model: Any, request_id: Any) -> None:
+    async with open_engine(tiny_model) as engine:
+        with pytest.raises(RequestError, match="request_id"):
+            await engine.complete([5], tiny_model.params, request_id=request_id)
+        assert not await engine.abort(request_id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -68,6 +69,9 @@ async def test_chat_messages_go_through_the_template(tiny_model: Any, engine: En
         ([{"role": "user"}], "content"),
         ([{"role": 5, "content": "w5"}], "role"),
         ([{"role": "nobody", "content": "w5"}], "nobody may not speak"),
+        ([{"role": "user", "content": "w5"}, {"role": "user"}], "message 1"),
+        ("w5 \ud800", "the prompt has a lone surrogate, U+D800"),
+        ([{"role": "user", "content": "\udfff"}], "message 0"),
     ],
 )
 async def test_what_is_no_prompt(engine: Engine, prompt: Any, says: str) -> None:
@@ -76,6 +80,41 @@ async def test_what_is_no_prompt(engine: Engine, prompt: Any, says: str) -> None
     assert type(caught.value) is RequestError
     assert says in str(caught.value)
     assert engine.statistics().num_waiting == 0
+
+
+async def test_an_empty_text_is_the_beginning_that_the_tokenizer_puts_before_texts(
+    tiny_model: Any, tmp_path: Path
+) -> None:
+    path = Path(shutil.copytree(tiny_model.path, tmp_path / "begins"))
+    tokenizer = json.loads((path / "tokenizer.json").read_text())
+    tokenizer["post_processor"] = {
+        "type": "TemplateProcessing",
+        "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+        "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+        "special_tokens": {"<s>": {"id": "<s>", "ids": [0], "tokens": ["<s>"]}},
+    }
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    async with Engine(path, memory_budget="8MiB", config=tiny_model.config) as engine:
+        completion = await engine.complete("", GREEDY)
+        assert completion.token_ids == tiny_model.greedy([0])[:3]
+        assert completion.usage.prompt_tokens == 1
+        async with engine.session() as chat:
+            with pytest.raises(RequestError, match="the prompt is empty; a turn"):
+                await chat.complete("", GREEDY)
+            await chat.complete("w5", GREEDY)
+            with pytest.raises(RequestError, match="the prompt is empty; a turn"):
+                await chat.complete("", GREEDY)
+
+
+async def test_a_session_names_what_is_wrong_by_what_it_was_given(engine: Engine) -> None:
+    async with engine.session() as chat:
+        await chat.complete("w5", GREEDY)
+        with pytest.raises(RequestError, match="message 0, of role 'user', has no content"):
+            await chat.complete([{"role": "user"}], GREEDY)
+        with pytest.raises(RequestError, match="the prompt has a lone surrogate"):
+            await chat.complete("\ud800", GREEDY)
+        with pytest.raises(RequestError, match="message 1 has a lone surrogate"):
+            chat.edit([{"role": "user", "content": "w5"}, {"role": "user", "content": "\ud800"}])
 
 
 async def test_params_of_another_kind(engine: Engine) -> None:

@@ -662,7 +662,7 @@ async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, m
         chat = engine.session()
         async with anyio.create_task_group() as group:
             group.start_soon(take_turn)
-            await until(lambda: bool(engine._serving.preparing))
+            await until(lambda: bool(engine._serving.preparations.num_requests))
             await chat.aclose()
         assert ends[0] in ("abort", "closed")
         assert engine.statistics().tokens_generated == 0
@@ -751,7 +751,7 @@ async def test_a_history_is_checked(long_model: Any) -> None:
             engine.session("Hello")  # type: ignore[arg-type]
         assert engine.statistics().num_sessions == 0
         async with engine.session() as chat:
-            with pytest.raises(RequestError, match="a chat message has"):
+            with pytest.raises(RequestError, match="message 0, of role 'user', has no content"):
                 chat.edit(messages=[{"role": "user"}])
             chat.edit(token_ids=torch.tensor([4, 5]))  # type: ignore[arg-type]
             assert chat.token_ids == (4, 5)

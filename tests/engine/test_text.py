@@ -413,3 +413,98 @@ def test_stop_text_in_the_prompt_does_not_count() -> None:
     stream = TextStream(BYTE_LEVEL, prompt_ids=byte_tokens(BYTE_LEVEL, b"STOP ST"), stop=["STOP"])
     assert "".join(stream_all(stream, byte_tokens(BYTE_LEVEL, b"OP"))) == "OP"
     assert not stream.stopped
+
+
+def test_a_stop_text_does_not_count_before_min_tokens() -> None:
+    tokenizer = byte_level_tokenizer()
+    token_ids = [tokenizer.convert_tokens_to_ids(letter) for letter in "axbyaxbz"]
+    for min_tokens, expected in ((0, "a"), (1, "a"), (2, "ax"), (3, "axbya"), (6, "axbya"), (7, "axbyaxbz")):
+        stream = TextStream(
+            tokenizer, prompt_ids=(), stop=("xb",) if min_tokens != 2 else ("b",), min_tokens=min_tokens
+        )
+        text = ""
+        for token_id in token_ids:
+            delta = stream.push(token_id)
+            text += delta.text
+            if delta.stopped:
+                break
+        assert (text if stream.stopped else text + stream.finish()) == expected
+
+
+def test_what_was_held_back_is_given_out_where_a_stop_token_ends_the_text() -> None:
+    stream = TextStream(BYTE_LEVEL, prompt_ids=(), stop=["STOP"])
+    deltas = [stream.push(token_id).text for token_id in byte_tokens(BYTE_LEVEL, b"aST")]
+    assert (deltas, stream.finish()) == (["a", "", ""], "ST")
+
+
+def test_a_stop_text_that_is_asked_for_is_the_end_of_the_text() -> None:
+    stream = TextStream(BYTE_LEVEL, prompt_ids=(), stop=["STOP"], include_stop=True)
+    deltas = [stream.push(token_id) for token_id in byte_tokens(BYTE_LEVEL, b"aSTOPb")]
+    assert [delta.text for delta in deltas] == ["a", "", "", "", "STOP", ""]
+    assert [delta.stopped for delta in deltas] == [False] * 4 + [True] * 2
+
+
+# Special tokens in stop texts
+
+PIECES = ("on", "<|user|>", " on", "</s>", "<s>", "en")
+
+
+@both_tokenizers
+@pytest.mark.parametrize("shown", [False, True])
+@pytest.mark.parametrize(
+    ("stop", "expected"),
+    [
+        ("<|user|>", "on"),
+        ("</s>", "on<|user|> on"),
+        ("</s><s>e", "on<|user|> on"),
+        (" on</s>", "on<|user|>"),
+        ("on<|user|> on</s>", ""),
+        ("<|user|></s>", None),
+        ("<s>n", None),
+    ],
+)
+def test_special_tokens_in_a_stop_text_are_met_whether_they_are_shown_or_not(
+    tokenizer: PreTrainedTokenizerBase, shown: bool, stop: str, expected: str | None
+) -> None:
+    output: list[int] = []
+    for piece in PIECES:
+        output += [token(tokenizer, piece)] if piece in SPECIAL else byte_tokens(tokenizer, piece.encode())
+    prompt = byte_tokens(tokenizer, b"n")
+    stream = TextStream(tokenizer, prompt_ids=prompt, stop=["never", stop], skip_special_tokens=not shown)
+    text = "".join(stream_all(stream, output))
+    assert stream.stopped == (expected is not None)
+    expected = "".join(PIECES) if expected is None else expected
+    for piece in () if shown else SPECIAL:
+        expected = expected.replace(piece, "")
+    assert text == stream.text == expected
+
+
+@both_tokenizers
+@pytest.mark.parametrize("final", [False, True])
+def test_an_incomplete_character_before_a_special_token_that_is_a_stop_text_is_kept(
+    tokenizer: PreTrainedTokenizerBase, final: bool
+) -> None:
+    prompt, output = encode(tokenizer, "n"), [*encode(tokenizer, "on"), *byte_tokens(tokenizer, b"\xe2\x82")]
+    stream = TextStream(tokenizer, prompt_ids=prompt, stop=["</s>", "n</s>"])
+    text = "".join(stream.push(token_id).text for token_id in output)
+    text += stream.push(token(tokenizer, "</s>"), final=final).text
+    assert text == in_context(tokenizer, prompt, output)
+    assert stream.stopped
+
+
+@both_tokenizers
+@pytest.mark.parametrize("shown", [False, True])
+def test_a_special_token_s_text_spelled_by_other_tokens_is_a_stop_text_too(
+    tokenizer: PreTrainedTokenizerBase, shown: bool
+) -> None:
+    stream = TextStream(tokenizer, prompt_ids=(), stop=["</s>"], skip_special_tokens=not shown)
+    assert "".join(stream_all(stream, byte_tokens(tokenizer, b"on</s>en"))) == "on"
+    assert stream.stopped
+
+
+@pytest.mark.parametrize(("min_tokens", "stopped"), [(1, True), (2, False)])
+def test_a_special_token_in_a_stop_text_does_not_count_before_min_tokens(min_tokens: int, stopped: bool) -> None:
+    stream = TextStream(BYTE_LEVEL, prompt_ids=(), stop=["</s>"], min_tokens=min_tokens)
+    output = [*byte_tokens(BYTE_LEVEL, b"o"), token(BYTE_LEVEL, "</s>"), *byte_tokens(BYTE_LEVEL, b"n")]
+    assert "".join(stream_all(stream, output)) == ("o" if stopped else "on")
+    assert stream.stopped == stopped

@@ -371,6 +371,14 @@ def test_logprobs_are_the_models_own(dtype: torch.dtype) -> None:
     assert list(sampled.top_logprobs or {}) == [3, 2, 0]
 
 
+def test_logprobs_of_minus_one_are_all_tokens() -> None:
+    logits = torch.tensor([0.0, 3.0, 1.0])
+    sampled = make_sampler([0], vocab_size=3, temperature=0.0, logprobs=-1).sample(logits)
+    expected = logits.log_softmax(-1).tolist()
+    assert sampled.top_logprobs == {1: expected[1], 2: expected[2], 0: expected[0]}
+    assert list(sampled.top_logprobs or {}) == [1, 2, 0]
+
+
 def test_logprobs_of_zero_is_the_chosen_tokens_only() -> None:
     sampled = make_sampler([0], vocab_size=2, temperature=0.0, logprobs=0).sample(torch.tensor([0.0, 0.0]))
     assert sampled.logprob == pytest.approx(-math.log(2))

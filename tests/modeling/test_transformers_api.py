@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
 import torch
 import transformers as t
+from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 from torch import nn
 
 from hermes_async import IncompatibleVersionError, UnsupportedModelError
 from hermes_async.modeling import transformers_api as api
 from hermes_async.modeling.packed import check_forward_signature
 from hermes_async.modeling.skeleton import build_model
-from tests.project import PYPROJECT
+from tests.project import PYPROJECT, ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +38,13 @@ def test_the_declared_range_is_the_tested_one(library: str) -> None:
     assert f"{major}.{minor + 1}.0" not in allowed
     major, minor, *_ = (int(part) for part in lowest.split("."))
     assert f"{major}.{minor - 1}.9" not in allowed
+
+
+def test_the_oldest_tested_versions_are_the_lowest_declared_ones() -> None:
+    pinned = dict(re.findall(r"^([\w.-]+)==(\S+)$", (ROOT / "constraints-oldest.txt").read_text(), flags=re.MULTILINE))
+    for declared in map(Requirement, PYPROJECT["project"]["dependencies"]):
+        lowest = next(Version(one.version) for one in declared.specifier if one.operator == ">=")
+        assert Version(pinned[declared.name]).release[: len(lowest.release)] == lowest.release, declared
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,12 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertForSequenceClassification,
+    BertLMHeadModel,
     BertModel,
     CLIPConfig,
     CLIPModel,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
     MixtralConfig,
@@ -28,7 +31,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hermes_async import Engine, RequestError
+from hermes_async import Engine, EngineConfig, MemoryBudgetError, RequestError
 from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
@@ -42,11 +45,17 @@ VISION: dict[str, Any] = {key: value for key, value in SIZES.items() if key != "
     "image_size": 16, "patch_size": 8,
 }  # fmt: skip
 T5 = {"vocab_size": 60, "d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+GPT = {"vocab_size": 60, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+CROSS = {"is_decoder": True, "add_cross_attention": True}
 MODELS: dict[str, Any] = {
     "bert": lambda: BertModel(BertConfig(**SIZES)),
     "bert mlm": lambda: BertForMaskedLM(BertConfig(**SIZES)),
     "bert classes": lambda: BertForSequenceClassification(BertConfig(**SIZES, num_labels=3)),
     "roberta": lambda: RobertaForTokenClassification(RobertaConfig(**SIZES, pad_token_id=1)),
+    "bert decoder": lambda: BertModel(BertConfig(**SIZES, **CROSS)),
+    "bert lm with cross-attention": lambda: BertLMHeadModel(BertConfig(**SIZES, **CROSS)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT)),
+    "gpt2 with cross-attention": lambda: GPT2LMHeadModel(GPT2Config(**GPT, add_cross_attention=True)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**SIZES, num_key_value_heads=2, num_local_experts=2)),
     "vit": lambda: ViTForImageClassification(ViTConfig(**VISION)),
@@ -58,6 +67,8 @@ IDS = [[5, 6, 7, 8], [9, 10, 11, 12]]
 MASK = [[1, 1, 1, 1], [1, 1, 1, 0]]
 WIDE = np.random.default_rng(1).standard_normal((2, 4, 32)).astype(np.float32)
 PIXELS = np.random.default_rng(2).standard_normal((2, 3, 16, 16)).astype(np.float32)
+ENCODED = np.random.default_rng(4).standard_normal((2, 6, 32)).astype(np.float32)
+OTHER = [[20, 21, 22], [23, 24, 25]]
 LARGER = np.random.default_rng(3).standard_normal((1, 3, 24, 24)).astype(np.float32)
 TEXT: list[dict[str, Any]] = [
     {"input_ids": IDS, "attention_mask": MASK},
@@ -86,8 +97,15 @@ IMAGE: list[dict[str, Any]] = [
     {"pixel_values": PIXELS, "return_dict": False},
     {"pixel_values": LARGER, "interpolate_pos_encoding": True},
 ]
+CROSSED: list[dict[str, Any]] = [
+    {"input_ids": IDS, "encoder_hidden_states": ENCODED},
+    {"input_ids": IDS, "encoder_hidden_states": ENCODED, "encoder_attention_mask": [[1] * 6, [1] * 3 + [0] * 3]},
+]
 CALLS: dict[str, list[dict[str, Any]]] = {
-    "bert": [*TEXT, *PLACED, {"input_ids": IDS, "token_type_ids": [[0, 0, 1, 1]] * 2}],
+    # An encoder ignores encoder_hidden_states; so it does here.
+    "bert": [*TEXT, *PLACED, {"input_ids": IDS, "token_type_ids": [[0, 0, 1, 1]] * 2}, CROSSED[0]],
+    "bert decoder": [*TEXT, *CROSSED],
+    "gpt2": [*DECODER, {"input_ids": IDS, "token_type_ids": [[0, 0, 1, 1], [59, 5, 1, 1]]}],
     "bert mlm": [*TEXT, {"input_ids": IDS, "labels": IDS}],
     "bert classes": [*TEXT, {"input_ids": IDS, "labels": [0, 2]}],
     "roberta": [*TEXT, *PLACED, {"input_ids": IDS, "labels": [[0, 1, 0, 1]] * 2}],
@@ -102,6 +120,14 @@ CALLS: dict[str, list[dict[str, Any]]] = {
     "t5": [
         {"input_ids": IDS, "decoder_input_ids": IDS, "output_hidden_states": True},
         {"input_ids": IDS, "labels": IDS, "return_dict": False},
+        {
+            "input_ids": IDS,
+            "attention_mask": MASK,
+            "decoder_input_ids": OTHER,
+            "decoder_attention_mask": [[1, 1, 0]] * 2,
+        },
+        {"inputs_embeds": WIDE, "decoder_input_ids": OTHER},
+        {"input_ids": IDS, "decoder_inputs_embeds": WIDE[:, :3]},
     ],
     "t5 encoder": [*TEXT, {"inputs_embeds": WIDE}],
 }
@@ -134,16 +160,29 @@ def check_same(actual: Any, expected: Any) -> None:
         assert actual == expected
 
 
-@pytest.mark.parametrize("name", MODELS)
-async def test_keywords_mean_what_they_mean_in_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("budget", ["64MiB", "smallest"])
+@pytest.mark.parametrize("name", CALLS)
+async def test_keywords_mean_what_they_mean_in_transformers(name: str, budget: str, tmp_path: Path) -> None:
     torch.manual_seed(7)
     MODELS[name]().eval().save_pretrained(tmp_path)
     model = type(MODELS[name]()).from_pretrained(tmp_path).eval()
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
-    cached = {"use_cache": False} if name in ("llama", "mixtral", "t5") else {}
-    async with Engine(tmp_path, memory_budget="64MiB") as engine:
+    cached = {"use_cache": False} if name in ("bert decoder", "gpt2", "llama", "mixtral", "t5") else {}
+    options: dict[str, Any] = {"memory_budget": "64MiB"}
+    if budget == "smallest":
+        options = {"config": EngineConfig(max_tokens_per_sweep=32), "memory_budget": 1}
+        with pytest.raises(MemoryBudgetError) as caught:
+            async with Engine(tmp_path, **options):
+                pytest.fail("entered")
+        options["memory_budget"] = caught.value.minimum_bytes
+    async with Engine(tmp_path, **options) as engine:
         for inputs in CALLS[name]:
+            if budget == "smallest" and name == "clip" and "interpolate_pos_encoding" in inputs:
+                # The table of positions is loaded for its own forward alone, which then is not called.
+                with pytest.raises(RequestError, match=r"cannot be given .*, interpolate_pos_encoding together here"):
+                    await engine.forward(**inputs)
+                continue
             with torch.inference_mode():
                 expected = model(**given(inputs | cached))
             check_same(await engine.forward(**inputs), expected)
@@ -162,6 +201,19 @@ async def test_keywords_mean_what_they_mean_in_transformers(name: str, tmp_path:
         ("llama", {"use_cache": 1}, "takes no use_cache"),
         ("llama", {"past_key_values": [1]}, "takes no past_key_values"),
         ("t5", {"encoder_outputs": [WIDE]}, "takes no encoder_outputs"),
+        ("llama", {"encoder_hidden_states": ENCODED}, "takes no 'encoder_hidden_states'"),
+        ("t5", {"encoder_hidden_states": ENCODED}, "takes no 'encoder_hidden_states'"),
+        ("gpt2", {"encoder_hidden_states": ENCODED}, "does not run on these inputs: ValueError: If `encoder_hidden_st"),
+        *(
+            (name, {"encoder_hidden_states": ENCODED}, "cannot be given input_ids, encoder_hidden_states together here")
+            for name in ("gpt2 with cross-attention", "bert lm with cross-attention")
+        ),
+        ("gpt2", {"token_type_ids": [[0, 60, 0, 0]] * 2}, "token id 60 is out of the vocabulary, which has 60"),
+        (
+            "gpt2",
+            {"token_type_ids": [0, 1]},
+            r"token_type_ids must be integers \[batch, tokens\], not torch.int64 \[2\]",
+        ),
     ],
 )
 async def test_keywords_that_are_refused(name: str, inputs: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -383,6 +383,7 @@ def test_shards_without_an_index_that_hold_the_same_tensor(directory: Path) -> N
     [
         "pytorch_model.bin",
         "pytorch_model-00001-of-00002.bin",
+        "model.bin",
         "model.pt",
         "model.pth",
         "last.ckpt",
@@ -399,7 +400,8 @@ def test_other_formats_are_refused_by_name(directory: Path, name: str, with_conf
         (directory / "config.json").unlink()
     with pytest.raises(UnsupportedModelError) as caught:
         Checkpoint.open(directory)
-    for part in (name, "only safetensors", "can run code", "save_pretrained"):
+    advice = ("made from",) if name.endswith(".gguf") else ("can run code", "save_pretrained")
+    for part in (name, "only safetensors", *advice):
         assert part in str(caught.value)
     assert caught.value.path == directory
 

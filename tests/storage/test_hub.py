@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -120,14 +121,43 @@ def test_shards_on_the_hub_that_are_none(hub: Hub, tmp_path: Path, data: bytes) 
     assert told.output.count(os.linesep) == 1
 
 
-def test_a_model_on_the_hub_in_another_format_is_named(hub: Hub, tmp_path: Path) -> None:
-    hub.files["org/name"] = {"config.json": b'{"model_type": "llama"}', "model.gguf": b"never sent"}
-    with (
-        pytest.raises(UnsupportedModelError, match=r"org/name has its weights in 'model\.gguf', GGUF"),
-        without_weights("org/name", HubOptions(cache_dir=tmp_path / "cache")),
-    ):
-        pytest.fail("entered")
-    assert "model.gguf" not in hub.downloads
+@pytest.mark.parametrize("way", ["engine", "plan"])
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ("model.gguf", r"org/name has its weights in 'model\.gguf', GGUF, .* made from"),
+        ("Q4_K_M/model-00001-of-00002.gguf", r"org/name has its weights in 'Q4_K_M/model-00001-of-00002\.gguf', GGUF"),
+        (
+            "pytorch_model.bin",
+            r"org/name has its weights in 'pytorch_model\.bin', PyTorch.s pickles.*save_pretrained",
+        ),
+        ("pytorch_model-00001-of-00002.bin", r"org/name has its weights in 'pytorch_model-00001-of-00002\.bin', PyTor"),
+        ("0_Transformer/pytorch_model.bin", r"org/name has its weights in '0_Transformer/pytorch_model\.bin', PyTorch"),
+        ("onnx/model.onnx", r"org/name has its weights in 'onnx/model\.onnx', ONNX"),
+        ("weights.dat", r"org/name is on the hub but has no weights in safetensors: it holds 'a', .*'config\.json'"),
+        ("consolidated.safetensors", r"org/name has its weights in 'consolidated\.safetensors' alone, Mistral's own"),
+        ("adapter_model.safetensors", r"org/name is an adapter"),
+    ],
+)
+@pytest.mark.parametrize("with_config", [True, False])
+def test_a_model_on_the_hub_in_another_format_is_named(
+    hub: Hub, tmp_path: Path, weights: str, message: str, way: str, with_config: bool
+) -> None:
+    hub.files["org/name"] = {"a": b"", "training_args.bin": b"no weights", weights: b"never sent"}
+    if with_config or weights == "weights.dat":
+        hub.files["org/name"]["config.json"] = b'{"model_type": "llama"}'
+
+    async def use() -> None:
+        async with Engine("org/name", memory_budget="8MiB", cache_dir=tmp_path / "cache"):
+            pytest.fail("entered")
+
+    with pytest.raises(UnsupportedModelError, match=message):
+        if way == "engine":
+            anyio.run(use)
+        else:
+            with without_weights("org/name", HubOptions(cache_dir=tmp_path / "cache")):
+                pytest.fail("entered")
+    assert weights not in hub.downloads
 
 
 @pytest.mark.anyio

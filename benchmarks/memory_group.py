@@ -1,0 +1,96 @@
+"""A memory cgroup (version 1) of one's own: a hard limit, and how much of it processes use at the most."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+_MOUNT = Path("/sys/fs/cgroup/memory")
+_SECONDS_BETWEEN_SAMPLES = 0.01
+
+
+class MemoryGroup:
+    """Counts are in bytes. `used` is what could not be reclaimed: all but the page cache that nobody has mapped."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.peak_used_bytes = 0
+
+    @property
+    def used_bytes(self) -> int:
+        counts = self._counts("memory.stat")
+        cache = counts["total_inactive_file"] + counts["total_active_file"] - counts["total_mapped_file"]
+        return int((self._path / "memory.usage_in_bytes").read_text()) - max(0, cache)
+
+    @property
+    def page_cache_bytes(self) -> int:
+        counts = self._counts("memory.stat")
+        return counts["total_inactive_file"] + counts["total_active_file"]
+
+    @property
+    def num_killed(self) -> int:
+        """Processes that the kernel ended because the limit was reached."""
+        return self._counts("memory.oom_control")["oom_kill"]
+
+    def start(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
+        """Starts Python with these arguments inside the group; what it writes and reads are pipes."""
+        script = f'echo $$ > {self._path}/tasks && exec "$@"'
+        return subprocess.Popen(
+            ["/bin/sh", "-c", script, "sh", sys.executable, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    @contextmanager
+    def sampled(self) -> Iterator[None]:
+        """Keeps `peak_used_bytes` while the body runs."""
+        ended = threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(_SECONDS_BETWEEN_SAMPLES):
+                self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def _counts(self, file: str) -> dict[str, int]:
+        lines = (line.split() for line in (self._path / file).read_text().splitlines())
+        return {name: int(count) for name, count in lines}
+
+
+@contextmanager
+def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
+    """Makes a group with a hard limit, and removes it when all its processes have ended.
+
+    Raises:
+        SystemExit: There is no version 1 hierarchy of the memory controller, or only root may make groups in it.
+    """
+    path = _MOUNT / f"hermes-auto-{os.getpid()}"
+    try:
+        path.mkdir()
+    except OSError as error:
+        raise SystemExit(f"a memory cgroup of version 1 cannot be made in {_MOUNT} ({error}); be root") from error
+    try:
+        (path / "memory.limit_in_bytes").write_text(str(limit_bytes))
+        yield MemoryGroup(path)
+    finally:
+        (path / "memory.force_empty").write_text("0")
+        path.rmdir()
+
+
+def line_of(pipe: IO[str] | None) -> str:
+    """The next line that a process wrote; empty when it has ended."""
+    assert pipe is not None
+    return pipe.readline().strip()

@@ -1,0 +1,106 @@
+"""A tokenizer for any number of threads at once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from queue import SimpleQueue
+from typing import Any, cast
+
+from transformers import BatchEncoding, PreTrainedTokenizerBase
+
+from hermes_async.modeling.transformers_api import changes_in_calls, forget_truncation_and_padding
+
+_NUM_ENCODERS = 2  # copies of a tokenizer that one thread at a time may use: a long text leaves another free
+
+
+class SharedTokenizer:
+    """Gives on any number of threads at once what its tokenizer gives on one.
+
+    Truncation and padding are a state of a tokenizer, and a checkpoint's file may set them. Here they are switched off
+    once, and no call may ask for them: `encoding.cut` shortens token ids instead.
+
+    What the Rust library does without changing the tokenizer needs no lock, so that no text waits for another. Other
+    tokenizers change themselves in their calls (those written in Python, and those that set the language of a text
+    each time). Of these there are copies, and a copy has one call at a time: one decodes, since that is always short,
+    and the others do the rest.
+
+    Args:
+        tokenizer: Belongs to this object from here on.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        forget_truncation_and_padding(tokenizer)
+        self._tokenizer = tokenizer
+        self._encoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
+        self._decoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
+        if changes_in_calls(tokenizer):
+            self._encoders, self._decoders = SimpleQueue(), SimpleQueue()
+            self._decoders.put(copy.deepcopy(tokenizer))
+            for _ in range(_NUM_ENCODERS):
+                self._encoders.put(copy.deepcopy(tokenizer))
+
+    @contextmanager
+    def _taken(self, copies: SimpleQueue[PreTrainedTokenizerBase] | None) -> Iterator[PreTrainedTokenizerBase]:
+        """One that no other thread uses, where that is necessary."""
+        if copies is None:
+            yield self._tokenizer
+            return
+        tokenizer = copies.get()
+        try:
+            yield tokenizer
+        finally:
+            copies.put(tokenizer)
+
+    # --- calls, as transformers names them ---
+
+    def __call__(self, text: str, pair: str | None = None, **options: Any) -> BatchEncoding:
+        """Encodes one text, or a pair; `options` are transformers', without truncation and padding."""
+        with self._taken(self._encoders) as tokenizer:
+            # As a batch of one, because a single empty text has no `input_ids` otherwise.
+            encoded = tokenizer([text], None if pair is None else [pair], **options)
+        return BatchEncoding({name: values[0] for name, values in encoded.items()})
+
+    def decode(self, token_ids: Sequence[int], **options: Any) -> str:
+        with self._taken(self._decoders) as tokenizer:
+            return cast(str, tokenizer.decode(list(token_ids), **options))
+
+    def pad(self, encoded: Sequence[dict[str, list[int]]], **options: Any) -> BatchEncoding:
+        with self._taken(self._encoders) as tokenizer:
+            return tokenizer.pad(list(encoded), **options)
+
+    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+        with self._taken(self._encoders) as tokenizer:
+            return tokenizer.apply_chat_template(list(messages), **options)
+
+    # --- what no call changes ---
+
+    @property
+    def chat_template(self) -> Any:
+        return getattr(self._tokenizer, "chat_template", None)
+
+    @property
+    def model_max_length(self) -> int:
+        return int(self._tokenizer.model_max_length)
+
+    @property
+    def pad_token_id(self) -> int | None:
+        return cast("int | None", self._tokenizer.pad_token_id)
+
+    @property
+    def truncation_side(self) -> str:
+        return str(self._tokenizer.truncation_side)
+
+    @property
+    def all_special_tokens(self) -> list[str]:
+        return list(self._tokenizer.all_special_tokens)
+
+    @property
+    def all_special_ids(self) -> list[int]:
+        return list(self._tokenizer.all_special_ids)
+
+    @property
+    def added_tokens_decoder(self) -> dict[int, Any]:
+        added: Any = self._tokenizer.added_tokens_decoder
+        return dict(added) if isinstance(added, Mapping) else {}  # of Mistral's own tokenizers it is no property
