@@ -32,6 +32,7 @@ from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
+from hermes_async.pipeload.heap import bound_heap
 from hermes_async.pipeload.memory import process_rss_bytes
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
@@ -146,6 +147,7 @@ def open_model(
     """
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
     hub = hub or HubOptions()
+    bound_heap()
     with ExitStack() as on_error:
         with only_waiting():  # for a download, perhaps
             checkpoint = open_checkpoint(source, hub)
