@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable
 from importlib import import_module
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -39,6 +39,16 @@ def import_torch() -> None:
     """Imports the engine's modules that import torch and transformers, which takes seconds."""
     for name in _IMPORT_TORCH:
         import_module(f"hermes_async.engine.{name}")
+
+
+@contextlib.asynccontextmanager
+async def _closing(opened: OpenedModel) -> AsyncGenerator[None, None]:
+    """On a thread, as other processes are told by a file."""
+    try:
+        yield
+    finally:
+        with anyio.CancelScope(shield=True):
+            await anyio.to_thread.run_sync(opened.close, limiter=anyio.CapacityLimiter(1))
 
 
 class EngineLifetime:
@@ -142,8 +152,9 @@ class EngineLifetime:
             from hermes_async.engine.running import running_model
             from hermes_async.engine.serving import Serving
 
-            with contextlib.closing(opened), ungrouped():
+            with ungrouped():
                 async with (
+                    _closing(opened),
                     tracing(self._trace) as trace,
                     running_model(opened, self._config, self._release, trace) as self._running,
                 ):
