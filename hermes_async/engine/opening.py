@@ -6,12 +6,11 @@ import os
 import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import anyio.from_thread
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -41,6 +40,7 @@ from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
+from hermes_async.storage.threads import check_cancelled, only_waiting
 
 _DRAFT_TOKENS = 256
 """Tokens of one pass of a draft model; more are pending only when it sees a prompt for the first time."""
@@ -147,11 +147,15 @@ def open_model(
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
     hub = hub or HubOptions()
     with ExitStack() as on_error:
-        checkpoint = open_checkpoint(source, hub)
+        with only_waiting():  # for a download, perhaps
+            checkpoint = open_checkpoint(source, hub)
+        check_cancelled()
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
+        check_cancelled()
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+        check_cancelled()
         skeleton, pooling = _with_pooling(skeleton, checkpoint)
         sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
         shared = None if tokenizer is None else SharedTokenizer(tokenizer)
@@ -202,17 +206,11 @@ def _claimed(claim: Claim, fixed_budget: int | None) -> int:
         ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
         while claim.left_over() < budget and time.monotonic() < ends_at:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            _raise_if_cancelled()
+            check_cancelled()
         if fixed_budget is None:
             budget = min(budget, max(claim.left_over(), claim.left_over(whatever_is_claimed=True)))
             claim.change(budget)
     return budget
-
-
-def _raise_if_cancelled() -> None:
-    """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
-    with suppress(RuntimeError):  # so anyio says that no task waits
-        anyio.from_thread.check_cancelled()
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:
@@ -273,7 +271,9 @@ def _open_draft(
     on_error: ExitStack,
     hub: HubOptions,
 ) -> OpenedDraft:
-    checkpoint = open_checkpoint(source, hub)
+    with only_waiting():
+        checkpoint = open_checkpoint(source, hub)
+    check_cancelled()
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     skeleton, attention, seen = _look_at(checkpoint, replace(config, context_length=None), on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):
@@ -324,6 +324,7 @@ def _sizes(
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
+        embedding_name="" if skeleton.embedding is None else skeleton.embedding_name.rpartition(".")[0],
     )
     if skeleton.generates:
         return sizes

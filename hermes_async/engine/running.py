@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import anyio.to_thread
 
 from hermes_async.config import EngineConfig
 from hermes_async.engine.draft_model import DraftModel, running_draft_model
@@ -32,6 +29,7 @@ from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import file_states
+from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +96,7 @@ class RunningModel:
 
     async def _claim(self, budget: int) -> None:
         """On a thread, as other processes are told by a file."""
-        await anyio.to_thread.run_sync(self.opened.claim.change, budget, limiter=anyio.CapacityLimiter(1))
+        await run_in_thread(self.opened.claim.change, budget)
 
     def _resized(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.opened.skeleton
@@ -166,19 +164,20 @@ async def running_model(
         behind_pipeline = exits.enter_context(ExitStack())
         await exits.enter_async_context(pipeline.running())
         # The agents read by now, and need the event loop for it.
-        model = await anyio.to_thread.run_sync(_streamed_model, opened, stages, pipeline, on_stage)
+        model = await run_in_thread(_streamed_model, opened, stages, pipeline, on_stage)
         behind_pipeline.callback(model.close)
         rows = None
         if partition.streamed_embedding is not None:
-            executor = exits.enter_context(ThreadPoolExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
+            executor = exits.enter_context(DaemonExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
             files = [partition.streamed_embedding.file]
             states = partition.streamed_embedding.file_states
             reader = await exits.enter_async_context(
                 Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
             )
             held_back = pipeline.load_order.held_back
-            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
-            exits.callback(rows.close)
+            rows = await exits.enter_async_context(
+                RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
+            )
         draft_model = None
         if opened.draft is not None:
             draft_model = await exits.enter_async_context(

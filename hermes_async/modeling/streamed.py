@@ -26,7 +26,7 @@ from hermes_async.storage.buffers import Buffer
 class StageGate(Protocol):
     """What the forward pass asks before and after each stage; in the engine, the `Pipeline`."""
 
-    def enter(self, stage: Stage) -> Buffer: ...
+    def enter(self, stage: Stage, on_look: Callable[[], None]) -> Buffer: ...
     def leave(self, stage: Stage) -> None: ...
 
 
@@ -251,7 +251,7 @@ class StreamedModel:
         return leave
 
     def _enter(self, stage: Stage) -> None:
-        buffer = self._gate.enter(stage)
+        buffer = self._gate.enter(stage, self._before_stage)
         if stage not in self._bound:
             self._bind(stage, buffer)
 
