@@ -76,9 +76,11 @@ class RunningModel:
         Cancellation: leaves the model fit only to be closed.
         """
         plan = self._resized(budget)
-        self.opened.claim.change(max(budget, self.opened.plan.memory_budget))
         kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
-        await self._set_resident(kept)
+        # Requests that come meanwhile would take what is to be given back.
+        with self.governor.closed():
+            await self._claim(max(budget, self.opened.plan.memory_budget))
+            await self._set_resident(kept)
         self.weights_lease.shrink(self.opened.plan.resident_bytes - replace(plan, resident=kept).resident_bytes)
         num_buffers = plan.num_buffers - self.opened.plan.num_buffers
         self.opened.plan = replace(plan, resident=kept)
@@ -90,7 +92,11 @@ class RunningModel:
         self.weights_lease.grow_nowait(plan.resident_bytes - self.opened.plan.resident_bytes)
         await self._set_resident(plan.resident)
         self.opened.plan = plan
-        self.opened.claim.change(budget)
+        await self._claim(budget)
+
+    async def _claim(self, budget: int) -> None:
+        """On a thread, as other processes are told by a file."""
+        await run_in_thread(self.opened.claim.change, budget)
 
     def _resized(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.opened.skeleton
