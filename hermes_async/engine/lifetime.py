@@ -168,8 +168,9 @@ class EngineLifetime:
 
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
+        exits = contextlib.ExitStack()
         try:
-            with contextlib.ExitStack() as exits:
+            try:
                 opened = await run_in_thread(self._open, exits)
                 from hermes_async.engine.running import running_model
                 from hermes_async.engine.serving import Serving
@@ -194,6 +195,9 @@ class EngineLifetime:
                         self._fail(error, "the engine stopped")
                     finally:
                         self._end_requests()
+            finally:
+                with anyio.CancelScope(shield=True):
+                    await run_in_thread(exits.close)  # it looks at files
         except Exception as error:
             if self._serving is None:
                 first = first_error(error)
