@@ -227,8 +227,8 @@ class EngineConfig:
             what the model's configuration says, its RoPE scaling counted. It cannot be more than that.
         max_waiting: Most requests that may wait; past it `QueueFullError`. None for no limit.
         max_buffered_chunks: Chunks that a request's user may leave untaken before the request pauses.
-        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: a tenth of the budget, and
-            what no stage fits into; more where everything is resident.
+        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: about a tenth of the budget,
+            and more where everything is resident; a larger budget never has less.
         share_prefixes: Let requests that begin with the same tokens share what is computed for them.
         prompt_lookup: Draft tokens from the sequence itself, where that is expected to pay.
         parking_dir: Where idle sessions' KV is parked, on a disk; None: /var/tmp, or the system's temporary directory.

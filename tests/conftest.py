@@ -9,12 +9,17 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from hypothesis import settings
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hermes_async.modeling.skeleton import token_embedding
 from hermes_async.pipeload import claims
 from hermes_async.pipeload.neighbours import Neighbourhood
 from tests.disks import Disk
+
+# How long an example takes says nothing of its result, and machines differ.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 EVENT_LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
@@ -41,6 +41,17 @@ def import_torch() -> None:
     """Imports the engine's modules that import torch and transformers, which takes seconds."""
     for name in _IMPORT_TORCH:
         import_module(f"hermes_async.engine.{name}")
+
+
+@contextlib.asynccontextmanager
+async def _closed_in_thread() -> AsyncGenerator[contextlib.ExitStack, None]:
+    """What is closed in the end on a thread: closing a model closes files."""
+    exits = contextlib.ExitStack()
+    try:
+        yield exits
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_thread(exits.close)
 
 
 @dataclass(slots=True)
@@ -168,9 +179,8 @@ class EngineLifetime:
 
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
-        exits = contextlib.ExitStack()
         try:
-            try:
+            async with _closed_in_thread() as exits:
                 opened = await run_in_thread(self._open, exits)
                 from hermes_async.engine.running import running_model
                 from hermes_async.engine.serving import Serving
@@ -195,9 +205,6 @@ class EngineLifetime:
                         self._fail(error, "the engine stopped")
                     finally:
                         self._end_requests()
-            finally:
-                with anyio.CancelScope(shield=True):
-                    await run_in_thread(exits.close)  # it looks at files
         except Exception as error:
             if self._serving is None:
                 first = first_error(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -49,6 +50,9 @@ _TEXT_TOKENS = 64
 
 _LONG_TEXT_TOKENS = 512
 """And should have room for so many: the context of most encoders."""
+
+_LOOKING_AT = threading.Lock()
+"""Transformers changes torch's default dtype for the whole process while it makes a model: one at a time."""
 
 _SECONDS_FOR_OTHERS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -248,14 +252,15 @@ def _look_at(
     warn_of_untested_versions()
     attention = PackedAttention()
     on_error.callback(attention.close)
-    model_config = load_config(checkpoint)
-    skeleton = build_skeleton(checkpoint, model_config, attention.name)
-    skeleton = with_context_length(skeleton, config.context_length)
-    if not skeleton.generates:
-        return skeleton, attention, probe_forward(skeleton)
-    if config.self_check == "require":
-        check_packing(model_config, attention)
-    return skeleton, attention, probe(skeleton, attention)
+    with _LOOKING_AT:
+        model_config = load_config(checkpoint)
+        skeleton = build_skeleton(checkpoint, model_config, attention.name)
+        skeleton = with_context_length(skeleton, config.context_length)
+        if not skeleton.generates:
+            return skeleton, attention, probe_forward(skeleton)
+        if config.self_check == "require":
+            check_packing(model_config, attention)
+        return skeleton, attention, probe(skeleton, attention)
 
 
 def _open_draft(
@@ -319,6 +324,7 @@ def _sizes(
         kv_block_tokens=BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
+        embedding_name="" if skeleton.embedding is None else skeleton.embedding_name.rpartition(".")[0],
     )
     if skeleton.generates:
         return sizes

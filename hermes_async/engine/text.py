@@ -85,7 +85,14 @@ class TextStream:
         """Takes the next token; returns the text that is certain now, or with `final` all that is left."""
         looked_for = self._num_to_pass == 0
         self._num_to_pass = max(0, self._num_to_pass - 1)
-        return self._advance(self._decoder.push(token_id) + self._marks.get(token_id, ""), final, looked_for)
+        decoded = self._decoder.push(token_id)
+        mark = self._marks.get(token_id)
+        if mark is not None:
+            before = self._held + decoded + self._decoder.pending
+            if looked_for and _first_stop(before + mark, self._stop, len(self._held)):
+                decoded += self._decoder.flush()  # nothing completes a character any more
+            decoded += mark
+        return self._advance(decoded, final, looked_for)
 
     def finish(self) -> str:
         """Returns what was held back; bytes of an incomplete character become U+FFFD."""
@@ -165,9 +172,14 @@ class _Decoder:
                 self._read = len(self._window) - _MAX_INCOMPLETE_TOKENS
         return new
 
+    @property
+    def pending(self) -> str:
+        """The text that is held back."""
+        return self._text[len(self._given) :]
+
     def flush(self) -> str:
         """Returns the text that was held back."""
-        new = self._text[len(self._given) :]
+        new = self.pending
         self._given = self._text
         self._read = len(self._window)
         return new

@@ -23,6 +23,7 @@ class ModelSizes:
         least_sweep_tokens: A sweep must have room for so many.
         long_text_tokens: And for so many if it can, even where that takes much of the budget; 0 where texts are cut.
         head_name: The module that makes logits; what is under it computes only the positions that are wanted.
+        embedding_name: The module whose rows are looked up; a stage of its own where all of the model is in memory.
     """
 
     largest_layer_bytes: int
@@ -35,6 +36,7 @@ class ModelSizes:
     least_sweep_tokens: int = 8
     long_text_tokens: int = 0
     head_name: str = ""
+    embedding_name: str = ""
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -48,4 +50,10 @@ class ModelSizes:
         return tuple(lengths)
 
     def is_head(self, stage: StageLayout) -> bool:
+        if bool(self.head_name) and stage.name == self.embedding_name:
+            return stage.is_shared  # tied: the head multiplies by it
         return bool(self.head_name) and (stage.name + ".").startswith(self.head_name + ".")
+
+    def is_looked_up(self, stage: StageLayout) -> bool:
+        """Whether nothing multiplies by it."""
+        return stage.name == self.embedding_name and not self.is_head(stage) and bool(stage.name)

@@ -42,6 +42,7 @@ class Plan:
         minimum_budget: The smallest budget that this model runs in.
         kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
         head: Which stages are the output head or a part of it, by index.
+        looked_up: Which stages are the input embedding alone, of which rows are looked up.
         speeds: What the planner took reading and computing to take.
         reasons: Why it chose as it did, a line each.
         context_length: Most tokens of a sequence; None without a limit.
@@ -60,6 +61,7 @@ class Plan:
     minimum_budget: int
     kv_bytes_per_token: int
     head: frozenset[int]
+    looked_up: frozenset[int]
     speeds: Speeds
     reasons: tuple[str, ...] = ()
     context_length: int | None = None

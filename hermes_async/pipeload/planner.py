@@ -7,10 +7,12 @@ keeps R of S bytes in memory reads S - R bytes each time round, and no other cho
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import product
+from itertools import accumulate
 
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import ConfigError, MemoryBudgetError
@@ -18,6 +20,7 @@ from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Partitioned, Plan
 from hermes_async.pipeload.prediction import steady_seconds
 from hermes_async.pipeload.reasons import Reasons
+from hermes_async.pipeload.reserve import Reserve, Share
 from hermes_async.pipeload.speeds import Speeds
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.pipeload.sweep_room import SweepRoom, num_outputs
@@ -27,12 +30,12 @@ from hermes_async.storage.buffers import align_up
 LEAST_KV_TOKENS = 256
 """There is always room for the KV of one sequence so long, or as long as the context."""
 
-_WORKSPACE_SHARE = 1 / 3  # of the budget, at the most
-
 _UNCUT = 1.1  # of a stage size asked for: a buffer so much larger holds a module that cannot be cut
-_LOOKED_AT = 6  # of the best plans by the rough reckoning are simulated
-_CLOSE = 1.1  # and only those whose rough cost is within this of the best
-_WORTH_IT = 0.995  # what another agent, or smaller stages, must bring it down to
+_CLOSE = 1.2  # what is within this of the best rough cost is simulated
+_LOOKED_AT = 6  # but no more than so many
+_STAGES_LOOKED_AT = 1000  # or as many as have so many stages
+_SWEEP_TOKENS = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # of which the best is enough
+_ALIKE = 1.01  # plans that cost within this of the best
 
 
 def plan(
@@ -55,14 +58,12 @@ def plan(
         )
     if config.kv_budget is not None and not sizes.kv_bytes_per_token:
         raise ConfigError(f"kv_budget={config.kv_budget}: this model does not generate, and keeps no KV caches")
-    whole = cut(None)
     if config.kernels == "fastest":
         speeds = speeds.with_fastest_kernels()
     choices = _Choices(budget - sizes.draft_bytes, cut, sizes, config, speeds)
-    minimum, smallest = min(choices.minimum(), choices.minimum_resident(whole))
+    minimum, smallest = min(choices.minimum(), choices.minimum_resident())
     minimum += sizes.draft_bytes
-    chosen = choices.all_resident(whole, minimum)
-    if chosen is None and minimum > budget:
+    if minimum > budget:
         raise MemoryBudgetError(
             f"a memory budget of {format_bytes(budget)} is too small for this model: the smallest that works is "
             f"{minimum} bytes ({format_bytes(minimum)}): {smallest}"
@@ -71,7 +72,7 @@ def plan(
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    chosen = chosen or choices.best_streamed(minimum)
+    chosen = choices.all_resident(minimum) or choices.best_streamed(minimum)
     most_tokens = choices.sweep_room.by_outputs(chosen.max_tokens_per_sweep, chosen.max_sequences, chosen.kv_bytes)
     return replace(chosen, memory_budget=budget, tokens_by_outputs=most_tokens)
 
@@ -114,94 +115,76 @@ class _Choices:
         return sorted({*limits, *uncut}, reverse=True)
 
     def minimum(self) -> tuple[int, str]:
-        """The smallest budget that works, and what it is made of."""
-        agents = self.config.num_loading_agents or 1
-        buffers = self._num_buffers(agents)
-        kv = self._least_kv()
-        tokens, sequences = self.sweep_room.sweeps(kv)[-1]
-        best: tuple[int, str] | None = None
-        for limit in self.limits:
-            partition = self.cut(limit)
-            slot = slot_bytes_of(partition.stages)
-            workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, kv)
-            total = partition.base.slot_bytes + buffers * slot + kv + workspace
-            if best is None or total < best[0]:
-                best = (
-                    total,
-                    (
-                        f"{format_bytes(partition.base.slot_bytes)} of weights that always stay, {buffers} buffers of "
-                        f"{format_bytes(slot)}, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
-                    ),
-                )
-        assert best is not None
-        return best
-
-    def minimum_resident(self, partition: Partitioned) -> tuple[int, str]:
-        """As `minimum`, with all of the model in memory; huge where that is not allowed."""
-        if self._capped(partition):
-            return sys.maxsize, ""
-        weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
-        kv = self._least_kv()
-        workspace = self.sweep_room.workspace_bytes(partition, *self.sweep_room.sweeps()[-1], kv)
-        return weights + kv + workspace, (
-            f"{format_bytes(weights)} of weights, {format_bytes(kv)} of KV and {format_bytes(workspace)} of workspace"
+        """The smallest budget that works while stages are streamed, and what it is made of."""
+        buffers, least = self._num_buffers(self._fewest_agents), self.reserve.least
+        partition = self._smallest
+        slot = slot_bytes_of(partition.stages)
+        workspace = least.workspace_bytes + align_up(partition.cast_bytes)
+        return self._streamed_bytes(partition) + least.nbytes, (
+            f"{format_bytes(partition.base.slot_bytes)} of weights that always stay, {buffers} buffers of "
+            f"{format_bytes(slot)}, {format_bytes(least.kv_bytes)} of KV and {format_bytes(workspace)} of workspace"
         )
 
-    def all_resident(self, partition: Partitioned, minimum: int) -> Plan | None:
+    def minimum_resident(self) -> tuple[int, str]:
+        """As `minimum`, with all of the model in memory; huge where that is not allowed."""
+        if self._whole_bytes == sys.maxsize:
+            return sys.maxsize, ""
+        least, cast = self.reserve.least, align_up(self.cut(None).cast_bytes)
+        return self._whole_bytes + least.nbytes, (
+            f"{format_bytes(self._whole_bytes - cast)} of weights, {format_bytes(least.kv_bytes)} of KV and "
+            f"{format_bytes(least.workspace_bytes + cast)} of workspace"
+        )
+
+    def all_resident(self, minimum: int) -> Plan | None:
         """The plan that reads everything once, if it fits."""
-        if self._capped(partition):
+        if self.reserve.for_weights(self.budget) < self._whole_bytes:
             return None
-        weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
-        least = self._least_kv()
-        shares = (least,) if self._kv_is_fixed() else (self.budget - weights - least, least)
-        for (tokens, sequences), most in product(self.sweep_room.sweeps(), shares):
-            workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, max(least, most))
-            if weights + least + workspace <= self.budget:
-                return self._plan(
-                    partition,
-                    frozenset(range(len(partition.stages))),
-                    num_loading_agents=self.config.num_loading_agents or 2,
-                    num_buffers=0,
-                    slot_bytes=0,
-                    kv_bytes=min(max(least, most), self.budget - weights - workspace),
-                    workspace_bytes=workspace,
-                    tokens=tokens,
-                    max_sequences=sequences,
-                    minimum_budget=minimum,
-                    reasons=(
-                        "all weights fit: they are read once, and no sweep waits for the disk",
-                        *self.speeds.reasons,
-                    ),
-                )
-        return None
+        partition = self.cut(None)
+        return self._plan(
+            partition,
+            frozenset(range(len(partition.stages))),
+            self.reserve.of(self.budget),
+            num_loading_agents=self.config.num_loading_agents or 2,
+            num_buffers=0,
+            slot_bytes=0,
+            minimum_budget=minimum,
+            reasons=(
+                "all weights fit: they are read once, and no sweep waits for the disk",
+                *self.speeds.reasons,
+            ),
+        )
 
     # --- streaming: every way is reckoned roughly, the best ones are simulated ---
 
     def best_streamed(self, minimum: int) -> Plan:
-        """The plan in which a request takes the least time.
+        """The plan in which sessions take the least time, alone and together.
 
-        Another agent takes a buffer, and smaller stages take more reads: both must bring half a percent.
+        Of those that cost about the same, the one in which a session alone is fastest. So another budget, in which
+        another one is ahead by a little, does not make a session slower.
         """
         limits = self._distinct()
-        ways = [way for limit in limits for agents in self.agents() for way in self._ways(limit, agents)]
-        best_of: dict[tuple[int, int], Way] = {}
-        for way in ways:
-            key = way.limit, way.agents
-            if key not in best_of or way.cost < best_of[key].cost:
-                best_of[key] = way
+        share, weights = self.reserve.of(self.budget), self.reserve.for_weights(self.budget)
+        ways = [self._way(limit, agents, share, weights) for limit in limits for agents in self.agents()]
+        best_of = {(way.limit, way.agents): way for way in ways if way.room >= 0}
         if not best_of:
             raise ConfigError(f"no plan fits {self.config} into {format_bytes(self.budget)}")
         ranked = sorted(best_of.values(), key=lambda way: way.cost)
-        close = [way for way in ranked[:_LOOKED_AT] if way.cost <= _CLOSE * ranked[0].cost]
-        looked_at = {(way.limit, way.agents): self._simulated(way, minimum) for way in close}
-        plainest, *others = sorted(looked_at, key=lambda key: (key[1], -key[0]))
-        chosen, (plan, cost) = plainest, looked_at[plainest]
-        for key in others:
-            candidate, seconds = looked_at[key]
-            if seconds < cost * _WORTH_IT:
-                chosen, plan, cost = key, candidate, seconds
-        simulated = {key: seconds for key, (_, seconds) in looked_at.items()}
-        return replace(plan, reasons=Reasons(self.config, best_of[chosen], best_of, simulated, ways).of(plan))
+        close = [way for way in ranked if way.cost <= _CLOSE * ranked[0].cost]
+        stages = list(accumulate(len(way.partition.stages) for way in close))
+        close = close[: max(_LOOKED_AT, bisect_right(stages, _STAGES_LOOKED_AT))]
+        looked_at = {(way.limit, way.agents): (way, *self._simulated(way, minimum)) for way in close}
+        simulated = {key: cost for key, (_, _, cost) in looked_at.items()}
+        alike = [one for one in looked_at.values() if one[2] <= _ALIKE * min(simulated.values())]
+        way, plan, _ = min(alike, key=lambda one: self._alone(*one))
+        return replace(plan, reasons=Reasons(self.config, way, best_of, simulated).of(plan))
+
+    def _alone(self, way: Way, plan: Plan, cost: float) -> float:
+        """What one session alone takes a sweep; without generating, there are no sessions, and the cost is all."""
+        if not self.sizes.kv_bytes_per_token:
+            return cost
+        share = plan.bytes_per_sweep / max(1, way.sums[0].read_bytes)
+        others_s = [sums.sweep_seconds(share, 1, 1) for sums in way.sums[1:]]
+        return geometric_mean([steady_seconds(plan, num_tokens=1, num_outputs=1), *others_s])
 
     def _distinct(self) -> list[int]:
         """The stage sizes that need other memory than the next larger one; with the same, fewer reads are better."""
@@ -211,51 +194,32 @@ class _Choices:
         }
         return sorted(of_memory.values(), reverse=True)
 
-    def _ways(self, limit: int, agents: int) -> Iterator[Way]:
-        """With each number of tokens that a sweep could have."""
+    def _way(self, limit: int, agents: int, share: Share, weights: int) -> Way:
+        """Streaming with so much set aside, and so many bytes for weights: too many to stream if `room` is negative."""
         partition = self.cut(limit)
         slot = slot_bytes_of(partition.stages)
         buffers = self._num_buffers(agents)
-        fixed = partition.base.slot_bytes + buffers * slot
         most = len(partition.stages)
         if self.config.max_resident_layers is not None:
             most = max(0, self.config.max_resident_layers - buffers)
-        least = self._least_kv()
-        shares = (least,) if self._kv_is_fixed() else (max(least, self._kv_share(fixed)), least)
-        needed = max(self.sweep_room.sweeps()[-1][0], self.sizes.long_text_tokens)  # whatever workspace they take
         machines = (self.speeds, *self.speeds.others)
-        sums = tuple(StageSums(partition, self.sizes, speeds, agents) for speeds in machines)
-        for kv in shares:
-            found = False
-            for tokens, sequences in self.sweep_room.sweeps(kv):
-                workspace = self.sweep_room.workspace_bytes(partition, tokens, sequences, kv)
-                room = self.budget - fixed - kv - workspace
-                if room < 0 or (tokens > needed and workspace > self.budget * _WORKSPACE_SHARE):
-                    continue
-                if found and tokens < 2 * sequences:
-                    break  # what would leave sequences without a place is only for want of memory
-                found = True
-                yield Way(
-                    limit,
-                    partition,
-                    sums,
-                    agents,
-                    buffers,
-                    slot,
-                    tokens,
-                    self.sweep_room.most_tokens(sequences, tokens, sequences, kv),
-                    self.sweep_room.most_tokens(1, tokens, sequences, kv),
-                    sequences,
-                    self.config.max_sequences / sequences,
-                    kv,
-                    workspace,
-                    room,
-                    most,
-                )
-                if not self.sizes.kv_bytes_per_token:
-                    break
-            if found:
-                break
+        tokens, sequences, kv = share.tokens, share.sequences, share.kv_bytes
+        return Way(
+            limit,
+            partition,
+            tuple(StageSums(partition, self.sizes, speeds, agents) for speeds in machines),
+            agents,
+            buffers,
+            slot,
+            tokens,
+            self.sweep_room.most_tokens(sequences, tokens, sequences, kv),
+            self.sweep_room.most_tokens(1, tokens, sequences, kv),
+            sequences,
+            self.config.max_sequences / sequences,
+            share,
+            weights - partition.base.slot_bytes - buffers * slot - align_up(partition.cast_bytes),
+            most,
+        )
 
     def _simulated(self, way: Way, minimum: int) -> tuple[Plan, float]:
         """The plan of a way to stream, and what it costs with its sweeps simulated.
@@ -284,23 +248,13 @@ class _Choices:
         return way.cost_of(share, sums) + longer_s
 
     def _streamed(self, way: Way, minimum: int) -> Plan:
-        partition, kv, workspace = way.partition, way.kv, way.workspace
-        resident = spread(partition.stages, way.room, way.most)
-        left = way.room - sum(partition.stages[idx].slot_bytes for idx in resident)
-        # More KV can need more workspace, which is taken from what is left too.
-        grown = self.sweep_room.workspace_bytes(partition, way.tokens, way.sequences, kv + left)
-        if not self._kv_is_fixed() and grown - workspace <= left:
-            kv, workspace = kv + left - (grown - workspace), grown
         return self._plan(
-            partition,
-            resident,
+            way.partition,
+            spread(way.partition.stages, way.room, way.most),
+            way.share,
             num_loading_agents=way.agents,
             num_buffers=way.buffers,
             slot_bytes=way.slot,
-            kv_bytes=kv,
-            workspace_bytes=workspace,
-            tokens=way.tokens,
-            max_sequences=way.sequences,
             minimum_budget=minimum,
             reasons=(),
         )
@@ -309,14 +263,11 @@ class _Choices:
         self,
         partition: Partitioned,
         resident: frozenset[int],
+        share: Share,
         *,
         num_loading_agents: int,
         num_buffers: int,
         slot_bytes: int,
-        kv_bytes: int,
-        workspace_bytes: int,
-        tokens: int,
-        max_sequences: int,
         minimum_budget: int,
         reasons: tuple[str, ...],
     ) -> Plan:
@@ -327,13 +278,15 @@ class _Choices:
             num_loading_agents,
             num_buffers,
             slot_bytes,
-            kv_bytes,
-            workspace_bytes,
-            (tokens,) * num_outputs(tokens, max_sequences),  # more with fewer outputs: found for what is chosen alone
-            max_sequences,
+            share.kv_bytes,
+            share.workspace_bytes + align_up(partition.cast_bytes),
+            # More with fewer outputs: found for what is chosen alone.
+            (share.tokens,) * num_outputs(share.tokens, share.sequences),
+            share.sequences,
             minimum_budget,
             self.sizes.kv_bytes_per_token,
             frozenset(idx for idx, stage in enumerate(partition.stages) if self.sizes.is_head(stage)),
+            frozenset(idx for idx, stage in enumerate(partition.stages) if self.sizes.is_looked_up(stage)),
             self.speeds,
             reasons,
             self.sizes.context_length,
@@ -351,10 +304,6 @@ class _Choices:
         """One being computed and one for each agent to fill, unless fewer layers may be in memory."""
         return min(agents + 1, self.config.max_resident_layers or agents + 1)
 
-    def _capped(self, partition: Partitioned) -> bool:
-        most = self.config.max_resident_layers
-        return most is not None and most < len(partition.stages)
-
     def _least_kv(self) -> int:
         return max(self.min_kv, align_up(self._kv_asked()))
 
@@ -365,29 +314,94 @@ class _Choices:
     def _kv_is_fixed(self) -> bool:
         return bool(self._kv_asked()) or not self.sizes.kv_bytes_per_token
 
-    def _kv_share(self, fixed: int) -> int:
-        return min(self.budget // 10, max(0, self.budget - fixed) // 2)
+    # --- what is set aside for sequences, and the least and the most that weights take ---
+
+    @cached_property
+    def reserve(self) -> Reserve:
+        return Reserve(
+            self.sizes,
+            self.config,
+            self.sweep_room,
+            least_kv=self._least_kv(),
+            kv_is_fixed=self._kv_is_fixed(),
+            least_weights=min(self._streamed_bytes(self._smallest), self._whole_bytes),
+            most_weights=self._whole_bytes,
+            enough_tokens=self._enough_tokens(),
+        )
+
+    @property
+    def _fewest_agents(self) -> int:
+        return self.config.num_loading_agents or 1
+
+    @cached_property
+    def _smallest(self) -> Partitioned:
+        """Cut so that streaming takes the least memory."""
+        return min((self.cut(limit) for limit in self.limits), key=self._streamed_bytes)
+
+    def _streamed_bytes(self, partition: Partitioned) -> int:
+        """What weights take that are all streamed."""
+        ring = self._num_buffers(self._fewest_agents) * slot_bytes_of(partition.stages)
+        return partition.base.slot_bytes + ring + align_up(partition.cast_bytes)
+
+    @cached_property
+    def _whole_bytes(self) -> int:
+        """What weights take that are all resident; huge where that is not allowed."""
+        partition = self.cut(None)
+        if self.config.max_resident_layers is not None and self.config.max_resident_layers < len(partition.stages):
+            return sys.maxsize
+        weights = partition.base.slot_bytes + sum(stage.slot_bytes for stage in partition.stages)
+        return weights + align_up(partition.cast_bytes)
+
+    def _enough_tokens(self) -> int:
+        """How many tokens a sweep are best where a half of the weights has to do; the same for every budget."""
+        budget = self.sizes.weight_bytes // 2
+        kv = self._least_kv() if self._kv_is_fixed() else max(self._least_kv(), budget // 10)
+
+        def cost(tokens: int) -> float:
+            sequences = self.sweep_room.most_sequences(tokens, kv)
+            share = Share(kv, tokens, sequences, self.sweep_room.workspace_bytes(tokens, sequences, kv))
+            return self._way(self.limits[0], self.agents()[-1], share, budget - share.nbytes).cost
+
+        counts = self.sweep_room.token_counts()
+        return min((count for count in counts if count in _SWEEP_TOKENS), key=cost, default=counts[0])
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:
-    """Picks stages to keep resident in `room` bytes, spread evenly over the depth, then fills what is left.
+    """Picks stages to keep resident in `room` bytes, spread evenly over the depth. More room never keeps less.
 
     Between two streamed stages the resident ones then give the loading agents time, which evens out the load.
     """
+    counts = _counts_that_fit(stages, room, most)
+    taken = sum(count * size for size, count in counts.items())
     total = sum(stage.slot_bytes for stage in stages)
-    share = min(1.0, room / total) if total else 0.0
+    share = taken / total if total else 0.0
     chosen: set[int] = set()
     taken, passed = 0, 0
     for idx, stage in enumerate(stages):
         passed += stage.slot_bytes
-        if taken + stage.slot_bytes <= min(room, passed * share + stage.slot_bytes / 2) and len(chosen) < most:
+        if counts[stage.slot_bytes] and taken + stage.slot_bytes <= passed * share + stage.slot_bytes / 2:
             chosen.add(idx)
             taken += stage.slot_bytes
-    for idx in sorted(set(range(len(stages))) - chosen, key=lambda idx: -stages[idx].slot_bytes):
-        if taken + stages[idx].slot_bytes <= room and len(chosen) < most:
-            chosen.add(idx)
-            taken += stages[idx].slot_bytes
+            counts[stage.slot_bytes] -= 1
+    for size, count in counts.items():
+        left = [idx for idx, stage in enumerate(stages) if stage.slot_bytes == size and idx not in chosen]
+        chosen.update(left[(2 * idx + 1) * len(left) // (2 * count)] for idx in range(count))
     return frozenset(chosen)
+
+
+def _counts_that_fit(stages: Sequence[StageLayout], room: int, most: int) -> Counter[int]:
+    """How many stages of each size to keep: of all sizes the same share, then whatever still fits.
+
+    They are tried in an order that is always the same: then more room keeps more, or as much.
+    """
+    sizes = Counter(stage.slot_bytes for stage in stages)
+    order = sorted(((idx + 0.5) / count, -size) for size, count in sizes.items() for idx in range(count))
+    counts: Counter[int] = Counter()
+    for _, negative in order:
+        if -negative <= room and most > 0:
+            counts[-negative] += 1
+            room, most = room + negative, most - 1
+    return counts
 
 
 def slot_bytes_of(stages: Sequence[StageLayout]) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from hermes_async.pipeload.plan import Plan
@@ -61,8 +60,9 @@ def predict(plan: Plan, *, num_sessions: int = 1, prompt_tokens: int = 64, new_t
 
 def _first_token_seconds(plan: Plan, prompt_tokens: int, num_outputs: int) -> float:
     chunk = min(prompt_tokens, plan.max_prompt_tokens)
-    num_sweeps = math.ceil(prompt_tokens / chunk)
-    return sum(sweeps_of(plan, num_tokens=chunk, num_outputs=num_outputs, num_sweeps=num_sweeps))
+    whole, rest = divmod(prompt_tokens, chunk)
+    seconds = sum(sweeps_of(plan, num_tokens=chunk, num_outputs=num_outputs, num_sweeps=whole))
+    return seconds + (sweeps_of(plan, num_tokens=rest, num_outputs=num_outputs, num_sweeps=1)[0] if rest else 0.0)
 
 
 def steady_seconds(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int = 1) -> float:
@@ -83,7 +83,8 @@ def sweeps_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_sweeps: int,
     costs = []
     for idx, stage in enumerate(plan.stages):
         streamed = idx not in plan.resident
-        seconds = num_passes * stage.read_bytes * (head_s if idx in plan.head else layer_s)
+        rate_s = 0.0 if idx in plan.looked_up else head_s if idx in plan.head else layer_s
+        seconds = num_passes * stage.read_bytes * rate_s
         costs.append(StageCost(stage.read_bytes if streamed else 0, seconds + streamed * speeds.handover_seconds))
     return sweep_seconds(
         costs,
@@ -101,6 +102,6 @@ def parts_of(plan: Plan, *, num_tokens: int, num_outputs: int, num_passes: int =
     agents = plan.num_loading_agents
     read_s = sum(speeds.read_seconds(stage.read_bytes, agents) for stage in plan.streamed) / agents
     head = sum(plan.stages[idx].read_bytes for idx in plan.head)
-    layers = sum(stage.read_bytes for stage in plan.stages) - head
+    layers = sum(stage.read_bytes for idx, stage in enumerate(plan.stages) if idx not in plan.looked_up) - head
     compute_s = speeds.compute_seconds(num_passes * layers, num_passes * head, num_tokens, num_outputs)
     return read_s, compute_s + len(plan.streamed) * speeds.handover_seconds

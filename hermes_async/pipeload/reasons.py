@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from hermes_async.config import EngineConfig, format_bytes, format_count
 from hermes_async.pipeload.plan import Plan
@@ -16,7 +16,6 @@ class Reasons:
         chosen: The way.
         best_of: The best way with each stage size and number of agents.
         simulated: What those of them cost that were simulated.
-        ways: All that were reckoned.
     """
 
     def __init__(
@@ -25,22 +24,19 @@ class Reasons:
         chosen: Way,
         best_of: Mapping[tuple[int, int], Way],
         simulated: Mapping[tuple[int, int], float],
-        ways: Sequence[Way],
     ) -> None:
         self._config = config
         self._way = chosen
         self._best_of = best_of
         self._simulated = simulated
-        self._ways = ways
 
     def of(self, plan: Plan) -> tuple[str, ...]:
         lines = [self._stages(), self._agents(), self._resident(plan)]
         if plan.kv_bytes_per_token:
             asked = self._config.kv_budget is not None
-            kv = "as kv_budget asks for" if asked else "a tenth of the budget, and what no stage fits into"
-            lines += [f"KV caches: {kv}", self._tokens()]
-        else:
-            lines.append(f"{self._a_sweep()}: the most whose activations fit in a third of the budget")
+            kv = "as kv_budget asks for" if asked else "a tenth of the budget, or half of it for the first sequences"
+            lines.append(f"KV caches: {kv}")
+        lines.append(self._tokens())
         return (*lines, *plan.speeds.reasons)
 
     def _stages(self) -> str:
@@ -88,20 +84,8 @@ class Reasons:
             name += f", {way.prompt_tokens} of a prompt alone"
         if self._config.max_tokens_per_sweep is not None:
             return f"{name}, as asked for"
-        same = [other for other in self._ways if (other.limit, other.agents) == (way.limit, way.agents)]
-        fewer = [other for other in same if other.tokens < way.tokens]
-        more = [other for other in same if other.tokens > way.tokens]
-        parts = []
-        if fewer:
-            less = max(fewer, key=lambda other: other.tokens)
-            parts.append(f"{less.tokens} {_change(way.cost, less.cost)}")
-        if more:
-            larger = min(more, key=lambda other: other.tokens)
-            taken = format_bytes(larger.workspace - way.workspace)
-            parts.append(f"{larger.tokens} {_change(way.cost, larger.cost)}, with {taken} less for weights")
-        else:
-            parts.append("activations of more would take over a third of the budget")
-        return f"{name}: {'; '.join(parts)}"
+        taken = format_bytes(way.share.workspace_bytes)
+        return f"{name}: their activations take {taken}; no smaller budget has longer sweeps, nor a larger one shorter"
 
     def _compared(self, other: Way) -> str:
         """With another stage size or number of agents: as simulated, where both were, for by that it was chosen."""

@@ -14,8 +14,8 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     """The plan of an engine that goes on with another budget: the same stages, and more or fewer of them resident.
 
     Ring and workspace stay as they are. KV memory keeps what it has, or a tenth of the budget if that is more, unless
-    the budget would not do without a part of it. Where nothing was streamed so far and has to be now, a ring is made;
-    a stage whose tensors another module is tied to stays.
+    the budget would not do without a part of it. Where nothing was streamed so far and has to be now, to leave KV as
+    much as that, a ring is made; a stage whose tensors another module is tied to stays.
 
     Args:
         kv_least: Bytes that sequences hold now, or that one must have room for.
@@ -28,8 +28,7 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     stages = current.stages
     base, weights = current.partition.base.slot_bytes, sum(stage.slot_bytes for stage in stages)
     fixed = base + current.workspace_bytes + other_bytes
-    if not current.num_buffers and fixed + weights + kv_least <= budget:
-        return replace(current, memory_budget=budget, kv_bytes=min(kv_most, budget - fixed - weights))
+    kv_beside_all = budget - fixed - weights
     shared = {idx for idx, stage in enumerate(stages) if stage.is_shared}
     always = base + sum(stages[idx].slot_bytes for idx in shared)
     buffers, slot = current.num_buffers, current.slot_bytes
@@ -41,6 +40,8 @@ def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_by
     kv = max(kv_least, min(kv, kv_most, budget - fixed))
     minimum = fixed + kv_least
     room = budget - fixed - kv
+    if not current.num_buffers and kv_beside_all >= (kv_least if room < 0 else kv):
+        return replace(current, memory_budget=budget, kv_bytes=min(kv_most, kv_beside_all))
     if room < 0:
         raise MemoryBudgetError(
             f"a budget of {format_bytes(budget)} is less than the {format_bytes(minimum)} that this engine cannot give "

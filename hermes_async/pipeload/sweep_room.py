@@ -8,10 +8,10 @@ from functools import cache
 
 from hermes_async.config import EngineConfig
 from hermes_async.pipeload.model_sizes import ModelSizes
-from hermes_async.pipeload.plan import Partitioned
 from hermes_async.storage.buffers import align_up
 
-_SWEEP_TOKENS = (2048, 1536, 1024, 768, 512, 384, 256, 128, 64, 32, 16)
+_MOST_TOKENS = 2048  # of a sweep
+_SMALL_SWEEP = 64  # below it every number of tokens is considered
 _SEQUENCE_TOKENS = 32  # for which a sequence must have KV memory to be worth a place in a sweep
 
 
@@ -28,21 +28,25 @@ class SweepRoom:
         self._config = config
         self.most_tokens = cache(self._most_tokens)  # the same for many ways
 
-    def sweeps(self, kv_bytes: int | None = None) -> list[tuple[int, int]]:
-        """Tokens and sequences of a sweep to consider, largest first; no more sequences than there is KV for."""
-        most = self._config.max_sequences
-        if kv_bytes is not None and self._sizes.kv_bytes_per_token:
-            most = min(most, max(1, kv_bytes // (_SEQUENCE_TOKENS * self._sizes.kv_bytes_per_token)))
+    def token_counts(self) -> list[int]:
+        """Tokens of a sweep to consider, smallest first."""
         if self._config.max_tokens_per_sweep is not None:
-            return [(self._config.max_tokens_per_sweep, min(self._config.max_tokens_per_sweep, most))]
-        least = self._sizes.least_sweep_tokens
-        counts = {*_SWEEP_TOKENS, self._sizes.long_text_tokens, least}
-        choices = sorted((tokens for tokens in counts if tokens >= least), reverse=True)
-        return [(tokens, min(tokens, most)) for tokens in choices]
+            return [self._config.max_tokens_per_sweep]
+        least, long_text = self._sizes.least_sweep_tokens, self._sizes.long_text_tokens
+        if not self._sizes.kv_bytes_per_token:  # whole images, and texts of lengths that are about as common
+            return sorted({*range(least, _MOST_TOKENS + 1, least), least, max(least, long_text)})
+        return sorted({*range(least, _SMALL_SWEEP), *range(max(least, _SMALL_SWEEP), _MOST_TOKENS + 1, 16), least})
 
-    def workspace_bytes(self, partition: Partitioned, tokens: int, sequences: int, kv_bytes: int) -> int:
-        outputs = num_outputs(tokens, sequences)
-        return align_up(self._sizes.workspace_bytes(tokens, outputs, kv_bytes) + partition.cast_bytes)
+    def most_sequences(self, tokens: int, kv_bytes: int) -> int:
+        """Of a sweep with so many tokens; no more than there is KV for."""
+        most = self._config.max_sequences
+        if self._sizes.kv_bytes_per_token:
+            most = min(most, max(1, kv_bytes // (_SEQUENCE_TOKENS * self._sizes.kv_bytes_per_token)))
+        return min(tokens, most)
+
+    def workspace_bytes(self, tokens: int, sequences: int, kv_bytes: int) -> int:
+        """Without what casting a stage takes."""
+        return align_up(self._sizes.workspace_bytes(tokens, num_outputs(tokens, sequences), kv_bytes))
 
     def by_outputs(self, tokens: int, sequences: int, kv_bytes: int) -> tuple[int, ...]:
         """`Plan.tokens_by_outputs` for the workspace of a sweep with `tokens` and as many outputs as it may have."""
@@ -57,7 +61,7 @@ class SweepRoom:
         if self._config.max_tokens_per_sweep is not None or not self._sizes.kv_bytes_per_token:
             return tokens
         room = self._sizes.workspace_bytes(tokens, num_outputs(tokens, sequences), kv_bytes)
-        most = min(_SWEEP_TOKENS[0], self._sizes.context_length or sys.maxsize)
+        most = min(_MOST_TOKENS, self._sizes.context_length or sys.maxsize)
         counts = range(tokens, max(tokens, most) + 1)
         found = bisect_right(counts, room, key=lambda count: self._sizes.workspace_bytes(count, outputs, kv_bytes))
         block = self._sizes.kv_block_tokens

@@ -10,6 +10,7 @@ from functools import cached_property
 
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Partitioned
+from hermes_async.pipeload.reserve import Share
 from hermes_async.pipeload.speeds import Speeds
 
 # What a plan is chosen by: the time that one session takes, and that which as many as may run at once take.
@@ -56,8 +57,7 @@ class Way:
         packed_tokens: The same where nothing is drafted, so that of each sequence one position's logits are wanted.
         prompt_tokens: The same for one prompt alone.
         rounds: In which so many sequences at a time come to `EngineConfig.max_sequences`.
-        kv: Bytes for KV caches.
-        workspace: Bytes for activations.
+        share: What is set aside for them.
         room: Bytes for resident stages.
         most: Stages that may be resident.
     """
@@ -73,8 +73,7 @@ class Way:
     prompt_tokens: int
     sequences: int
     rounds: float
-    kv: int
-    workspace: int
+    share: Share
     room: int
     most: int
 

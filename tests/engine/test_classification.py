@@ -100,6 +100,22 @@ async def test_an_image(images: Any, tmp_path: Path) -> None:
     assert labels[0].score == pytest.approx(float(scores[best]), abs=1e-5)
 
 
+async def test_no_two_images_are_in_one_processor(images: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "image.png")
+    used: list[ViTImageProcessorPil] = []
+    works = ViTImageProcessorPil.__call__
+
+    def call(processor: ViTImageProcessorPil, *args: Any, **options: Any) -> Any:
+        used.append(processor)
+        return works(processor, *args, **options)
+
+    monkeypatch.setattr(ViTImageProcessorPil, "__call__", call)
+    async with Engine(tmp_path / "model", memory_budget="8MiB") as engine:
+        labels = [await engine.classify(tmp_path / "image.png") for _ in range(2)]
+    assert labels[0] == labels[1]
+    assert used[0] is not used[1]
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n broken", None])
 async def test_what_is_no_image(images: Any, tmp_path: Path, content: bytes | None) -> None:
     file = tmp_path / "image.png"

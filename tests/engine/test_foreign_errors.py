@@ -61,7 +61,7 @@ async def only_ours(call: Callable[[], Any]) -> None:
             assert str(error)
 
 
-@pytest.mark.parametrize("make", ODD, ids=lambda make: repr(make())[:30])
+@pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)
 async def test_odd_arguments_of_calls(tiny_model: Any, make: Callable[[], Any]) -> None:
     async with open_engine(tiny_model) as engine:
         calls: list[Callable[[], Any]] = [
@@ -94,7 +94,7 @@ async def test_odd_arguments_of_calls(tiny_model: Any, make: Callable[[], Any]) 
         assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
 
 
-@pytest.mark.parametrize("make", ODD, ids=lambda make: repr(make())[:30])
+@pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)
 @pytest.mark.parametrize("name", ["source", "memory_budget", "config", "draft_model", "trace"])
 async def test_odd_arguments_of_an_engine(
     tiny_model: Any, monkeypatch: pytest.MonkeyPatch, name: str, make: Callable[[], Any], tmp_path: Path

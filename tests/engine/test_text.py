@@ -480,6 +480,19 @@ def test_special_tokens_in_a_stop_text_are_met_whether_they_are_shown_or_not(
 
 
 @both_tokenizers
+@pytest.mark.parametrize("final", [False, True])
+def test_an_incomplete_character_before_a_special_token_that_is_a_stop_text_is_kept(
+    tokenizer: PreTrainedTokenizerBase, final: bool
+) -> None:
+    prompt, output = encode(tokenizer, "n"), [*encode(tokenizer, "on"), *byte_tokens(tokenizer, b"\xe2\x82")]
+    stream = TextStream(tokenizer, prompt_ids=prompt, stop=["</s>", "n</s>"])
+    text = "".join(stream.push(token_id).text for token_id in output)
+    text += stream.push(token(tokenizer, "</s>"), final=final).text
+    assert text == in_context(tokenizer, prompt, output)
+    assert stream.stopped
+
+
+@both_tokenizers
 @pytest.mark.parametrize("shown", [False, True])
 def test_a_special_token_s_text_spelled_by_other_tokens_is_a_stop_text_too(
     tokenizer: PreTrainedTokenizerBase, shown: bool

@@ -92,6 +92,9 @@ async def test_a_text_far_too_long_is_not_tokenized(tiny_model: Any, monkeypatch
         async with engine.session([{"role": "user", "content": "w5"}]) as chat:
             with pytest.raises(ContextLengthError):
                 await chat.complete("w5 " * 1_000_000)
+        for call in (engine.embed, engine.classify):
+            with pytest.raises(ContextLengthError):
+                await call("w5 " * 1_000_000)
         assert max(lengths) < 10_000
         # White space is no token of this model.
         text = f"{' ' * 1_000_000}{tiny_model.text(tiny_model.prompts[1])}"

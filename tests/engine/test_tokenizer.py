@@ -14,11 +14,12 @@ from typing import Any
 import anyio
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import ByT5Tokenizer, NllbTokenizer, PreTrainedTokenizerFast
 
-from hermes_async import Engine
+from hermes_async import ContextLengthError, Engine, RequestError
 from hermes_async.engine.encoding import encode_texts
+from hermes_async.engine.text_length import check_could_fit
 from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.modeling.transformers_api import changes_in_calls
 from tests.engines import one_loop, open_engine, until
@@ -71,6 +72,30 @@ def test_only_calls_of_the_plain_class_around_the_rust_library_are_shared() -> N
             return super()._encode_plus(*args, **options)
 
     assert changes_in_calls(Own(tokenizer_object=Tokenizer(models.BPE())))
+
+
+def test_a_panic_ends_one_text_and_leaves_the_tokenizer_as_it_was() -> None:
+    """White space of this length is more than the regular expression of Llama 3's tokenizer can go through."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE({character: idx for idx, character in enumerate(alphabet)}, []))
+    pattern = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+        r"|\s+(?!\S)|\s+"
+    )
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    shared = SharedTokenizer(PreTrainedTokenizerFast(tokenizer_object=tokenizer))
+    expected = encode_texts(shared, ["a b"])
+    with pytest.raises(RequestError, match="PanicException") as caught:
+        encode_texts(shared, [" " * 11_000_000])
+    assert not isinstance(caught.value.__cause__, Exception)
+    assert encode_texts(shared, ["a b"]) == expected
+    with pytest.raises(ContextLengthError):  # where it is no panic, it is not tokenized at all
+        check_could_fit(shared, " " * 11_000_000, 8192)
 
 
 class Meeting:
