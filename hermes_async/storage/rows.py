@@ -67,7 +67,7 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            await self._tasks.__aexit__(kind, error, traceback)
+            await self._tasks.__aexit__(None, None, None)  # what the block raised comes out by itself
         finally:
             self._buffer.close()
 

@@ -157,26 +157,29 @@ async def test_cancelled_while_it_is_entered_nothing_is_left(tiny_model: Any, na
     left = Left()
     turns, entered = 0, False
     while not entered:
-        engine, scope = open_engine(tiny_model), anyio.CancelScope()
+        engine, scope, inside = open_engine(tiny_model), anyio.CancelScope(), list[Engine]()
 
-        async def enter(engine: Engine = engine, scope: anyio.CancelScope = scope) -> None:
+        async def enter(
+            engine: Engine = engine, scope: anyio.CancelScope = scope, inside: list[Engine] = inside
+        ) -> None:
             with scope:
                 await engine.__aenter__()
+                inside.append(engine)
 
         task = asyncio.create_task(enter())
         for _ in range(turns):
             await until_turn(engine)
-        entered = task.done()
         if native:
             task.cancel()
         else:
             scope.cancel()
         await asyncio.wait([task])
+        entered = bool(inside)
         if entered:
             await engine.__aexit__(None, None, None)
         else:
             assert engine._task is None or engine._task.done()
-        del task, engine, enter
+        del task, engine, enter, inside
         left.check_nothing()
         turns += 1
     assert turns > 3
