@@ -77,7 +77,7 @@ def main() -> None:
 
 
 def sessions(folder: Path | None) -> Iterator[dict[str, Any]]:
-    with _checkpoint("small", 200, folder) as path:
+    with _checkpoint("small", 120, folder) as path:
         for limit in (320, 350):
             yield _tried(f"sessions in {limit} MiB", limit, [{"path": path, "requests": "sessions"}], least=None)
 

@@ -8,8 +8,6 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 
-import anyio
-import anyio.to_thread
 import torch
 import torch.nn.functional as F
 
@@ -28,6 +26,7 @@ from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.reader import ReadStatistics
 from hermes_async.storage.tensor_spec import file_states
+from hermes_async.storage.threads import run_in_thread
 
 
 @dataclass(eq=False, slots=True)
@@ -63,7 +62,6 @@ class DraftModel:
         self._context_length = opened.skeleton.context_length
         # All mutable state.
         self._sequences: dict[Request, _Sequence] = {}
-        self._limiter = anyio.CapacityLimiter(1)
 
     def can_draft(self, request: Request) -> bool:
         """Whether there is room for the request's sequence; makes room at its first call."""
@@ -87,7 +85,7 @@ class DraftModel:
 
         Cancellation: waits for the draft to end, which takes a small model's passes.
         """
-        await anyio.to_thread.run_sync(self._draft, items, limiter=self._limiter)
+        await run_in_thread(self._draft, items)
 
     def _draft(self, items: Sequence[Scheduled]) -> None:
         left = {item: item.num_drafted for item in items}

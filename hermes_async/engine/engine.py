@@ -20,6 +20,7 @@ from hermes_async.engine.session import Session
 from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     EngineClosedError,
+    EngineError,
     RequestError,
     SessionClosedError,
 )
@@ -75,10 +76,12 @@ class Engine(EngineLifetime):
     @property
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
-        return self._model().running.opened.plan
+        with self._call():
+            return self._model().running.opened.plan
 
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened; also after it was left."""
+        self._check_loop()
         if self._serving is None:
             raise EngineClosedError("the engine was never entered")
         return self._serving.statistics()
@@ -115,7 +118,8 @@ class Engine(EngineLifetime):
         Cancellation: leaving the iteration, or cancelling its task, ends the request within one stage and frees its
         memory. An iterator that is kept after `break` ends when it is closed: use `contextlib.aclosing`.
         """
-        return self._stream(lambda opened: encode(opened, prompt), params, self._request_id(request_id), deadline, None)
+        request_id = self._request_id(request_id)
+        return self._stream(lambda opened: encode(opened, prompt), params, request_id, deadline, None)
 
     async def complete(
         self,
@@ -151,8 +155,9 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.forwarding import prepare_forward
 
-        request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
-        return await self._model().forwarding.run(request)
+        with self._call():
+            request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
+            return await self._model().forwarding.run(request)
 
     async def embed(
         self,
@@ -192,8 +197,9 @@ class Engine(EngineLifetime):
         with one_request("the reading of the texts"):
             several = [texts] if isinstance(texts, str) else list(texts)
         options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
-        batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
-        vectors = await embed_batches(self._model().forwarding, batches)
+        with self._call():
+            batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
+            vectors = await embed_batches(self._model().forwarding, batches)
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def classify(
@@ -213,8 +219,9 @@ class Engine(EngineLifetime):
         """
         from hermes_async.engine.classification import prepare_classification
 
-        request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
-        labels: Sequence[Label] = await self._model().forwarding.run(request)
+        with self._call():
+            request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
+            labels: Sequence[Label] = await self._model().forwarding.run(request)
         return labels
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
@@ -272,19 +279,22 @@ class Engine(EngineLifetime):
         Cancellation: what has begun goes on.
         """
         budget = parse_bytes(memory_budget)
-        await self._model().resize(budget)
-        return self.plan
+        with self._call():
+            await self._model().resize(budget)
+            return self.plan
 
     def drop_prefixes(self) -> None:
         """Frees the keys and values that are kept only for requests to come that begin with the same tokens."""
-        self._model().running.blocks.drop_unused()
+        with self._call():
+            self._model().running.blocks.drop_unused()
 
     # --- sessions ---
 
     def _open_session(
         self, parent: SessionKV | None, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]
     ) -> Session:
-        return Session(self, self._model().admission.open_session(parent), messages, token_ids)
+        with self._call():
+            return Session(self, self._model().admission.open_session(parent), messages, token_ids)
 
     def _close_session(self, kv: SessionKV) -> None:
         if self._serving is not None and not self._closed:  # leaving the engine closes all of them
@@ -307,39 +317,51 @@ class Engine(EngineLifetime):
         deadline: float | None,
         session: SessionKV | None,
     ) -> AsyncGenerator[Chunk, None]:
-        serving = self._model()
-        params = SamplingParams() if params is None else params
-        if not isinstance(params, SamplingParams):
-            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-        check_deadline(deadline)
-        created_at = time.perf_counter()
-        serving.check_new(request_id)
-        prompt = None
-        with contextlib.suppress(PreparationAbortedError):
-            prompt = await serving.preparations.run(
-                lambda: prepare(
-                    serving.running.opened,
-                    tokenize(serving.running.opened),
-                    params,
-                    prompt_lookup=self._config.prompt_lookup,
-                    prior=serving.acceptance,
-                ),
-                request_id,
-                deadline,
-            )
-        if prompt is None:
-            yield aborted_chunk(request_id, created_at)
-            return
-        self._model()  # says so where the engine was left or failed
-        if session is not None and session.closed:
-            raise SessionClosedError(f"{session.name} was closed")
-        request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
+        with self._call():
+            serving = self._model()
+            params = SamplingParams() if params is None else params
+            if not isinstance(params, SamplingParams):
+                raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+            check_deadline(deadline)
+            created_at = time.perf_counter()
+            serving.check_new(request_id)
+            prompt = None
+            with contextlib.suppress(PreparationAbortedError):
+                prompt = await serving.preparations.run(
+                    lambda: prepare(
+                        serving.running.opened,
+                        tokenize(serving.running.opened),
+                        params,
+                        prompt_lookup=self._config.prompt_lookup,
+                        prior=serving.acceptance,
+                    ),
+                    request_id,
+                    deadline,
+                )
+            if prompt is None:
+                yield aborted_chunk(request_id, created_at)
+                return
+            self._model()  # says so where the engine was left or failed
+            if session is not None and session.closed:
+                raise SessionClosedError(f"{session.name} was closed")
+            request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
+            try:
+                serving.submit(request, deadline)
+                while (chunk := await serving.next_chunk(request)) is not None:
+                    yield chunk
+                    self._check_loop()
+            finally:
+                self._on_own_loop(serving.leave, request)
+
+    def _on_own_loop(self, function: Callable[[Request], None], request: Request) -> None:
+        """Calls `function` at once; where an iterator was taken to another loop or thread, on its own one."""
         try:
-            serving.submit(request, deadline)
-            while (chunk := await serving.next_chunk(request)) is not None:
-                yield chunk
-        finally:
-            serving.leave(request)
+            self._check_loop()
+        except EngineError:
+            assert self._loop is not None
+            self._loop.call_soon_threadsafe(function, request)
+        else:
+            function(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
         """As `Preparations.run`, for what is no request to generate."""

@@ -7,12 +7,12 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import anyio
-import anyio.to_thread
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import MemoryBudgetError, ReadError
 from hermes_async.pipeload.claims import Claim
 from hermes_async.pipeload.memory import headroom, stalled_share
+from hermes_async.storage.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -87,7 +87,7 @@ async def follow(budget: int, most: int, claim: Claim, resize: Callable[[int], A
     follower = BudgetFollower(budget, max(budget, most))
     while True:
         await anyio.sleep(SECONDS_BETWEEN_LOOKS)
-        wanted = follower.next_budget(await anyio.to_thread.run_sync(_look, claim))
+        wanted = follower.next_budget(await run_in_thread(_look, claim, left_at_exit=True))
         if wanted is None:
             continue
         try:

@@ -115,9 +115,10 @@ class Forwarding:
         self._rows = rows
         self._plan = plan
         self._wake = wake
-        # All mutable state: who waits, in order; who is in the running sweep.
+        # All mutable state: who waits, in order; who is in the running sweep, and its read of embedding rows.
         self._waiting: deque[ForwardRequest] = deque()
         self._running: list[ForwardRequest] = []
+        self._reading_rows: anyio.CancelScope | None = None
 
     @property
     def num_under_way(self) -> int:
@@ -164,14 +165,17 @@ class Forwarding:
         error: HermesError | None = None
         try:
             needed = sorted({token_id for request in requests for token_id in request.token_ids})
-            rows = await self._rows.read(needed) if self._rows is not None and needed else []
+            rows: list[torch.Tensor] = []
+            if self._rows is not None and needed:
+                with anyio.CancelScope() as self._reading_rows:
+                    rows = await self._rows.read(needed)
             if not all(forward_pass.dropped for forward_pass in passes):
                 await self._pipeline.sweep(partial(self._compute, requests, dict(zip(needed, rows, strict=False))))
         except SweepAbandoned:  # each of the passes knows why
             pass
         except HermesError as read_error:
             error = read_error
-        self._running = []
+        self._running, self._reading_rows = [], None
         for request in requests:
             request.end(error or self._error_of(request))
 
@@ -187,6 +191,8 @@ class Forwarding:
             self._waiting.remove(request)
         elif self._running and all(other.forward_pass.dropped for other in self._running):
             self._pipeline.abandon()
+            if self._reading_rows is not None:
+                self._reading_rows.cancel()
 
     def _compute(self, requests: list[ForwardRequest], rows: Mapping[int, torch.Tensor]) -> None:
         """On the inference agent's thread. Each pass gets the rows of its own tokens."""

@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
 from importlib import import_module
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import anyio
-import anyio.to_thread
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.events import RequestEvent
@@ -21,9 +22,10 @@ from hermes_async.engine.isolation import one_checkpoint
 from hermes_async.engine.request import Request
 from hermes_async.engine.tracing import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
-from hermes_async.pipeload.groups import first_error, ungrouped
+from hermes_async.pipeload.groups import all_errors, first_error
 from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.hub import HubOptions
+from hermes_async.storage.threads import run_in_thread
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
     from hermes_async.engine.opening import OpenedModel
@@ -39,6 +41,30 @@ def import_torch() -> None:
     """Imports the engine's modules that import torch and transformers, which takes seconds."""
     for name in _IMPORT_TORCH:
         import_module(f"hermes_async.engine.{name}")
+
+
+@contextlib.asynccontextmanager
+async def _closed_in_thread() -> AsyncGenerator[contextlib.ExitStack, None]:
+    """What is closed in the end on a thread: closing a model closes files."""
+    exits = contextlib.ExitStack()
+    try:
+        yield exits
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_in_thread(exits.close)
+
+
+@dataclass(slots=True)
+class _Failure:
+    """Why the engine stopped by itself, or could not be closed.
+
+    Attributes:
+        error: The first one; it has notes of those that came while the engine was closed.
+        told: A call has raised it, or leaving the engine has.
+    """
+
+    error: BaseException
+    told: bool = False
 
 
 class EngineLifetime:
@@ -76,19 +102,22 @@ class EngineLifetime:
         self._trace = trace
         self._hub = HubOptions(revision, token, cache_dir)
         # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
+        # `_body` is the task that entered it, and `_body_cancelled` whether it was cancelled because of a failure.
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = 0
+        self._body: asyncio.Task[Any] | None = None
+        self._body_cancelled = False
         self._task: asyncio.Task[None] | None = None
         self._scope: anyio.CancelScope | None = None
-        self._failure_told = False  # a call has raised it
         self._running: RunningModel | None = None
         self._serving: Serving | None = None
         self._closed = False
-        self._failure: BaseException | None = None
+        self._failure: _Failure | None = None
 
     async def __aenter__(self) -> Self:
         if self._task is not None or self._closed:
             raise EngineClosedError("an engine can be entered once; make another one")
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._scope, ready = anyio.CancelScope(), anyio.Event()
         self._task = asyncio.create_task(self._own(self._scope, ready), name="hermes engine")
         try:
@@ -99,20 +128,31 @@ class EngineLifetime:
         if self._serving is None:
             self._closed = True
             await self._task  # raises why it did not open
+        self._body = asyncio.current_task()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._check_loop()
-        await self._leave()
-        if kind is None and self._failure is not None and not self._failure_told:
-            raise self._failed()
+        body, ended_by_us = self._body, False
+        if self._body_cancelled and body is not None and body is asyncio.current_task():
+            self._body_cancelled = False
+            ended_by_us = body.uncancel() == 0  # else somebody else has cancelled it too
+        try:
+            await self._leave()
+        except asyncio.CancelledError:
+            if not ended_by_us:
+                raise
+        body_failed = kind is not None and not (ended_by_us and issubclass(kind, asyncio.CancelledError))
+        if not body_failed and self._failure is not None and not self._failure.told:
+            raise self._failed() from self._failure.error
 
     async def _leave(self) -> None:
         """Ends the engine's task; a cancellation comes out when that has ended."""
-        assert self._task is not None
-        assert self._scope is not None
+        self._body = None
+        if self._task is None or self._scope is None:
+            raise EngineClosedError("the engine was never entered")
         self._closed = True
         self._scope.cancel()
         cancelled: asyncio.CancelledError | None = None
@@ -122,6 +162,8 @@ class EngineLifetime:
                     await asyncio.wait([self._task])
                 except asyncio.CancelledError as error:
                     cancelled = error
+        if not self._task.cancelled():
+            self._task.exception()  # why it did not open, which nobody waits for any more
         if cancelled is not None:
             raise cancelled
 
@@ -138,11 +180,11 @@ class EngineLifetime:
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
-            opened = await anyio.to_thread.run_sync(self._open)
-            from hermes_async.engine.running import running_model
-            from hermes_async.engine.serving import Serving
+            async with _closed_in_thread() as exits:
+                opened = await run_in_thread(self._open, exits)
+                from hermes_async.engine.running import running_model
+                from hermes_async.engine.serving import Serving
 
-            with contextlib.closing(opened), ungrouped():
                 async with (
                     tracing(self._trace) as trace,
                     running_model(opened, self._config, self._release, trace) as self._running,
@@ -160,53 +202,63 @@ class EngineLifetime:
                             finally:
                                 tasks.cancel_scope.cancel()
                     except Exception as error:
-                        self._failure = first_error(error)
+                        self._fail(error, "the engine stopped")
                     finally:
                         self._end_requests()
         except Exception as error:
             if self._serving is None:
-                raise
-            self._failure = self._failure or error
+                first = first_error(error)
+                raise first from first.__cause__
+            self._fail(error, "the engine could not be closed as it should be")
 
-    def _open(self) -> OpenedModel:
+    def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
         import_torch()
         from hermes_async.engine.opening import open_model
 
         with one_checkpoint(self._source):
-            return open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+            opened = open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
+        exits.callback(opened.close)
+        return opened
 
     def _release(self, request: Request) -> None:
         assert self._serving is not None
         self._serving.finish(request)
 
+    def _fail(self, error: Exception, what: str) -> None:
+        """Logs each error of `error`, which may be a group; the first that there ever was is the failure."""
+        for each in all_errors(error):
+            _log.error("%s: %s: %s", what, type(each).__name__, each, exc_info=each)
+            if self._failure is None:
+                self._failure = _Failure(each)
+            elif each is not self._failure.error:
+                self._failure.error.add_note(f"and then {what}: {type(each).__name__}: {each}")
+
     def _end_requests(self) -> None:
         self._closed = True
-        if self._failure is not None:
-            _log.error("the engine stopped", exc_info=self._failure)
         if self._serving is None:
             return
-        preparations = self._serving.preparations
-        self._failure_told = bool(
-            self._serving.requests or self._serving.forwarding.num_under_way or preparations.num_under_way
-        )
         self._serving.admission.stop()
+        if self._failure is not None and self._body is not None and not self._serving.num_calls:
+            # No call would tell of it, however long the body goes on.
+            self._body_cancelled = self._body.cancel("the engine stopped")
         for request in list(self._serving.requests.values()):
             ended = EngineClosedError("the engine was left while the request was running")
             self._serving.finish(request, self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the forward pass was running")
         self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left while the request was prepared")
-        preparations.end(self._failed() if self._failure is not None else ended)
+        self._serving.preparations.end(self._failed() if self._failure is not None else ended)
         ended = EngineClosedError("the engine was left before it was resized")
         self._serving.end_resizes(self._failed() if self._failure is not None else ended)
         self._serving.admission.close()
 
     def _check_loop(self) -> None:
-        """Raises `EngineError` where a running engine is used from another loop, or from a thread without one."""
+        """Raises `EngineError` where a running engine is used from another loop or thread."""
         loop: asyncio.AbstractEventLoop | None = None
         with contextlib.suppress(RuntimeError):  # so asyncio says that no loop runs here
             loop = asyncio.get_running_loop()
-        if not self._closed and self._loop is not None and loop is not self._loop:
+        here = loop is self._loop or (loop is None and threading.get_ident() == self._thread)
+        if not self._closed and self._loop is not None and not here:
             raise EngineError(
                 "the engine is used from another event loop or thread than it was entered in; call it there, "
                 "with asyncio.run_coroutine_threadsafe from another thread"
@@ -215,7 +267,6 @@ class EngineLifetime:
     def _model(self) -> Serving:
         self._check_loop()
         if self._failure is not None:
-            self._failure_told = True
             raise self._failed()
         if self._closed:
             raise EngineClosedError("the engine was left")
@@ -223,7 +274,19 @@ class EngineLifetime:
             raise EngineClosedError("the engine is not entered; use it with `async with`")
         return self._serving
 
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """A call of a user, who is told where it raises the engine's failure."""
+        try:
+            yield
+        except EngineFailedError:
+            if self._failure is not None:
+                self._failure.told = True
+            raise
+
     def _failed(self) -> EngineFailedError:
-        error = EngineFailedError(f"the engine stopped: {type(self._failure).__name__}: {self._failure}")
-        error.__cause__ = self._failure
+        assert self._failure is not None
+        cause = self._failure.error
+        error = EngineFailedError(f"the engine stopped: {type(cause).__name__}: {cause}")
+        error.__cause__ = cause
         return error

@@ -5,12 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, nullcontext
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -23,6 +21,7 @@ from hermes_async.pipeload.speeds import DiskSpeed
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
 KERNEL_TOKENS = (1, 4, 16, 64, 256)
 AGENTS = (1, 2, 3, 4)
@@ -36,7 +35,7 @@ _MAX_KERNEL_NUMBERS = 8 << 20  # of the matrix that kernels are measured with
 
 async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[DiskSpeed, ...]:
     """Reads the checkpoint's largest shard with so many agents, so much at once."""
-    file, size = await anyio.to_thread.run_sync(_largest_shard, checkpoint)
+    file, size = await run_in_thread(_largest_shard, checkpoint, left_at_exit=True)
     profiles = []
     for num_agents in AGENTS:
         for read_bytes in READ_BYTES:
@@ -57,10 +56,10 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
     ended: list[list[float]] = [[] for _ in range(num_agents)]
     offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
     async with AsyncExitStack() as exits:
-        executor = ThreadPoolExecutor(num_agents, "hermes-profiler")
+        executor = DaemonExecutor(num_agents, "hermes-profiler")
 
         async def shutdown() -> None:
-            await anyio.to_thread.run_sync(executor.shutdown)
+            await run_in_thread(executor.shutdown, left_at_exit=True)
 
         exits.push_async_callback(shutdown)
         reader = await exits.enter_async_context(Reader([file], executor, ReadStatistics(), direct=direct))

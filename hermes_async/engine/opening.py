@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
-import anyio.from_thread
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -32,6 +32,7 @@ from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.pipeload.claims import Claim
+from hermes_async.pipeload.heap import bound_heap
 from hermes_async.pipeload.memory import process_rss_bytes
 from hermes_async.pipeload.model_sizes import ModelSizes
 from hermes_async.pipeload.plan import Plan
@@ -40,6 +41,7 @@ from hermes_async.pipeload.speeds import Speeds, estimated
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
+from hermes_async.storage.threads import check_cancelled, only_waiting
 
 _DRAFT_TOKENS = 256
 """Tokens of one pass of a draft model; more are pending only when it sees a prompt for the first time."""
@@ -49,6 +51,9 @@ _TEXT_TOKENS = 64
 
 _LONG_TEXT_TOKENS = 512
 """And should have room for so many: the context of most encoders."""
+
+_LOOKING_AT = threading.Lock()
+"""Transformers changes torch's default dtype for the whole process while it makes a model: one at a time."""
 
 _SECONDS_FOR_OTHERS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -142,12 +147,17 @@ def open_model(
     """
     fixed_budget = None if memory_budget == "auto" else parse_bytes(memory_budget)
     hub = hub or HubOptions()
+    bound_heap()
     with ExitStack() as on_error:
-        checkpoint = open_checkpoint(source, hub)
+        with only_waiting():  # for a download, perhaps
+            checkpoint = open_checkpoint(source, hub)
+        check_cancelled()
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
+        check_cancelled()
         skeleton, attention, seen = _look_at(checkpoint, config, on_error)
+        check_cancelled()
         skeleton, pooling = _with_pooling(skeleton, checkpoint)
         sentences, sentence_tokenizer = _sentences(checkpoint, tokenizer)
         shared = None if tokenizer is None else SharedTokenizer(tokenizer)
@@ -198,17 +208,11 @@ def _claimed(claim: Claim, fixed_budget: int | None) -> int:
         ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
         while claim.left_over() < budget and time.monotonic() < ends_at:
             time.sleep(_SECONDS_BETWEEN_LOOKS)
-            _raise_if_cancelled()
+            check_cancelled()
         if fixed_budget is None:
             budget = min(budget, max(claim.left_over(), claim.left_over(whatever_is_claimed=True)))
             claim.change(budget)
     return budget
-
-
-def _raise_if_cancelled() -> None:
-    """Raises the cancellation of the task that waits for this thread; a thread without such a task goes on."""
-    with suppress(RuntimeError):  # so anyio says that no task waits
-        anyio.from_thread.check_cancelled()
 
 
 def _speeds(checkpoint: Checkpoint) -> Speeds:
@@ -250,14 +254,15 @@ def _look_at(
     warn_of_untested_versions()
     attention = PackedAttention()
     on_error.callback(attention.close)
-    model_config = load_config(checkpoint)
-    skeleton = build_skeleton(checkpoint, model_config, attention.name)
-    skeleton = with_context_length(skeleton, config.context_length)
-    if not skeleton.generates:
-        return skeleton, attention, probe_forward(skeleton)
-    if config.self_check == "require":
-        check_packing(model_config, attention)
-    return skeleton, attention, probe(skeleton, attention)
+    with _LOOKING_AT:
+        model_config = load_config(checkpoint)
+        skeleton = build_skeleton(checkpoint, model_config, attention.name)
+        skeleton = with_context_length(skeleton, config.context_length)
+        if not skeleton.generates:
+            return skeleton, attention, probe_forward(skeleton)
+        if config.self_check == "require":
+            check_packing(model_config, attention)
+        return skeleton, attention, probe(skeleton, attention)
 
 
 def _open_draft(
@@ -268,7 +273,9 @@ def _open_draft(
     on_error: ExitStack,
     hub: HubOptions,
 ) -> OpenedDraft:
-    checkpoint = open_checkpoint(source, hub)
+    with only_waiting():
+        checkpoint = open_checkpoint(source, hub)
+    check_cancelled()
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     skeleton, attention, seen = _look_at(checkpoint, replace(config, context_length=None), on_error)
     for which, looked_at in (("draft model", skeleton), ("model", target)):

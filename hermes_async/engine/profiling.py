@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import anyio
-import anyio.to_thread
 import torch
 
 from hermes_async.config import EngineConfig, SamplingParams
@@ -34,6 +33,7 @@ from hermes_async.pipeload.plan import Plan
 from hermes_async.pipeload.speeds import DiskSpeed, read_seconds, without_noise
 from hermes_async.pipeload.trace import Event, Span, Timeline, Trace
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.threads import run_in_thread
 
 STAGE_TOKENS = (1, 4, 8, 16, 64, 256)
 _REPEATS = 3  # sweeps of each number of tokens; the middle one counts
@@ -58,13 +58,13 @@ async def measure(
 
     Cancellation: ends within one stage, or one read.
     """
-    checkpoint = await anyio.to_thread.run_sync(Checkpoint.open, source)
+    checkpoint = await run_in_thread(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
     plainly = replace(config, share_prefixes=False, prompt_lookup=False, kernels="default")
     trace, events = Trace(), [] if events is None else events
     first = await _measure_engine(checkpoint.path, memory_budget, plainly, STAGE_TOKENS, trace, _Seen(events))
     second = await _measure_otherwise(first, replace(plainly, max_resident_layers=None), trace, _Seen(events))
-    kernels = await anyio.to_thread.run_sync(measure_kernels, widest_matrix(first.opened.skeleton.model))
+    kernels = await run_in_thread(measure_kernels, widest_matrix(first.opened.skeleton.model))
     streamed = next((one for one in (first, second) if one is not None and one.plan.num_buffers), None)
     # Where nothing is waited for, computing is measured best.
     quiet = next((one for one in (first, second) if one is not None and not one.plan.num_buffers), first)
@@ -180,7 +180,7 @@ async def _measure_otherwise(first: _Measured, config: EngineConfig, trace: Trac
     counts: Sequence[int] = STAGE_TOKENS
     if plan.num_buffers:
         budget = int(1.05 * first.bytes_for_everything)
-        if budget > await anyio.to_thread.run_sync(automatic_budget):
+        if budget > await run_in_thread(automatic_budget):
             return None
     else:
         budget, counts = max(plan.minimum_budget, int(_STREAMED_SHARE * plan.weight_bytes)), STAGE_TOKENS[:1]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice, zip_longest
 
-import anyio.from_thread
+import anyio
 import torch
 
 from hermes_async.engine.draft_model import DraftModel
@@ -72,13 +72,17 @@ class SweepRunner:
         self._draft_model = draft_model
         self._eos_token_ids = eos_token_ids
         self._release = release
-        self.sweep: Sequence[Scheduled] = ()  # the running one: all mutable state
+        # All mutable state: the running sweep, and its read of embedding rows.
+        self.sweep: Sequence[Scheduled] = ()
+        self._reading_rows: anyio.CancelScope | None = None
 
     async def run(self, sweep: Sequence[Scheduled]) -> list[Outcome]:
         """Computes one sweep. Requests that are aborted meanwhile are dropped at the next stage, and have no outcome.
 
+        One that is aborted before anything is computed ends the sweep, and the others go in the next one.
+
         Raises:
-            SweepAbandoned: Every request was aborted.
+            SweepAbandoned: Every request was aborted, or any before something was computed.
             ReadError: Weights could not be read; nothing was cached.
 
         Cancellation: ends within one stage; nothing was cached.
@@ -90,15 +94,25 @@ class SweepRunner:
                 await self._draft_model.draft(drafting)
             token_ids = [token_id for item in sweep for token_id in item.token_ids]
             needed = sorted(set(token_ids))
-            rows = None if self._rows is None else await self._rows.read(needed)
-            if all(item.request.aborted for item in sweep):  # `abandon` came before the pipeline's sweep began
+            if any(item.request.aborted for item in sweep):  # while drafts were made: nothing is computed yet
                 raise SweepAbandoned
+            rows = None if self._rows is None else await self._read_rows(self._rows, needed)
             before, opening = replace(self._pipeline.statistics), self._pipeline.loads_resident
             outcomes = await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
             self._record_times(len(token_ids), before, opening)
             return outcomes
         finally:
-            self.sweep = ()
+            self.sweep, self._reading_rows = (), None
+
+    async def _read_rows(self, reader: RowReader, needed: list[int]) -> list[torch.Tensor]:
+        """Raises `SweepAbandoned` as soon as a request is aborted: nobody is held by a read that hangs."""
+        rows: list[torch.Tensor] = []
+        with anyio.CancelScope() as self._reading_rows:
+            rows = await reader.read(needed)
+        abandoned, self._reading_rows = self._reading_rows.cancel_called, None
+        if abandoned:
+            raise SweepAbandoned
+        return rows
 
     def _record_times(self, num_tokens: int, before: PipelineStatistics, opening: bool) -> None:
         """`opening`: Stages that stay were read too, which says nothing of the sweeps to come."""
@@ -114,19 +128,24 @@ class SweepRunner:
             self._times.record_read(0.0)
 
     def abort(self, request: Request) -> bool:
-        """Tells the running sweep of an aborted request; False if it is not in it."""
+        """Tells the running sweep of an aborted request; False if it uses nothing of the request's."""
         if not any(item.request is request for item in self.sweep):
+            return False
+        if self._reading_rows is not None:
+            self._reading_rows.cancel()  # the others begin again, without it
             return False
         if all(item.request.aborted for item in self.sweep):
             self._pipeline.abandon()
+        else:
+            self._pipeline.look()
         return True
 
     def drop_aborted(self, batch: PackedBatch) -> None:
-        """Called by the compute thread before each stage."""
+        """Called by the compute thread before each stage, and while it waits for one."""
         for item, segment in zip(self.sweep, batch.segments, strict=True):
             if item.request.aborted and not segment.dropped and not item.needed:
                 segment.dropped = True
-                anyio.from_thread.run_sync(self._release, item.request)
+                self._pipeline.call_on_loop(self._release, item.request)
 
     def _compute(
         self,

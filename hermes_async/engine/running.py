@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import anyio.to_thread
 
 from hermes_async.config import EngineConfig
 from hermes_async.engine.draft_model import DraftModel, running_draft_model
@@ -32,6 +29,7 @@ from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import file_states
+from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,9 +76,11 @@ class RunningModel:
         Cancellation: leaves the model fit only to be closed.
         """
         plan = self._resized(budget)
-        self.opened.claim.change(max(budget, self.opened.plan.memory_budget))
         kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
-        await self._set_resident(kept)
+        # Requests that come meanwhile would take what is to be given back.
+        with self.governor.closed():
+            await self._claim(max(budget, self.opened.plan.memory_budget))
+            await self._set_resident(kept)
         self.weights_lease.shrink(self.opened.plan.resident_bytes - replace(plan, resident=kept).resident_bytes)
         num_buffers = plan.num_buffers - self.opened.plan.num_buffers
         self.opened.plan = replace(plan, resident=kept)
@@ -92,7 +92,11 @@ class RunningModel:
         self.weights_lease.grow_nowait(plan.resident_bytes - self.opened.plan.resident_bytes)
         await self._set_resident(plan.resident)
         self.opened.plan = plan
-        self.opened.claim.change(budget)
+        await self._claim(budget)
+
+    async def _claim(self, budget: int) -> None:
+        """On a thread, as other processes are told by a file."""
+        await run_in_thread(self.opened.claim.change, budget)
 
     def _resized(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.opened.skeleton
@@ -160,19 +164,20 @@ async def running_model(
         behind_pipeline = exits.enter_context(ExitStack())
         await exits.enter_async_context(pipeline.running())
         # The agents read by now, and need the event loop for it.
-        model = await anyio.to_thread.run_sync(_streamed_model, opened, stages, pipeline, on_stage)
+        model = await run_in_thread(_streamed_model, opened, stages, pipeline, on_stage)
         behind_pipeline.callback(model.close)
         rows = None
         if partition.streamed_embedding is not None:
-            executor = exits.enter_context(ThreadPoolExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
+            executor = exits.enter_context(DaemonExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
             files = [partition.streamed_embedding.file]
             states = partition.streamed_embedding.file_states
             reader = await exits.enter_async_context(
                 Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
             )
             held_back = pipeline.load_order.held_back
-            rows = RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
-            exits.callback(rows.close)
+            rows = await exits.enter_async_context(
+                RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
+            )
         draft_model = None
         if opened.draft is not None:
             draft_model = await exits.enter_async_context(

@@ -123,6 +123,11 @@ class Serving:
         if resize.error is not None:
             raise resize.error from resize.error.__cause__
 
+    @property
+    def num_calls(self) -> int:
+        """Calls under way that will be told how the engine ends."""
+        return len(self.requests) + self.preparations.num_under_way + self.forwarding.num_under_way + len(self._resizes)
+
     def end_resizes(self, error: HermesError) -> None:
         while self._resizes:
             self._resizes.popleft().end(error)
@@ -202,6 +207,7 @@ class Serving:
                 f"the request did not end before its deadline; {format_count(request.num_output_tokens, 'token')} came"
             )
             self.abort(request)
+            request.send.close()  # its user is told at once, although a sweep may still use its memory
 
     def _admitted(self, request: Request) -> None:
         self.scheduler.add(request)

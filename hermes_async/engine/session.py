@@ -59,11 +59,13 @@ class Session:
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
         """The conversation so far; empty where turns go on from token ids."""
+        self._engine._check_loop()
         return tuple(dict(message) for message in self._messages)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
         """The last turn's prompt and answer, as far as it was taken."""
+        self._engine._check_loop()
         return tuple(self._token_ids)
 
     def edit(
@@ -151,6 +153,7 @@ class Session:
 
     async def aclose(self) -> None:
         """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
+        self._engine._check_loop()
         if not self._kv.closed:
             self._engine._close_session(self._kv)
             if self._turn is not None:
@@ -180,6 +183,7 @@ class Session:
         return [*self._token_ids, *encode(opened, prompt)]
 
     def _check_open(self) -> None:
+        self._engine._check_loop()
         if self._kv.closed:
             self._engine._model()  # says so where the engine was left or failed
             raise SessionClosedError(f"{self._kv.name} was closed")

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import anyio
-import anyio.to_thread
 
 from hermes_async.pipeload.trace import Event, Trace
 from hermes_async.storage.own_file import open_own_file
+from hermes_async.storage.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
         yield file
         return
     path = Path(file)
-    stream = await anyio.to_thread.run_sync(open_trace_file, path)
     trace = Trace()
-    writer = _Writer(path, stream, trace)
+    writer = _Writer(path, trace)
     try:
+        await run_in_thread(writer.open, left_at_exit=True)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(writer.write_on)
             try:
@@ -57,28 +57,31 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
                 tasks.cancel_scope.cancel()
     finally:
         with anyio.CancelScope(shield=True):
-            await anyio.to_thread.run_sync(writer.close)
+            await run_in_thread(writer.close, left_at_exit=True)
 
 
 class _Writer:
-    """State: how many events were written, and whether that has failed."""
+    """State: the file, how many events were written, and whether that has failed."""
 
-    def __init__(self, path: Path, stream: IO[str], trace: Trace) -> None:
+    def __init__(self, path: Path, trace: Trace) -> None:
         self._path = path
-        self._stream = stream
         self._trace = trace
+        self._stream: IO[str] | None = None
         self._num_written = 0
         self._failed = False
+
+    def open(self) -> None:
+        self._stream = open_trace_file(self._path)
 
     async def write_on(self) -> None:
         while True:
             await anyio.sleep(_SECONDS_BETWEEN_WRITES)
             with anyio.CancelScope(shield=True):
-                await anyio.to_thread.run_sync(self._write, self._trace.drain())
+                await run_in_thread(self._write, self._trace.drain(), left_at_exit=True)
 
     def _write(self, events: Iterable[Event]) -> None:
         """A trace that cannot be written any more, such as on a full disk, ends there; the engine goes on."""
-        if self._failed:
+        if self._failed or self._stream is None:
             return
         try:
             for event in events:
@@ -91,6 +94,8 @@ class _Writer:
             logger.warning("the trace %s ends here: %s", self._path, error.strerror or error)
 
     def close(self) -> None:
+        if self._stream is None:
+            return
         self._write(self._trace.drain())
         with suppress(OSError), self._stream:  # what cannot be written was told of
             if not self._failed:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from hermes_async.errors import UnsupportedModelError
+from hermes_async.modeling.kernels import bounded_attention_kernels
 from hermes_async.modeling.kv_cache import PackedCache, Segment
 from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS, register_attention, unregister_attention
 
@@ -107,13 +108,11 @@ def _grouped_attention(
     """
     _, num_heads, num_tokens, dim = queries.shape
     groups = num_heads // keys.shape[1]
-    attended = F.scaled_dot_product_attention(
-        queries.reshape(1, keys.shape[1], groups * num_tokens, dim),
-        keys,
-        values,
-        attn_mask=None if mask is None else mask.repeat(groups, 1),
-        scale=scaling,
-    )
+    rows = queries.reshape(1, keys.shape[1], groups * num_tokens, dim)
+    with bounded_attention_kernels(rows):
+        attended = F.scaled_dot_product_attention(
+            rows, keys, values, attn_mask=None if mask is None else mask.repeat(groups, 1), scale=scaling
+        )
     return attended.reshape(1, num_heads, num_tokens, values.shape[-1])
 
 

@@ -1,12 +1,25 @@
-"""Which kernels multiply: oneDNN's, which torch takes by itself, or torch's own."""
+"""Which kernels multiply: oneDNN's, which torch takes by itself, or torch's own.
+
+Attention in bf16 or fp16, on CPUs with matrix instructions, makes kernels of oneDNN for each number of queries and of
+keys, and torch keeps all of them, for each thread, for as long as the process runs: half a megabyte for each new length
+of a prompt. No variable bounds them. So attention is computed without oneDNN there, at the same speed.
+"""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from typing import Any
 
-from hermes_async.modeling.transformers_api import enable_one_dnn, one_dnn_enabled
+import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+from hermes_async.modeling.transformers_api import enable_one_dnn, one_dnn_enabled, packs_attention
+
+_LEAST_PACKED_QUERIES = 64  # torch packs no fewer
 
 
 class _Switch:
@@ -42,3 +55,37 @@ def without_one_dnn() -> Iterator[None]:
         yield
     finally:
         _SWITCH.turn_back()
+
+
+def bounded_attention_kernels(queries: torch.Tensor) -> AbstractContextManager[None]:
+    """Attention of these queries `[..., tokens, dim]` keeps no kernels of its own."""
+    if queries.shape[-2] >= _LEAST_PACKED_QUERIES and _packs_attention(queries.dtype):
+        return without_one_dnn()
+    return nullcontext()
+
+
+class BoundedAttention(TorchFunctionMode):
+    """Within the block, and on its thread, `bounded_attention_kernels` holds for attention that is not ours."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        with bounded_attention_kernels(args[0] if args else kwargs["query"]):
+            return func(*args, **kwargs)
+
+
+def bounded_attention(dtype: torch.dtype) -> AbstractContextManager[Any]:
+    """`BoundedAttention` where the CPU needs it for this dtype: it costs a microsecond an operation."""
+    return BoundedAttention() if _packs_attention(dtype) else nullcontext()
+
+
+@cache  # asked for in each layer of each sweep
+def _packs_attention(dtype: torch.dtype) -> bool:
+    return packs_attention(dtype)

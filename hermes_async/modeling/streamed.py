@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
-from hermes_async.modeling.kernels import without_one_dnn
+from hermes_async.modeling.kernels import bounded_attention, without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.passes import EmbeddingRows, ForwardPass, NotLoadedError, Turn, run_in_turns
@@ -26,7 +26,7 @@ from hermes_async.storage.buffers import Buffer
 class StageGate(Protocol):
     """What the forward pass asks before and after each stage; in the engine, the `Pipeline`."""
 
-    def enter(self, stage: Stage) -> Buffer: ...
+    def enter(self, stage: Stage, on_look: Callable[[], None]) -> Buffer: ...
     def leave(self, stage: Stage) -> None: ...
 
 
@@ -183,7 +183,7 @@ class StreamedModel:
             ReadError: A stage could not be read.
             SweepAbandoned: From the gate, or because no pass came to its end.
         """
-        with self._plain_attention(), torch.inference_mode():
+        with self._plain_attention(), torch.inference_mode(), bounded_attention(self.model.dtype):
             if len(passes) == 1:
                 (alone,) = passes
                 with self._running(alone.check_dropped, alone.embedding):
@@ -251,7 +251,7 @@ class StreamedModel:
         return leave
 
     def _enter(self, stage: Stage) -> None:
-        buffer = self._gate.enter(stage)
+        buffer = self._gate.enter(stage, self._before_stage)
         if stage not in self._bound:
             self._bind(stage, buffer)
 

@@ -232,6 +232,15 @@ def enable_one_dnn(enabled: bool) -> None:
         torch_c._set_mkldnn_enabled(enabled)
 
 
+def packs_attention(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies in attention with packed matrices, in this dtype on this CPU."""
+    needed = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}.get(dtype)
+    if needed is None:
+        return False
+    with _needs("table of a CPU's capabilities"):
+        return bool(torch.cpu.get_capabilities().get(needed, False))
+
+
 _TOKENIZER_CALLS = ("__call__", "_encode_plus", "decode", "_decode", "pad", "_pad")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import anyio
@@ -85,12 +87,13 @@ class MemoryGovernor:
     """
 
     def __init__(self, budget_bytes: int) -> None:
-        # All mutable state: the leases out, the most ever out, and who waits, in order.
+        # All mutable state: the leases out, the most ever out, who waits, in order, and whether nothing is granted.
         self.budget_bytes = budget_bytes
         self._leases: set[Lease] = set()
         self._in_use = 0
         self._peak = 0
         self._waiters: deque[tuple[int, anyio.Event]] = deque()
+        self._is_closed = False
 
     @property
     def free_bytes(self) -> int:
@@ -101,6 +104,16 @@ class MemoryGovernor:
         assert self._in_use <= budget_bytes
         self.budget_bytes = budget_bytes
         self._wake_first()
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Grants nothing while the body runs, as if nothing were free."""
+        self._is_closed = True
+        try:
+            yield
+        finally:
+            self._is_closed = False
+            self._wake_first()
 
     async def acquire(self, holder: str, nbytes: int) -> Lease:
         """Waits until `nbytes` are free and it is this call's turn.
@@ -132,7 +145,7 @@ class MemoryGovernor:
             anyio.WouldBlock: Not free now, or others wait already.
         """
         self._check_possible(holder, nbytes)
-        if self._waiters or nbytes > self.free_bytes:
+        if self._is_closed or self._waiters or nbytes > self.free_bytes:
             raise anyio.WouldBlock
         return self._grant(holder, nbytes)
 
@@ -162,7 +175,7 @@ class MemoryGovernor:
         return lease
 
     def _grow(self, lease: Lease, nbytes: int) -> None:
-        if self._waiters or nbytes > self.free_bytes:
+        if self._is_closed or self._waiters or nbytes > self.free_bytes:
             raise anyio.WouldBlock
         lease.nbytes += nbytes
         self._in_use += nbytes
@@ -180,5 +193,5 @@ class MemoryGovernor:
         self._wake_first()
 
     def _wake_first(self) -> None:
-        if self._waiters and self._waiters[0][0] <= self.free_bytes:
+        if self._waiters and not self._is_closed and self._waiters[0][0] <= self.free_bytes:
             self._waiters[0][1].set()

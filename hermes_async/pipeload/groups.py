@@ -21,3 +21,10 @@ def first_error(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def all_errors(error: BaseException) -> list[BaseException]:
+    """Every error of a group, however deep; any other error alone."""
+    if isinstance(error, BaseExceptionGroup):
+        return [each for part in error.exceptions for each in all_errors(part)]
+    return [error]

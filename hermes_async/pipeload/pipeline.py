@@ -10,16 +10,16 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, TypeVarTuple, Unpack
 
 import anyio
 import anyio.from_thread
-import anyio.to_thread
+import anyio.lowlevel
+from anyio.lowlevel import EventLoopToken
 
 from hermes_async.errors import ReadError
 from hermes_async.pipeload.groups import ungrouped
@@ -30,8 +30,10 @@ from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import Buffer, BufferPool
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.tensor_spec import FileState
+from hermes_async.storage.threads import DaemonExecutor, only_waiting, run_in_thread, when_interpreter_exits
 
 T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
 
 _CLAIMED_AHEAD = 1
 """Stages that are claimed besides those being read: a thread that is done has its next read, and does not wait for the
@@ -92,9 +94,11 @@ class Pipeline:
         self.load_order = LoadOrder(self.stages, ring, self._free, pinned=pinned)
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
         self._abandoned = False
+        self._look = False  # somebody was aborted while the compute thread may wait
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
         self._arrived = threading.Condition()  # for the compute thread: a load has ended, or the sweep was abandoned
-        self._loop: asyncio.AbstractEventLoop | None = None  # while it runs
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it runs, and the same for anyio
+        self._token: EventLoopToken | None = None
         self._traced_bytes = 0  # of weights in memory or on their way there
         self._traced_stage: tuple[str, float] | None = None  # what is computed, and since when
 
@@ -108,14 +112,15 @@ class Pipeline:
         async with AsyncExitStack() as exits:
             exits.callback(self._free_later.close)
             exits.callback(self._to_free.close)
-            executor = exits.enter_context(ThreadPoolExecutor(self._num_loading_agents, "hermes-loading-agent"))
+            executor = exits.enter_context(DaemonExecutor(self._num_loading_agents, "hermes-loading-agent"))
             files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
             reader = await exits.enter_async_context(
                 Reader(files, executor, self.read_statistics, direct=self._direct, states=self._file_states)
             )
             exits.callback(self._ring.close)
             exits.callback(self._close_stages)
-            self._loop = asyncio.get_running_loop()
+            self._loop, self._token = asyncio.get_running_loop(), anyio.lowlevel.current_token()
+            when_interpreter_exits(self)
             with ungrouped():
                 async with anyio.create_task_group() as agents:
                     agents.start_soon(self._daemon_agent, name="hermes daemon agent")
@@ -254,13 +259,16 @@ class Pipeline:
 
         Another thread would have kernel threads of its own, and those that are idle slow down those that compute.
         """
-        # A limiter of our own: the application may have given all of the common worker threads away.
-        await anyio.to_thread.run_sync(self._compute_sweeps, limiter=anyio.CapacityLimiter(1))
+        await run_in_thread(self._compute_sweeps)
 
     def _compute_sweeps(self) -> None:
-        while (sweep := self._sweeps.get()) is not None:
+        while (sweep := self._next_sweep()) is not None:
             sweep.run()
-            anyio.from_thread.run_sync(sweep.done.set)
+            self._later_on_loop(sweep.done.set)
+
+    def _next_sweep(self) -> SweepWork | None:
+        with only_waiting():
+            return self._sweeps.get()
 
     async def sweep(self, compute: Callable[[], T]) -> T:
         """Runs `compute` on the inference agent's thread, where it may call `enter` and `leave`; one call at a time.
@@ -335,8 +343,16 @@ class Pipeline:
         if self._abandoned:
             raise SweepAbandoned
 
-    def enter(self, stage: Stage) -> Buffer:
+    def look(self) -> None:
+        """Lets the compute thread, if it waits for a stage, call what `enter` was given."""
+        self._look = True
+        self._tell_compute_thread()
+
+    def enter(self, stage: Stage, on_look: Callable[[], None] = lambda: None) -> Buffer:
         """Called by the compute thread: waits until `stage` is READY and returns its buffer.
+
+        Args:
+            on_look: Called while it waits, after each `look`.
 
         Raises:
             SweepAbandoned: The sweep was abandoned or its task cancelled.
@@ -346,7 +362,7 @@ class Pipeline:
         self.check_abandoned()
         if stage.state is not StageState.READY or not self.load_order.is_next(stage):
             started = time.perf_counter()
-            self._wait_ready(stage)
+            self._wait_ready(stage, on_look)
             ended = time.perf_counter()
             self.statistics.stall_seconds += ended - started
             if self._trace is not None:
@@ -363,9 +379,8 @@ class Pipeline:
         """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
         self._trace_computed()
         if not stage.resident:
-            assert self._loop is not None
             stage.state = StageState.SPENT
-            self._loop.call_soon_threadsafe(self._free_later.send_nowait, stage)  # and does not wait for it
+            self._later_on_loop(self._free_later.send_nowait, stage)
 
     def _trace_computed(self) -> None:
         """What was computed since a stage was entered; resident ones are not left, but end where the next begins."""
@@ -373,12 +388,32 @@ class Pipeline:
             (name, started), self._traced_stage = self._traced_stage, None
             self._trace.span("inference agent", name, started, time.perf_counter())
 
-    def _wait_ready(self, stage: Stage) -> None:
+    def _wait_ready(self, stage: Stage, on_look: Callable[[], None]) -> None:
         """Returns when it is READY, or the sweep abandoned."""
         if not self.load_order.is_next(stage):
-            anyio.from_thread.run_sync(self.load_order.reorder, stage)
-        with self._arrived:
-            self._arrived.wait_for(lambda: self._abandoned or stage.state is StageState.READY)
+            self.call_on_loop(self.load_order.reorder, stage)
+        while True:
+            with only_waiting(), self._arrived:
+                self._arrived.wait_for(lambda: self._look or self._abandoned or stage.state is StageState.READY)
+            if not self._look:
+                return
+            self._look = False
+            on_look()
+
+    def call_on_loop(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
+        """Called by the compute thread: calls `function` on the event loop, and waits for it."""
+        with only_waiting():
+            return anyio.from_thread.run_sync(function, *args, token=self._token)
+
+    def _later_on_loop(self, function: Callable[[Unpack[Ts]], object], *args: *Ts) -> None:
+        """Called by the compute thread: calls `function` on the event loop some time, and does not wait for it."""
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop was closed: nobody waits
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def interpreter_exits(self) -> None:
+        """Nothing is computed from here on."""
+        self.abandon()
 
     def _close_stages(self) -> None:
         for stage in self.stages:

@@ -17,12 +17,11 @@ from types import TracebackType
 from typing import Self
 
 import anyio
-import anyio.from_thread
-import anyio.to_thread
 
 from hermes_async.errors import ParkingError
 from hermes_async.storage.buffers import ALIGNMENT, align_down
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
+from hermes_async.storage.threads import check_cancelled, run_in_thread
 
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 
@@ -195,7 +194,7 @@ class ParkingFile:
         async def run() -> None:
             try:
                 with anyio.CancelScope(shield=shield):
-                    await anyio.to_thread.run_sync(call, limiter=self._limiter)
+                    await run_in_thread(call, limiter=self._limiter, left_at_exit=True)
             except Exception as error:
                 errors.append(error)
 
@@ -250,7 +249,7 @@ class ParkingFile:
     def _transfer(self, fd: int, offset: int, views: list[memoryview], *, writing: bool) -> None:
         """Writes or reads `views`, which is used up, one after another from `offset`."""
         while views:
-            anyio.from_thread.check_cancelled()
+            check_cancelled()
             try:
                 count = os.pwritev(fd, views, offset) if writing else os.preadv(fd, views, offset)
             except OSError as error:

@@ -11,7 +11,7 @@ import os
 import resource
 import time
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,7 +79,7 @@ class Reader:
     def __init__(
         self,
         files: Collection[Path],
-        executor: ThreadPoolExecutor,
+        executor: Executor,
         statistics: ReadStatistics,
         *,
         direct: bool = True,

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
+import anyio
+import anyio.abc
 import torch
 
+from hermes_async.errors import ReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.reader import Reader, ReadRange
 from hermes_async.storage.tensor_spec import TensorSpec
@@ -18,8 +24,18 @@ ROWS_AT_ONCE = 8
 _MAX_GAP_BYTES = 2 * ALIGNMENT
 
 
+@dataclass(eq=False, slots=True)
+class _Reading:
+    """A read that has a task of its own, and what came of it."""
+
+    error: ReadError | None = None
+    ended: anyio.Event = field(default_factory=anyio.Event)
+
+
 class RowReader:
-    """Reads rows of `spec` (`[rows, columns]`) through a reader of its own.
+    """Reads rows of `spec` (`[rows, columns]`) through a reader of its own; one call at a time.
+
+    Owned with `async with`; leaving waits for a read that was left.
 
     Args:
         usual_rows: That its buffer has room for. A call with more takes a larger one, until the next call.
@@ -38,7 +54,22 @@ class RowReader:
         self._reader = reader
         self._others_held_back = others_held_back
         self._usual_rows = usual_rows
+        # All mutable state: what rows are read into; the last read, which may go on after its call was cancelled.
         self._buffer = Buffer(self.buffer_bytes(spec, usual_rows))
+        self._last: _Reading | None = None
+        self._tasks: anyio.abc.TaskGroup = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        await self._tasks.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            await self._tasks.__aexit__(None, None, None)  # what the block raised comes out by itself
+        finally:
+            self._buffer.close()
 
     @staticmethod
     def buffer_bytes(spec: TensorSpec, num_rows: int) -> int:
@@ -53,8 +84,10 @@ class RowReader:
         Raises:
             ReadError: The shard could not be read.
 
-        Cancellation: as `Reader.read`.
+        Cancellation: at once. The read goes on, and the next call first waits for its end.
         """
+        if self._last is not None:
+            await self._last.ended.wait()
         self._fit_buffer(len(rows))
         runs = self._runs(rows)
         row_bytes = self._spec.nbytes // self._spec.shape[0]
@@ -67,13 +100,25 @@ class RowReader:
             ranges.append(ReadRange(self._spec.file, offset, nbytes, position))
             end = align_up(position + nbytes)
         with self._others_held_back() if len(ranges) > ROWS_AT_ONCE else nullcontext():
-            await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
+            self._last = reading = _Reading()
+            self._tasks.start_soon(self._read, reading, ranges)
+            await reading.ended.wait()
+        if reading.error is not None:
+            raise reading.error
         views: list[torch.Tensor] = []
         for run, item in zip(runs, ranges, strict=True):
             shape = (run[-1] + 1 - run[0], *self._spec.shape[1:])
             block = self._buffer.tensor(item.position, self._spec.dtype, shape)
             views += [block[row - run[0]] for row in run]
         return views
+
+    async def _read(self, reading: _Reading, ranges: Sequence[ReadRange]) -> None:
+        try:
+            await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
+        except ReadError as error:  # raised again where the rows are awaited
+            reading.error = error
+        finally:
+            reading.ended.set()
 
     def _runs(self, rows: Sequence[int]) -> list[list[int]]:
         """Rows that are read together, each run with the gaps in it."""
@@ -91,6 +136,3 @@ class RowReader:
         if nbytes != self._buffer.nbytes:
             self._buffer.close()
             self._buffer = Buffer(nbytes)
-
-    def close(self) -> None:
-        self._buffer.close()

@@ -9,6 +9,7 @@ from typing import Any
 
 import anyio
 import anyio.from_thread
+import anyio.lowlevel
 import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertModel, LlamaForCausalLM, ViTConfig, ViTModel
@@ -166,8 +167,13 @@ async def test_leaving_the_engine_ends_passes(encoder: Encoder, num_passes: int,
             errors.append(error)
 
     async with anyio.create_task_group() as group, open_engine(encoder) as engine:
-        reader = engine._running.pipeline.enter
-        engine._running.pipeline.enter = lambda stage: (anyio.from_thread.run(anyio.sleep, 0.02), reader(stage))[1]
+        reader, token = engine._running.pipeline.enter, anyio.lowlevel.current_token()
+
+        def enter(*args: Any) -> Any:
+            anyio.from_thread.run(anyio.sleep, 0.02, token=token)
+            return reader(*args)
+
+        engine._running.pipeline.enter = enter
         for length in range(num_passes):
             group.start_soon(run, engine, 3 + length)
         await until(lambda: engine.statistics().num_forwards == num_passes)

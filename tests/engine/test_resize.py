@@ -16,6 +16,7 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from hermes_async import ConfigError, Engine, EngineClosedError, EngineConfig, MemoryBudgetError, ReadError
+from hermes_async.engine.running import RunningModel
 from hermes_async.pipeload.stage import StageState
 from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, tokens, until
 
@@ -301,3 +302,26 @@ async def test_a_resize_that_is_cancelled(tiny_model: Any) -> None:
         await engine.resize(least + 60_000)
         check(engine)
         assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+
+
+async def test_requests_take_nothing_of_what_is_given_back(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that came while stages were given back took what was free by the old budget, and the engine ended."""
+    least = await smallest(tiny_model)
+    set_resident = RunningModel._set_resident
+    granted = []
+
+    async def asking(self: RunningModel, resident: Any) -> None:
+        try:
+            self.governor.acquire_nowait("a request", 1).release()
+            granted.append(True)
+        except anyio.WouldBlock:
+            granted.append(False)
+        await set_resident(self, resident)
+
+    monkeypatch.setattr(RunningModel, "_set_resident", asking)
+    async with engine_of(tiny_model, "8MiB") as engine:
+        await engine.resize(least + 30_000)
+        assert granted[0] is False
+        check(engine)
+        assert (await engine.complete(tiny_model.prompts[2], tiny_model.params)).token_ids == tiny_model.references[2]
+        await check_nothing_is_left(engine)

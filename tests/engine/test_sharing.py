@@ -291,7 +291,7 @@ async def test_a_leader_is_aborted_in_the_sweep_in_which_others_need_it(long_mod
             if num_calls == num_stages:
                 assert [item.past for item in runner.sweep] == [0, 32, 32]
                 leaders.append(runner.sweep[0].request.request_id)
-                anyio.from_thread.run_sync(engine._serving.abort, runner.sweep[0].request)
+                engine._running.pipeline.call_on_loop(engine._serving.abort, runner.sweep[0].request)
             drop_aborted(batch)
 
         runner.drop_aborted = abort_the_leader

@@ -441,7 +441,7 @@ async def test_abandoned_while_it_computes(make_rig: Callable[..., Any], abandon
     def on_stage(idx: int) -> None:
         entered.append(idx)
         if idx == abandoned_at:
-            anyio.from_thread.run_sync(rig.pipeline.abandon)
+            rig.pipeline.call_on_loop(rig.pipeline.abandon)
 
     async with rig.pipeline.running():
         for _ in range(3):
@@ -481,7 +481,7 @@ async def test_a_cancelled_sweep_ends_within_a_stage(
                 ) -> None:
                     entered.append(idx)
                     if idx == at:
-                        anyio.from_thread.run_sync(scope.cancel)
+                        rig.pipeline.call_on_loop(scope.cancel)
                         assert abandoned.wait(30)  # the loop cancels the task a moment later
                         abandoned.clear()
 

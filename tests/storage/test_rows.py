@@ -41,11 +41,12 @@ def matrix(
 
 async def read_rows(spec: TensorSpec, rows: list[int], max_rows: int, statistics: ReadStatistics | None = None) -> Any:
     with ThreadPoolExecutor(1) as executor:
-        async with Reader([spec.file], executor, statistics or ReadStatistics()) as reader:
-            row_reader = RowReader(spec, reader, max_rows)
+        async with (
+            Reader([spec.file], executor, statistics or ReadStatistics()) as reader,
+            RowReader(spec, reader, max_rows) as row_reader,
+        ):
             views = await row_reader.read(rows)
             copied = [view.clone() for view in views]
-            row_reader.close()
     return copied
 
 
@@ -69,8 +70,7 @@ async def test_neighbours_are_read_together_and_far_ones_apart(tmp_path: Path) -
 async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
     tensor, spec = matrix(tmp_path, 10, 8)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader([spec.file], executor, ReadStatistics()) as reader:
-            row_reader = RowReader(spec, reader, 1)
+        async with Reader([spec.file], executor, ReadStatistics()) as reader, RowReader(spec, reader, 1) as row_reader:
             for row in (0, 9, 4):
                 assert torch.equal((await row_reader.read([row]))[0], tensor[row])
 
@@ -78,12 +78,10 @@ async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
 async def test_more_rows_than_usual_take_a_larger_buffer_until_the_next_call(tmp_path: Path) -> None:
     tensor, spec = matrix(tmp_path, 100, 1100)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader([spec.file], executor, ReadStatistics()) as reader:
-            row_reader = RowReader(spec, reader, 5)
+        async with Reader([spec.file], executor, ReadStatistics()) as reader, RowReader(spec, reader, 5) as row_reader:
             for rows in ([3], list(range(0, 100, 7)), [99], list(range(100)), [1, 50]):
                 assert torch.equal(torch.stack(await row_reader.read(rows)), tensor[rows])
                 assert row_reader._buffer.nbytes == RowReader.buffer_bytes(spec, max(5, len(rows)))
-            row_reader.close()
 
 
 async def test_other_reads_are_held_back_while_rows_would_wait_for_them(tmp_path: Path) -> None:
@@ -100,8 +98,10 @@ async def test_other_reads_are_held_back_while_rows_would_wait_for_them(tmp_path
             told.append("let go")
 
     with ThreadPoolExecutor(ROWS_AT_ONCE) as executor:
-        async with Reader([spec.file], executor, ReadStatistics()) as reader:
-            row_reader = RowReader(spec, reader, 100, held_back)
+        async with (
+            Reader([spec.file], executor, ReadStatistics()) as reader,
+            RowReader(spec, reader, 100, held_back) as row_reader,
+        ):
             few, many = list(range(0, 10 * ROWS_AT_ONCE, 10)), list(range(0, 100, 10))
             assert torch.equal(torch.stack(await row_reader.read(few)), tensor[few])
             assert told == []
