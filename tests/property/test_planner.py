@@ -394,7 +394,6 @@ def test_more_memory_never_leaves_less_of_anything(
     less = model.minimum(config) + first
     poor, rich = model.plan(less, config), model.plan(less + more, config)
     assert all(after >= before for before, after in zip(offers(poor), offers(rich), strict=True))
-    assert rich.kv_bytes - poor.kv_bytes <= more
 
 
 @relaxed
