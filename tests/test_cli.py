@@ -23,6 +23,7 @@ from hermes_async.cli.lines import LineReader
 from hermes_async.cli.running import Interrupts, run
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.engine import Engine
+from hermes_async.engine.preparing import Preparations
 from hermes_async.engine.serving import Serving
 from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
@@ -395,14 +396,11 @@ def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
 def test_ctrl_c_before_the_request_is_made(monkeypatch: pytest.MonkeyPatch, flags: tuple[str, ...]) -> None:
-    make_request = Engine._prepare
-
-    async def interrupted(engine: Engine, *args: Any) -> Any:
+    async def interrupted(*args: Any) -> None:
         interrupt()
         await anyio.sleep_forever()
-        return await make_request(engine, *args)
 
-    monkeypatch.setattr(Engine, "_prepare", interrupted)
+    monkeypatch.setattr(Preparations, "run", interrupted)
     result = hermes("generate", MODEL_PATH, "A", "--memory", BUDGET, *flags)
     assert result.exit_code == 130
     if flags:

@@ -112,6 +112,7 @@ class EngineLifetime:
         self._running: RunningModel | None = None
         self._serving: Serving | None = None
         self._closed = False
+        self._num_calls = 0
         self._failure: _Failure | None = None
 
     async def __aenter__(self) -> Self:
@@ -204,6 +205,8 @@ class EngineLifetime:
                     except Exception as error:
                         self._fail(error, "the engine stopped")
                     finally:
+                        if self._running.pipeline.failure is not None:
+                            self._fail(self._running.pipeline.failure, "the engine stopped")
                         self._end_requests()
         except Exception as error:
             if self._serving is None:
@@ -227,10 +230,12 @@ class EngineLifetime:
     def _fail(self, error: Exception, what: str) -> None:
         """Logs each error of `error`, which may be a group; the first that there ever was is the failure."""
         for each in all_errors(error):
+            if self._failure is not None and each is self._failure.error:
+                continue  # it ends the pipeline too
             _log.error("%s: %s: %s", what, type(each).__name__, each, exc_info=each)
             if self._failure is None:
                 self._failure = _Failure(each)
-            elif each is not self._failure.error:
+            else:
                 self._failure.error.add_note(f"and then {what}: {type(each).__name__}: {each}")
 
     def _end_requests(self) -> None:
@@ -238,7 +243,7 @@ class EngineLifetime:
         if self._serving is None:
             return
         self._serving.admission.stop()
-        if self._failure is not None and self._body is not None and not self._serving.num_calls:
+        if self._failure is not None and self._body is not None and not self._num_calls:
             # No call would tell of it, however long the body goes on.
             self._body_cancelled = self._body.cancel("the engine stopped")
         for request in list(self._serving.requests.values()):
@@ -277,12 +282,15 @@ class EngineLifetime:
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
         """A call of a user, who is told where it raises the engine's failure."""
+        self._num_calls += 1
         try:
             yield
         except EngineFailedError:
             if self._failure is not None:
                 self._failure.told = True
             raise
+        finally:
+            self._num_calls -= 1
 
     def _failed(self) -> EngineFailedError:
         assert self._failure is not None

@@ -236,7 +236,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
         most = sizes.weight_bytes * 2
         minimum = plan(most, cut, sizes, config, speeds).minimum_budget
         steps = max(1, count - 1)
-        budgets = [round(minimum * (1.25 * sizes.weight_bytes / minimum) ** (step / steps)) for step in range(count)]
+        budgets = [round(minimum * (most / minimum) ** (step / steps)) for step in range(count)]
         plans: list[Plan] = []
         for budget in sorted({max(minimum, budget) for budget in budgets}):
             if not plans or plans[-1].num_buffers:

@@ -123,11 +123,6 @@ class Serving:
         if resize.error is not None:
             raise resize.error from resize.error.__cause__
 
-    @property
-    def num_calls(self) -> int:
-        """Calls under way that will be told how the engine ends."""
-        return len(self.requests) + self.preparations.num_under_way + self.forwarding.num_under_way + len(self._resizes)
-
     def end_resizes(self, error: HermesError) -> None:
         while self._resizes:
             self._resizes.popleft().end(error)

@@ -9,7 +9,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -93,6 +93,7 @@ class Pipeline:
         # All mutable state. `load_order` says what is read next, and `_free_later` feeds the daemon.
         self.load_order = LoadOrder(self.stages, ring, self._free, pinned=pinned)
         self._free_later, self._to_free = anyio.create_memory_object_stream[Stage](float("inf"))
+        self.failure: Exception | None = None  # what ended an agent that should have gone on
         self._abandoned = False
         self._look = False  # somebody was aborted while the compute thread may wait
         self._sweeps: queue.SimpleQueue[SweepWork | None] = queue.SimpleQueue()  # None ends the inference agent
@@ -123,16 +124,24 @@ class Pipeline:
             when_interpreter_exits(self)
             with ungrouped():
                 async with anyio.create_task_group() as agents:
-                    agents.start_soon(self._daemon_agent, name="hermes daemon agent")
-                    agents.start_soon(self._inference_agent, name="hermes inference agent")
+                    agents.start_soon(self._run_agent, self._daemon_agent, name="hermes daemon agent")
+                    agents.start_soon(self._run_agent, self._inference_agent, name="hermes inference agent")
                     for idx in range(self._num_loading_agents + _CLAIMED_AHEAD):
-                        agents.start_soon(self._loading_agent, reader, name=f"hermes loading agent {idx}")
+                        loading_agent = partial(self._loading_agent, reader)
+                        agents.start_soon(self._run_agent, loading_agent, name=f"hermes loading agent {idx}")
                     try:
                         yield
                     finally:
                         self.abandon()
                         self._sweeps.put(None)
                         agents.cancel_scope.cancel()
+
+    async def _run_agent(self, agent: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await agent()
+        except Exception as error:
+            self.failure = self.failure or error
+            raise
 
     async def wait_resident(self) -> None:
         """Waits until every resident stage is in memory.

@@ -95,7 +95,8 @@ class Reserve:
     @cached_property
     def _long_text(self) -> int:
         tokens = max(self._sizes.long_text_tokens, self._counts[0])
-        return self._allowances[bisect_left(self._counts, tokens)] - self._allowances[0]
+        place = min(bisect_left(self._counts, tokens), len(self._counts) - 1)
+        return self._allowances[place] - self._allowances[0]
 
     @cached_property
     def _most_streaming(self) -> int:

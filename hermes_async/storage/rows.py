@@ -12,7 +12,6 @@ import anyio
 import anyio.abc
 import torch
 
-from hermes_async.errors import ReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.reader import Reader, ReadRange
 from hermes_async.storage.tensor_spec import TensorSpec
@@ -28,7 +27,7 @@ _MAX_GAP_BYTES = 2 * ALIGNMENT
 class _Reading:
     """A read that has a task of its own, and what came of it."""
 
-    error: ReadError | None = None
+    error: Exception | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
@@ -115,7 +114,7 @@ class RowReader:
     async def _read(self, reading: _Reading, ranges: Sequence[ReadRange]) -> None:
         try:
             await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
-        except ReadError as error:  # raised again where the rows are awaited
+        except Exception as error:  # raised again where the rows are awaited
             reading.error = error
         finally:
             reading.ended.set()

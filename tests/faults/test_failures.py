@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import threading
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -205,3 +208,23 @@ def where(engine: Engine) -> Any:
         path.append(None if frame is None else (id(frame), frame.f_lasti))
         waits = getattr(waits, "cr_await", None) or getattr(waits, "ag_await", None)
     return path
+
+
+@pytest.mark.parametrize("agent", ["hermes-loading-agent", "hermes-row-reader"])
+async def test_what_ends_an_agent_is_told_as_the_failure(
+    tiny_model: Any, disk: Any, caplog: pytest.LogCaptureFixture, agent: str
+) -> None:
+    """An error that is none of reading: callers learn it, and not that the engine was left."""
+    failure = ZeroDivisionError("in an agent")
+
+    def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
+        if agent in threading.current_thread().name:
+            raise failure
+        return read()
+
+    async with open_engine(tiny_model) as engine:
+        disk.on_read = on_read
+        with pytest.raises(EngineFailedError, match="in an agent") as caught:
+            await engine.complete(tiny_model.prompts[1], tiny_model.params)
+    assert caught.value.__cause__ is failure
+    assert [record.exc_info[1] for record in caplog.records if record.levelno == logging.ERROR] == [failure]  # type: ignore[index]

@@ -149,7 +149,7 @@ async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it
     told = False
 
     def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
-        if engine.statistics().sweeps == 1 and not told:
+        if engine._serving.statistics().sweeps == 1 and not told:
             raise OSError(errno.EIO, "Input/output error")
         return read()
 
