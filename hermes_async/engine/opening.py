@@ -99,6 +99,7 @@ class OpenedModel:
         sentences: How the checkpoint makes tokens of texts for that, or why it does not.
         sentence_tokenizer: The tokenizer for that.
         forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
+        budgets_for_kv: The smallest `kv_budget` and `memory_budget` that leave so many bytes to KV caches.
         draft: The draft model, if one was given.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
         claim: On the memory that the engines of the user have in common; until `close`.
@@ -116,6 +117,7 @@ class OpenedModel:
     sentences: SentenceSettings | CheckpointError
     sentence_tokenizer: SharedTokenizer | None
     forward_bytes: Callable[[int, int], int]
+    budgets_for_kv: Callable[[int], tuple[int, int]]
     draft: OpenedDraft | None
     baseline_bytes: int
     claim: Claim
@@ -171,7 +173,15 @@ def open_model(
         budget = _claimed(claim, fixed_budget)
         of_pass = forward_bytes(skeleton, seen)
         sizes = _sizes(skeleton, attention, seen, of_pass, draft)
-        chosen = plan(budget, _cuts(skeleton, seen), sizes, config, _speeds(checkpoint))
+        cuts, speeds = _cuts(skeleton, seen), _speeds(checkpoint)
+        chosen = plan(budget, cuts, sizes, config, speeds)
+        own_kv_bytes_per_token = seen.kv.bytes_per_token
+
+        def budgets_for_kv(kv_bytes: int) -> tuple[int, int]:
+            kv_budget = -(-kv_bytes * sizes.kv_bytes_per_token // own_kv_bytes_per_token)
+            plenty = 2 * (sizes.weight_bytes + kv_budget + sizes.workspace_bytes(1, 1, kv_budget))
+            return kv_budget, plan(plenty, cuts, sizes, replace(config, kv_budget=kv_budget), speeds).minimum_budget
+
         if draft is not None:
             own = chosen.kv_bytes * seen.kv.bytes_per_token // sizes.kv_bytes_per_token
             draft = replace(draft, kv_bytes=chosen.kv_bytes - own)
@@ -191,6 +201,7 @@ def open_model(
         sentences,
         shared_for_sentences,
         of_pass,
+        budgets_for_kv,
         draft,
         baseline,
         claim,

@@ -163,12 +163,13 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         capacity = capacity if context is None else min(context, capacity)
     needed = kv.nbytes(capacity)
     if needed > plan.kv_bytes:
-        minimum = plan.memory_budget + needed - plan.kv_bytes
+        kv_budget, minimum = opened.budgets_for_kv(needed)
+        minimum = max(minimum, plan.memory_budget)
         raise MemoryBudgetError(
             f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves "
             f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for "
-            f"fewer tokens, or give the engine kv_budget={needed} or a memory_budget of at least {minimum} bytes "
-            f"({format_bytes(minimum)})",
+            f"fewer tokens, or give the engine kv_budget={kv_budget} in a memory_budget of {minimum} bytes "
+            f"({format_bytes(minimum)}) or more",
             requested_bytes=needed,
             budget_bytes=plan.kv_bytes,
             minimum_bytes=minimum,

@@ -147,7 +147,7 @@ async def test_a_request_that_can_never_fit_fails_at_once(long_model: Any) -> No
                 await engine.complete(tokens(2, 100), greedy_params(157))
             assert caught.value.requested_bytes == 17 * BLOCK_BYTES
             assert caught.value.budget_bytes == 16 * BLOCK_BYTES
-            assert caught.value.minimum_bytes == 8 * 2**20 + BLOCK_BYTES
+            assert caught.value.minimum_bytes == 8 * 2**20  # in which weights can leave it
             assert "257 tokens" in str(caught.value)
             assert f"kv_budget={17 * BLOCK_BYTES}" in str(caught.value)
         completion = await engine.complete(tokens(2, 100), greedy_params(156))  # 256 tokens: all there is

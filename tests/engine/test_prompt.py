@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hermes_async import ContextLengthError, Engine, MemoryBudgetError, RequestError, SamplingParams
+from hermes_async import ContextLengthError, Engine, EngineConfig, MemoryBudgetError, RequestError, SamplingParams
 
 pytestmark = pytest.mark.anyio
 
@@ -152,10 +152,14 @@ async def test_a_request_that_can_never_fit_tells_the_numbers(tiny_model: Any, t
         error = caught.value
         assert error.requested_bytes > error.budget_bytes == engine.plan.kv_bytes
         assert error.minimum_bytes is not None
+        assert f"kv_budget={error.requested_bytes} in a memory_budget of {error.minimum_bytes}" in str(error)
         # As many tokens as there is memory for, if the number is left open.
         async for chunk in engine.generate([5], SamplingParams(max_tokens=None, temperature=0, ignore_eos=True)):
             assert chunk.finish_reason is None
             break
+    advised = EngineConfig(kv_budget=error.requested_bytes)
+    async with Engine(path, memory_budget=error.minimum_bytes, config=advised) as engine:
+        assert len((await engine.complete([5], params)).token_ids) == 2000
 
 
 @pytest.fixture
