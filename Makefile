@@ -36,8 +36,10 @@ test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto
 
 # What depends on the versions of transformers and torch: parity, checkpoints, forward, engine. `make test` runs all tests
-# on both event loops; to stay short, these run on one, and leave out what is the engine's own: queues, budgets, arguments.
-OWN_TESTS := admission following foreign_errors kv_blocks pausing preparation scheduler speculation timing tracing
+# on both event loops; to stay short, these run on one, and leave out what is the engine's own: queues, budgets, drafts,
+# sessions, arguments.
+OWN_TESTS := admission budgets drafting following foreign_errors kv_blocks memory_of_many_lengths pausing preparation \
+	profiling resize scheduler sessions sharing speculation timing tracing
 VERSION_TESTS := tests/parity tests/modeling tests/faults/test_checkpoints.py tests/storage/test_checkpoint.py tests/engine \
 	$(OWN_TESTS:%=--ignore=tests/engine/test_%.py) -k "not uvloop"
 
