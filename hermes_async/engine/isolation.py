@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from hermes_async.errors import CheckpointError, HermesError, RequestError
@@ -26,8 +26,7 @@ def reason_of(error: BaseException) -> str:
     return f"{type(error).__name__}: {reason}"
 
 
-@contextmanager
-def one_request(what: str) -> Iterator[None]:
+def one_request(what: str) -> AbstractContextManager[None]:
     """Makes a `RequestError` of whatever a library raises in the body; all else passes as it is.
 
     Args:
@@ -38,16 +37,10 @@ def one_request(what: str) -> Iterator[None]:
 
     Cancellation: passes unchanged.
     """
-    try:
-        yield
-    except BaseException as error:
-        if not is_foreign(error):
-            raise
-        raise RequestError(f"{what} failed: {reason_of(error)}") from error
+    return _foreign_errors_as(RequestError, f"{what} failed")
 
 
-@contextmanager
-def one_checkpoint(source: Any) -> Iterator[None]:
+def one_checkpoint(source: Any) -> AbstractContextManager[None]:
     """As `one_request`, for a checkpoint that is opened.
 
     Raises:
@@ -55,9 +48,14 @@ def one_checkpoint(source: Any) -> Iterator[None]:
 
     Cancellation: passes unchanged.
     """
+    return _foreign_errors_as(CheckpointError, f"{source} cannot be opened")
+
+
+@contextmanager
+def _foreign_errors_as(kind: type[RequestError | CheckpointError], message: str) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
         if not is_foreign(error):
             raise
-        raise CheckpointError(f"{source} cannot be opened: {reason_of(error)}") from error
+        raise kind(f"{message}: {reason_of(error)}") from error

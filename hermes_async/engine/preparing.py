@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import math
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeVar
@@ -14,6 +11,7 @@ import anyio
 
 from hermes_async.engine.isolation import one_request
 from hermes_async.errors import DeadlineExceededError, HermesError, RequestError
+from hermes_async.storage.threads import run_in_thread
 
 T = TypeVar("T")
 
@@ -62,10 +60,6 @@ class Preparations:
         """Requests to generate that are prepared just now."""
         return sum(preparation.request_id is not None for preparation in self._under_way)
 
-    @property
-    def num_under_way(self) -> int:
-        return len(self._under_way)
-
     def is_under_way(self, request_id: str) -> bool:
         return any(preparation.request_id == request_id for preparation in self._under_way)
 
@@ -105,7 +99,7 @@ class Preparations:
         result: list[T] = []
         try:
             with scope:
-                result.append(await _on_a_thread(check, self._threads))
+                result.append(await self._on_a_thread(check))
         finally:
             self._under_way.discard(preparation)
             preparation.ready.set()
@@ -115,39 +109,16 @@ class Preparations:
             raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
         return result[0]
 
-
-async def _on_a_thread(check: Callable[[], T], threads: anyio.CapacityLimiter) -> T:
-    """Calls `check` on a daemon thread, which gives its place in `threads` back when `check` has ended.
-
-    anyio's own worker threads would give it back when the caller leaves, and keep the interpreter from exiting.
-    """
-    place = object()
-    await threads.acquire_on_behalf_of(place)
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[None] = loop.create_future()
-    results: list[T] = []
-    errors: list[BaseException] = []
-
-    def report() -> None:
-        threads.release_on_behalf_of(place)
-        if not done.done():  # its caller is still there
-            done.set_result(None)
-
-    def run() -> None:
+    async def _on_a_thread(self, check: Callable[[], T]) -> T:
+        """Calls `check` on a thread that nobody has to wait for, nor the interpreter's exit."""
         try:
-            with one_request("the preparation of the request"):
-                results.append(check())
-        except BaseException as error:
-            errors.append(error)
-        with contextlib.suppress(RuntimeError):  # the event loop was closed: nobody waits
-            loop.call_soon_threadsafe(report)
+            return await run_in_thread(
+                _checked, check, abandon_on_cancel=True, left_at_exit=True, limiter=self._threads
+            )
+        except RuntimeError as error:  # never of `check`
+            raise RequestError(f"no thread can be started to prepare the request: {error}") from error
 
-    try:
-        threading.Thread(target=run, name="preparation of a request", daemon=True).start()
-    except RuntimeError as error:
-        threads.release_on_behalf_of(place)
-        raise RequestError(f"no thread can be started to prepare the request: {error}") from error
-    await done
-    if errors:
-        raise errors.pop()
-    return results.pop()
+
+def _checked(check: Callable[[], T]) -> T:
+    with one_request("the preparation of the request"):
+        return check()

@@ -18,7 +18,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -85,14 +85,15 @@ class _Call:
     """A call on a worker thread, and then what came of it.
 
     Attributes:
-        left_at_exit: The interpreter's exit does not wait for it: it is not in native code that wants the
-            interpreter's lock.
+        left_at_exit: The interpreter's exit does not wait for it.
+        limiter: Of which it has a place.
         cancelled: Whoever waits for it was cancelled.
     """
 
     function: Callable[[], Any]
     loop: asyncio.AbstractEventLoop
     left_at_exit: bool
+    limiter: anyio.CapacityLimiter | None
     cancelled: bool = False
     result: Any = None
     error: BaseException | None = None
@@ -111,6 +112,12 @@ class _Call:
             if not self.left_at_exit:
                 _exit.leave()
 
+    def end(self) -> None:
+        """Called on the event loop when it has run, or cannot."""
+        if self.limiter is not None:
+            self.limiter.release_on_behalf_of(self)
+        self.done.set()
+
     def interpreter_exits(self) -> None:
         self.cancelled = True
 
@@ -127,7 +134,7 @@ class _Worker(threading.Thread):
             call.run()
             _idle.append(self)
             with suppress(RuntimeError):  # the loop was closed: nobody waits
-                call.loop.call_soon_threadsafe(call.done.set)
+                call.loop.call_soon_threadsafe(call.end)
             del call
 
     def _next_call(self) -> _Call | None:
@@ -155,36 +162,44 @@ async def run_in_thread(
     Args:
         abandon_on_cancel: A cancelled call ends at once; the thread goes on, and what it returns is dropped.
         left_at_exit: The interpreter's exit does not wait for the call: it waits for files and the like, and calls no
-            native code that takes the interpreter's lock by itself.
-        limiter: Bounds how many calls are under way.
+            native code that takes the interpreter's lock by itself; or it may take minutes, as tokenizing does.
+        limiter: Bounds how many calls are under way, those that were abandoned too.
+
+    Raises:
+        RuntimeError: No thread can be started; or what `function` raises.
 
     Cancellation: waits for the call to end, which may use `check_cancelled`; what it returns is dropped.
     """
     await anyio.lowlevel.checkpoint()
-    async with limiter or nullcontext():
-        call = _Call(partial(function, *args), asyncio.get_running_loop(), left_at_exit)
-        when_interpreter_exits(call)
+    call = _Call(partial(function, *args), asyncio.get_running_loop(), left_at_exit, limiter)
+    if limiter is not None:
+        await limiter.acquire_on_behalf_of(call)
+    when_interpreter_exits(call)
+    try:
+        worker = _idle.pop()
+    except IndexError:
+        worker = _Worker()
         try:
-            worker = _idle.pop()
-        except IndexError:
-            worker = _Worker()
             worker.start()
-        worker.calls.put(call)
-        try:
-            await call.done.wait()
-        except anyio.get_cancelled_exc_class():
-            call.cancelled = True
-            if not abandon_on_cancel:
-                with anyio.CancelScope(shield=True):
-                    await call.done.wait()
+        except RuntimeError:
+            call.end()
             raise
-        try:
-            if call.error is not None:
-                raise call.error
-            result: T = call.result
-            return result
-        finally:
-            del call  # it has the error, which has this frame
+    worker.calls.put(call)
+    try:
+        await call.done.wait()
+    except anyio.get_cancelled_exc_class():
+        call.cancelled = True
+        if not abandon_on_cancel:
+            with anyio.CancelScope(shield=True):
+                await call.done.wait()
+        raise
+    try:
+        if call.error is not None:
+            raise call.error
+        result: T = call.result
+        return result
+    finally:
+        del call  # it has the error, which has this frame
 
 
 class CallCancelled(BaseException):

@@ -189,15 +189,11 @@ async def test_preparations_that_were_left_keep_their_places(
             # Both threads are still at work: another prompt waits for one of them, and its deadline holds.
             with pytest.raises(DeadlineExceededError):
                 await engine.complete(tiny_model.prompts[1], tiny_model.params, deadline=anyio.current_time() + 0.05)
-            assert len(_threads()) == 2
+            assert engine._serving.preparations._threads.borrowed_tokens == 2
             held.set()
             completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
         assert completion.token_ids == tiny_model.references[1]
-        await until(lambda: not _threads())
-
-
-def _threads() -> list[threading.Thread]:
-    return [thread for thread in threading.enumerate() if thread.name == "preparation of a request"]
+        await until(lambda: engine._serving.preparations._threads.borrowed_tokens == 0)
 
 
 def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: Any) -> None:
