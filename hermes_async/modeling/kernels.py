@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from hermes_async.modeling.transformers_api import enable_one_dnn, one_dnn_enabled, packs_attention
 
 _LEAST_PACKED_QUERIES = 64  # torch packs no fewer
+_packs_attention = cache(packs_attention)  # asked for in each layer of each sweep
 
 
 class _Switch:
@@ -84,8 +85,3 @@ class BoundedAttention(TorchFunctionMode):
 def bounded_attention(dtype: torch.dtype) -> AbstractContextManager[Any]:
     """`BoundedAttention` where the CPU needs it for this dtype: it costs a microsecond an operation."""
     return BoundedAttention() if _packs_attention(dtype) else nullcontext()
-
-
-@cache  # asked for in each layer of each sweep
-def _packs_attention(dtype: torch.dtype) -> bool:
-    return packs_attention(dtype)
