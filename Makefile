@@ -35,13 +35,12 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto
 
-# What depends on the versions of transformers and torch: parity, checkpoints, forward, engine. `make test` runs all tests
-# on both event loops; to stay short, these run on one, and leave out what is the engine's own: queues, budgets, drafts,
-# sessions, arguments.
-OWN_TESTS := admission budgets drafting following foreign_errors kv_blocks memory_of_many_lengths pausing preparation \
-	profiling resize scheduler sessions sharing speculation timing tracing
+# What depends on the versions of transformers and torch: parity, checkpoints, forward passes, tokenizers. `make test`
+# runs all tests on both event loops; to stay short, these run on one, and leave out features that are the engine's own.
+OWN_FEATURES := admission automatic_budget budgets drafting foreign_errors memory_of_many_lengths pausing preparation \
+	resize sessions sharing tracing
 VERSION_TESTS := tests/parity tests/modeling tests/faults/test_checkpoints.py tests/storage/test_checkpoint.py tests/engine \
-	$(OWN_TESTS:%=--ignore=tests/engine/test_%.py) -k "not uvloop"
+	tests/features $(OWN_FEATURES:%=--ignore=tests/features/test_%.py) tests/serving/test_text_stream.py -k "not uvloop"
 
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*

@@ -40,7 +40,7 @@ from transformers import LlamaConfig
 from benchmarks.checkpoints import sparse_checkpoint
 from benchmarks.memory_group import line_of, memory_group
 from hermes_async import Engine, SamplingParams
-from hermes_async.pipeload.memory import OVERHEAD_BYTES
+from hermes_async.memory.available import OVERHEAD_BYTES
 
 MIB = 2**20
 

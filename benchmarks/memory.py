@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.checkpoints import llama_config, random_checkpoint
 from hermes_async import Engine, SamplingParams, format_bytes
-from hermes_async.kernel_caches import BESIDE_BUDGET_BYTES
-from hermes_async.pipeload.memory import process_rss_bytes
+from hermes_async.memory.available import process_rss_bytes
+from hermes_async.memory.kernel_caches import BESIDE_BUDGET_BYTES
 
 MIB = 2**20
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from benchmarks.disk import limited_disk, read_directly
 from benchmarks.paper_checkpoints import layer_groups
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams
-from hermes_async.pipeload.memory import process_rss_bytes
+from hermes_async.memory.available import process_rss_bytes
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.reader import ReadRange
 

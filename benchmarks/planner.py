@@ -34,9 +34,9 @@ from benchmarks.disk import limited_disk
 from benchmarks.paper_modes import measure_disk, weight_bytes
 from benchmarks.processes import preload, run_alone
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams, format_bytes
-from hermes_async.engine.profile_store import profile_file, save_profile
-from hermes_async.engine.profiling import measure
-from hermes_async.pipeload.prediction import predict
+from hermes_async.planning.prediction import predict
+from hermes_async.planning.profile_store import profile_file, save_profile
+from hermes_async.profiler.profiler import measure
 from hermes_async.storage.checkpoint import Checkpoint
 
 MIB = 2**20
@@ -70,7 +70,7 @@ def main() -> None:
     budgets = [float(share) for share in args.budgets.split(",")]
     sessions = [int(count) for count in args.sessions.split(",")]
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
-    preload("benchmarks.paper_modes", "hermes_async.engine.profiling")
+    preload("benchmarks.paper_modes", "hermes_async.profiler.profiler")
     results = {}
     with tempfile.TemporaryDirectory(prefix="hermes-benchmark-") as cache:
         os.environ["XDG_CACHE_HOME"] = cache  # nothing that was measured before, and nothing is left

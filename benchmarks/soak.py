@@ -38,7 +38,7 @@ from hermes_async import Chunk, DeadlineExceededError, Engine, EngineConfig, Sam
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import has_chat_template
-from hermes_async.pipeload.memory import process_rss_bytes
+from hermes_async.memory.available import process_rss_bytes
 
 _ENGINE_LEASES = 4
 _KV_TOKENS = 2048

@@ -6,16 +6,12 @@ torch and transformers are imported when the first engine opens, not with this p
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hermes_async import kernel_caches as kernel_caches  # before torch computes anything
+from hermes_async.memory import kernel_caches as kernel_caches  # before torch computes anything
 
 if TYPE_CHECKING:
     from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
     from hermes_async.engine.engine import Engine
-    from hermes_async.engine.events import RequestEvent
-    from hermes_async.engine.label import Label
-    from hermes_async.engine.request import Chunk, Completion, Timings, Usage
     from hermes_async.engine.session import Session
-    from hermes_async.engine.statistics import EngineStatistics
     from hermes_async.errors import (
         CheckpointError,
         ConfigError,
@@ -37,9 +33,18 @@ if TYPE_CHECKING:
         ShortReadError,
         UnsupportedModelError,
     )
-    from hermes_async.modeling.sampled_token import SampledToken
-    from hermes_async.pipeload.plan import Plan
-    from hermes_async.pipeload.prediction import Prediction, predict
+    from hermes_async.planning.plan import Plan
+    from hermes_async.planning.prediction import Prediction, predict
+    from hermes_async.results import (
+        Chunk,
+        Completion,
+        EngineStatistics,
+        Label,
+        RequestEvent,
+        SampledToken,
+        Timings,
+        Usage,
+    )
 
 __version__ = "0.1.0"
 
@@ -83,23 +88,23 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Chunk": "engine.request",
-    "Completion": "engine.request",
+    "Chunk": "results",
+    "Completion": "results",
     "Engine": "engine.engine",
     "EngineConfig": "config",
-    "EngineStatistics": "engine.statistics",
-    "Label": "engine.label",
-    "Plan": "pipeload.plan",
-    "Prediction": "pipeload.prediction",
-    "RequestEvent": "engine.events",
-    "SampledToken": "modeling.sampled_token",
+    "EngineStatistics": "results",
+    "Label": "results",
+    "Plan": "planning.plan",
+    "Prediction": "planning.prediction",
+    "RequestEvent": "results",
+    "SampledToken": "results",
     "SamplingParams": "config",
     "Session": "engine.session",
-    "Timings": "engine.request",
-    "Usage": "engine.request",
+    "Timings": "results",
+    "Usage": "results",
     "format_bytes": "config",
     "parse_bytes": "config",
-    "predict": "pipeload.prediction",
+    "predict": "planning.prediction",
 }
 """Where each public name is; the errors are in `errors`."""
 

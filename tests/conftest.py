@@ -12,9 +12,9 @@ import transformers
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
+from hermes_async.memory import claims
+from hermes_async.memory.other_processes import Neighbourhood
 from hermes_async.modeling.skeleton import token_embedding
-from hermes_async.pipeload import claims
-from hermes_async.pipeload.neighbours import Neighbourhood
 from tests.disks import Disk
 
 # How long an example takes says nothing of its result, and machines differ.

@@ -20,13 +20,13 @@ from hermes_async.cli import app
 from hermes_async.cli import chat as chat_module
 from hermes_async.cli import generate as generate_module
 from hermes_async.cli.lines import LineReader
-from hermes_async.cli.running import Interrupts, run
+from hermes_async.cli.run import Interrupts, run
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.engine import Engine
-from hermes_async.engine.preparing import Preparations
-from hermes_async.engine.serving import Serving
 from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
+from hermes_async.serving.loop import Serving
+from hermes_async.serving.preparations import Preparations
 
 BUDGET = "6MiB"
 

@@ -8,13 +8,13 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from hermes_async.cli.running import Interrupts
+from hermes_async.cli.run import Interrupts
 from hermes_async.config import SamplingParams, format_bytes, format_count
 
 if TYPE_CHECKING:
     from hermes_async import Engine, EngineStatistics, Session
     from hermes_async.engine.prompt import Prompt
-    from hermes_async.engine.request import FinishReason
+    from hermes_async.results import FinishReason
 
 
 @dataclass

@@ -10,7 +10,7 @@ import typer
 from hermes_async.cli import options
 from hermes_async.cli.answer import Answer, stream_answer
 from hermes_async.cli.lines import LineReader
-from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
+from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
 from hermes_async.config import SamplingParams
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
 from hermes_async.storage.hub import HubOptions

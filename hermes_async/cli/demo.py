@@ -13,7 +13,7 @@ import anyio
 import typer
 
 from hermes_async.cli import INTERRUPTED, options
-from hermes_async.cli.running import Interrupts, errors_in_one_line, run
+from hermes_async.cli.run import Interrupts, errors_in_one_line, run
 from hermes_async.cli.tables import print_table
 from hermes_async.config import EngineConfig, SamplingParams, format_bytes, format_count
 from hermes_async.demo import MODEL_PATH

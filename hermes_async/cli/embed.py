@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from hermes_async.cli import options
-from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import Pooling
 from hermes_async.storage.hub import HubOptions
 

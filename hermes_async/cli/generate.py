@@ -12,7 +12,7 @@ import typer
 
 from hermes_async.cli import INTERRUPTED, options
 from hermes_async.cli.answer import statistics_line, stream_answer
-from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import SamplingParams
 from hermes_async.storage.hub import HubOptions
 

@@ -13,7 +13,7 @@ import typer
 
 from hermes_async.cli import options
 from hermes_async.cli.pictures import pyplot, save
-from hermes_async.cli.running import errors_in_one_line
+from hermes_async.cli.run import errors_in_one_line
 from hermes_async.cli.tables import print_table
 from hermes_async.config import format_bytes, format_count
 from hermes_async.storage.hub import HubOptions

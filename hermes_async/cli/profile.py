@@ -14,7 +14,7 @@ from typing import IO, TYPE_CHECKING, Annotated
 import typer
 
 from hermes_async.cli import options
-from hermes_async.cli.running import Interrupts, errors_in_one_line, find_checkpoint, run
+from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.cli.tables import new_table, print_table
 from hermes_async.config import format_bytes
 from hermes_async.errors import ConfigError
@@ -23,8 +23,8 @@ from hermes_async.storage.hub import HubOptions
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from hermes_async.engine.profile import Profile, StageProfile
     from hermes_async.pipeload.trace import Event
+    from hermes_async.planning.profile import Profile, StageProfile
 
 
 def profile(
@@ -41,9 +41,9 @@ def profile(
 ) -> None:
     """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
     with errors_in_one_line():
-        from hermes_async.engine.profile_store import load_profile, profile_file, save_profile
-        from hermes_async.engine.profiling import asked, measure
-        from hermes_async.engine.tracing import open_trace_file
+        from hermes_async.engine.trace_file import open_trace_file
+        from hermes_async.planning.profile_store import load_profile, profile_file, save_profile
+        from hermes_async.profiler.profiler import asked, measure
         from hermes_async.storage.checkpoint import Checkpoint
 
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))

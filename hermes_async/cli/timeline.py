@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from hermes_async.cli.pictures import pyplot, save
-from hermes_async.cli.running import errors_in_one_line
+from hermes_async.cli.run import errors_in_one_line
 from hermes_async.config import format_bytes, format_count
 from hermes_async.errors import ConfigError
 from hermes_async.pipeload.trace import Span, Timeline

@@ -10,8 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hermes_async.config import format_bytes, format_count
-from hermes_async.engine.request import Chunk, FinishReason
-from hermes_async.engine.statistics import EngineStatistics
+from hermes_async.results import Chunk, EngineStatistics, FinishReason
 
 _LINES = range(4, 16)
 """Of text that one panel shows."""

@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hermes_async.config import check_text
-from hermes_async.engine.isolation import one_request
 from hermes_async.errors import RequestError
+from hermes_async.foreign_errors import one_request
 
 if TYPE_CHECKING:
-    from hermes_async.engine.tokenizer import SharedTokenizer
+    from hermes_async.serving.tokenizer import SharedTokenizer
 
 # Results of tools may be of any kind: what they mean is the template's matter.
 _ROLES_OF_TOOLS = ("tool", "function", "ipython")

@@ -13,12 +13,12 @@ import torch
 from transformers import AutoImageProcessor
 
 from hermes_async.engine.encoding import count_text_tokens, cut, encode_pair, encode_texts, features
-from hermes_async.engine.forwarding import ForwardRequest, prepare_forward
-from hermes_async.engine.label import Label
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import CheckpointError, RequestError
 from hermes_async.modeling.inputs import input_names
+from hermes_async.results import Label
+from hermes_async.serving.forward import ForwardRequest, prepare_forward
 
 _MAX_PIXELS = 64_000_000  # of an image: a small file may claim any number, and they are all unpacked
 

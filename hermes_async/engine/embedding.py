@@ -16,15 +16,15 @@ from torch import nn
 
 from hermes_async.config import Pooling, format_count
 from hermes_async.engine.encoding import Encoded, count_prompt_tokens, cut, encode_texts, features
-from hermes_async.engine.forwarding import Forwarding, ForwardRequest, prepare_forward
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.text_length import check_could_fit
-from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
+from hermes_async.foreign_errors import ungrouped
 from hermes_async.modeling.inputs import input_names
 from hermes_async.modeling.pooling import PoolingConfig, pool
 from hermes_async.modeling.sentence import SentenceSettings
-from hermes_async.pipeload.groups import ungrouped
+from hermes_async.serving.forward import Forwarding, ForwardRequest, prepare_forward
+from hermes_async.serving.tokenizer import SharedTokenizer
 
 _SLACK = 1.25  # the longest text of a pass may be so much longer than its shortest
 

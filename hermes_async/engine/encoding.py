@@ -11,9 +11,9 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from transformers import PreTrainedTokenizerBase
 
 from hermes_async.config import check_text
-from hermes_async.engine.isolation import one_request
-from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import RequestError
+from hermes_async.foreign_errors import one_request
+from hermes_async.serving.tokenizer import SharedTokenizer
 
 Encoded = dict[str, list[int]]
 """Of one text: `input_ids`, `attention_mask`, and what else its tokenizer gives for each token."""

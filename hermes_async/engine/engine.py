@@ -11,28 +11,28 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from hermes_async.config import Pooling, SamplingParams, parse_bytes
 from hermes_async.engine.chat_messages import checked_messages
-from hermes_async.engine.isolation import one_request
 from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.preparing import PreparationAbortedError
 from hermes_async.engine.prompt import Prompt, encode, prepare
-from hermes_async.engine.request import Chunk, Completion, Request, aborted_chunk, check_deadline
 from hermes_async.engine.session import Session
-from hermes_async.engine.statistics import EngineStatistics
 from hermes_async.errors import (
     EngineClosedError,
     EngineError,
     RequestError,
     SessionClosedError,
 )
-from hermes_async.pipeload.plan import Plan
+from hermes_async.foreign_errors import one_request
+from hermes_async.planning.plan import Plan
+from hermes_async.results import Chunk, Completion, EngineStatistics, aborted_chunk
+from hermes_async.serving.preparations import PreparationAbortedError
+from hermes_async.serving.request import Request, check_deadline
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
     import numpy as np
     import numpy.typing as npt
 
-    from hermes_async.engine.label import Label
     from hermes_async.engine.opening import OpenedModel
-    from hermes_async.engine.session_kv import SessionKV
+    from hermes_async.results import Label
+    from hermes_async.serving.session_kv import SessionKV
 
 T = TypeVar("T")
 
@@ -153,7 +153,7 @@ class Engine(EngineLifetime):
 
         Cancellation: the pass ends before its next stage.
         """
-        from hermes_async.engine.forwarding import prepare_forward
+        from hermes_async.serving.forward import prepare_forward
 
         with self._call():
             request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
@@ -325,12 +325,12 @@ class Engine(EngineLifetime):
             check_deadline(deadline)
             created_at = time.perf_counter()
             serving.check_new(request_id)
-            prompt = None
+            prompt, opened = None, self._opened_model()
             with contextlib.suppress(PreparationAbortedError):
                 prompt = await serving.preparations.run(
                     lambda: prepare(
-                        serving.running.opened,
-                        tokenize(serving.running.opened),
+                        opened,
+                        tokenize(opened),
                         params,
                         prompt_lookup=self._config.prompt_lookup,
                         prior=serving.acceptance,
@@ -366,4 +366,5 @@ class Engine(EngineLifetime):
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
         """As `Preparations.run`, for what is no request to generate."""
         serving = self._model()
-        return await serving.preparations.run(lambda: check(serving.running.opened))
+        opened = self._opened_model()
+        return await serving.preparations.run(lambda: check(opened))

@@ -16,31 +16,30 @@ from typing import TYPE_CHECKING, Any, Self
 import anyio
 
 from hermes_async.config import EngineConfig, parse_bytes
-from hermes_async.engine.events import RequestEvent
-from hermes_async.engine.following import follow
-from hermes_async.engine.isolation import one_checkpoint
-from hermes_async.engine.request import Request
-from hermes_async.engine.tracing import tracing
+from hermes_async.engine.trace_file import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
-from hermes_async.pipeload.groups import all_errors, first_error
+from hermes_async.foreign_errors import all_errors, first_error, one_checkpoint
+from hermes_async.memory.automatic_budget import follow
 from hermes_async.pipeload.trace import Trace
+from hermes_async.results import RequestEvent
+from hermes_async.serving.request import Request
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.threads import run_in_thread
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
     from hermes_async.engine.opening import OpenedModel
-    from hermes_async.engine.running import RunningModel
-    from hermes_async.engine.serving import Serving
+    from hermes_async.serving.loaded_model import LoadedModel
+    from hermes_async.serving.loop import Serving
 
 _log = logging.getLogger("hermes_async")
 
-_IMPORT_TORCH = ("opening", "running", "serving", "forwarding", "embedding", "classification")
+_IMPORT_TORCH = ("engine.opening", "engine.embedding", "engine.classification", "serving.loaded_model", "serving.loop")
 
 
 def import_torch() -> None:
     """Imports the engine's modules that import torch and transformers, which takes seconds."""
     for name in _IMPORT_TORCH:
-        import_module(f"hermes_async.engine.{name}")
+        import_module(f"hermes_async.{name}")
 
 
 @contextlib.asynccontextmanager
@@ -109,7 +108,8 @@ class EngineLifetime:
         self._body_cancelled = False
         self._task: asyncio.Task[None] | None = None
         self._scope: anyio.CancelScope | None = None
-        self._running: RunningModel | None = None
+        self._opened: OpenedModel | None = None
+        self._running: LoadedModel | None = None
         self._serving: Serving | None = None
         self._closed = False
         self._num_calls = 0
@@ -182,13 +182,13 @@ class EngineLifetime:
         """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
         try:
             async with _closed_in_thread() as exits:
-                opened = await run_in_thread(self._open, exits)
-                from hermes_async.engine.running import running_model
-                from hermes_async.engine.serving import Serving
+                opened = self._opened = await run_in_thread(self._open, exits)
+                from hermes_async.serving.loaded_model import loaded_model
+                from hermes_async.serving.loop import Serving
 
                 async with (
                     tracing(self._trace) as trace,
-                    running_model(opened, self._config, self._release, trace) as self._running,
+                    loaded_model(opened, self._config, self._release, trace) as self._running,
                 ):
                     try:
                         async with anyio.create_task_group() as tasks:
@@ -278,6 +278,10 @@ class EngineLifetime:
         if self._serving is None:
             raise EngineClosedError("the engine is not entered; use it with `async with`")
         return self._serving
+
+    def _opened_model(self) -> OpenedModel:
+        assert self._opened is not None
+        return self._opened
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:

@@ -16,10 +16,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
-from hermes_async.engine.isolation import is_foreign, reason_of
-from hermes_async.engine.profile_store import load_profile, profile_file
-from hermes_async.engine.tokenizer import SharedTokenizer
 from hermes_async.errors import CheckpointError, ConfigError
+from hermes_async.foreign_errors import is_foreign, reason_of
+from hermes_async.memory.available import process_rss_bytes
+from hermes_async.memory.claims import Claim
+from hermes_async.memory.heap import bound_heap
 from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
@@ -31,13 +32,13 @@ from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
-from hermes_async.pipeload.claims import Claim
-from hermes_async.pipeload.heap import bound_heap
-from hermes_async.pipeload.memory import process_rss_bytes
-from hermes_async.pipeload.model_sizes import ModelSizes
-from hermes_async.pipeload.plan import Plan
-from hermes_async.pipeload.planner import plan
-from hermes_async.pipeload.speeds import Speeds, estimated
+from hermes_async.planning.model_sizes import ModelSizes
+from hermes_async.planning.plan import Plan
+from hermes_async.planning.planner import plan
+from hermes_async.planning.profile_store import load_profile, profile_file
+from hermes_async.planning.speeds import Speeds, estimated
+from hermes_async.serving.planned_model import PlannedDraft, PlannedModel
+from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.rows import RowReader
@@ -64,69 +65,24 @@ _TOKENIZER_FILES = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class OpenedDraft:
-    """A draft model that is not yet loaded; all of it will be in memory.
-
-    Attributes:
-        attention: Registered with transformers until `close`.
-        fixed_bytes: Of its weights and of the workspace for a pass.
-        kv_bytes: What the plan leaves for its KV.
-        max_tokens: Of one pass.
-    """
-
-    skeleton: Skeleton
-    attention: PackedAttention
-    seen: Probe
-    partition: Partition
-    fixed_bytes: int
-    max_tokens: int
-    kv_bytes: int = 0
-
-    def close(self) -> None:
-        self.attention.close()
-
-
 @dataclass(slots=True)
-class OpenedModel:
-    """A model that is planned and not yet loaded.
+class OpenedModel(PlannedModel):
+    """A planned model, and what the engine needs to turn its users' texts into its inputs.
 
     Attributes:
-        plan: Replaced when a running engine gets another budget; nothing else ever changes.
-        attention: Registered with transformers until `close`.
-        partition: The plan's.
+        tokenizer: None where the checkpoint has none, for the reason that `tokenizer_error` gives.
         pooling: How the checkpoint makes sentence vectors, or why it makes none, which only `embed` asks for.
         sentences: How the checkpoint makes tokens of texts for that, or why it does not.
         sentence_tokenizer: The tokenizer for that.
-        forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
         budgets_for_kv: The smallest `kv_budget` and `memory_budget` that leave so many bytes to KV caches.
-        draft: The draft model, if one was given.
-        baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
-        claim: On the memory that the engines of the user have in common; until `close`.
     """
 
-    checkpoint: Checkpoint
-    skeleton: Skeleton
-    attention: PackedAttention
-    seen: Probe
-    partition: Partition
-    plan: Plan
     tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
     sentence_tokenizer: SharedTokenizer | None
-    forward_bytes: Callable[[int, int], int]
     budgets_for_kv: Callable[[int], tuple[int, int]]
-    draft: OpenedDraft | None
-    baseline_bytes: int
-    claim: Claim
-
-    def close(self) -> None:
-        self.claim.release()
-        self.attention.close()
-        if self.draft is not None:
-            self.draft.close()
 
 
 def open_model(
@@ -189,22 +145,22 @@ def open_model(
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
-        checkpoint,
-        skeleton,
-        attention,
-        seen,
-        chosen.partition,
-        chosen,
-        shared,
-        tokenizer_error,
-        pooling,
-        sentences,
-        shared_for_sentences,
-        of_pass,
-        budgets_for_kv,
-        draft,
-        baseline,
-        claim,
+        checkpoint=checkpoint,
+        skeleton=skeleton,
+        attention=attention,
+        seen=seen,
+        partition=chosen.partition,
+        plan=chosen,
+        forward_bytes=of_pass,
+        draft=draft,
+        baseline_bytes=baseline,
+        claim=claim,
+        tokenizer=shared,
+        tokenizer_error=tokenizer_error,
+        pooling=pooling,
+        sentences=sentences,
+        sentence_tokenizer=shared_for_sentences,
+        budgets_for_kv=budgets_for_kv,
     )
 
 
@@ -283,7 +239,7 @@ def _open_draft(
     config: EngineConfig,
     on_error: ExitStack,
     hub: HubOptions,
-) -> OpenedDraft:
+) -> PlannedDraft:
     with only_waiting():
         checkpoint = open_checkpoint(source, hub)
     check_cancelled()
@@ -305,7 +261,7 @@ def _open_draft(
     whole = partition(skeleton, seen, None)
     weights = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + whole.cast_bytes
     workspace = workspace_bytes(skeleton, seen, attention)(_DRAFT_TOKENS, config.max_sequences, 0)
-    return OpenedDraft(skeleton, attention, seen, whole, weights + workspace, _DRAFT_TOKENS)
+    return PlannedDraft(skeleton, attention, seen, whole, weights + workspace, _DRAFT_TOKENS)
 
 
 def _sizes(
@@ -313,7 +269,7 @@ def _sizes(
     attention: PackedAttention,
     seen: Probe,
     of_pass: Callable[[int, int], int],
-    draft: OpenedDraft | None,
+    draft: PlannedDraft | None,
 ) -> ModelSizes:
     embedding = skeleton.tensors[skeleton.embedding_name] if seen.embeds_input_ids else None
     if skeleton.generates:

@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from hermes_async.config import SamplingParams, check_text, format_bytes
 from hermes_async.engine.chat_messages import render
-from hermes_async.engine.speculation import AcceptanceRates, PromptLookup
-from hermes_async.engine.text import TextStream
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
+from hermes_async.serving.request import PreparedPrompt
+from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
+from hermes_async.serving.text_stream import TextStream
 
 if TYPE_CHECKING:  # what imports torch, only where it is used
     from hermes_async.engine.opening import OpenedModel
-    from hermes_async.modeling.sampling import Sampler
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedPrompt:
-    """A prompt that was checked against the model.
-
-    Attributes:
-        token_ids: At least one.
-        capacity: Most tokens that the sequence may come to have.
-        text_stream: None without a tokenizer.
-        lookup: Drafts from the sequence itself; None where that is switched off.
-        acceptance: How often its drafts were right.
-    """
-
-    token_ids: list[int]
-    capacity: int
-    sampler: Sampler
-    text_stream: TextStream | None
-    lookup: PromptLookup | None
-    acceptance: AcceptanceRates
 
 
 def prepare(

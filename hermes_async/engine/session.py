@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hermes_async.config import SamplingParams, check_text
 from hermes_async.engine.chat_messages import checked_messages
-from hermes_async.engine.isolation import one_request
 from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
-from hermes_async.engine.request import Chunk, Completion
 from hermes_async.errors import RequestError, SessionClosedError
+from hermes_async.foreign_errors import one_request
+from hermes_async.results import Chunk, Completion
 
 if TYPE_CHECKING:
     from hermes_async.engine.engine import Engine
     from hermes_async.engine.opening import OpenedModel
-    from hermes_async.engine.session_kv import SessionKV
+    from hermes_async.serving.session_kv import SessionKV
 
 
 class Session:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from hermes_async.errors import ContextLengthError
 
 if TYPE_CHECKING:
-    from hermes_async.engine.tokenizer import SharedTokenizer
+    from hermes_async.serving.tokenizer import SharedTokenizer
 
 _CHARS_PER_TOKEN = 8  # of the beginning that is looked at; texts have about four
 _MORE_CHARS = 2  # times as many are looked at next

@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLog
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
-from hermes_async.modeling.sampled_token import SampledToken
+from hermes_async.results import SampledToken
 
 # As in vLLM: dividing logits by less than this would only lose precision against argmax.
 _GREEDY_BELOW = 1e-5

@@ -22,7 +22,7 @@ import anyio.lowlevel
 from anyio.lowlevel import EventLoopToken
 
 from hermes_async.errors import ReadError
-from hermes_async.pipeload.groups import ungrouped
+from hermes_async.foreign_errors import ungrouped
 from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.sweep_work import SweepWork

@@ -11,8 +11,7 @@ from typer.testing import CliRunner, Result
 
 from hermes_async.cli import app
 from hermes_async.demo.show import SideBySide, Story, print_stories, statistics_table
-from hermes_async.engine.request import Chunk
-from hermes_async.engine.statistics import EngineStatistics
+from hermes_async.results import Chunk, EngineStatistics
 
 
 def demo(*args: object) -> Result:

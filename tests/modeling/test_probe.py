@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from hermes_async import EngineConfig
 from hermes_async.engine.opening import open_model
-from hermes_async.pipeload.memory import process_rss_bytes
+from hermes_async.memory.available import process_rss_bytes
 
 HIDDEN = 4096
 MACHINE_BYTES = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

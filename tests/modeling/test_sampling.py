@@ -23,8 +23,8 @@ from transformers import (
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
-from hermes_async.modeling.sampled_token import SampledToken
 from hermes_async.modeling.sampling import Sampler, TopPWarper
+from hermes_async.results import SampledToken
 
 VOCAB_SIZE = 50
 

@@ -1,0 +1,1 @@
+"""Who computes next? From a request to its tokens, sweep by sweep."""
