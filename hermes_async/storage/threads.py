@@ -227,6 +227,23 @@ def only_waiting() -> Iterator[None]:
         _exit.enter()
 
 
+class LoopEvent:
+    """An event that any thread may set. Tasks of the event loop that it was made on wait for it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._event = anyio.Event()
+
+    def set(self) -> None:
+        """Sets the event soon, on its loop. Does not wait; does nothing if the loop is closed."""
+        with suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._event.set)
+
+    async def wait(self) -> None:
+        """Waits until the event is set. Cancellation: leaves the event as it is."""
+        await self._event.wait()
+
+
 # --- reads ---
 
 
