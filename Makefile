@@ -1,4 +1,4 @@
-# Each target sets up what it needs, and can be run again at once: see `make help`.
+# Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-oldest test-newest outdated coverage lint bench
 
@@ -9,15 +9,15 @@ INSTALLED := $(VENV)/.hermes-async-dev
 BENCH ?= sweep
 
 help:
-	@echo "make demo    run the model that comes with the library in less memory than it has weights"
-	@echo "make test    run the tests; make coverage also measures what they cover, and takes longer"
+	@echo "make demo    run the model that ships with the package in less memory than its weights take"
+	@echo "make test    run the tests; make coverage also measures their coverage, and takes longer"
 	@echo "make test-oldest, make test-newest"
 	@echo "             run the tests that depend on other libraries with the oldest and the newest tested versions"
 	@echo "make outdated"
-	@echo "             say which libraries have a newer release than what was tested"
+	@echo "             list the libraries that have a newer release than the tested one"
 	@echo "make lint    check style and types"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
-	@echo "make setup   only make the virtual environment and install what development needs"
+	@echo "make setup   only create the virtual environment and install the dependencies for development"
 
 setup: $(INSTALLED)
 

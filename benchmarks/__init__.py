@@ -1,1 +1,1 @@
-"""Timings, each against its physical limit. `python -m benchmarks.NAME`; one JSON object is the last line printed."""
+"""Benchmarks, run with `python -m benchmarks.NAME`. Each prints its limit first, and one JSON object last."""

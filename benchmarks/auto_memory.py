@@ -1,10 +1,10 @@
-"""Whether `memory_budget="auto"` stays within hard limits, and uses nearly all that they leave.
+"""Checks that `memory_budget="auto"` stays within hard limits, and uses nearly all that they leave.
 
     python -m benchmarks.auto_memory [--trials sessions,engines,processes,page_cache,share] [--folder DIR]
 
 Needs root, the memory controller of cgroups version 1 at /sys/fs/cgroup/memory, 4 GiB of memory and 2 GiB of disk.
-Checkpoints in true shapes are made on the spot, of holes alone: their weights are zeros, which take as much memory as
-others. Each trial runs in a group of its own, whose limit the kernel enforces: who passes it is killed. The trials:
+Makes checkpoints with true shapes as sparse files: their weights are zeros, which take as much memory as others. Each
+trial runs in a cgroup of its own. The kernel enforces its limit, and kills a process that exceeds it. The trials:
 
     sessions     16 short sessions at once with a small model, in 320 and 350 MiB
     engines      two automatic engines in one process in 1,500 MiB, one after the other and both at once
@@ -12,11 +12,11 @@ others. Each trial runs in a group of its own, whose limit the kernel enforces: 
     page_cache   one engine in 2,104 MiB, where the page cache holds a file that was read twice
     share        one engine in 500, 1,000 and 2,000 MiB
 
-The baseline is what the group uses when its processes have imported torch, transformers and this package, and before an
-engine opens; (limit - baseline) is the ceiling for what engines may take. `taken` is the share of that ceiling that the
-plans' budgets are, with what is set aside for each process to take beside them: at least 0.90, models being larger.
-`used` is the share that was in memory at the most, page cache that can be reclaimed left out. It is less where requests
-are few: memory for KV and for a sweep's activations is there for more of them.
+The baseline is the cgroup's use after its processes have imported torch, transformers and this package, and before an
+engine opens. The ceiling for engines is (limit - baseline). `taken` is the share of the ceiling that the plans'
+budgets and the memory set aside beside them take: at least 0.90, for models that are larger. `used` is the largest
+share that was in memory, without page cache that can be reclaimed. It is less if there are few requests, because
+memory for KV and activations is meant for more of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Checkpoints in true shapes with random weights, made on the spot and deleted after."""
+"""Makes checkpoints with true shapes and random weights, and deletes them afterwards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _SHARD_BYTES = 1 << 30
 
 
 def llama_config(num_bytes: int, dtype: torch.dtype) -> LlamaConfig:
-    """Llama 3.2's 3B layer (192 MiB in bf16), as many as come closest to `num_bytes` in all."""
+    """A Llama with layers of Llama 3.2's 3B (192 MiB in bf16); their number makes the size closest to `num_bytes`."""
     hidden, intermediate, vocab_size = 3072, 8192, 32000
     layer = 2 * hidden * hidden + 2 * hidden * (hidden // 3) + 3 * hidden * intermediate + 2 * hidden
     num_layers = round((num_bytes / dtype.itemsize - vocab_size * hidden) / layer)
@@ -61,7 +61,7 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path
 
 @contextmanager
 def sparse_checkpoint(config: PreTrainedConfig, folder: Path | None = None) -> Iterator[Path]:
-    """A checkpoint of `config` in bf16 in one file of holes, which takes no disk: its weights are zeros."""
+    """A checkpoint of `config` in bf16, in one sparse file that takes no disk space. Its weights are zeros."""
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))

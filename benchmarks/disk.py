@@ -1,7 +1,7 @@
-"""The disk's own rate, and a steady limit on it.
+"""Measures the disk's rate, and holds it at a steady limit.
 
-As a program it reads `[[[file, offset, nbytes], ...], ...]` and a number of threads from stdin as JSON, and prints
-seconds: measured in a process of its own, the buffers of the measurement are not in the engine's memory.
+As a program, it reads `[[[file, offset, nbytes], ...], ...]` and a number of threads from stdin as JSON, and prints
+seconds. It is a process of its own, so that its buffers are not in the engine's memory.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def read_directly(groups: Sequence[Sequence[ReadRange]], num_threads: int) -> fl
 def limited_disk(path: Path, bytes_per_second: int | None) -> Iterator[str | None]:
     """Holds this process's reads from the disk under `path` to a rate, by a cgroup (v1 or v2; needs root).
 
-    Yields None, or why there is no limit.
+    Yields None, or the reason why there is no limit.
     """
     if bytes_per_second is None:
         yield "not asked for"
@@ -89,7 +89,7 @@ def limited_disk(path: Path, bytes_per_second: int | None) -> Iterator[str | Non
 
 
 def _block_device(path: Path) -> str:
-    """major:minor of the whole disk under `path`; limits are kept by disks, not by partitions."""
+    """major:minor of the whole disk under `path`: limits apply to disks, not to partitions."""
     number = path.stat().st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     partition = Path(f"/sys/dev/block/{device}").resolve()

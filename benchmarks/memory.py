@@ -1,11 +1,11 @@
-"""Whether a process stays in its memory in bf16, whatever the lengths of its prompts.
+"""Checks that a process stays within its memory in bf16, for prompts of any length.
 
     python -m benchmarks.memory [--size 1.4] [--budget 700] [--lengths 419] [--folder DIR]
 
-Kernels that libraries keep for each number of tokens belong to no lease, so only the whole process shows them. The
-limit: the baseline, the budget, and a constant that an engine may take beside both, whatever the model and the lengths.
-Prompts of 1 to `--lengths` tokens come one after another, as they would from users, and each number of tokens is new
-to all kernels. What counts is the most that the process ever held, also within a sweep.
+Libraries keep kernels for each number of tokens. Those are in no lease, so only the whole process shows them. The
+limit is the baseline, the budget, and the constant that an engine may take beside both, for any model and length.
+Prompts of 1 to `--lengths` tokens come one after another, as from users, and each number of tokens is new to all
+kernels. The figure is the most that the process held at any time, also within a sweep.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from benchmarks.checkpoints import llama_config, random_checkpoint
 from hermes_async import Engine, SamplingParams, format_bytes
 from hermes_async.memory.available import process_rss_bytes
-from hermes_async.memory.kernel_caches import BESIDE_BUDGET_BYTES
+from hermes_async.memory.library_caches import BESIDE_BUDGET_BYTES
 
 MIB = 2**20
 
@@ -82,7 +82,7 @@ async def measure(path: Path, budget: int, lengths: range) -> dict[str, Any]:
 
 
 def _peak_rss_bytes() -> int:
-    """Of this program alone: `getrusage` also counts what the process held before it became this program."""
+    """The peak of this program alone. `getrusage` also counts what the process held before it started this program."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

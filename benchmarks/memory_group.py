@@ -1,4 +1,4 @@
-"""A memory cgroup (version 1) of one's own: a hard limit, and how much of it processes use at the most."""
+"""Makes a memory cgroup (version 1) with a hard limit, and measures the most that its processes use."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _SECONDS_BETWEEN_SAMPLES = 0.01
 
 
 class MemoryGroup:
-    """Counts are in bytes. `used` is what could not be reclaimed: all but the page cache that nobody has mapped."""
+    """A memory cgroup; counts are in bytes. `used` is all memory but unmapped page cache, which can be reclaimed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -39,7 +39,7 @@ class MemoryGroup:
         return self._counts("memory.oom_control")["oom_kill"]
 
     def start(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
-        """Starts Python with these arguments inside the group; what it writes and reads are pipes."""
+        """Starts Python with these arguments in the group, with pipes as standard streams."""
         script = f'echo $$ > {self._path}/tasks && exec "$@"'
         return subprocess.Popen(
             ["/bin/sh", "-c", script, "sh", sys.executable, *arguments],
@@ -91,6 +91,6 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
 
 
 def line_of(pipe: IO[str] | None) -> str:
-    """The next line that a process wrote; empty when it has ended."""
+    """The next line that a process writes; empty when it has ended."""
     assert pipe is not None
     return pipe.readline().strip()

@@ -1,26 +1,27 @@
-"""The paper's evaluation: BERT-Large, ViT-Large, GPT-2 and GPT-J, loaded and run in six ways.
+"""Repeats the paper's evaluation: BERT-Large, ViT-Large, GPT-2 and GPT-J, loaded and run in several modes.
 
     python -m benchmarks.paper [--models bert,vit,gpt2,gptj] [--small] [--modes baseline,pipeload-2] [--runs 5]
         [--limit 0,500] [--folder DIR] [--json FILE] [--plot FOLDER] [--markdown FILE]
     python -m benchmarks.paper --from-json FILE [FILE] [--plot FOLDER] [--markdown FILE]
 
-Each run is a process of its own that begins with nothing in the page cache. Its latency is from the first byte read to
-the output: load and inference together; of a model that generates, until the first token. No way can take less than
-max(bytes read over the disk's rate, compute), and loading that overlaps with computing at best turns load + compute
-into max(load, compute): that is the ceiling of every ratio here, and it is printed first. The modes:
+Each run is a process of its own and begins with an empty page cache. Its latency is the time from the first byte read
+to the output, or to the first token of a model that generates: loading and inference together. No mode can take less
+than max(bytes read over the disk's rate, compute). Loading that overlaps with computing turns load + compute into
+max(load, compute) at best. That ratio is the ceiling of all ratios here, and is printed first. The modes:
 
     transformers  from_pretrained, then forward
-    baseline      every layer deserialised with torch.load and copied in, then forward (the paper's baseline)
-    pipeswitch    the same loader on a thread of its own, while the layers that are there compute; nothing is freed
+    baseline      every layer is deserialised with torch.load and copied in, then forward (the paper's baseline)
+    pipeswitch    the same loader on a thread of its own, while layers that have arrived compute; nothing is freed
     pipeload-N    N loading agents, N + 1 layers in memory, every layer freed after its computation
     budget-X      this library's planner, given X of the weights' bytes
 
-Weights are in float32, and GPT-J's 6 billion in bfloat16: 12 GB, which needs about as much RAM and twice as much disk.
-In bfloat16 a token may differ where two are about equally likely, since each way computes in chunks of its own.
+Weights are in float32, and GPT-J's 6 billion in bfloat16: 12 GB, which need about as much memory and twice as much
+disk. In bfloat16, a token may differ if two are about equally likely, because each mode computes in chunks of its
+own.
 
-Once weights are resident, a further token reads only the others. So a budget's token takes max(bytes a sweep over the
-disk's rate, compute) where pipeload-2's takes the same of all layers; the ratio of the two is printed beside the
-measured one.
+A further token reads only weights that are not resident. So a token in a budget takes max(bytes of a sweep over the
+disk's rate, compute), and pipeload-2's takes the same of all layers. The expected ratio of the two is printed beside
+the measured one.
 
 Source: Hermes (arXiv 2409.04249), section V; PipeSwitch (Bai et al., OSDI 2020).
 """
@@ -103,7 +104,7 @@ def _save(results: Results, args: argparse.Namespace) -> None:
 
 
 def _read(files: list[Path]) -> Results:
-    """Of several files, each model's limits together."""
+    """Reads results from several files, and joins the limits of each model."""
     results: Results = {}
     for file in files:
         for name, by_limit in json.loads(file.read_text()).items():
@@ -118,8 +119,8 @@ def evaluate(name: str, path: Path, limit: int, modes: list[str], num_runs: int,
     """Every mode's figures, with the disk held at `limit` MiB/s.
 
     The disk is measured between any two runs, and inference alone between the rounds; on a free disk also what plain
-    reads and inference take beside each other. A run's limit is reckoned with the rates just before and just behind
-    it, because a shared disk changes by a fifth within minutes.
+    reads and inference take together. A run's limit uses the rates just before and just after it, because a shared disk
+    changes by a fifth within minutes.
     """
 
     def measured(mode: str, limit: int) -> dict[str, Any]:
@@ -161,7 +162,7 @@ def limit_name(limit: int) -> str:
 
 
 def _add_limits(result: dict[str, Any], alone: list[dict[str, Any]], rates: list[float]) -> None:
-    """Medians of inference alone and of the disk's rate, and what follows from them."""
+    """Adds medians of inference alone and of the disk's rate, and the limits that follow from them."""
     timed = [key for key in ("latency_s", "per_token_s") if key in alone[0]]
     compute = alone[0] | {key: statistics.median(run[key] for run in alone) for key in timed}
     rate = statistics.median(rates)
@@ -177,12 +178,12 @@ def _add_limits(result: dict[str, Any], alone: list[dict[str, Any]], rates: list
 
 
 def _limit_s(nbytes: int, bytes_per_s: float, compute_s: float) -> float:
-    """What nothing that reads so much and computes so long can be faster than."""
+    """The least seconds of a run that reads so many bytes and computes for so long."""
     return max(nbytes / bytes_per_s, compute_s)
 
 
 def _add_shares(run: dict[str, Any], weight_bytes: int, compute: dict[str, Any]) -> None:
-    """What a run took of its physical limit: of the disk's rate around it, or of inference alone."""
+    """Adds a run's time as a share of its physical limit: of the disk's rate around it, or of inference alone."""
     rate = run["disk_bytes_per_s"]
     run["limit_s"] = _limit_s(run.get("bytes_read", weight_bytes), rate, compute["latency_s"])
     run["share_of_limit"] = run["latency_s"] / run["limit_s"]
@@ -194,7 +195,7 @@ def _add_shares(run: dict[str, Any], weight_bytes: int, compute: dict[str, Any])
 
 
 def _compare(runs: dict[str, list[dict[str, Any]]], result: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each mode's medians, beside the physical limit, pipeswitch and pipeload-2."""
+    """Compares each mode's medians with the physical limit, pipeswitch and pipeload-2."""
     compute = result["compute"]
     modes: dict[str, dict[str, Any]] = {}
     for mode, records in runs.items():

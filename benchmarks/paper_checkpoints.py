@@ -1,7 +1,7 @@
-"""The paper's models in their true shapes with random weights, made on the spot and deleted after.
+"""Makes the paper's models with their true shapes and random weights, and deletes them afterwards.
 
-Each is written twice: in safetensors shards, as transformers saves it, and as a file for each layer, for the loaders
-that deserialise. Only a shard is in memory at a time.
+Each is written twice: as safetensors shards, as transformers saves it, and as one file per layer, for the loaders that
+deserialise. Only one shard is in memory at a time.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def checkpoint(name: str, folder: Path | None) -> Iterator[Path]:
 
 
 def layer_groups(model: nn.Module) -> list[list[str]]:
-    """Names of what is loaded together, in the model's order: a layer, or what stands by itself."""
+    """Names of the tensors that are loaded together, in the model's order: those of a layer, or of another module."""
     groups: dict[str, list[str]] = {}
     tied = set(getattr(model, "all_tied_weights_keys", None) or ())
     for name in model.state_dict():

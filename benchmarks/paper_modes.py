@@ -1,4 +1,4 @@
-"""One run of one mode of `benchmarks.paper`. Everything is imported before the clock starts."""
+"""Runs one mode of `benchmarks.paper` once. Everything is imported before the clock starts."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ Record = dict[str, Any]
 
 
 def run(mode: str, path: Path, limit: int, new_tokens: int) -> Record:
-    """The record of one run; for a process of its own.
+    """Makes one run and returns its record; for a process of its own.
 
     Args:
         limit: MiB/s that the disk is held at, or 0.
-        new_tokens: Of a model that generates.
+        new_tokens: Tokens that a model generates.
     """
     transformers.utils.logging.disable_progress_bar()
     inputs = _inputs(path)
@@ -80,15 +80,15 @@ def _inputs(path: Path) -> Inputs:
 
 
 def _peak_rss_bytes() -> int:
-    """Of this process alone: what `getrusage` tells also counts the one that started it."""
+    """The peak of this process alone. `getrusage` also counts the process that started it."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
 def _warm_up(path: Path, inputs: Inputs) -> None:
-    """Runs one layer of the model, whose threads and kernels every mode needs and none should be charged for.
+    """Runs one layer of the model, so that no mode pays for threads and kernels that all need.
 
-    With an empty page cache a kernel's code is read when it first runs, in line behind the weights on a held disk.
+    With an empty page cache, a kernel's code is read when it first runs, behind the weights on a held disk.
     """
     model_class, config = _model_class(path)
     config.num_hidden_layers = 1
@@ -101,7 +101,7 @@ def _warm_up(path: Path, inputs: Inputs) -> None:
 
 
 def _memory_share(mode: str) -> float:
-    """What a mode takes of memory, at the most, as a share of the weights."""
+    """The most memory that a mode takes, as a share of the weights."""
     kind, _, option = mode.partition("-")
     if kind == "budget":
         return 1.25 * float(option)
@@ -109,7 +109,7 @@ def _memory_share(mode: str) -> float:
 
 
 def _touch_memory(nbytes: int) -> None:
-    """Writes to so much memory and some more, and gives it back.
+    """Writes to this much memory and `_SPARE_BYTES` more, and gives it back.
 
     A virtual machine may have to get each page from its host when it is used, at a tenth of the rate at which it has
     pages of its own; and one that reports free memory gives pages back that were free for two seconds, so that without
@@ -138,7 +138,7 @@ def _pieces(files: Iterable[Path]) -> list[list[ReadRange]]:
 
 
 def _overlapped(path: Path, inputs: Inputs, new_tokens: int) -> Record:
-    """Plain reads of all weights, and inference from memory, begun at once and with nothing to do with each other.
+    """Plain reads of all weights and inference from memory, started together without any dependence.
 
     Both share processors, and a virtual disk takes some too: no pipeline on this machine overlaps better than that.
     """
@@ -201,7 +201,7 @@ def _baseline(path: Path, inputs: Inputs, new_tokens: int) -> Record:
 
 
 def _pipeswitch(path: Path, inputs: Inputs, new_tokens: int) -> Record:
-    """As the baseline, but the loader has a thread of its own."""
+    """As the baseline, with the loader on a thread of its own."""
     started = time.perf_counter()
     model = _empty_model(path)
     groups = layer_groups(model)
@@ -215,7 +215,7 @@ def _pipeswitch(path: Path, inputs: Inputs, new_tokens: int) -> Record:
 
 
 def _empty_model(path: Path) -> PreTrainedModel:
-    """With memory for its weights, and the buffers that no checkpoint holds (GPT-J's rotary table is one)."""
+    """A model with memory for its weights, and with buffers that no checkpoint has (such as GPT-J's rotary table)."""
     model_class, config = _model_class(path)
     with torch.device("meta"):
         model = model_class._from_config(config, dtype=config.dtype).eval()
@@ -275,7 +275,7 @@ def _finish(model: PreTrainedModel, inputs: Inputs, new_tokens: int, started: fl
 
 
 class _Moments:
-    """When each new token came; `generate` puts the prompt first."""
+    """The times of new tokens; `generate` first passes the prompt."""
 
     def __init__(self, moments: list[float]) -> None:
         self._moments = moments

@@ -1,4 +1,4 @@
-"""What `benchmarks.paper` prints, writes and draws: lines, Markdown tables, and a PNG of each limit."""
+"""Reports the results of `benchmarks.paper`: as lines, Markdown tables, and one PNG for each limit."""
 
 from __future__ import annotations
 
@@ -154,7 +154,7 @@ def _section(name: str, limit: str, result: Figures) -> str:
 
 
 def draw(results: dict[str, dict[str, Figures]], folder: Path) -> None:
-    """A PNG of each limit: latency beside the physical limit, and memory beside pipeswitch's."""
+    """Draws a PNG for each limit: latency beside the physical limit, and memory beside pipeswitch's."""
     try:
         import matplotlib
     except ImportError:

@@ -2,11 +2,13 @@
 
     python -m benchmarks.planner [--models llama,gpt2,bert] [--budgets 0.05,0.2,0.6,1.3] [--sessions 1,8] [--limit 500]
 
-Each model is profiled first, with the disk held as in the measurements. Then, in every budget (a share of the weights),
-an engine says what it predicts and is measured: seconds a sweep, first token in an idle engine, memory. Of the sessions
-as many run as there is KV memory for. Beside it run the paper's PIPELOAD modes in the same budget: whole layers, 2, 4
-and 6 loading agents, every layer freed; where plan and fixed mode take about the same time, they run in turns. No sweep
-can take less than max(what it must read over the disk's rate, compute); its share of that is printed too.
+Each model is profiled first, with the same disk rate as in the measurements. Then an engine opens in each budget (a
+share of the weights). The benchmark compares what its plan predicts with what it measures: seconds a sweep, the first
+token of an idle engine, and memory. It runs as many of the sessions as there is KV memory for.
+
+The paper's PIPELOAD modes run in the same budget: whole layers, 2, 4 and 6 loading agents, every layer freed. Where a
+mode takes about as long as the plan, the two alternate for some turns. No sweep can take less than the larger of two
+limits: its bytes over the disk's rate, and its computation. The benchmark prints the share of that limit, too.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from benchmarks.disk import limited_disk
 from benchmarks.paper_modes import measure_disk, weight_bytes
 from benchmarks.processes import preload, run_alone
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams, format_bytes
-from hermes_async.planning.prediction import predict
+from hermes_async.planning.cost_model import predict
 from hermes_async.planning.profile_store import profile_file, save_profile
 from hermes_async.profiler.profiler import measure
 from hermes_async.storage.checkpoint import Checkpoint

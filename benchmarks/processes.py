@@ -1,4 +1,4 @@
-"""Measurements in processes of their own, that have imported everything before and find nothing in the page cache."""
+"""Runs measurements in processes of their own, which have imported everything and find an empty page cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def preload(*modules: str) -> None:
-    """Names what every process has imported already; before the first one is started."""
+    """Names the modules that every process has imported already. Call it before the first process is started."""
     _CONTEXT.set_forkserver_preload(list(modules))
 
 

@@ -1,15 +1,15 @@
-"""What many sessions at once cost, and what prompt lookup saves, while the disk is the limit.
+"""Measures what many sessions at once cost, and what prompt lookup saves, while the disk is the limit.
 
     python -m benchmarks.sessions [--size 3] [--dtype bfloat16] [--budget 0.4] [--limit 500] [--sessions 1,2,4,...,64]
                                   [--tokens 64]
 
-A decode sweep reads all weights less the resident ones, whoever takes part, and computes one token of each session. So
+A decode sweep reads all weights that are not resident, for any number of sessions, and computes one token of each. So
 it takes at least max(read, compute), and n sessions get at most n / max(read, compute) tokens a second: n times one
-session's until the compute passes the read. A prompt takes as many sweeps as it has chunks, and the prompts of all
-sessions share the tokens of a sweep. Prompt lookup drafts tokens that a sweep verifies with the last one: with a of
-them right it gives 1 + a tokens a sweep, and nothing more. A CPU without bf16 instructions multiplies many bf16 tokens
-at once slowly, and computes longer than the disk reads: float32 shows there what sharing gives. The disk is held at a
-steady rate, and that rate is measured in the same run, with plain direct reads of the same extents.
+session's, until computing takes longer than reading. A prompt takes one sweep for each of its chunks, and all prompts
+share the tokens of a sweep. Prompt lookup drafts tokens, which a sweep verifies with the next one. If a of them are
+right, a sweep gives 1 + a tokens, and never more. A CPU without bf16 instructions is slow at many bf16 tokens, and
+computes longer than the disk reads. There, float32 shows what sharing gives. The disk is held at a steady rate, and
+the same run measures that rate with plain direct reads of the same extents.
 """
 
 from __future__ import annotations
@@ -255,17 +255,17 @@ async def measure_sessions(
 
 
 async def read_seconds(plan: Plan) -> float:
-    """What plain direct reads of one sweep's extents take; several sweeps' where a limit's first burst would count."""
+    """Seconds of plain direct reads of one sweep's extents; of several sweeps if a limit's first burst would count."""
     groups = [stage.ranges for idx, stage in enumerate(plan.stages) if idx not in plan.resident]
     repeats = max(1, _READ_BYTES // plan.bytes_per_sweep)
     return await disk_seconds(groups * repeats, plan.num_loading_agents) / repeats
 
 
 def kv_needed(path: Path, numbers: Sequence[int], num_tokens: int) -> tuple[int, int]:
-    """The vocabulary's size, and the KV bytes that the sessions of any point and a newcomer take."""
+    """The size of the vocabulary, and the KV bytes that the sessions of any point and a newcomer need."""
     opened = open_model(path, "1TiB", EngineConfig())
     opened.close()
-    kv = opened.seen.kv
+    kv = opened.probe.kv
     points = [sum(kv.nbytes(length + num_tokens) for length in _lengths(number)) for number in numbers]
     return opened.skeleton.vocab_size, max(points) + kv.nbytes(max(_NEWCOMERS) + 1)
 
@@ -291,7 +291,7 @@ async def first_token(engine: Engine, prompt: list[int]) -> float:
 
 
 async def measure_point(engine: Engine, prompts: Sequence[list[int]], num_tokens: int) -> dict[str, Any]:
-    """So many sessions, started together. The decode phase is while every one of them decodes."""
+    """Runs sessions that start together. The decode phase is the time in which all of them decode."""
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     arrivals: list[list[float]] = [[] for _ in prompts]
     decode_counts: list[EngineStatistics] = []
@@ -346,7 +346,7 @@ async def measure_newcomers(
     alone: float,
     sweep: float | None,
 ) -> list[dict[str, Any]] | None:
-    """Time to the first token of prompts of one chunk that come while all but one of the sessions decode.
+    """Times to the first token of prompts of one chunk that arrive while all other sessions decode.
 
     They come one after another, at different moments of a sweep, after `prompts` have been computed again.
     """
@@ -424,7 +424,7 @@ def _median(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 
 
 def _extra_session(points: Sequence[dict[str, Any]]) -> float | None:
-    """The slope of the sweep's seconds over the sessions while reading takes longest, as a share of the first."""
+    """The cost of a further session while reading takes longest, as a share of the sweep of one session."""
     bound = [item for item in points if item["sweep_seconds"] and item["read_seconds"] >= item["compute_seconds"]]
     if len(bound) < 2:
         return None
@@ -437,7 +437,7 @@ def _extra_session(points: Sequence[dict[str, Any]]) -> float | None:
 
 
 async def measure_demo(path: Path) -> dict[str, Any]:
-    """The demo model goes on with a text that repeats itself."""
+    """The demo model continues a text that repeats itself."""
     budget = int(_weight_bytes(path) * _DEMO_BUDGET)
     prompt = _DEMO_TEXT * 6
     print(
@@ -453,7 +453,7 @@ async def measure_demo(path: Path) -> dict[str, Any]:
 
 
 async def measure_copies(path: Path, cycle: Sequence[int], budget: int, num_tokens: int) -> dict[str, Any]:
-    """A model that walks a cycle, and prompts that hold the cycle in runs with a wrong token behind each."""
+    """A model whose tokens form a cycle, and prompts with runs of the cycle that each end in a wrong token."""
     length = 4 * num_tokens
     chosen = random.Random(0)
     tasks = {f"runs of {run}": copying_prompt(cycle, repeat(run), length) for run in _RUNS}
@@ -478,7 +478,7 @@ async def measure_copies(path: Path, cycle: Sequence[int], budget: int, num_toke
 
 
 def _geometric(chosen: random.Random, chance: float) -> int:
-    """How often in a row something of that chance comes."""
+    """The expected number of successes in a row, for this probability."""
     count = 0
     while chosen.random() < chance:
         count += 1
@@ -492,7 +492,7 @@ async def measure_answers(
     params = SamplingParams(max_tokens=num_tokens, temperature=0, ignore_eos=True)
     opened = await anyio.to_thread.run_sync(open_model, path, "1TiB", EngineConfig())
     opened.close()
-    config = EngineConfig(prompt_lookup=lookup, kv_budget=opened.seen.kv.nbytes(kv_tokens))
+    config = EngineConfig(prompt_lookup=lookup, kv_budget=opened.probe.kv.nbytes(kv_tokens))
     answers = []
     async with Engine(path, memory_budget=budget, config=config) as engine:
         if not lookup:

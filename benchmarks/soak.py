@@ -1,12 +1,12 @@
-"""Hundreds of requests in flight, left in every way a user has of leaving them: nothing may stay, nothing go wrong.
+"""Checks that nothing remains and nothing goes wrong when users leave hundreds of requests in every possible way.
 
     python -m benchmarks.soak [--minutes 10] [--in-flight 200] [--seed 0] [--checkpoint PATH] [--memory SIZE]
 
-There is KV memory for a tenth of the requests in flight, so they wait, prefixes are dropped and idle chat sessions are
-parked. Users iterate, are slow, cancel their task, break off, abort or set a deadline; others chat, fork and idle. What
-must hold at the end is exact: the engine's own leases and no other, not one task, file or parked byte more than before,
-memory as after the first minute, and for every request the tokens that it gets alone. The weights are computed in
-float32, where the tokens do not depend on who else is in a sweep.
+There is KV memory for a tenth of the requests. So requests wait, prefixes are dropped, and idle chat sessions are
+parked. Users iterate, read slowly, cancel their task, break off, abort or set a deadline; others chat, fork and idle.
+At the end, the checks are exact: there are only the engine's own leases, no more tasks, files and parked bytes than
+before, and as much memory as after the first minute. Every request got the tokens that it gets alone. The weights are
+computed in float32, in which tokens do not depend on other requests of the sweep.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _MANNERS = {"complete": 4, "iterate": 4, "slow": 3, "break": 2, "drop": 1, "canc
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """A request as it went; its tokens are all of them where it has a `finish_reason` of its own."""
+    """One request and its tokens, which are complete if it has a `finish_reason`."""
 
     kind: str
     prompt: Sequence[Any]
@@ -103,7 +103,7 @@ def float32_copy(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 
 async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:
-    """The soak and, behind it, its check; figures and failures."""
+    """Runs the soak and then its check; returns figures and failures."""
     parking = folder / "parking"
     parking.mkdir()
     opened, config = await anyio.to_thread.run_sync(_configure, path, parking)
@@ -146,7 +146,7 @@ def _configure(path: Path, parking: Path) -> tuple[OpenedModel, EngineConfig]:
     opened = open_model(path, "1TiB", EngineConfig())
     opened.close()
     config = EngineConfig(
-        kv_budget=opened.seen.kv.nbytes(_KV_TOKENS),
+        kv_budget=opened.probe.kv.nbytes(_KV_TOKENS),
         max_buffered_chunks=4,
         max_tokens_per_sweep=_SWEEP_TOKENS,
         parking_dir=parking,
@@ -165,7 +165,7 @@ def _open_files() -> Counter[str]:
 
 
 class Soak:
-    """The users of one engine, and what becomes of them."""
+    """The users of one engine, and their requests."""
 
     def __init__(self, engine: Engine, opened: OpenedModel, records: IO[bytes], *, seed: int, in_flight: int) -> None:
         self.engine = engine
@@ -214,7 +214,7 @@ class Soak:
     # --- while it runs ---
 
     async def run(self, seconds: float) -> None:
-        """Keeps the users at work for so long, then lets them end."""
+        """Keeps the users at work for this time, then lets them end."""
         async with anyio.create_task_group() as watching:
             watching.start_soon(self._watch, seconds)
             with anyio.move_on_after(seconds + _DRAIN_SECONDS) as limit:
@@ -230,7 +230,7 @@ class Soak:
             self.failures.append(f"not all requests ended in {_DRAIN_SECONDS} s; last seen: {self._seen}")
 
     async def check_idle(self) -> None:
-        """Nothing runs any more: what is left over?"""
+        """Checks that nothing is left when nothing runs any more."""
         for _ in range(200):  # iterators that were dropped are closed by the event loop, when it comes to it
             if not any(self._state().values()):
                 break
@@ -303,7 +303,7 @@ class Soak:
     # --- users ---
 
     async def _user(self, idx: int) -> None:
-        """One request after another, so that so many are always in flight."""
+        """Makes one request after another, so that a constant number is in flight."""
         chosen = random.Random(f"{self._seed} user {idx}")
         while not self._stopping:
             prompt = self._prompt(chosen)
@@ -351,7 +351,7 @@ class Soak:
         params: SamplingParams,
         chosen: random.Random,
     ) -> None:
-        """One request, taken in one of the manners, and recorded with the `whole` prompt, history included."""
+        """Makes one request, reads it in one of the manners, and records it with the `whole` prompt and its history."""
         (manner,) = chosen.choices(list(_MANNERS), list(_MANNERS.values()))
         if manner == "drop" and isinstance(source, Session):
             manner = "break"
@@ -390,7 +390,7 @@ class Soak:
         chosen: random.Random,
         token_ids: list[int],
     ) -> str | None:
-        """Adds the tokens that come to `token_ids`; returns the finish reason, None where none came."""
+        """Adds new tokens to `token_ids`; returns the finish reason, or None if there was none."""
         patience = chosen.expovariate(1 / self._typical)
         if manner == "complete":
             completion = await source.complete(prompt, params)
@@ -456,7 +456,7 @@ class Soak:
         await self.engine.abort(request_id)
 
     async def _pause(self, chosen: random.Random) -> None:
-        """Does nothing for a while: a short sleep, or until some requests of others have ended."""
+        """Waits for a short time, or until some requests of others have ended."""
         if chosen.random() < 0.5:
             await anyio.sleep(chosen.uniform(0, 1))
             return
@@ -503,7 +503,7 @@ class Soak:
 
 
 async def check_alone(path: Path, records: Path, most: int, seed: int, failures: list[str]) -> dict[str, Any]:
-    """Runs what was asked for again, one at a time and with nothing shared, and compares the tokens."""
+    """Runs all prompts again, one at a time and with nothing shared, and compares the tokens."""
     recorded = await anyio.to_thread.run_sync(_load, records)
     by_kind: dict[str, list[Record]] = defaultdict(list)
     for record in recorded:

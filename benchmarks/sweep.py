@@ -1,10 +1,10 @@
-"""How close a sweep comes to the disk, what it holds in memory, and what sharing it costs.
+"""Measures how close a sweep comes to the disk's rate, what it holds in memory, and what sharing it costs.
 
     python -m benchmarks.sweep [--size 3] [--budget 0.4] [--limit 500] [--folder DIR]
 
-A decode sweep must read S - R bytes (all weights less the resident ones), so it takes at least (S - R) / B at a disk
-rate of B, and at least the compute. B is measured in the same run, with plain direct reads of the same extents, by as
-many threads as there are loading agents, right before and after what it is compared with.
+A decode sweep reads S - R bytes (all weights less the resident ones). So it takes at least (S - R) / B at a disk rate
+of B, and at least as long as computing. The same run measures B just before and after the sweeps, with plain direct
+reads of the same extents by as many threads as there are loading agents.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ async def decode_step(engine: Engine, num_steps: int) -> float:
 
 
 async def session_cost(engine: Engine, num_sessions: int) -> tuple[int, float]:
-    """Sweeps and seconds of so many sessions of equal length, started together."""
+    """Sweeps and seconds of sessions of equal length that start together."""
     params = SamplingParams(max_tokens=24, temperature=0, ignore_eos=True)
     before, started = engine.statistics().sweeps, time.perf_counter()
     async with anyio.create_task_group() as group:
@@ -186,7 +186,7 @@ async def session_cost(engine: Engine, num_sessions: int) -> tuple[int, float]:
 
 
 async def measure_resident(path: Path, budget: int, rounds: int) -> dict[str, Any]:
-    """A decode step with everything in memory, beside transformers' own forward on the same weights."""
+    """A decode step with all weights in memory, and transformers' own forward on the same weights."""
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     async with Engine(path, memory_budget=budget) as engine:
         print(f"\n{engine.plan}", flush=True)

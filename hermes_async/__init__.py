@@ -6,7 +6,7 @@ torch and transformers are imported when the first engine opens, not with this p
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from hermes_async.memory import kernel_caches as kernel_caches  # before torch computes anything
+from hermes_async.memory import library_caches as library_caches  # before torch computes anything
 
 if TYPE_CHECKING:
     from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
         ShortReadError,
         UnsupportedModelError,
     )
+    from hermes_async.planning.cost_model import Prediction, predict
     from hermes_async.planning.plan import Plan
-    from hermes_async.planning.prediction import Prediction, predict
     from hermes_async.results import (
         Chunk,
         Completion,
@@ -95,7 +95,7 @@ _MODULES = {
     "EngineStatistics": "results",
     "Label": "results",
     "Plan": "planning.plan",
-    "Prediction": "planning.prediction",
+    "Prediction": "planning.cost_model",
     "RequestEvent": "results",
     "SampledToken": "results",
     "SamplingParams": "config",
@@ -104,7 +104,7 @@ _MODULES = {
     "Usage": "results",
     "format_bytes": "config",
     "parse_bytes": "config",
-    "predict": "planning.prediction",
+    "predict": "planning.cost_model",
 }
 """Where each public name is; the errors are in `errors`."""
 

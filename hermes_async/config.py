@@ -13,8 +13,8 @@ from typing import Any, Literal
 from hermes_async.errors import ConfigError, RequestError
 
 Pooling = Literal["mean", "cls", "max", "last", "weightedmean", "mean_sqrt_len"]
-"""What is made of a text's tokens: their mean or maximum, the first or last one alone, a mean that weighs each by its
-place, or their sum by the root of their number."""
+"""How the vectors of a text's tokens become one vector: their mean or maximum, the first ("cls") or last one, a mean
+weighted by position, or their sum divided by the root of their number."""
 
 _UNITS = {"": 1, "B": 1}
 for _power, _letter in enumerate("KMGT", start=1):
@@ -23,19 +23,19 @@ for _power, _letter in enumerate("KMGT", start=1):
     _UNITS[_letter] = 1024**_power
 
 
-# Logits are float32. Within these bounds, bias, penalty and temperature together keep them in its range.
+# Logits are float32. These bounds on bias, penalty and temperature keep them in its range.
 _LARGEST = 1e6
 _LARGEST_BIAS = 1e9
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _NOT_OPTIONAL = ("max_tokens", "min_tokens", *_FLAGS)
-"""Of `SamplingParams`: what is not its default where None is given. `max_tokens` is then without a limit."""
+"""Fields of `SamplingParams` for which None does not mean the default. For `max_tokens`, it means no limit."""
 
 
 def parse_bytes(size: int | str) -> int:
-    """Reads a byte size: an int, or a text such as "3GiB", "512 MiB", "1.5GB" (10**9) or "800M" (2**20).
+    """Parses a byte size: an int, or a text such as "3GiB", "512 MiB", "1.5GB" (10**9) or "800M" (2**20).
 
     Raises:
-        ConfigError: It is not a size, or not more than zero.
+        ConfigError: It is not a size, or not positive.
     """
     if isinstance(size, bool) or not isinstance(size, (int, str)):
         raise ConfigError(f"a byte size is an int or a text such as '3GiB', not {size!r}")
@@ -51,7 +51,7 @@ def parse_bytes(size: int | str) -> int:
 
 
 def format_bytes(num_bytes: int) -> str:
-    """Writes a byte count with a binary unit and three significant digits, such as "1.50 GiB"."""
+    """Formats a byte count with a binary unit and three significant digits, such as "1.50 GiB"."""
     if abs(num_bytes) < 1024:
         return f"{num_bytes} B"
     value, unit = num_bytes / 1024, "KiB"
@@ -64,37 +64,38 @@ def format_bytes(num_bytes: int) -> str:
 
 
 def format_count(count: int, noun: str) -> str:
-    """Writes how many there are, such as "1 token" and "3 tokens"; the noun's plural ends in "s"."""
+    """Formats a count with its noun, such as "1 token" and "3 tokens"; the noun's plural must end in "s"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How one request's tokens are chosen; names and meanings are vLLM's.
+    """How the tokens of one request are chosen. Names and meanings are vLLM's.
 
-    None is the default of every number and sequence but `max_tokens` and `min_tokens`.
+    As in vLLM, None means the default, for all fields but `max_tokens`, `min_tokens` and the flags.
 
     Attributes:
-        max_tokens: Most tokens to generate; None for as many as the context has room for.
-        temperature: 0.0 is greedy; otherwise logits are divided by it; at most 1e6.
-        top_p: Keep the smallest set of tokens whose probabilities reach this sum, in (0, 1].
-        top_k: Keep the k likeliest tokens; 0 or -1 keeps all.
-        min_p: Drop tokens less likely than this share of the likeliest one, in [0, 1].
-        repetition_penalty: Divides (multiplies, if negative) the logits of tokens seen in prompt or output; from
-            1e-6 to 1e6.
-        presence_penalty: Taken off the logit of each token already generated, in [-2, 2].
-        frequency_penalty: Taken off once for each time a token was generated, in [-2, 2].
-        seed: Seeds this request's own generator; None or -1 draws a fresh one.
+        max_tokens: The most tokens to generate; None generates until the context is full.
+        temperature: 0.0 is greedy. Otherwise logits are divided by it. At most 1e6.
+        top_p: Keeps the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1].
+        top_k: Keeps the k likeliest tokens; 0 or -1 keeps all.
+        min_p: Drops tokens whose probability is below this share of the likeliest token's, in [0, 1].
+        repetition_penalty: Divides positive logits of tokens in the prompt or output, and multiplies negative ones;
+            from 1e-6 to 1e6.
+        presence_penalty: Subtracted from the logit of each token that was generated, in [-2, 2].
+        frequency_penalty: Subtracted once for each time that a token was generated, in [-2, 2].
+        seed: Seeds the request's own random generator; None or -1 draws a seed.
         stop: Texts that end the generation.
         stop_token_ids: Tokens that end the generation, besides the model's end-of-sequence tokens.
-        include_stop_str_in_output: Whether the text has what ended it at its end, a stop text or the text of a stop
-            or end-of-sequence token. `token_ids` have the last token in any case.
-        ignore_eos: Go on past the model's end-of-sequence tokens.
-        min_tokens: Tokens to generate before an end-of-sequence or stop token may come, or a stop text ends it.
-        logprobs: How many of the likeliest tokens to report log-probabilities of at each position; -1 for all of
-            them, None for none.
+        include_stop_str_in_output: Keeps the stop text, or the text of the token that ended the generation, in `text`.
+            `token_ids` always contain that token.
+        ignore_eos: Continues after the model's end-of-sequence tokens.
+        min_tokens: The number of tokens before which neither an end-of-sequence or stop token nor a stop text ends the
+            generation.
+        logprobs: The number of likeliest tokens whose log-probabilities are reported at each position; -1 for all,
+            None for none.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
-        skip_special_tokens: Leave special tokens out of the text.
+        skip_special_tokens: Leaves special tokens out of the text.
 
     Raises:
         RequestError: A value is out of its range; the message names it.
@@ -119,7 +120,14 @@ class SamplingParams:
     skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
-        # As in vLLM and its server: None is the default, and -1 no seed.
+        self._normalize()
+        self._check_types()
+        self._check_ranges()
+        if self.logit_bias is not None:
+            self._check_logit_bias(self.logit_bias)
+
+    def _normalize(self) -> None:
+        # As in vLLM and its server, None is the default, and -1 is no seed.
         for field in fields(self):
             if getattr(self, field.name) is None and field.name not in _NOT_OPTIONAL:
                 object.__setattr__(self, field.name, field.default)
@@ -128,6 +136,8 @@ class SamplingParams:
         stop = (self.stop,) if isinstance(self.stop, str) else self.stop
         object.__setattr__(self, "stop", _tuple_of("stop", stop, str))
         object.__setattr__(self, "stop_token_ids", _tuple_of("stop_token_ids", self.stop_token_ids, int))
+
+    def _check_types(self) -> None:
         if any(not text for text in self.stop):
             raise RequestError("stop: a stop text must not be empty")
         for text in self.stop:
@@ -144,34 +154,38 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        _check("max_tokens", self.max_tokens, self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        _check("temperature", self.temperature, 0 <= self.temperature <= _LARGEST, f"from 0 (greedy) to {_LARGEST:g}")
-        _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0 and at most 1")
-        _check("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (all tokens) or more")
-        _check("min_p", self.min_p, 0 <= self.min_p <= 1, "from 0 to 1")
-        penalty = self.repetition_penalty
-        _check(
-            "repetition_penalty", penalty, 1 / _LARGEST <= penalty <= _LARGEST, f"from {1 / _LARGEST:g} to {_LARGEST:g}"
-        )
-        _check("presence_penalty", self.presence_penalty, abs(self.presence_penalty) <= 2, "from -2 to 2")
-        _check("frequency_penalty", self.frequency_penalty, abs(self.frequency_penalty) <= 2, "from -2 to 2")
-        _check("seed", self.seed, self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-        _check("min_tokens", self.min_tokens, self.min_tokens >= 0, "0 or more")
-        if self.max_tokens is not None:
-            _check("min_tokens", self.min_tokens, self.min_tokens <= self.max_tokens, "at most max_tokens")
-        _check("logprobs", self.logprobs, self.logprobs is None or self.logprobs >= -1, "0 or more, or -1 (all tokens)")
-        if self.logit_bias is not None:
-            if not isinstance(self.logit_bias, Mapping):
-                raise RequestError(f"logit_bias must be a mapping or None, not {self.logit_bias!r}")
-            object.__setattr__(self, "logit_bias", dict(self.logit_bias))
-            for token_id, bias in self.logit_bias.items():
-                if isinstance(token_id, bool) or not isinstance(token_id, int) or not _is_finite_number(bias):
-                    pair = f"{token_id!r} to {bias!r}"
-                    raise RequestError(f"logit_bias must map token ids to finite numbers, not {pair}")
-                if abs(bias) > _LARGEST_BIAS:
-                    raise RequestError(
-                        f"logit_bias must be from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g}, not {bias!r} for {token_id}"
-                    )
+
+    def _check_ranges(self) -> None:
+        def check(name: str, holds: bool, allowed: str) -> None:
+            if not holds:
+                raise RequestError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
+
+        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        check("temperature", 0 <= self.temperature <= _LARGEST, f"from 0 (greedy) to {_LARGEST:g}")
+        check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
+        check("top_k", self.top_k >= -1, "-1 or 0 (all tokens) or more")
+        check("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
+        in_range = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
+        check("repetition_penalty", in_range, f"from {1 / _LARGEST:g} to {_LARGEST:g}")
+        check("presence_penalty", abs(self.presence_penalty) <= 2, "from -2 to 2")
+        check("frequency_penalty", abs(self.frequency_penalty) <= 2, "from -2 to 2")
+        check("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
+        check("min_tokens", self.min_tokens >= 0, "0 or more")
+        check("min_tokens", self.max_tokens is None or self.min_tokens <= self.max_tokens, "at most max_tokens")
+        check("logprobs", self.logprobs is None or self.logprobs >= -1, "0 or more, or -1 (all tokens)")
+
+    def _check_logit_bias(self, logit_bias: Mapping[int, float]) -> None:
+        if not isinstance(logit_bias, Mapping):
+            raise RequestError(f"logit_bias must be a mapping or None, not {logit_bias!r}")
+        copied = dict(logit_bias)
+        object.__setattr__(self, "logit_bias", copied)
+        for token_id, bias in copied.items():
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not _is_finite_number(bias):
+                pair = f"{token_id!r} to {bias!r}"
+                raise RequestError(f"logit_bias must map token ids to finite numbers, not {pair}")
+            if abs(bias) > _LARGEST_BIAS:
+                allowed = f"from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g}"
+                raise RequestError(f"logit_bias must be {allowed}, not {bias!r} for {token_id}")
 
 
 def _is_finite_number(value: object) -> bool:
@@ -195,49 +209,45 @@ def _tuple_of(name: str, values: Any, kind: type) -> tuple[Any, ...]:
 
 
 def check_text(name: str, text: str) -> None:
-    """Raises `RequestError` for a text with half of a surrogate pair, of which no tokenizer can make tokens."""
+    """Raises `RequestError` for a text with half of a surrogate pair, which no tokenizer can encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         code = f"U+{ord(text[error.start]):04X}"
         raise RequestError(
-            f"{name} has a lone surrogate, {code}, as character {error.start}; such a text cannot be encoded. Bytes "
-            "that are not UTF-8 are decoded with errors='replace'"
+            f"{name} has a lone surrogate, {code}, as character {error.start}; such a text cannot be encoded. Decode "
+            "bytes that are not UTF-8 with errors='replace'"
         ) from None
-
-
-def _check(name: str, value: object, holds: bool, allowed: str) -> None:
-    if not holds:
-        raise RequestError(f"{name} must be {allowed}, not {value!r}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineConfig:
-    """Options of an engine that it otherwise chooses itself; for experiments and for the paper's modes.
+    """Options of an engine. By default, the engine chooses them itself.
 
     Attributes:
-        num_loading_agents: How many stages may be read at once; None chooses.
-        max_resident_layers: Most layers (stages) in memory at once, resident ones and those in the ring together; each
-            transformer layer is then one stage. None lets the budget decide. A value of `num_loading_agents + 1` is the
-            paper's PIPELOAD, where every layer is freed after its computation.
-        max_tokens_per_sweep: Most prompt and decode tokens packed into one sweep; longer prompts go in chunks. None
-            chooses.
-        max_sequences: Most sequences in one sweep; further requests wait.
-        context_length: Most tokens of a sequence, of a prompt and its answer together (vLLM's `max_model_len`); None:
-            what the model's configuration says, its RoPE scaling counted. It cannot be more than that.
-        max_waiting: Most requests that may wait; past it `QueueFullError`. None for no limit.
-        max_buffered_chunks: Chunks that a request's user may leave untaken before the request pauses.
-        kv_budget: What the plan sets aside for KV caches, in bytes or as "512MiB". None: about a tenth of the budget,
-            and more where everything is resident; a larger budget never has less.
-        share_prefixes: Let requests that begin with the same tokens share what is computed for them.
-        prompt_lookup: Draft tokens from the sequence itself, where that is expected to pay.
-        parking_dir: Where idle sessions' KV is parked, on a disk; None: /var/tmp, or the system's temporary directory.
-        direct_io: Read past the page cache where the file system allows it.
-        kernels: "default" computes as transformers does. "fastest" computes sweeps of so few tokens that a profile has
-            shown torch's own kernels to be faster than oneDNN's (bf16, one token: 1.5 times) with those; they round
+        num_loading_agents: The number of stages that may be read at once; None lets the planner choose.
+        max_resident_layers: The most layers in memory at once, resident and streamed ones together. Each transformer
+            layer is then one stage. None lets the budget decide. `num_loading_agents + 1` is the paper's PIPELOAD,
+            which frees every layer after its computation.
+        max_tokens_per_sweep: The most prompt and decode tokens in one sweep. Longer prompts are split into chunks. None
+            lets the planner choose.
+        max_sequences: The most sequences in one sweep. Further requests wait.
+        context_length: The most tokens of a sequence, prompt and answer together (vLLM's `max_model_len`). None takes
+            the length in the model's configuration, including RoPE scaling; it cannot be exceeded.
+        max_waiting: The most requests that may wait. One more raises `QueueFullError`. None sets no limit.
+        max_buffered_chunks: The number of chunks that a user may leave in the stream before the request pauses.
+        kv_budget: Memory for KV caches, in bytes or as "512MiB". None takes about a tenth of the budget, and more where
+            all weights are resident. A larger budget never gets less.
+        share_prefixes: Requests that begin with the same tokens share their keys and values.
+        prompt_lookup: Drafts tokens from the sequence itself, where that is expected to pay.
+        parking_dir: The directory for the KV of idle sessions; it should be on a disk. None takes /var/tmp, or the
+            system's temporary directory.
+        direct_io: Reads bypass the page cache where the file system allows it.
+        kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
+            where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
             differently, and the setting holds for the whole process while such a sweep computes.
         self_check: "require" compares a small copy of a causal language model with transformers at opening, and refuses
-            a model that differs or cannot be compared. "skip" leaves that out: its tokens may then be wrong.
+            a model that differs or cannot be compared. "skip" does not compare; the tokens may then be wrong.
 
     Raises:
         ConfigError: A value is out of its range; the message names it.

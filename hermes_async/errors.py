@@ -3,15 +3,15 @@
 HermesError
 ├── ConfigError                an engine option that cannot work (also a ValueError)
 ├── IncompatibleVersionError   a version of transformers or torch that lacks what the engine needs
-├── CheckpointError            the checkpoint, before any weight is read
+├── CheckpointError            a checkpoint that cannot be opened
 │   ├── UnsupportedModelError
 │   ├── MissingTensorError
 │   └── CorruptShardError
-├── ReadError                  a shard, while it is read
+├── ReadError                  a shard that cannot be read
 │   └── ShortReadError
-├── ParkingError               idle KV, while it is written to disk or read back
-├── MemoryBudgetError          with the numbers: asked, smallest that works, largest holders
-├── RequestError               one request; the engine goes on (also a ValueError)
+├── ParkingError               KV of an idle session that cannot be written to disk or read back
+├── MemoryBudgetError          with the numbers: requested, smallest that works, largest holders
+├── RequestError               one request that cannot be served; the engine goes on (also a ValueError)
 │   ├── ContextLengthError
 │   ├── QueueFullError
 │   ├── DeadlineExceededError
@@ -20,7 +20,7 @@ HermesError
     ├── EngineClosedError
     └── EngineFailedError      with the error that ended the engine as its cause
 
-Errors carry what they are about as attributes (path, offset, expected, actual), not only in their text.
+Errors have attributes (path, offset, expected, actual), not only a text.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ from typing import Any
 
 
 class HermesError(Exception):
-    """The root of every error that hermes_async raises; each survives `pickle` and `copy` with its attributes."""
+    """The base class of all errors that hermes_async raises. `pickle` and `copy` keep their attributes."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Exception's own calls the class with `args` alone, which lacks the arguments that have names.
+        # Exception's own method calls the class with `args` alone, without the keyword arguments.
         return _rebuilt, (type(self), self.args), self.__dict__.copy()
 
 
@@ -46,7 +46,7 @@ class IncompatibleVersionError(HermesError):
     """A version of transformers or torch that lacks what the engine needs.
 
     Attributes:
-        capability: What it lacks.
+        capability: What the version lacks.
         installed: The installed versions, by library.
     """
 
@@ -60,7 +60,7 @@ class CheckpointError(HermesError):
     """A checkpoint that cannot be opened.
 
     Attributes:
-        path: The file or directory at fault, where one is known.
+        path: The file or directory at fault, if it is known.
     """
 
     def __init__(self, message: str, *, path: Path | str | None = None) -> None:
@@ -69,7 +69,7 @@ class CheckpointError(HermesError):
 
 
 class UnsupportedModelError(CheckpointError):
-    """A model that would not run right, refused by name when the engine opens."""
+    """A model that would not run correctly. It is refused by name when the engine opens."""
 
 
 class MissingTensorError(CheckpointError):
@@ -88,8 +88,8 @@ class CorruptShardError(CheckpointError):
     """A file that is not what the safetensors format (or its index) says it must be.
 
     Attributes:
-        expected: What the format asks for, in the unit that the message names.
-        actual: What the file holds.
+        expected: The number that the format requires, in the unit of the message.
+        actual: The number in the file.
     """
 
     def __init__(
@@ -101,12 +101,12 @@ class CorruptShardError(CheckpointError):
 
 
 class ReadError(HermesError):
-    """A read that the operating system refused or broke off.
+    """A read that failed.
 
     Attributes:
         path: The shard.
         offset: Where the read began, in bytes.
-        errno: The operating system's error number, where it gave one.
+        errno: The operating system's error number, if there is one.
     """
 
     def __init__(self, message: str, *, path: Path, offset: int, errno: int | None = None) -> None:
@@ -117,11 +117,11 @@ class ReadError(HermesError):
 
 
 class ShortReadError(ReadError):
-    """A shard that ended before its header says.
+    """A shard that is shorter than its header says.
 
     Attributes:
-        expected: Bytes asked for from `offset`.
-        actual: Bytes that came.
+        expected: Bytes requested from `offset`.
+        actual: Bytes read.
     """
 
     def __init__(self, message: str, *, path: Path, offset: int, expected: int, actual: int) -> None:
@@ -135,7 +135,7 @@ class ParkingError(HermesError):
 
     Attributes:
         path: The folder of the file.
-        errno: The operating system's error number, where it gave one.
+        errno: The operating system's error number, if there is one.
     """
 
     def __init__(self, message: str, *, path: Path, errno: int | None = None) -> None:
@@ -145,13 +145,13 @@ class ParkingError(HermesError):
 
 
 class MemoryBudgetError(HermesError):
-    """More memory was asked for than the budget can ever give.
+    """More memory was requested than the budget can ever give.
 
     Attributes:
-        requested_bytes: What was asked for.
-        budget_bytes: What there is.
-        minimum_bytes: The smallest budget that would work, where it is known.
-        holders: The largest holders, bytes by name.
+        requested_bytes: The bytes requested.
+        budget_bytes: The bytes that there are.
+        minimum_bytes: The smallest budget that would work, if it is known.
+        holders: The largest holders' bytes, by name.
     """
 
     def __init__(
@@ -171,15 +171,15 @@ class MemoryBudgetError(HermesError):
 
 
 class RequestError(HermesError, ValueError):
-    """A request that cannot be served as it was asked; the engine and its other requests go on."""
+    """A request that cannot be served. The engine and its other requests go on."""
 
 
 class ContextLengthError(RequestError):
-    """A prompt, with the tokens asked for, that is longer than the model's context.
+    """A prompt that does not fit into the model's context.
 
     Attributes:
-        context_length: The most tokens a sequence may have.
-        num_tokens: The tokens that were asked for.
+        context_length: The most tokens that a sequence may have.
+        num_tokens: The tokens that were requested.
     """
 
     def __init__(self, message: str, *, context_length: int, num_tokens: int) -> None:
@@ -189,7 +189,7 @@ class ContextLengthError(RequestError):
 
 
 class QueueFullError(RequestError):
-    """More requests wait than the engine was told to let wait."""
+    """As many requests wait as `EngineConfig.max_waiting` allows."""
 
 
 class DeadlineExceededError(RequestError):
@@ -197,7 +197,7 @@ class DeadlineExceededError(RequestError):
 
 
 class SessionClosedError(RequestError):
-    """A session that was used after its end."""
+    """A session that was used after it was closed."""
 
 
 class EngineError(HermesError):
@@ -205,13 +205,13 @@ class EngineError(HermesError):
 
 
 class EngineClosedError(EngineError):
-    """The engine was left, or was never entered."""
+    """The engine was left, or never entered."""
 
 
 class EngineFailedError(EngineError):
-    """The engine stopped on an error, which is this one's `__cause__`."""
+    """The engine stopped because of an error, which is the `__cause__` of this one."""
 
 
 def _rebuilt(kind: type[HermesError], args: tuple[Any, ...]) -> HermesError:
-    """An error without its attributes, which `pickle` and `copy` set afterwards."""
+    """Makes an error without attributes; `pickle` and `copy` then set them."""
     return kind.__new__(kind, *args)

@@ -1,4 +1,4 @@
-"""Makes errors of ours of what libraries raise, and keeps what goes wrong with one request from the others."""
+"""Turns errors of other libraries into ours, so that an error in one request does not reach the others."""
 
 from __future__ import annotations
 
@@ -10,30 +10,35 @@ from hermes_async.errors import CheckpointError, HermesError, RequestError
 
 
 def is_foreign(error: BaseException) -> bool:
-    """Whether a library raised it, and it is neither an error of ours nor an end from outside, such as a cancellation.
+    """Whether another library raised `error`. Errors of ours and cancellation are not foreign.
 
-    A panic of a library's Rust code is a `BaseException` of no public class: it is known by its module. Every other
-    `BaseException` that is no `Exception` is an end from outside.
+    A panic in a library's Rust code is a `BaseException` without a public class, so its module identifies it. Every
+    other `BaseException` that is no `Exception` ends the caller from outside, as a cancellation does.
     """
     return not isinstance(error, HermesError) and (
         isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime"
     )
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; the name of its class if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
 def reason_of(error: BaseException) -> str:
-    """One line that says what was raised."""
-    reason = (str(error).strip().splitlines() or ["no reason given"])[0]
-    return f"{type(error).__name__}: {reason}"
+    """The class of an error and the first line of its text."""
+    name, line = type(error).__name__, first_line(error)
+    return name if line == name else f"{name}: {line}"
 
 
 def one_request(what: str) -> AbstractContextManager[None]:
-    """Makes a `RequestError` of whatever a library raises in the body; all else passes as it is.
+    """Turns a foreign error in the body into a `RequestError`; other errors pass unchanged.
 
     Args:
         what: What the body does, as the subject of the message.
 
     Raises:
-        RequestError: Its `__cause__` is what was raised.
+        RequestError: Its `__cause__` is the foreign error.
 
     Cancellation: passes unchanged.
     """
@@ -41,10 +46,10 @@ def one_request(what: str) -> AbstractContextManager[None]:
 
 
 def one_checkpoint(source: Any) -> AbstractContextManager[None]:
-    """As `one_request`, for a checkpoint that is opened.
+    """As `one_request`, while a checkpoint is opened.
 
     Raises:
-        CheckpointError: Its `__cause__` is what was raised.
+        CheckpointError: Its `__cause__` is the foreign error.
 
     Cancellation: passes unchanged.
     """
@@ -66,7 +71,7 @@ def _foreign_errors_as(kind: type[RequestError | CheckpointError], message: str)
 
 @contextmanager
 def ungrouped() -> Iterator[None]:
-    """Raises the first error of a group by itself: no bare group reaches a user."""
+    """Raises the first error of a group alone, so that no group reaches a user."""
     try:
         yield
     except BaseExceptionGroup as group:
@@ -75,14 +80,14 @@ def ungrouped() -> Iterator[None]:
 
 
 def first_error(error: BaseException) -> BaseException:
-    """The first error of a group; any other error itself."""
+    """The first error of a group; an error that is no group as it is."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
 def all_errors(error: BaseException) -> list[BaseException]:
-    """Every error of a group, however deep; any other error alone."""
+    """All errors of a group and of the groups in it; an error that is no group alone."""
     if isinstance(error, BaseExceptionGroup):
         return [each for part in error.exceptions for each in all_errors(part)]
     return [error]

@@ -1,4 +1,4 @@
-"""What users get back: chunks, completions, events, labels, statistics. Plain values: no torch, no transformers."""
+"""What users get back: chunks, completions, events, labels and statistics, as plain values."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class Chunk:
     """What one sweep adds to a request.
 
     Attributes:
-        text: The text that is now certain; "" while a character or a stop text may be incomplete, or without tokenizer.
-        token_ids: The new tokens: one, and as many more as drafts were right.
-        finish_reason: "stop" (an end-of-sequence or stop token, or a stop text), "length" (`max_tokens` or the
-            context's end) or "abort"; None while the request goes on.
-        logprobs: One entry for each token, where `SamplingParams.logprobs` asks for them.
-        usage: Tokens counted; with the last chunk.
-        timings: What the request took; with the last chunk.
-        request_id: The request's; as given, or made up.
+        text: The new text. "" without a tokenizer, and while a character or a stop text may be incomplete.
+        token_ids: The new tokens: one, and one for each draft that was right.
+        finish_reason: "stop" (an end-of-sequence or stop token, or a stop text), "length" (`max_tokens` or the end of
+            the context) or "abort"; None while the request goes on.
+        logprobs: One entry for each token, if `SamplingParams.logprobs` asks for them.
+        usage: The request's token counts; only in the last chunk.
+        timings: The request's times; only in the last chunk.
+        request_id: As given, or generated.
     """
 
     text: str
@@ -38,10 +38,10 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """Tokens of the prompt and of the completion.
+    """Token counts of a request.
 
     Attributes:
-        cached_tokens: Of the prompt, those whose keys and values were there from another request or an earlier turn.
+        cached_tokens: Prompt tokens whose keys and values came from another request or an earlier turn.
     """
 
     prompt_tokens: int
@@ -51,16 +51,16 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """What a request took.
+    """Times of a request.
 
     Attributes:
         queued_s: Seconds from the request to its admission.
         first_token_s: Seconds from the request to its first token.
         total_s: Seconds from the request to its end.
-        tokens_per_s: After the first token.
-        sweeps: That it took part in.
-        drafted_tokens: Drafted for it and verified.
-        accepted_tokens: Of those, the ones that were right.
+        tokens_per_s: The rate after the first token.
+        sweeps: Sweeps that the request took part in.
+        drafted_tokens: Tokens that were drafted and verified.
+        accepted_tokens: Drafted tokens that were right.
     """
 
     queued_s: float
@@ -105,13 +105,13 @@ class Completion:
 class SampledToken:
     """One chosen token.
 
-    Log-probabilities are of the model's own distribution, before bias, penalties and temperature (as vLLM's
-    default), and are there only where `SamplingParams.logprobs` is not None.
+    Log-probabilities are of the model's own distribution, before bias, penalties and temperature, as in vLLM. They are
+    None unless `SamplingParams.logprobs` is set.
 
     Attributes:
         token_id: The token.
         logprob: The token's log-probability.
-        top_logprobs: The `logprobs` likeliest tokens, likeliest first, and the chosen one, by token id.
+        top_logprobs: Log-probabilities by token id: of the likeliest tokens, likeliest first, and of the chosen one.
     """
 
     token_id: int
@@ -124,16 +124,16 @@ EventKind = Literal["queued", "admitted", "first_token", "paused", "resumed", "f
 
 @dataclass(frozen=True, slots=True)
 class RequestEvent:
-    """One step of a request's way.
+    """One step in the life of a request.
 
     Attributes:
-        kind: "queued", "admitted" (its KV is there), "first_token", "paused" (its user leaves chunks untaken),
+        kind: "queued", "admitted" (it has its KV memory), "first_token", "paused" (its user does not take the chunks),
             "resumed" or "finished".
-        at: Seconds, on `time.perf_counter`'s clock.
-        usage: Tokens so far.
-        timings: Seconds, sweeps and drafts so far.
-        finish_reason: With "finished", unless it ended with an error.
-        error: With "finished", why it ended.
+        at: Seconds on the clock of `time.perf_counter`.
+        usage: Token counts so far.
+        timings: Times so far.
+        finish_reason: Set when it finished without an error.
+        error: Set when it finished with an error.
     """
 
     kind: EventKind
@@ -150,7 +150,7 @@ class Label:
     """One of a classifier's labels.
 
     Attributes:
-        score: Its probability; of a classifier whose labels do not exclude each other, each on its own.
+        score: Its probability. Where labels do not exclude each other, each has a probability of its own.
     """
 
     label: str
@@ -159,38 +159,39 @@ class Label:
 
 @dataclass(frozen=True, slots=True)
 class EngineStatistics:
-    """Counts since the engine opened; bytes and seconds.
+    """Counts since the engine opened, in bytes, seconds or numbers.
 
     Attributes:
-        bytes_read: From disk, resident weights and embedding rows included.
+        bytes_read: Read from disk, including resident weights and embedding rows.
         bytes_resident: Weights that stay in memory.
-        bytes_in_use: Leased from the budget now: weights, ring, workspace, KV caches.
-        peak_bytes_in_use: The most that was ever leased.
-        memory_budget: What may be leased.
-        baseline_bytes: Resident memory of the process before any weight was read; the budget comes on top.
-        process_peak_rss_bytes: The most resident memory this process ever had.
+        bytes_in_use: Leased from the budget now: weights, ring, workspace and KV caches.
+        peak_bytes_in_use: The most that was leased at any time.
+        memory_budget: The most that may be leased.
+        baseline_bytes: Resident memory of the process before any weight was read. The budget comes on top.
+        process_peak_rss_bytes: The most resident memory that the process ever had (`process_peak_rss_bytes` in
+            `memory/available.py` says when it is too high).
         sweeps: Passes over the weights.
-        tokens_generated: By all requests.
-        drafted_tokens: Drafted and verified.
-        accepted_tokens: Of those, the ones that were right.
-        tokens_per_sweep: Generated, on average.
-        read_seconds: Of all loading agents together; they overlap.
-        compute_seconds: Of sweeps, without stalls.
-        stall_seconds: That sweeps waited for a stage to be read.
-        num_running: Requests that have their KV, paused ones included.
-        num_paused: Of these, the ones whose user does not take what is there.
+        tokens_generated: Tokens of all requests.
+        drafted_tokens: Tokens that were drafted and verified.
+        accepted_tokens: Drafted tokens that were right.
+        tokens_per_sweep: Tokens generated per sweep, on average.
+        read_seconds: The sum over all loading agents, whose reads overlap.
+        compute_seconds: Time in sweeps, without stalls.
+        stall_seconds: Time that sweeps waited for a stage.
+        num_running: Requests that have their KV memory, including paused ones.
+        num_paused: Running requests whose user does not take the chunks.
         num_waiting: Requests that wait for memory or a place, or whose prompts are still being tokenized.
-        num_sessions: Chat sessions that are open.
-        num_parked: Of these, the ones whose KV is on disk.
-        num_parkings: How often one was written there.
+        num_sessions: Open chat sessions.
+        num_parked: Open sessions whose KV is on disk.
+        num_parkings: The number of times that a session's KV was written to disk.
         num_forwards: Plain forward passes that wait or run.
-        kv_bytes: Keys and values in memory, kept prefixes included.
-        prefix_bytes: Of these, prefixes that no request or session uses now, kept while there is room.
-        prefix_hits: Requests that began with a prefix that was there.
-        prefix_tokens: Tokens that these did not compute.
-        num_leases: Leases out, by anyone.
-        num_free_buffers: Of the ring.
-        holders: Bytes leased, by holder.
+        kv_bytes: Keys and values in memory, including kept prefixes.
+        prefix_bytes: Kept prefixes that no request or session uses now.
+        prefix_hits: Requests that found the beginning of their prompt in memory.
+        prefix_tokens: Prompt tokens that were not computed for that reason.
+        num_leases: Leases of all holders.
+        num_free_buffers: Free buffers of the ring.
+        holders: Leased bytes, by holder.
     """
 
     bytes_read: int
@@ -228,7 +229,7 @@ class EngineStatistics:
 
 
 def aborted_chunk(request_id: str, created_at: float) -> Chunk:
-    """The only chunk of a request that was aborted before it was prepared."""
+    """The only chunk of a request that was aborted while its prompt was prepared."""
     waited = time.perf_counter() - created_at
     timings = Timings(queued_s=waited, first_token_s=waited, total_s=waited, tokens_per_s=0.0)
     return Chunk("", (), "abort", usage=Usage(0, 0), timings=timings, request_id=request_id)

@@ -1,4 +1,4 @@
-"""Fixtures for all tests: event loops, and small models made on the spot."""
+"""Fixtures for all tests: event loops, a disk that can fail, and small models made on the spot."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from blockbuster import BlockBuster
 from hypothesis import settings
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from hermes_async.memory import claims
-from hermes_async.memory.other_processes import Neighbourhood
+from hermes_async.memory.other_processes import ProcessRegistry
 from hermes_async.modeling.skeleton import token_embedding
 from tests.disks import Disk
+from tests.models import LongModel, TinyModel
 
 # How long an example takes says nothing of its result, and machines differ.
 settings.register_profile("untimed", deadline=None)
@@ -49,13 +51,36 @@ def no_profiles_of_others(tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 def no_neighbours(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Engines of other processes, such as those of tests that run beside these, would change budgets."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "NEIGHBOURHOOD", Neighbourhood(tmp_path_factory.mktemp("neighbours")))
+        patch.setattr(claims, "PROCESSES", ProcessRegistry(tmp_path_factory.mktemp("neighbours")))
         yield
+
+
+@pytest.fixture
+def no_blocking() -> Iterator[BlockBuster]:
+    """Fails whatever blocks the event loop, in the package or below it."""
+    blockbuster = BlockBuster()
+    # The interpreter's own: an import that is already under way, and a pool's idle threads, told to end.
+    blockbuster.functions["os.stat"].can_block_in("<frozen importlib._bootstrap>", {"_find_and_load"})
+    blockbuster.activate()
+    try:
+        yield blockbuster
+    finally:
+        blockbuster.deactivate()
 
 
 @pytest.fixture
 def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
     return Disk(monkeypatch)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    return TinyModel(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def long_model(tmp_path_factory: pytest.TempPathFactory) -> LongModel:
+    return LongModel(tmp_path_factory.mktemp("long"))
 
 
 @pytest.fixture(scope="session")

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import anyio
+import anyio.lowlevel
 import pytest
 
 from hermes_async import Engine, RequestEvent, SamplingParams
+from tests.inside import inside
 
 BLOCK_BYTES = 8192
 """Of the small models here: 3 layers, 2 heads of keys and values, 8 numbers of 4 bytes, 16 tokens; in whole pages."""
@@ -43,6 +45,16 @@ async def until(condition: Callable[[], bool]) -> None:
             await anyio.sleep(0.002)
 
 
+async def settle(engine: Engine) -> None:
+    """Returns when the ring is full and nobody waits for anything but the next request."""
+    while True:
+        await anyio.wait_all_tasks_blocked()
+        statistics = engine.statistics()
+        if not (statistics.num_running or statistics.num_waiting or inside(engine).is_loading):
+            return
+        await anyio.lowlevel.checkpoint()
+
+
 async def check_nothing_is_left(engine: Engine) -> None:
     """No request, session, KV, lease or slot of the parking file, once what was left has ended."""
     await until(lambda: not engine.statistics().num_running)
@@ -51,16 +63,16 @@ async def check_nothing_is_left(engine: Engine) -> None:
     assert (statistics.num_paused, statistics.num_waiting) == (0, 0)
     assert (statistics.num_sessions, statistics.num_parked) == (0, 0)
     assert (statistics.kv_bytes, statistics.num_leases) == (0, RESIDENT_LEASES)
-    assert engine._serving.requests == {}
-    assert engine._running.parking.num_slots_used == 0
+    assert inside(engine).request_ids == set()
+    assert inside(engine).num_parking_slots == 0
 
 
 def drafts_cost_nothing(engine: Engine) -> None:
     """From now on sweeps count as limited by the disk, however fast it is."""
-    times = engine._serving.running.times
+    times = inside(engine).sweep_times
     times.record_read(1.0)
     times.record(1, 1e-6)
-    times.record_stalls = times.record_read = times.record = lambda *args: None
+    inside(engine).freeze_sweep_times()
 
 
 def tokens(seed: int, length: int) -> list[int]:

@@ -67,7 +67,7 @@ def test_each_room_knows_only_its_libraries(path: Path) -> None:
     if room == "modeling":
         assert not libraries & {"asyncio", "anyio", "aiofiles", "uvloop"}
     if ids(path) in ("serving/scheduler.py", "serving/speculation.py", "serving/sweep_times.py") or (
-        room == "planning" and path.name not in ("profile_store.py",)
+        room == "planning" and path.name != "profile_store.py"
     ):
         assert not libraries & {"asyncio", "anyio", "os", "pathlib", "torch"}
     assert not libraries & {"trio", "utils", "pytest", "hypothesis"}
@@ -85,6 +85,14 @@ def test_nothing_is_unpickled() -> None:
 def test_modules_are_of_a_size_to_be_read(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_LINES
     assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+
+
+@pytest.mark.parametrize("path", MODULES, ids=ids)
+def test_calls_with_many_arguments_name_them(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            positional = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+            assert len(positional) <= 5 or ast.unparse(node.func).endswith(".add_row"), ast.unparse(node)
 
 
 def test_every_module_says_what_it_is() -> None:
@@ -105,22 +113,23 @@ def private_names_of_others(path: Path) -> set[str]:
     return used - OWN_NAMES - {"_exit"}  # os._exit is documented
 
 
+def bound_name(node: ast.AST) -> str | None:
+    """The name of a function, a class, an attribute of `self` or a variable that is bound here."""
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return node.name
+    if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+        return node.attr if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") else None
+    return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
+
+
 def own_names() -> set[str]:
-    """Every underscored name that the package itself binds: functions, classes, attributes of `self`, variables."""
-    names: set[str] = set()
-    for path in MODULES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
-                names.add(node.name)
-            elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
-                if isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"):
-                    names.add(node.attr)
-            elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-                names.add(node.id)
-    return names
+    """Every name that the package itself binds."""
+    nodes = [node for path in MODULES for node in ast.walk(ast.parse(path.read_text()))]
+    return {name for node in nodes if (name := bound_name(node)) is not None}
 
 
 OWN_NAMES = own_names()
+PRIVATE_NAMES = {name for name in OWN_NAMES if re.fullmatch(r"_[A-Za-z]\w*", name)}
 CHANGING = ("past_key_values", "cache_params", "conversion_mapping", "core_model_loading")
 
 
@@ -140,3 +149,49 @@ def test_private_and_changing_names_of_libraries_are_in_one_module(path: Path) -
     }  # fmt: skip
     words |= {part for name in imported(path) if name.startswith("transformers.") for part in name.split(".")}
     assert not words & set(CHANGING)
+
+
+# --- the tests ---
+
+TESTS = Path(__file__).parent
+INSIDE = "inside.py"
+# Tests that read private names of the module they test. May only become fewer: others go through `inside.py`.
+PRIVATE_IN_TESTS = {
+    "engine/test_opening.py": {"_BUILDING"},
+    "memory/test_automatic_budget.py": {"_resize"},
+    "memory/test_claims.py": {"_CLAIMS", "_observe"},
+    "features/test_automatic_budget.py": {"_observe"},
+    "modeling/test_attention.py": {"_grouped_attention"},
+    "modeling/test_kernels.py": {"_packs_attention"},
+    "modeling/test_selfcheck.py": {"_separately"},
+    "pipeload/conftest.py": {"_free"},
+    "profiler/test_profiler.py": {"_DISK_REST_SECONDS", "_DISK_SECONDS", "_KERNEL_SECONDS"},
+    "serving/test_kv_blocks.py": {"_free", "_root", "_unused"},
+    "storage/test_buffers.py": {"_map", "_within"},
+    "storage/test_hub.py": {"_FIRST_BYTES"},
+    "storage/test_parking.py": {"_DEFAULT_FOLDER", "_MAX_BYTES_PER_CALL", "_O_TMPFILE", "_fd"},
+    "storage/test_rows.py": {"_buffer"},
+}
+
+
+def private_names_in(path: Path) -> set[str]:
+    """Private names of the package that a test reads, imports or replaces, and does not define itself."""
+    tree = ast.parse(path.read_text())
+    own = {name for node in ast.walk(tree) if (name := bound_name(node)) is not None}
+    used: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute):
+            of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in own
+            used |= set() if of_itself else {node.attr}
+        elif isinstance(node, ast.alias):
+            used.add(node.name)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
+            used.add(node.value.rpartition(".")[2])  # as `monkeypatch.setattr` takes it
+    return used & PRIVATE_NAMES
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
+def test_tests_use_no_private_names(path: Path) -> None:
+    name = str(path.relative_to(TESTS))
+    if name not in (INSIDE, Path(__file__).name):
+        assert private_names_in(path) == PRIVATE_IN_TESTS.get(name, set())

@@ -1,3 +1,7 @@
+"""The errors: each can be copied and pickled, and keeps its attributes."""
+
+from __future__ import annotations
+
 import copy
 import inspect
 import pickle

@@ -1,4 +1,4 @@
-"""The command line. What it needs is imported in `main`, where Ctrl-C and a full disk end it with one line."""
+"""The command line. `main` imports what it needs, so that Ctrl-C or a full disk ends it with one line at any time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 from typing import Any, NoReturn
 
 INTERRUPTED = 130
-"""The exit code after Ctrl-C: 128 and SIGINT's number, as shells have it."""
+"""The exit code after Ctrl-C: 128 plus SIGINT's number, as in shells."""
 
 
 def __getattr__(name: str) -> Any:
@@ -20,9 +20,9 @@ def __getattr__(name: str) -> Any:
 
 
 def main() -> None:
-    """Runs the command line of this process. Only here are the libraries below made quiet, never for importers."""
-    # An exception could come out of any import, and some libraries swallow or report it. While an event loop runs,
-    # `running` takes Ctrl-C.
+    """Runs the command line of this process. Silences the warnings of libraries, which importers must never do."""
+    # Ctrl-C ends the process at once: an exception in an import may be swallowed or reported by a library. While an
+    # event loop runs, `cli.run` handles Ctrl-C.
     signal.signal(signal.SIGINT, _stop)
     try:
         _open_standard_streams()
@@ -57,7 +57,7 @@ def _place(error: OSError) -> str:
 
 
 def _stop(*_: object) -> NoReturn:
-    """Ends the process at once: nothing is under way that would have to be cleaned up."""
+    """Ends the process at once: no work is running that needs cleaning up."""
     try:
         os.write(2, b"hermes-async: stopped\n")
     finally:
@@ -65,9 +65,9 @@ def _stop(*_: object) -> NoReturn:
 
 
 def _open_standard_streams() -> None:
-    """Puts something in place of streams that were closed, so that no file of ours gets their numbers.
+    """Replaces closed standard streams, so that no other file gets their numbers.
 
-    Reading and writing what is put there fails, so that lost output is an error.
+    Reading from a replacement or writing to it fails, so that lost output is an error.
     """
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         if getattr(sys, name) is None:
@@ -76,12 +76,12 @@ def _open_standard_streams() -> None:
 
 
 def _end_output(code: int, message: str = "") -> NoReturn:
-    """Says why, where that can be said, and exits; what standard output still holds is dropped."""
+    """Prints `message`, if that is possible, and exits. Drops the unwritten part of standard output."""
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     if message:
         try:
             print(message, file=sys.stderr, flush=True)
         except OSError:
-            os.dup2(null, 2)  # nobody can be told but by the exit code
+            os.dup2(null, 2)  # only the exit code can tell
     sys.exit(code)

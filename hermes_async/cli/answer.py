@@ -1,4 +1,4 @@
-"""One answer of the engine as a command collects it, and the line of statistics after it."""
+"""One answer as a command collects it, and the line of statistics after it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Answer:
-    """What came of one request so far; times in seconds since it was made."""
+    """What one request has given so far. Times are in seconds since it was made."""
 
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
@@ -43,7 +43,7 @@ async def stream_answer(
     interrupts: Interrupts,
     write: Callable[[str], object],
 ) -> Answer:
-    """Gives each piece of text to `write` as it comes. Ctrl-C ends the answer: its `finish_reason` is then "abort"."""
+    """Passes each piece of text to `write` as it arrives. Ctrl-C ends the answer with `finish_reason` "abort"."""
     answer = Answer()
     started_at = time.perf_counter()
     with interrupts.scope():
@@ -62,7 +62,7 @@ async def stream_answer(
 
 
 def statistics_line(statistics: EngineStatistics) -> str:
-    """What the engine did for it, in short."""
+    """A summary of what the engine has done."""
     return (
         f"{format_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
         f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"

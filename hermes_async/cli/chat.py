@@ -18,7 +18,9 @@ from hermes_async.storage.hub import HubOptions
 if TYPE_CHECKING:
     from hermes_async import Engine, Session
 
-_HELP = "/reset forgets the conversation, /exit ends; Ctrl-C stops an answer, and at the prompt ends too"
+_HELP = (
+    "/reset forgets the conversation, /exit ends it. Ctrl-C stops an answer; at the prompt, it ends the conversation"
+)
 
 
 def chat(
@@ -39,7 +41,7 @@ def chat(
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
 ) -> None:
-    """Talk with a model. Ctrl-C stops an answer; /reset forgets everything said, /exit ends."""
+    """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, /exit ends it."""
     with errors_in_one_line():
         params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
         config = options.engine_config(
@@ -89,9 +91,10 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
 async def _take_turn(
     chat: Session, line: str, params: SamplingParams, interrupts: Interrupts, *, at_terminal: bool
 ) -> bool:
-    """Asks and shows the answer; both then belong to the conversation, a stopped answer as far as it came.
+    """Sends a line and prints the answer. Both become part of the conversation, even if the answer was stopped.
 
-    Returns whether there could be an answer.
+    Returns:
+        Whether there was an answer.
     """
     message = {"role": "user", "content": line}
     try:
@@ -101,12 +104,12 @@ async def _take_turn(
     except (ContextLengthError, MemoryBudgetError) as error:
         print_error(error)
         if chat.messages or chat.token_ids:
-            print("/reset forgets the conversation, which makes room again", file=sys.stderr)
+            print("/reset forgets the conversation and frees its memory", file=sys.stderr)
         elif isinstance(error, ContextLengthError):
-            print("Nothing was said before: only a shorter message fits", file=sys.stderr)
+            print("The conversation is empty: only a shorter message fits", file=sys.stderr)
         else:
             print(
-                "Nothing was said before: a shorter message, a smaller --max-tokens or a larger --memory makes it fit",
+                "The conversation is empty: give a shorter message, a smaller --max-tokens or a larger --memory",
                 file=sys.stderr,
             )
         return False

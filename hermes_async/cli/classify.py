@@ -1,4 +1,4 @@
-"""`hermes-async classify`: a text or an image file to labels."""
+"""`hermes-async classify`: prints the labels of a text or an image file."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hermes_async.storage.hub import HubOptions
 
 def classify(
     model: options.Model,
-    item: Annotated[str, typer.Argument(help="A text, or the path of an image where the model takes images.")],
+    item: Annotated[str, typer.Argument(help="A text, or the path of an image if the model takes images.")],
     memory: options.Memory = "auto",
     top: Annotated[int, typer.Option(help="How many labels to print.", min=1)] = 5,
     truncate: options.Truncate = False,
@@ -25,7 +25,7 @@ def classify(
     cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Print the likeliest labels with their probabilities."""
+    """Classify a text or an image: print the likeliest labels with their probabilities."""
     with errors_in_one_line():
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
 

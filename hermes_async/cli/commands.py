@@ -1,4 +1,4 @@
-"""The commands, each in a module of its own, all of them on the engine's public interface."""
+"""The commands. Each is in a module of its own, and uses the engine's public interface."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hermes_async.cli import chat, classify, demo, embed, generate, plan, profil
 
 
 class _Command(TyperCommand):
-    """A command that says how to give a text that begins with a dash."""
+    """A command that explains how to pass a text that begins with a dash."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         options = [name for parameter in self.params for name in (*parameter.opts, *parameter.secondary_opts)]
@@ -21,10 +21,10 @@ class _Command(TyperCommand):
             return super().parse_args(ctx, args)
         except Exception as error:
             known: Any = error
-            name = getattr(known, "option_name", None)  # of an option that is not known; any other error has none
+            name = getattr(known, "option_name", None)  # only the error of an unknown option has it
             if name is not None and name not in options and texts:
                 example = f"{ctx.command_path} MODEL -- '-x'"
-                known.message += f"; an argument that begins with a dash goes behind --, as in: {example}"
+                known.message += f"; put -- before an argument that begins with a dash, as in: {example}"
             raise
 
 

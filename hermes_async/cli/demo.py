@@ -1,4 +1,4 @@
-"""`hermes-async demo`: the model that comes with the library, in less memory than it has weights."""
+"""`hermes-async demo`: runs the model that ships with the package in less memory than its weights take."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ _TEMPERATURE = 0.8
 
 def demo(
     memory: options.OptionalMemory = None,
-    sessions: Annotated[int, typer.Option(min=1, max=256, help="Texts to write at once.")] = 4,
+    sessions: Annotated[int, typer.Option(min=1, max=256, help="The number of texts to write at the same time.")] = 4,
     max_tokens: options.MaxTokens = 120,
-    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same texts again.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="The same seed writes the same texts.")] = 0,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     trace: options.Trace = None,
     json_output: options.Json = False,
     model: Annotated[Path, typer.Option(hidden=True)] = MODEL_PATH,
 ) -> None:
-    """Run the model that comes with the library in less memory than it has weights. Nothing is downloaded."""
+    """Run the model that ships with the package in less memory than its weights take. Nothing is downloaded."""
     with errors_in_one_line():
         from hermes_async import Engine
         from hermes_async.demo.show import Story
@@ -71,23 +71,23 @@ def demo(
 
 
 def _choose_budget(model: Path, stories: list[Story], max_tokens: int) -> tuple[int, int]:
-    """A budget of four fifths of the weights (more only if it must be), and how much of it is for KV caches.
+    """The budget, four fifths of the weights if that works, and its part for KV caches.
 
-    Some layers can then stay, and the others stream through the ring. The KV caches of all sessions get up to a quarter
-    of the weights' bytes; sessions that do not fit wait until another one has ended.
+    Some layers then stay in memory, and the others stream through the ring. KV caches get at most a quarter of the
+    weights' bytes. Sessions that do not fit wait until another one has ended.
     """
     from hermes_async.engine.opening import open_model
     from hermes_async.engine.prompt import encode
 
     opened = open_model(model, "1TiB", EngineConfig())
     try:
-        longest = max(len(encode(opened, story.prompt)) for story in stories) + max_tokens
-        one = opened.seen.kv.nbytes(min(longest, opened.skeleton.context_length or longest))
+        num_tokens = max(len(encode(opened, story.prompt)) for story in stories) + max_tokens
+        session_bytes = opened.probe.kv.nbytes(min(num_tokens, opened.skeleton.context_length or num_tokens))
     finally:
         opened.close()
-    weights = opened.plan.weight_bytes
-    kv_budget = max(one, min(len(stories) * one, weights // 4))
-    return max(weights * 4 // 5, opened.plan.minimum_budget + kv_budget), kv_budget
+    weight_bytes = opened.plan.weight_bytes
+    kv_budget = max(session_bytes, min(len(stories) * session_bytes, weight_bytes // 4))
+    return max(weight_bytes * 4 // 5, opened.plan.minimum_budget + kv_budget), kv_budget
 
 
 async def _run_stories(

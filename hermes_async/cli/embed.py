@@ -1,4 +1,4 @@
-"""`hermes-async embed`: texts to sentence vectors."""
+"""`hermes-async embed`: prints the sentence vectors of texts."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ def embed(
     texts: Annotated[list[str], typer.Argument(help="One or more texts.")],
     memory: options.Memory = "auto",
     pooling: Annotated[
-        Pooling | None, typer.Option(help="How tokens become a vector; without it, as the checkpoint says, or mean.")
+        Pooling | None,
+        typer.Option(help="How to make one vector of the tokens; by default, the checkpoint's way."),
     ] = None,
     normalize: Annotated[
         bool | None,
-        typer.Option("--normalize/--no-normalize", help="Vectors of length 1; without it, as the checkpoint says."),
+        typer.Option(
+            "--normalize/--no-normalize", help="Scale vectors to length 1; by default, the checkpoint's setting."
+        ),
     ] = None,
     truncate: Annotated[
         bool | None,
         typer.Option(
             "--truncate/--no-truncate",
-            help="Cut texts that are longer than the checkpoint takes; without it, as sentence-transformers does.",
+            help="Truncate long texts, or refuse them; by default, as sentence-transformers does.",
         ),
     ] = None,
     prompt_name: Annotated[
-        str | None, typer.Option(help="One of the checkpoint's prompts, to put before each text.", show_default=False)
+        str | None,
+        typer.Option(help="One of the checkpoint's prompts, put before each text.", show_default=False),
     ] = None,
-    prompt: Annotated[str | None, typer.Option(help="A text to put before each text.", show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help="A text put before each text.", show_default=False)] = None,
     truncate_dim: Annotated[
-        int | None, typer.Option(help="Keep only so many numbers of each vector.", show_default=False)
+        int | None, typer.Option(help="Keep only the first N numbers of each vector.", metavar="N", show_default=False)
     ] = None,
     trace: options.Trace = None,
     revision: options.Revision = None,
@@ -44,7 +48,7 @@ def embed(
     cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Print each text's vector; with --json the vectors, plan and statistics."""
+    """Embed texts: print each text's vector. With --json, also print the plan and statistics."""
     with errors_in_one_line():
         texts = [options.checked_text(text) for text in texts]
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))

@@ -1,4 +1,4 @@
-"""`hermes-async generate`: one prompt, its text as it comes."""
+"""`hermes-async generate`: continues one prompt, and prints the text as it arrives."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _REQUEST_ID = "generate"
 
 def generate(
     model: options.Model,
-    prompt: Annotated[str, typer.Argument(help="The text to go on from; - reads it from standard input.")],
+    prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     memory: options.Memory = "auto",
     max_tokens: options.MaxTokens = 128,
     temperature: options.Temperature = 0.0,
@@ -34,14 +34,14 @@ def generate(
     seed: options.Seed = None,
     stop: Annotated[
         list[str] | None,
-        typer.Option(help="End before this text; may be given more than once.", show_default=False),
+        typer.Option(help="Stop before this text; may be given more than once.", show_default=False),
     ] = None,
-    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on past end-of-sequence tokens.")] = False,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Continue after end-of-sequence tokens.")] = False,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Send PROMPT as a message, through the checkpoint's chat template.")
+        bool, typer.Option("--chat", help="Send PROMPT as a chat message, with the checkpoint's chat template.")
     ] = False,
     token_ids: Annotated[
-        bool, typer.Option("--token-ids", help="PROMPT is token ids, separated by commas or spaces.")
+        bool, typer.Option("--token-ids", help="PROMPT is a list of token ids, separated by commas or spaces.")
     ] = False,
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
@@ -54,11 +54,11 @@ def generate(
     cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Generate text from a prompt. Ctrl-C stops and keeps what there is."""
+    """Generate text from a prompt. Ctrl-C stops, and keeps the text so far."""
     if chat and token_ids:
         raise typer.BadParameter("--chat and --token-ids exclude each other")
     with errors_in_one_line():
-        asked = _read_prompt(prompt, chat=chat, token_ids=token_ids)
+        parsed_prompt = _read_prompt(prompt, chat=chat, token_ids=token_ids)
         params = SamplingParams(
             max_tokens=max_tokens,
             temperature=temperature,
@@ -79,7 +79,7 @@ def generate(
 
             command = _to_json if json_output else _to_terminal
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
-            await command(engine, asked, params, interrupts)
+            await command(engine, parsed_prompt, params, interrupts)
 
         run(work)
 
@@ -141,10 +141,17 @@ async def _to_json(
 
 
 async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, interrupts: Interrupts) -> Completion:
-    """Ctrl-C aborts the request, which then completes with what it has."""
+    """Ctrl-C aborts the request, which then completes with the text so far."""
     from hermes_async import Completion, Timings, Usage
 
-    completion = Completion(_REQUEST_ID, "", (), "abort", Usage(0, 0), Timings(0.0, 0.0, 0.0, 0.0))
+    completion = Completion(
+        request_id=_REQUEST_ID,
+        text="",
+        token_ids=(),
+        finish_reason="abort",
+        usage=Usage(0, 0),
+        timings=Timings(0.0, 0.0, 0.0, 0.0),
+    )
     with interrupts.scope() as scope:
 
         async def stop() -> None:

@@ -1,4 +1,4 @@
-"""Lines of standard input for an event loop."""
+"""Reads lines of standard input in an event loop."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import anyio.to_thread
 
 
 class LineReader:
-    """Reads a terminal, pipe or file line by line; a worker thread waits, and none is left behind by cancellation.
+    """Reads a terminal, pipe or file line by line, on a worker thread that ends when the call is cancelled.
 
-    A thread inside `input()` cannot be woken, and the interpreter would wait for it at its exit. The thread here waits
-    for the input and for a pipe of ours at once. (An event loop cannot wait for every kind of input itself: epoll
-    refuses files, and libuv makes a terminal non-blocking for all its users.)
+    A thread in `input()` could not be woken, and the interpreter would wait for it at exit. This thread waits for the
+    input and for a pipe that wakes it. The event loop cannot wait for every kind of input itself: epoll refuses files,
+    and libuv makes a terminal non-blocking for all programs.
     """
 
     def __init__(self, file_descriptor: int) -> None:
@@ -23,9 +23,9 @@ class LineReader:
         self._ended = False
 
     async def read(self) -> str | None:
-        """Returns the next line without its end, or None at the end of the input.
+        """Returns the next line without its line break, or None at the end of the input.
 
-        Cancellation: nothing is lost; the next call goes on.
+        Cancellation: no input is lost; the next call continues.
         """
         while b"\n" not in self._pending and not self._ended:
             await self._receive()

@@ -1,4 +1,4 @@
-"""Arguments and options that several commands have."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -18,60 +18,60 @@ Memory = Annotated[
     str,
     typer.Option(
         metavar="SIZE",
-        help="Budget for weights, buffers, KV caches and workspace together: 3GiB, 512MiB, or auto.",
+        help="The budget for weights, buffers, KV caches and workspace: 3GiB, 512MiB, or auto.",
     ),
 ]
 OptionalMemory = Annotated[
     str | None,
     typer.Option(
         metavar="SIZE",
-        help="Budget, such as 6MiB; without it, one that is smaller than the weights.",
+        help="The budget, such as 6MiB; by default, one that is smaller than the weights.",
         show_default=False,
     ),
 ]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more varied.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens that make up this probability.")]
-TopK = Annotated[int, typer.Option(help="Sample from this many likeliest tokens; 0 is all.")]
+MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary more.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens whose probabilities sum to this.")]
+TopK = Annotated[int, typer.Option(help="Sample from the K likeliest tokens; 0 takes all.", metavar="K")]
 Seed = Annotated[
     int | None,
-    typer.Option(help="The same seed samples the same tokens again.", show_default=False),
+    typer.Option(help="The same seed samples the same tokens.", show_default=False),
 ]
 DraftModel = Annotated[
     str | None,
     typer.Option(
         metavar="MODEL",
-        help="A small model with the same tokenizer, to draft tokens.",
+        help="A small model with the same tokenizer, which drafts tokens.",
         show_default=False,
     ),
 ]
 LoadingAgents = Annotated[
     int | None,
-    typer.Option(help="Stages that are read at once; chosen if not given.", show_default=False),
+    typer.Option(help="Stages that are read at once; by default, the planner chooses.", show_default=False),
 ]
 MaxResidentLayers = Annotated[
     int | None,
-    typer.Option(help="Most layers in memory at once; the budget decides if not given.", show_default=False),
+    typer.Option(help="The most layers in memory at once; by default, the budget decides.", show_default=False),
 ]
 ContextLength = Annotated[
     int | None,
-    typer.Option(help="Most tokens of a prompt and its answer; the model's own if not given.", show_default=False),
+    typer.Option(help="The most tokens of prompt and answer; by default, the model's own limit.", show_default=False),
 ]
 Kernels = Annotated[
     str,
     typer.Option(
         metavar="WHICH",
-        help="default computes as transformers does; fastest takes what `profile` found to be faster, and rounds "
-        "otherwise.",
+        help="default computes as transformers does; fastest uses the kernels that `profile` found to be faster, which "
+        "round differently.",
     ),
 ]
 Trace = Annotated[
     Path | None,
     typer.Option(
-        metavar="FILE", help="Write what the agents do to FILE, for Perfetto and `timeline`.", show_default=False
+        metavar="FILE", help="Write a trace of all agents to FILE, for Perfetto and `timeline`.", show_default=False
     ),
 ]
-Truncate = Annotated[bool, typer.Option("--truncate", help="Cut texts that are longer than the model's context.")]
+Truncate = Annotated[bool, typer.Option("--truncate", help="Truncate texts that are longer than the model's context.")]
 Revision = Annotated[
     str | None,
     typer.Option(help="A branch, tag or commit of a model on the hub.", show_default=False),
@@ -79,7 +79,7 @@ Revision = Annotated[
 Token = Annotated[
     str | None,
     typer.Option(
-        help="For the hub, instead of the one that is logged in; HF_TOKEN does the same and is seen by fewer.",
+        help="The hub's token, instead of the one that is logged in; HF_TOKEN does the same, and fewer can see it.",
         show_default=False,
     ),
 ]
@@ -87,15 +87,15 @@ CacheDir = Annotated[
     Path | None,
     typer.Option(
         metavar="FOLDER",
-        help="Where what comes from the hub is kept; the hub's cache if not given.",
+        help="The folder for downloads; by default, the hub's cache.",
         show_default=False,
     ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object, as the last line, and no text.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object as the last line, and no text.")]
 
 
 def checked_text(text: str) -> str:
-    """A text of the command line, which is UTF-8 whatever the locale says.
+    """Decodes a text of the command line as UTF-8, for any locale.
 
     Raises:
         BadParameter: Its bytes are not UTF-8.
@@ -103,7 +103,7 @@ def checked_text(text: str) -> str:
     try:
         text.encode()
         return text
-    except UnicodeEncodeError:  # it has bytes that the locale's encoding does not have
+    except UnicodeEncodeError:  # it has bytes that the locale's encoding lacks
         try:
             return os.fsencode(text).decode()
         except UnicodeError:
@@ -118,7 +118,7 @@ def engine_config(
     kernels: str = "default",
     context_length: int | None = None,
 ) -> EngineConfig:
-    """The engine's options, from those of the command."""
+    """The engine's options, from the command's."""
     return EngineConfig(
         num_loading_agents=loading_agents,
         max_resident_layers=max_resident_layers,

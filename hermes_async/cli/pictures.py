@@ -1,4 +1,4 @@
-"""Pictures with matplotlib, which comes with the extra `bench`."""
+"""Saves pictures made with matplotlib, which the extra `bench` installs."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _METADATA = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creat
 
 
 def pyplot() -> Any:
-    """matplotlib's, without a screen.
+    """matplotlib's `pyplot`, without a screen.
 
     Raises:
-        ConfigError: It is not installed.
+        ConfigError: matplotlib is not installed.
     """
     try:
         import matplotlib
@@ -30,17 +30,17 @@ def pyplot() -> Any:
 
 
 def save(figure: Any, output: Path) -> None:
-    """Writes a picture in the format of the file's name, and closes it; never over a file that is no picture of ours.
+    """Saves a picture in the format of the file's name, and closes it. Overwrites only pictures of this package.
 
     Raises:
-        ConfigError: It cannot be written.
+        ConfigError: The picture cannot be written.
     """
     suffix = output.suffix.removeprefix(".").lower()
     metadata = {_METADATA[suffix]: _MADE_BY} if suffix in _METADATA else None
     drawn = BytesIO()
     try:
         figure.savefig(drawn, dpi=130, format=suffix or "png", metadata=metadata)
-        with open_own_file(output, lambda known: _MADE_BY.encode() in known, "picture") as file:
+        with open_own_file(output, lambda content: _MADE_BY.encode() in content, "picture") as file:
             file.write(drawn.getbuffer())
     except ConfigError:
         raise

@@ -1,4 +1,4 @@
-"""`hermes-async plan`: how a budget would be divided and what that would do, without reading a weight."""
+"""`hermes-async plan`: how a budget would be divided, and what that would give, without reading weights."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def plan(
     kernels: options.Kernels = "default",
     context_length: options.ContextLength = None,
     sweep: Annotated[
-        bool, typer.Option("--sweep", help="Go through all budgets, from the smallest that works; no --memory.")
+        bool, typer.Option("--sweep", help="Plan for many budgets, from the smallest that works; ignores --memory.")
     ] = False,
     plot: Annotated[
         Path | None,
@@ -47,7 +47,7 @@ def plan(
     cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Show how a budget would be divided and what that would do, without loading the model, or downloading weights."""
+    """Show how a budget would be divided and what that would give, without loading or downloading weights."""
     if plot is not None and not sweep:
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
@@ -82,7 +82,7 @@ def plan(
 
 
 def predictions_of(chosen: Plan) -> list[Prediction]:
-    """For one session, and for as many more as there is KV memory for."""
+    """For one session, and for more sessions up to what KV memory allows."""
     from hermes_async import predict
 
     predicted = [predict(chosen, num_sessions=count) for count in (_SESSIONS if chosen.kv_bytes_per_token else _TEXTS)]
@@ -92,7 +92,7 @@ def predictions_of(chosen: Plan) -> list[Prediction]:
 def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
     from rich.table import Table
 
-    table = Table(title=f"predicted; speeds {chosen.speeds.source}", title_justify="left")
+    table = Table(title=f"predicted; speeds {chosen.machine.source}", title_justify="left")
     what = "token" if chosen.kv_bytes_per_token else "text"
     names = ("sessions" if chosen.kv_bytes_per_token else "at once", "s a sweep", "reading", "computing")
     for name in (*names, f"{what}s/s", f"first {what if what == 'token' else 'output'}, s", "memory"):
@@ -118,7 +118,7 @@ def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Predict
     first = plans[0]
     table = Table(
         title=f"{format_bytes(first.weight_bytes)} of weights; the smallest budget that works is "
-        f"{format_bytes(first.minimum_budget)} ({first.minimum_budget} bytes)\nspeeds {first.speeds.source}",
+        f"{format_bytes(first.minimum_budget)} ({first.minimum_budget} bytes)\nspeeds {first.machine.source}",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -153,7 +153,7 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
     most = _SESSIONS if plans[0].kv_bytes_per_token else _TEXTS
     for chosen, predicted in zip(plans, predictions, strict=True):
         for count in most:
-            # Where there is memory for fewer, these are what it gives.
+            # Where there is memory for fewer sessions, what those give.
             prediction = max((one for one in predicted if one.num_sessions <= count), key=lambda one: one.num_sessions)
             point = (chosen.memory_budget / 2**20, prediction.tokens_per_second)
             lines.setdefault(count, []).append(point)
@@ -166,7 +166,7 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
     )
     axes.axvline(weights, color="gray", linestyle="--", label=f"weights, {format_bytes(plans[0].weight_bytes)}")
     axes.set(xlabel="memory budget, MiB", ylabel=f"{what} a second, predicted", xscale="log", yscale="log")
-    axes.set_title(f"speeds {plans[0].speeds.source}", fontsize=9)
+    axes.set_title(f"speeds {plans[0].machine.source}", fontsize=9)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
     save(figure, output)

@@ -1,4 +1,4 @@
-"""`hermes-async profile`: what stages, disk and kernels take on this machine."""
+"""`hermes-async profile`: measures stages, disk and kernels on this machine."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def profile(
     memory: options.Memory = "auto",
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
-    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, whatever was kept.")] = False,
+    refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, even where there is a profile.")] = False,
     trace: options.Trace = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
     json_output: options.Json = False,
 ) -> None:
-    """Measure a model's stages, the disk and the processor's kernels; kept for a month."""
+    """Measure a model's stages, the disk and the processor's kernels. The profile is kept for a month."""
     with errors_in_one_line():
         from hermes_async.engine.trace_file import open_trace_file
         from hermes_async.planning.profile_store import load_profile, profile_file, save_profile
@@ -51,7 +51,7 @@ def profile(
         file = profile_file(Checkpoint.open(path))
         measured = None if refresh or trace is not None else load_profile(file)
         if measured is None or measured.asked_for != asked(memory, config):
-            stream = None if trace is None else open_trace_file(trace)  # before minutes are spent
+            stream = None if trace is None else open_trace_file(trace)  # before measuring, which takes minutes
             taken: list[Profile] = []
             events: list[Event] = []
 
@@ -80,7 +80,7 @@ def _write(file: Path, stream: IO[str], events: list[Event]) -> None:
 
 
 def _stage_table(measured: Profile) -> Table:
-    """Stages of one kind (the same place in every layer) in one row."""
+    """A row for each kind of stage: the same part of every layer."""
     kinds: dict[str, list[StageProfile]] = defaultdict(list)
     for stage in measured.stages:
         kinds[re.sub(r"\d+", "*", stage.name)].append(stage)

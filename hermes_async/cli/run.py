@@ -1,4 +1,4 @@
-"""How a command runs: its event loop, Ctrl-C, and what a user sees of an error."""
+"""How a command runs: its event loop, Ctrl-C, and its errors."""
 
 from __future__ import annotations
 
@@ -18,17 +18,14 @@ from hermes_async.storage.hub import HubOptions
 
 
 class Interrupts:
-    """Ctrl-C as an event: each one goes to the innermost block that is open, and to no other.
-
-    So a command decides what it ends: one answer, or everything.
-    """
+    """Handles Ctrl-C: each goes to the innermost open block only. So it ends one answer, or the whole command."""
 
     def __init__(self) -> None:
         self._actions: list[Callable[[], Awaitable[None]]] = []
 
     @contextmanager
     def scope(self) -> Iterator[anyio.CancelScope]:
-        """Ctrl-C cancels this block; its `cancel_called` tells so afterwards."""
+        """Ctrl-C cancels this block and sets `cancel_called`."""
         with anyio.CancelScope() as scope:
 
             async def cancel() -> None:
@@ -57,11 +54,11 @@ def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
 
     Raises:
         HermesError: As `work` raised it, never in a group.
-        KeyboardInterrupt: Ctrl-C came while `work` had no block of its own open.
+        KeyboardInterrupt: Ctrl-C came while `work` had no open block.
     """
     from hermes_async.engine.lifetime import import_torch
 
-    import_torch()  # here Ctrl-C ends it at once, which it could not on the engine's worker thread
+    import_torch()  # here, Ctrl-C can end it at once; on the engine's worker thread, it could not
     anyio.run(_interruptible, work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
 
 
@@ -75,7 +72,7 @@ async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
             with interrupts.scope() as everything:
                 try:
                     await work(interrupts)
-                # Raised again below: here the task group would put it in a group. rich exits on a broken pipe.
+                # Raised again below, because the task group would wrap it in a group. rich exits on a broken pipe.
                 except (Exception, SystemExit) as error:
                     failure = error
             tasks.cancel_scope.cancel()
@@ -88,7 +85,7 @@ async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:
 
 @contextmanager
 def errors_in_one_line() -> Iterator[None]:
-    """Ends the command on an error of ours with one line and exit code 1, on Ctrl-C with exit code 130."""
+    """Ends the command with one line: with exit code 1 on an error of ours, with 130 on Ctrl-C."""
     try:
         yield
     except HermesError as error:
@@ -97,20 +94,20 @@ def errors_in_one_line() -> Iterator[None]:
     except KeyboardInterrupt:
         print("hermes-async: stopped", file=sys.stderr)
         raise typer.Exit(INTERRUPTED) from None
-    except UnicodeEncodeError as error:  # what has no UTF-8: a name of bytes that are none
+    except UnicodeEncodeError as error:  # such as a file name whose bytes are not UTF-8
         print(f"hermes-async: error: {error.object!a} is not UTF-8", file=sys.stderr)
         raise typer.Exit(1) from None
 
 
 def print_error(error: HermesError) -> None:
-    """Tells of an error in one line."""
+    """Prints an error in one line."""
     print(f"hermes-async: error: {' '.join(str(error).split())}", file=sys.stderr)
 
 
 def find_checkpoint(model: str, hub: HubOptions) -> Path:
-    """Returns the model's directory; a model on the hub is downloaded first.
+    """Returns the model's directory; downloads a model on the hub.
 
-    The engine would do that too, but in a worker thread, where Ctrl-C cannot break off a download.
+    The engine would do that too, but on a worker thread, where Ctrl-C cannot stop a download.
     """
     from hermes_async.storage.checkpoint import open_checkpoint
 

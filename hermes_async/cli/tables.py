@@ -1,4 +1,4 @@
-"""Tables in the terminal."""
+"""Prints tables in the terminal, for `plan`, `profile` and `demo`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ if TYPE_CHECKING:
 
 
 def new_table(title: str) -> Table:
-    """An empty table under its title."""
+    """An empty table with a title."""
     from rich.table import Table
 
     return Table(title=title, title_justify="left")
 
 
 def print_table(table: Table, console: Console | None = None) -> None:
-    """Prints a table, and breaks its lines between words alone: where it is wider than the terminal, they run over."""
+    """Prints a table. Lines break only between words; lines that are wider than the terminal continue past its edge."""
     from rich.console import Console
     from rich.measure import Measurement
 

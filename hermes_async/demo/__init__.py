@@ -1,4 +1,4 @@
-"""A small language model that ships with the library, for examples and tests that need no download."""
+"""A small language model that ships with the package, for examples and tests without a download."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What `hermes-async demo` shows: sessions side by side while their tokens arrive, then the figures."""
+"""What `hermes-async demo` shows: sessions side by side while their tokens arrive, then statistics."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from hermes_async.config import format_bytes, format_count
 from hermes_async.results import Chunk, EngineStatistics, FinishReason
 
 _LINES = range(4, 16)
-"""Of text that one panel shows."""
+"""How many lines of text a panel may show."""
 
 
 @dataclass
 class Story:
-    """One session of the demo, as far as it came."""
+    """The text of one session of the demo, so far."""
 
     prompt: str
     text: str = ""
@@ -43,7 +43,7 @@ class Story:
 
 @dataclass
 class SideBySide:
-    """A panel for each session with the end of its text: a rich renderable, drawn anew while the sessions go on."""
+    """A rich renderable with a panel for each session, which shows the end of its text."""
 
     stories: list[Story]
 
@@ -71,7 +71,7 @@ class SideBySide:
 
 
 def print_stories(console: Console, stories: list[Story]) -> None:
-    """Prints each session's whole text in turn, plainly."""
+    """Prints the whole text of each session, one after another."""
     for number, story in enumerate(stories, start=1):
         console.print(f"--- session {number}: {story.state}", markup=False, highlight=False, soft_wrap=True)
         console.print(story.as_text(), soft_wrap=True)
@@ -79,7 +79,7 @@ def print_stories(console: Console, stories: list[Story]) -> None:
 
 
 def statistics_table(statistics: EngineStatistics, weight_bytes: int) -> Table:
-    """The figures of a run, one a line."""
+    """The statistics of a run, one per line."""
     generated, sweeps = statistics.tokens_generated, statistics.sweeps
     share = statistics.peak_bytes_in_use / statistics.memory_budget
     table = Table(title="statistics", title_justify="left", show_header=False)
@@ -89,7 +89,7 @@ def statistics_table(statistics: EngineStatistics, weight_bytes: int) -> Table:
         ("weights", format_bytes(weight_bytes)),
         ("memory budget", format_bytes(statistics.memory_budget)),
         ("peak in use", f"{format_bytes(statistics.peak_bytes_in_use)} ({share:.0%} of the budget)"),
-        ("weights that stay resident", format_bytes(statistics.bytes_resident)),
+        ("resident weights", format_bytes(statistics.bytes_resident)),
         ("read from disk", format_bytes(statistics.bytes_read)),
         ("sweeps over the weights", str(sweeps)),
         ("tokens generated", str(generated)),

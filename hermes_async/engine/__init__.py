@@ -1,1 +1,1 @@
-"""Logits to user: the scheduler, sessions and the engine that owns them."""
+"""What does a user call? The engine, its sessions, and how prompts, texts and images become requests."""

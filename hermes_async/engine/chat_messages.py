@@ -1,4 +1,4 @@
-"""Chat messages: what they must be, and the text that the checkpoint's template makes of them."""
+"""Checks chat messages, and renders them with the checkpoint's chat template."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hermes_async.foreign_errors import one_request
 if TYPE_CHECKING:
     from hermes_async.serving.tokenizer import SharedTokenizer
 
-# Results of tools may be of any kind: what they mean is the template's matter.
-_ROLES_OF_TOOLS = ("tool", "function", "ipython")
+# Results of tools may have any type: the template decides what they mean.
+_TOOL_ROLES = ("tool", "function", "ipython")
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
-    """Copies of chat messages.
+    """Checks chat messages and returns copies.
 
     Raises:
-        RequestError: One is no mapping, or has no role or no content that can be a prompt; the error names its index.
+        RequestError: A message is no mapping, or lacks a role or a usable content; the error names its index.
     """
     if not isinstance(messages, Sequence):
         raise RequestError(f"chat messages come in a list, not in a {type(messages).__name__}")
@@ -41,10 +41,10 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
 
 
 def render(tokenizer: SharedTokenizer, messages: Sequence[Any]) -> str:
-    """The text that the tokenizer's chat template makes of messages, with the beginning of an answer.
+    """Renders messages as a text, including the beginning of an answer.
 
     Raises:
-        RequestError: Messages are not as they must be, or the template refuses them or makes no text of them.
+        RequestError: A message is invalid, or the template refuses the messages or gives no text.
     """
     conversation = checked_messages(messages)
     if any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer):
@@ -61,22 +61,22 @@ def _check_content(where: str, message: Mapping[Any, Any], role: str) -> None:
     if content is None:
         if role != "assistant" or not (message.get("tool_calls") or message.get("function_call")):
             raise RequestError(f"{where} has no content; only one of role 'assistant' with 'tool_calls' may have none")
-    elif isinstance(content, (list, tuple)) and role not in _ROLES_OF_TOOLS:
+    elif isinstance(content, (list, tuple)) and role not in _TOOL_ROLES:
         if not content:
             raise RequestError(f"{where} has an empty list as content")
         for idx, part in enumerate(content):
             if not _is_text_part(part):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 raise RequestError(
-                    f"{where} has a part {idx} of type {kind!r}; a prompt has parts like "
-                    "{'type': 'text', 'text': '...'} only"
+                    f"{where} has a part {idx} of type {kind!r}; every part must be like "
+                    "{'type': 'text', 'text': '...'}"
                 )
-    elif not isinstance(content, str) and role not in _ROLES_OF_TOOLS:
-        raise RequestError(f"{where} has content of type {type(content).__name__}; a text or text parts can be content")
+    elif not isinstance(content, str) and role not in _TOOL_ROLES:
+        raise RequestError(f"{where} has content of type {type(content).__name__}; content is a text or text parts")
 
 
 def _is_text_part(part: Any) -> bool:
-    """Whether it is a part of a message's content in the way of OpenAI's API, and a text."""
+    """Whether this is a text part as in OpenAI's API."""
     return isinstance(part, Mapping) and part.get("type") == "text" and isinstance(part.get("text"), str)
 
 
@@ -85,20 +85,20 @@ def _is_parts(content: Any) -> bool:
 
 
 def _takes_parts(tokenizer: SharedTokenizer) -> bool:
-    """Whether the template makes the same of one text part as of the text."""
+    """Whether the template renders a text part as it renders the text."""
     contents: tuple[Any, Any] = ("a", [{"type": "text", "text": "a"}])
     try:
         of_text, of_part = (
             tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
             for content in contents
         )
-    except Exception:  # whatever a template does with what it does not take
+    except Exception:  # a template may raise anything for content that it does not support
         return False
     return bool(of_text == of_part)
 
 
 def _with_parts_joined(message: dict[str, Any]) -> dict[str, Any]:
-    """Line by line, as in vLLM."""
+    """Joins text parts with line breaks, as vLLM does."""
     content: Any = message.get("content")
     if not _is_parts(content):
         return message

@@ -1,4 +1,4 @@
-"""Texts and image files to labels."""
+"""Turns texts and image files into labels with probabilities."""
 
 from __future__ import annotations
 
@@ -12,26 +12,28 @@ from typing import Any
 import torch
 from transformers import AutoImageProcessor
 
-from hermes_async.engine.encoding import count_text_tokens, cut, encode_pair, encode_texts, features
+from hermes_async.engine.encoding import count_text_tokens, encode_pair, encode_texts, model_inputs, truncated
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import CheckpointError, RequestError
+from hermes_async.foreign_errors import first_line
 from hermes_async.modeling.inputs import input_names
 from hermes_async.results import Label
-from hermes_async.serving.forward import ForwardRequest, prepare_forward
+from hermes_async.serving.forward_passes import prepare_forward
+from hermes_async.serving.jobs import ForwardJob
 
-_MAX_PIXELS = 64_000_000  # of an image: a small file may claim any number, and they are all unpacked
+_MAX_PIXELS = 64_000_000  # of an image: a small file may unpack to any number
 
 
 def prepare_classification(
     opened: OpenedModel, item: str | os.PathLike[str] | Sequence[str], *, truncate: bool
-) -> ForwardRequest:
-    """Makes the inputs of a text or two, or of an image file where the model takes images; for a worker thread.
+) -> ForwardJob:
+    """Prepares a forward pass for a text, a pair of texts or an image file; for a worker thread.
 
-    Its result is all labels, the likeliest first.
+    Its result is all labels, likeliest first.
 
     Raises:
-        RequestError: The model is no classifier of texts or images, or the file is no image.
+        RequestError: The model does not classify texts or images, or the file is no image.
         ContextLengthError: The text is too long, and may not be truncated.
         CheckpointError: The checkpoint does not say how images are prepared.
         MemoryBudgetError: As `prepare_forward`.
@@ -78,12 +80,11 @@ def _text_inputs(opened: OpenedModel, item: str | os.PathLike[str] | Sequence[st
         num_first = count_text_tokens(encode_texts(tokenizer, [item[0]])[0])
     if truncate:
         limits = [most for most in (context, tokenizer.model_max_length) if most is not None]
-        encoded = cut(tokenizer, encoded, min(limits), num_first) if limits else encoded
+        encoded = truncated(tokenizer, encoded, min(limits), num_first) if limits else encoded
     if not encoded["input_ids"]:
         raise RequestError("the text has no tokens: the tokenizer puts none around it")
-    (kept,) = features([encoded])
-    taken = input_names(opened.skeleton.model)  # some tokenizers give more
-    return {name: torch.tensor([values]) for name, values in kept.items() if name in taken}
+    names = input_names(opened.skeleton.model)  # some tokenizers give more
+    return {name: torch.tensor([values]) for name, values in model_inputs(encoded).items() if name in names}
 
 
 def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
@@ -91,13 +92,13 @@ def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
         from PIL import Image
     except ImportError as error:
         raise RequestError("images need Pillow: pip install 'hermes_async[vision]'") from error
-    processor = copy.deepcopy(_image_processor(checkpoint))  # another thread may use the same one
+    processor = copy.deepcopy(_image_processor(checkpoint))  # another thread may use the same processor
     try:
         with Image.open(file) as image:
             if image.width * image.height > _MAX_PIXELS:
                 raise ValueError(f"{image.width} by {image.height} pixels are more than {_MAX_PIXELS}")
             pixels = image.convert("RGB")
-    # Pillow raises whatever a broken file makes its decoders stumble over.
+    # Pillow may raise any error for a broken file.
     except Exception as error:
         raise RequestError(f"{file} cannot be read as an image: {type(error).__name__}: {error}") from error
     return dict(processor(images=pixels, return_tensors="pt"))
@@ -109,7 +110,5 @@ def _image_processor(checkpoint: Path) -> Any:
         load: Any = AutoImageProcessor.from_pretrained
         return load(checkpoint, trust_remote_code=False, local_files_only=True)
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(
-            f"{checkpoint} does not say how images are prepared: {reason}", path=checkpoint
-        ) from error
+        message = f"{checkpoint} does not say how images are prepared: {first_line(error)}"
+        raise CheckpointError(message, path=checkpoint) from error

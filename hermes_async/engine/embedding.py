@@ -1,4 +1,4 @@
-"""Texts to sentence vectors: which texts go into one forward pass."""
+"""Turns texts into sentence vectors: tokenizes them, groups them into forward passes, and pools the results."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.config import Pooling, format_count
-from hermes_async.engine.encoding import Encoded, count_prompt_tokens, cut, encode_texts, features
+from hermes_async.engine.encoding import Encoded, count_prompt_tokens, encode_texts, model_inputs, truncated
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import CheckpointError, ContextLengthError, RequestError
@@ -23,10 +23,12 @@ from hermes_async.foreign_errors import ungrouped
 from hermes_async.modeling.inputs import input_names
 from hermes_async.modeling.pooling import PoolingConfig, pool
 from hermes_async.modeling.sentence import SentenceSettings
-from hermes_async.serving.forward import Forwarding, ForwardRequest, prepare_forward
+from hermes_async.serving.forward_passes import prepare_forward
+from hermes_async.serving.jobs import ForwardJob
+from hermes_async.serving.loop import ServingLoop
 from hermes_async.serving.tokenizer import SharedTokenizer
 
-_SLACK = 1.25  # the longest text of a pass may be so much longer than its shortest
+_MAX_LENGTH_RATIO = 1.25  # of the longest text of a batch to its shortest
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,25 +36,25 @@ class TextBatch:
     """Texts of about the same length, in one forward pass.
 
     Attributes:
-        indices: Which of the texts they are.
+        indices: The texts' indices.
         request: Its result is float32 [texts, out].
     """
 
     indices: list[int]
-    request: ForwardRequest
+    job: ForwardJob
 
 
 @dataclass(frozen=True, slots=True)
 class EmbeddingOptions:
-    """What a user asks for, beside the texts.
+    """The options of `Engine.embed`.
 
     Attributes:
-        pooling: None as the checkpoint says.
-        normalize: None as the checkpoint says.
-        truncate: Cut long texts; None cuts those of a checkpoint with sentence-transformers' files.
-        prompt_name: One of the checkpoint's prompts; None is its default.
-        prompt: Itself; not together with a name.
-        truncate_dim: Cut vectors; None as the checkpoint says.
+        pooling: None takes the checkpoint's.
+        normalize: None takes the checkpoint's setting.
+        truncate: Truncates long texts. None truncates them if the checkpoint has sentence-transformers' files.
+        prompt_name: One of the checkpoint's prompts; None takes its default.
+        prompt: A prompt's text, instead of `prompt_name`.
+        truncate_dim: The length of the vectors; None takes the checkpoint's.
     """
 
     pooling: Pooling | None = None
@@ -63,10 +65,10 @@ class EmbeddingOptions:
     truncate_dim: int | None = None
 
     def check(self) -> None:
-        """Refuses what cannot work.
+        """Checks the options.
 
         Raises:
-            RequestError: Says what and why.
+            RequestError: An option cannot be used.
         """
         if self.pooling is not None and self.pooling not in get_args(Pooling):
             raise RequestError(f"pooling must be one of {', '.join(get_args(Pooling))} or None, not {self.pooling!r}")
@@ -79,14 +81,29 @@ class EmbeddingOptions:
             raise RequestError("give a prompt or a prompt_name, not both")
 
 
+@dataclass(frozen=True, slots=True)
+class _TokenLimit:
+    """How many tokens a text may have.
+
+    Attributes:
+        max_tokens: A text with more is refused; None sets no limit.
+        truncate_to: A text with more is truncated; None does not truncate.
+        source: What sets `max_tokens`, for messages.
+    """
+
+    max_tokens: int | None
+    truncate_to: int | None
+    source: str
+
+
 def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: EmbeddingOptions) -> list[TextBatch]:
-    """Tokenizes texts and puts those of about one length together; for a worker thread.
+    """Tokenizes texts, and puts texts of about the same length into one batch; for a worker thread.
 
     Raises:
-        RequestError: Something is no text, or the model does not take texts, or gives no hidden states.
-        ContextLengthError: A text is longer than the model's context, and may not be truncated.
-        CheckpointError: No pooling is named, and the checkpoint's own is not built; or its settings are not.
-        MemoryBudgetError: A text's activations would take more than the plan sets aside.
+        RequestError: An item is no text, or the model takes no texts or gives no hidden states.
+        ContextLengthError: A text is too long, and may not be truncated.
+        CheckpointError: The checkpoint's pooling or sentence settings cannot be used.
+        MemoryBudgetError: A text's activations would take more memory than the plan has for them.
     """
     tokenizer = opened.sentence_tokenizer
     if tokenizer is None:
@@ -97,96 +114,103 @@ def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: Embedd
             raise RequestError(f"text {idx} is no text but {type(text).__name__}")
     if isinstance(opened.sentences, CheckpointError):
         raise opened.sentences.with_traceback(None)
-    chosen = _chosen(opened, options.pooling)
-    if options.normalize is False:
-        chosen = replace(chosen, normalize=False)
+    pooling = _pooling_config(opened, options)
     prompt = opened.sentences.prompt(options.prompt_name) if options.prompt is None else options.prompt
     if not texts:
         return []
-    encoded, limit = _encode(opened, tokenizer, [prompt + text for text in texts], options.truncate)
-    num_prompt_tokens = 0
-    if prompt and not chosen.include_prompt:
-        num_prompt_tokens = count_prompt_tokens(tokenizer, prompt, limit)
-    lengths = [len(item["input_ids"]) for item in encoded]
-    taken = input_names(opened.skeleton.text_encoder)  # some tokenizers give more
-    truncate_dim = opened.sentences.truncate_dim if options.truncate_dim is None else options.truncate_dim
+    limit = _token_limit(opened, opened.sentences, tokenizer, options.truncate)
+    encoded = _encode(tokenizer, [prompt + text for text in texts], limit)
+    pool_output = partial(
+        _pool,
+        model=opened.skeleton.model,
+        pooling=pooling,
+        num_prompt_tokens=(
+            count_prompt_tokens(tokenizer, prompt, limit.truncate_to) if prompt and not pooling.include_prompt else 0
+        ),
+        truncate_dim=opened.sentences.truncate_dim if options.truncate_dim is None else options.truncate_dim,
+        normalize=options.normalize is True,
+    )
+    names = input_names(opened.skeleton.text_encoder)
     batches = []
-    for indices in _buckets(lengths, opened.plan.max_tokens_per_sweep, mixed=tokenizer.pad_token_id is not None):
-        several = features([encoded[idx] for idx in indices])
-        if tokenizer.pad_token_id is None:
-            inputs = {name: torch.tensor([item[name] for item in several]) for name in several[0]}
-        else:
-            # Padding behind a text changes nothing of it, with positions that are learned too.
-            inputs = dict(tokenizer.pad(several, padding_side="right", return_tensors="pt"))
-        then = partial(
-            _pool,
-            model=opened.skeleton.model,
-            chosen=chosen,
-            attention_mask=inputs["attention_mask"],
-            num_prompt_tokens=num_prompt_tokens,
-            truncate_dim=truncate_dim,
-            normalize=options.normalize is True,
-        )
-        inputs = {name: inputs[name] for name in inputs if name in taken}
+    lengths = [len(item["input_ids"]) for item in encoded]
+    can_pad = tokenizer.pad_token_id is not None
+    for indices in _length_groups(lengths, opened.plan.max_tokens_per_sweep, can_pad=can_pad):
+        inputs = _batch_inputs(tokenizer, [encoded[idx] for idx in indices])
+        then = partial(pool_output, attention_mask=inputs["attention_mask"])
+        inputs = {name: inputs[name] for name in inputs if name in names}  # some tokenizers give more
         batches.append(TextBatch(indices, prepare_forward(opened, inputs, then, base=True)))
     return batches
 
 
-def _encode(
-    opened: OpenedModel, tokenizer: SharedTokenizer, texts: Sequence[str], truncate: bool | None
-) -> tuple[list[Encoded], int | None]:
-    """The texts' tokens, and to how many they were cut."""
-    assert isinstance(opened.sentences, SentenceSettings)
-    context, limit = opened.skeleton.context_length, opened.sentences.max_tokens
+def _pooling_config(opened: OpenedModel, options: EmbeddingOptions) -> PoolingConfig:
+    own = opened.pooling
+    if options.pooling is not None:
+        pooling = PoolingConfig((options.pooling,), isinstance(own, CheckpointError) or own.include_prompt)
+    elif isinstance(own, CheckpointError):
+        raise own.with_traceback(None)
+    else:
+        pooling = own
+    return replace(pooling, normalize=False) if options.normalize is False else pooling
+
+
+def _token_limit(
+    opened: OpenedModel, settings: SentenceSettings, tokenizer: SharedTokenizer, truncate: bool | None
+) -> _TokenLimit:
+    context, limit = opened.skeleton.context_length, settings.max_tokens
     if limit is None:  # as sentence-transformers chooses it
         positions = getattr(opened.skeleton.model.config, "max_position_embeddings", None)
         limits = [tokenizer.model_max_length, positions if isinstance(positions, int) and positions > 0 else None]
         limit = min((most for most in limits if most is not None), default=None)
     if limit is None or (context is not None and context < limit and truncate is not None):
         limit = context
-    cutting = opened.sentences.named if truncate is None else truncate
-    most = context if limit is None or (context is not None and context < limit) else limit
-    if not cutting:
+    max_tokens = context if limit is None or (context is not None and context < limit) else limit
+    source = "the model's context" if max_tokens == context else "the most that the checkpoint takes"
+    truncates = settings.named if truncate is None else truncate
+    return _TokenLimit(max_tokens, limit if truncates else None, source)
+
+
+def _encode(tokenizer: SharedTokenizer, texts: Sequence[str], limit: _TokenLimit) -> list[Encoded]:
+    if limit.truncate_to is None:
         for text in texts:
-            check_could_fit(tokenizer, text, most)
+            check_could_fit(tokenizer, text, limit.max_tokens)
     encoded = encode_texts(tokenizer, texts)
-    if cutting and limit is not None:
-        encoded = [cut(tokenizer, item, limit) for item in encoded]
+    if limit.truncate_to is not None:
+        encoded = [truncated(tokenizer, item, limit.truncate_to) for item in encoded]
     for idx, item in enumerate(encoded):
         length = len(item["input_ids"])
         if not length:
             raise RequestError(f"text {idx} has no tokens: the tokenizer puts none around it")
-        if most is not None and length > most:
-            what = "the model's context" if most == context else "the most that the checkpoint takes"
+        if limit.max_tokens is not None and length > limit.max_tokens:
             raise ContextLengthError(
-                f"text {idx} has {format_count(length, 'token')}; {what} is {most}. Shorten it, or ask for truncation",
-                context_length=most,
+                f"text {idx} has {format_count(length, 'token')}; {limit.source} is {limit.max_tokens}. Shorten it, or "
+                "ask for truncation",
+                context_length=limit.max_tokens,
                 num_tokens=length,
             )
-    return encoded, limit if cutting else None
+    return encoded
 
 
-def _chosen(opened: OpenedModel, pooling: Pooling | None) -> PoolingConfig:
-    if pooling is not None:
-        include_prompt = isinstance(opened.pooling, CheckpointError) or opened.pooling.include_prompt
-        return PoolingConfig((pooling,), include_prompt)
-    if isinstance(opened.pooling, CheckpointError):
-        raise opened.pooling.with_traceback(None)
-    return opened.pooling
+def _batch_inputs(tokenizer: SharedTokenizer, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+    """Tensors [texts, tokens] by name. Texts of different length are padded."""
+    inputs = [model_inputs(item) for item in encoded]
+    if tokenizer.pad_token_id is None:
+        return {name: torch.tensor([item[name] for item in inputs]) for name in inputs[0]}
+    # Padding on the right changes nothing before it, even with learned positions.
+    return dict(tokenizer.pad(inputs, padding_side="right", return_tensors="pt"))
 
 
-async def embed_batches(forwarding: Forwarding, batches: Sequence[TextBatch]) -> npt.NDArray[np.float32]:
-    """Runs the batches, several in one sweep where there is room; the vectors [texts, out] in the texts' order.
+async def embed_batches(serving: ServingLoop, batches: Sequence[TextBatch]) -> npt.NDArray[np.float32]:
+    """Runs the batches, several in one sweep if memory allows; returns vectors [texts, out] in the order of the texts.
 
     Raises:
-        RequestError, ReadError: As `Forwarding.run`.
+        RequestError, ReadError: As `ServingLoop.forward`.
 
-    Cancellation: every pass ends before its next stage.
+    Cancellation: all passes end before their next stage.
     """
     vectors: dict[int, npt.NDArray[np.float32]] = {}
 
     async def run(batch: TextBatch) -> None:
-        result = await forwarding.run(batch.request)
+        result = await serving.forward(batch.job)
         vectors.update(zip(batch.indices, result.numpy(), strict=True))
 
     with ungrouped():
@@ -196,33 +220,36 @@ async def embed_batches(forwarding: Forwarding, batches: Sequence[TextBatch]) ->
     return np.array([vectors[idx] for idx in sorted(vectors)], np.float32)
 
 
-def _buckets(lengths: Sequence[int], most: int, *, mixed: bool) -> Iterator[list[int]]:
-    """Indices of texts for one pass each: of about one length, and at most `most` tokens with their padding."""
-    bucket: list[int] = []
+def _length_groups(lengths: Sequence[int], max_tokens: int, *, can_pad: bool) -> Iterator[list[int]]:
+    """Indices of texts for one pass each: of similar length, or equal length without padding.
+
+    Each group has at most `max_tokens`, including padding. A longer text is a group of its own.
+    """
+    group: list[int] = []
     for idx in sorted(range(len(lengths)), key=lambda idx: lengths[idx]):
         length = lengths[idx]
-        limit = lengths[bucket[0]] * (_SLACK if mixed else 1) if bucket else 0
-        if bucket and (length > limit or (len(bucket) + 1) * length > most):
-            yield bucket
-            bucket = []
-        bucket.append(idx)
-    if bucket:
-        yield bucket
+        longest = lengths[group[0]] * (_MAX_LENGTH_RATIO if can_pad else 1) if group else 0
+        if group and (length > longest or (len(group) + 1) * length > max_tokens):
+            yield group
+            group = []
+        group.append(idx)
+    if group:
+        yield group
 
 
 def _pool(
     output: Any,
     *,
     model: nn.Module,
-    chosen: PoolingConfig,
+    pooling: PoolingConfig,
     attention_mask: torch.Tensor,
     num_prompt_tokens: int,
     truncate_dim: int | None,
     normalize: bool,
 ) -> torch.Tensor:
-    """Hidden states [texts, tokens, hidden] to vectors [texts, out], padding left out."""
+    """Pools hidden states [texts, tokens, hidden] to vectors [texts, out], without padding."""
     hidden_states = getattr(output, "last_hidden_state", None)
     if hidden_states is None:
         raise RequestError(f"the model gives no hidden states to pool, but a {type(output).__name__}")
-    vectors = pool(model, chosen, hidden_states, attention_mask, num_prompt_tokens)[:, :truncate_dim]
+    vectors = pool(model, pooling, hidden_states, attention_mask, num_prompt_tokens)[:, :truncate_dim]
     return F.normalize(vectors, dim=1) if normalize else vectors

@@ -1,4 +1,4 @@
-"""The engine: owns every task, buffer and file, takes prompts, and gives tokens through async iterators."""
+"""The engine: the class that users open and call."""
 
 from __future__ import annotations
 
@@ -14,12 +14,7 @@ from hermes_async.engine.chat_messages import checked_messages
 from hermes_async.engine.lifetime import EngineLifetime
 from hermes_async.engine.prompt import Prompt, encode, prepare
 from hermes_async.engine.session import Session
-from hermes_async.errors import (
-    EngineClosedError,
-    EngineError,
-    RequestError,
-    SessionClosedError,
-)
+from hermes_async.errors import EngineClosedError, EngineError, RequestError, SessionClosedError
 from hermes_async.foreign_errors import one_request
 from hermes_async.planning.plan import Plan
 from hermes_async.results import Chunk, Completion, EngineStatistics, aborted_chunk
@@ -44,31 +39,32 @@ class Engine(EngineLifetime):
             async for chunk in engine.generate("Once upon a time"):
                 print(chunk.text, end="", flush=True)
 
-    Entering opens the checkpoint, and begins to load; the first sweep goes on with each stage as soon as it is there.
-    Leaving ends every request: one that is still iterated over gets `EngineClosedError`. Used from one event loop
-    (asyncio or uvloop); not thread-safe.
+    Entering opens the checkpoint and begins to load it; the first sweep computes each stage as soon as it is loaded.
+    Leaving ends every request: an iterator that is still in use raises `EngineClosedError`. Use an engine from one
+    event loop (asyncio or uvloop); it is not thread-safe.
 
     Args:
         source: A checkpoint's directory, or an id on the Hugging Face hub.
-        memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, over what the process
-            holds anyway; "auto" takes what the machine and its cgroups leave, gives back within a sweep when they leave
-            less, and takes it again when that lasts.
-        draft_model: A small model with the same tokenizer, as `source`; it drafts tokens that the model verifies, and
-            is in memory as a whole, in the same budget.
+        memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, in addition to the
+            baseline of the process. "auto" takes what the machine and its cgroups have free. It gives memory back
+            within a sweep when they have less, and takes it again when they have more for a while.
+        draft_model: A small model with the same tokenizer, as `source`. It drafts tokens that the model verifies, and
+            all of it is resident, in the same budget.
         config: Options.
-        on_event: Called on the event loop at each step of each request; must not block, and what it raises ends the
+        on_event: Called on the event loop at each step of each request. It must not block; an error in it ends the
             engine.
-        trace: A file to write what the agents do to, in Chrome's trace event format: for Perfetto, and for
-            `hermes-async timeline`; a new one, or an older trace. Or a `Trace`, whose events you drain yourself.
-        revision, token, cache_dir: For models on the hub: a branch, tag or commit (not of the draft model); instead of
-            the token that is logged in (False sends none); instead of the hub's cache.
+        trace: A file for a record of what the agents do, in Chrome's trace event format, for Perfetto and
+            `hermes-async timeline`. Only an older trace is overwritten. Or a `Trace`, which you drain yourself.
+        revision: Branch, tag or commit of the model on the hub; not of the draft model.
+        token: Token for the hub instead of the one that is logged in; False sends none.
+        cache_dir: Directory for downloads instead of the hub's cache.
 
     Raises (on entering):
-        ConfigError: An option cannot work.
+        ConfigError: An option is not valid.
         CheckpointError: The checkpoint cannot be used.
-        UnsupportedModelError: The architecture would not run right.
+        UnsupportedModelError: The results of this architecture would be wrong.
         MemoryBudgetError: The budget is too small; the error has the smallest that works.
-        ReadError: A file of weights could not be opened, or the draft model not be read.
+        ReadError: A file of weights could not be opened, or the draft model could not be read.
     """
 
     # --- what users call ---
@@ -77,14 +73,16 @@ class Engine(EngineLifetime):
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
         with self._call():
-            return self._model().running.opened.plan
+            return self._model().loaded.planned.plan
 
     def statistics(self) -> EngineStatistics:
-        """Counts since the engine opened; also after it was left."""
+        """Counts since the engine opened, also after it was closed."""
         self._check_loop()
         if self._serving is None:
             raise EngineClosedError("the engine was never entered")
-        return self._serving.statistics()
+        from hermes_async.serving.statistics import engine_statistics
+
+        return engine_statistics(self._serving)
 
     def generate(
         self,
@@ -94,29 +92,29 @@ class Engine(EngineLifetime):
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """Generates from a prompt; yields a chunk for every sweep that has new tokens, the last with a `finish_reason`.
+        """Generates from a prompt; yields a chunk after each sweep with new tokens. The last has a `finish_reason`.
 
-        A user who does not take its chunks pauses its own request: past `EngineConfig.max_buffered_chunks` it takes
-        part in no sweep, until one is taken.
+        A request with `EngineConfig.max_buffered_chunks` unread chunks is paused: it takes part in no sweep until its
+        user reads one.
 
         Args:
             prompt: Text, token ids, or chat messages (`[{"role": "user", "content": "..."}]`), which go through the
                 checkpoint's chat template.
             params: How tokens are chosen.
-            request_id: For `abort`; not in use by another request. None makes one.
+            request_id: For `abort`. No other request may use it. None makes one.
             deadline: When the request must have ended, on the event loop's clock (`anyio.current_time() + seconds`).
 
         Raises:
             RequestError: The prompt or a parameter cannot be used.
             ContextLengthError: The prompt leaves no room in the context.
-            MemoryBudgetError: The request could never fit in what the plan leaves for KV caches.
-            QueueFullError: As many requests wait as may.
-            DeadlineExceededError: The deadline has passed; what came before it was yielded.
+            MemoryBudgetError: The request needs more than all memory for KV caches.
+            QueueFullError: `EngineConfig.max_waiting` requests wait already.
+            DeadlineExceededError: The deadline has passed. Chunks from before it were yielded.
             ReadError: Weights could not be read; the engine goes on.
-            EngineClosedError, EngineFailedError: The engine was left, or failed.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
 
         Cancellation: leaving the iteration, or cancelling its task, ends the request within one stage and frees its
-        memory. An iterator that is kept after `break` ends when it is closed: use `contextlib.aclosing`.
+        memory. After `break`, a request ends when its iterator is closed: use `contextlib.aclosing`.
         """
         request_id = self._request_id(request_id)
         return self._stream(lambda opened: encode(opened, prompt), params, request_id, deadline, None)
@@ -137,27 +135,27 @@ class Engine(EngineLifetime):
     async def forward(self, **inputs: Any) -> Any:
         """Runs the model's own `forward`, and returns transformers' output object.
 
-        Forward passes that wait at one time share a sweep, as far as memory for their activations reaches; each is
+        Forward passes that wait at the same time share a sweep, if there is memory for their activations. Each is
         computed as if it were alone.
 
         Args:
-            inputs: What the model's class takes: tensors, arrays or lists, such as `input_ids=[[1, 2]]` or
+            inputs: Arguments of the model's class: tensors, arrays or lists, such as `input_ids=[[1, 2]]` or
                 `pixel_values=` [images, channels, height, width]; flags such as `output_hidden_states=True`.
 
         Raises:
             RequestError: The model's forward does not take an input, or does not run on it.
             ContextLengthError: More tokens than the model has positions.
-            MemoryBudgetError: The activations would take more than the plan sets aside for them.
+            MemoryBudgetError: The activations may take more memory than the plan's workspace.
             ReadError: Weights could not be read; the engine goes on.
-            EngineClosedError, EngineFailedError: The engine was left, or failed.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
 
         Cancellation: the pass ends before its next stage.
         """
-        from hermes_async.serving.forward import prepare_forward
+        from hermes_async.serving.forward_passes import prepare_forward
 
         with self._call():
-            request = await self._prepare(lambda opened: prepare_forward(opened, inputs))
-            return await self._model().forwarding.run(request)
+            job = await self._prepare(lambda opened: prepare_forward(opened, inputs))
+            return await self._model().forward(job)
 
     async def embed(
         self,
@@ -170,23 +168,23 @@ class Engine(EngineLifetime):
         prompt: str | None = None,
         truncate_dim: int | None = None,
     ) -> npt.NDArray[np.float32]:
-        """Sentence vectors, float32 [texts, out]; of one text [out]. They are those of sentence-transformers.
+        """Sentence vectors, float32 [texts, out], or [out] for one text. They equal those of sentence-transformers.
 
-        `out` is the hidden size, or what the checkpoint's own Dense layers make of it.
-        Texts of about one length go in one forward pass, and passes share sweeps, also those of other calls.
+        `out` is the hidden size, or the size after the checkpoint's Dense layers.
+        Texts of similar length share a forward pass, and passes share sweeps, also with other calls.
 
         Args:
-            pooling: "mean", "cls", "max", "last", "weightedmean" or "mean_sqrt_len"; None takes the checkpoint's own
-                (sentence-transformers' files), or the last token of a causal language model, or the mean.
-            normalize: To length 1; None as the checkpoint says, where `pooling` is not given.
-            truncate: Cut texts that are longer than the checkpoint takes, or refuse them. None cuts them where the
+            pooling: "mean", "cls", "max", "last", "weightedmean" or "mean_sqrt_len". None takes that of the checkpoint
+                (sentence-transformers' files), else "last" for a causal language model, else "mean".
+            normalize: Scale vectors to length 1. None takes the checkpoint's setting if `pooling` is None too.
+            truncate: Cut texts that are longer than the checkpoint allows, or refuse them. None cuts them if the
                 checkpoint has sentence-transformers' files.
-            prompt_name: One of the checkpoint's prompts, to put before each text; None takes its default, if any.
+            prompt_name: One of the checkpoint's prompts, put before each text; None takes its default, if any.
             prompt: A text to put before each text.
-            truncate_dim: Keep only so many numbers of each vector; None as the checkpoint says.
+            truncate_dim: The length to which each vector is cut; None takes the checkpoint's setting.
 
         Raises:
-            RequestError: Something is no text, or the model does not take texts or gives no hidden states.
+            RequestError: An item is not a text, or the model does not take texts, or has no hidden states.
             ContextLengthError: A text is too long.
             MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
 
@@ -196,21 +194,28 @@ class Engine(EngineLifetime):
 
         with one_request("the reading of the texts"):
             several = [texts] if isinstance(texts, str) else list(texts)
-        options = EmbeddingOptions(pooling, normalize, truncate, prompt_name, prompt, truncate_dim)
+        options = EmbeddingOptions(
+            pooling=pooling,
+            normalize=normalize,
+            truncate=truncate,
+            prompt_name=prompt_name,
+            prompt=prompt,
+            truncate_dim=truncate_dim,
+        )
         with self._call():
             batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
-            vectors = await embed_batches(self._model().forwarding, batches)
+            vectors = await embed_batches(self._model(), batches)
         return vectors[0] if isinstance(texts, str) else vectors
 
     async def classify(
         self, item: str | os.PathLike[str] | Sequence[str], *, truncate: bool = False
     ) -> Sequence[Label]:
-        """All labels of a text, or of an image file where the model takes images, the likeliest first.
+        """All labels of a text, or of an image file if the model takes images, the most likely first.
 
-        Of a pair of texts too, as cross-encoders take them: `classify((query, document))`.
+        A pair of texts works too, for cross-encoders: `classify((query, document))`.
 
         Raises:
-            RequestError: The model is no classifier of texts or images, or the file is no image.
+            RequestError: The model does not classify texts or images, or the file is not an image.
             ContextLengthError: The text is too long; `truncate` cuts it.
             CheckpointError: The checkpoint does not say how images are prepared.
             MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
@@ -220,19 +225,19 @@ class Engine(EngineLifetime):
         from hermes_async.engine.classification import prepare_classification
 
         with self._call():
-            request = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
-            labels: Sequence[Label] = await self._model().forwarding.run(request)
+            job = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
+            labels: Sequence[Label] = await self._model().forward(job)
         return labels
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
-        """A conversation that keeps its keys and values between turns; use it with `async with`.
+        """A conversation that keeps its keys and values between turns. Use it with `async with`.
 
         Args:
-            messages: What it begins with, such as a system message.
+            messages: The first messages, such as a system message.
 
         Raises:
             RequestError: A message has no role or no content.
-            EngineClosedError, EngineFailedError: The engine was left, or failed.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
         """
         with one_request("the reading of the messages"):
             checked = checked_messages(messages)
@@ -241,8 +246,7 @@ class Engine(EngineLifetime):
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
 
-        Returns when the request's memory is free; one whose prompt is still being tokenized holds none. False if no
-        such request is under way.
+        Returns when the request's memory is free; False if no such request is under way.
         """
         self._check_loop()
         serving = self._serving
@@ -258,11 +262,10 @@ class Engine(EngineLifetime):
         return True
 
     async def resize(self, memory_budget: int | str) -> Plan:
-        """Takes more memory, or gives some back, between two sweeps; requests go on, and get the same tokens.
+        """Changes the memory budget, between two sweeps. Requests go on, and get the same tokens.
 
-        More or fewer stages stay resident; those that newly stay are loaded while requests go on. The stages
-        themselves, the ring and the workspace are those that the engine opened with; KV memory is given back only where
-        nothing else is left, and never while it is in use.
+        More or fewer stages are resident afterwards; new ones are loaded while requests go on. Stage sizes, ring and
+        workspace stay as they are. KV memory is given back last, and never while it is in use.
 
         Args:
             memory_budget: Bytes, or "3GiB".
@@ -272,11 +275,11 @@ class Engine(EngineLifetime):
 
         Raises:
             ConfigError: Not a byte size.
-            MemoryBudgetError: Less than the engine cannot give back; the error has the smallest that works, and nothing
-                has changed.
-            EngineClosedError, EngineFailedError: The engine was left, or failed.
+            MemoryBudgetError: Too small for what the engine cannot free, or the system has no more memory. The error
+                has the smallest budget that works. Nothing has changed.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
 
-        Cancellation: what has begun goes on.
+        Cancellation: a resize that has begun goes on.
         """
         budget = parse_bytes(memory_budget)
         with self._call():
@@ -284,9 +287,9 @@ class Engine(EngineLifetime):
             return self.plan
 
     def drop_prefixes(self) -> None:
-        """Frees the keys and values that are kept only for requests to come that begin with the same tokens."""
+        """Frees the keys and values that are kept only for future requests with the same first tokens."""
         with self._call():
-            self._model().running.blocks.drop_unused()
+            self._model().loaded.blocks.drop_unused()
 
     # --- sessions ---
 
@@ -297,11 +300,11 @@ class Engine(EngineLifetime):
             return Session(self, self._model().admission.open_session(parent), messages, token_ids)
 
     def _close_session(self, kv: SessionKV) -> None:
-        if self._serving is not None and not self._closed:  # leaving the engine closes all of them
+        if self._serving is not None and not self._closed:  # a closed engine has closed all sessions
             self._serving.admission.close_session(kv)
         kv.closed = True
 
-    # --- a request's way: prepared, submitted, taken ---
+    # --- requests: prepare, submit, take chunks ---
 
     @staticmethod
     def _request_id(request_id: str | None) -> str:
@@ -341,10 +344,17 @@ class Engine(EngineLifetime):
             if prompt is None:
                 yield aborted_chunk(request_id, created_at)
                 return
-            self._model()  # says so where the engine was left or failed
+            self._model()  # raises if the engine was closed or failed meanwhile
             if session is not None and session.closed:
                 raise SessionClosedError(f"{session.name} was closed")
-            request = Request(request_id, prompt, params, self._config.max_buffered_chunks, created_at, session)
+            request = Request(
+                request_id,
+                prompt,
+                params,
+                max_buffered=self._config.max_buffered_chunks,
+                created_at=created_at,
+                session=session,
+            )
             try:
                 serving.submit(request, deadline)
                 while (chunk := await serving.next_chunk(request)) is not None:
@@ -354,7 +364,7 @@ class Engine(EngineLifetime):
                 self._on_own_loop(serving.leave, request)
 
     def _on_own_loop(self, function: Callable[[Request], None], request: Request) -> None:
-        """Calls `function` at once; where an iterator was taken to another loop or thread, on its own one."""
+        """Calls `function` at once, or on the engine's loop if the iterator is closed on another loop or thread."""
         try:
             self._check_loop()
         except EngineError:
@@ -364,7 +374,7 @@ class Engine(EngineLifetime):
             function(request)
 
     async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """As `Preparations.run`, for what is no request to generate."""
+        """As `Preparations.run`, for calls that do not generate."""
         serving = self._model()
         opened = self._opened_model()
         return await serving.preparations.run(lambda: check(opened))

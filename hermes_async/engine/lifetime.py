@@ -1,9 +1,10 @@
-"""An engine's life: it is entered, opens its model, runs sweeps in a task of its own, and is left."""
+"""An engine's lifetime: entering opens the model, a task runs the sweeps, leaving ends everything."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import enum
 import logging
 import os
 import threading
@@ -22,14 +23,13 @@ from hermes_async.foreign_errors import all_errors, first_error, one_checkpoint
 from hermes_async.memory.automatic_budget import follow
 from hermes_async.pipeload.trace import Trace
 from hermes_async.results import RequestEvent
-from hermes_async.serving.request import Request
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.threads import run_in_thread
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
     from hermes_async.engine.opening import OpenedModel
     from hermes_async.serving.loaded_model import LoadedModel
-    from hermes_async.serving.loop import Serving
+    from hermes_async.serving.loop import ServingLoop
 
 _log = logging.getLogger("hermes_async")
 
@@ -44,7 +44,7 @@ def import_torch() -> None:
 
 @contextlib.asynccontextmanager
 async def _closed_in_thread() -> AsyncGenerator[contextlib.ExitStack, None]:
-    """What is closed in the end on a thread: closing a model closes files."""
+    """An exit stack that is closed on a thread, because closing a model closes files."""
     exits = contextlib.ExitStack()
     try:
         yield exits
@@ -53,23 +53,45 @@ async def _closed_in_thread() -> AsyncGenerator[contextlib.ExitStack, None]:
             await run_in_thread(exits.close)
 
 
+class EngineState(enum.Enum):
+    """Where an engine is. `EngineLifetime._enter` makes every transition.
+
+    The usual order is NEW, OPENING, OPEN, CLOSED. FAILED: it stopped because of an error, which is in `_failure`.
+    """
+
+    NEW = "new"
+    OPENING = "opening"
+    OPEN = "open"
+    CLOSED = "closed"
+    FAILED = "failed"
+
+
+_TRANSITIONS = {
+    EngineState.NEW: {EngineState.OPENING},
+    EngineState.OPENING: {EngineState.OPEN, EngineState.CLOSED},
+    EngineState.OPEN: {EngineState.CLOSED, EngineState.FAILED},
+    EngineState.CLOSED: {EngineState.CLOSED, EngineState.FAILED},  # FAILED: an error came while it was closed
+    EngineState.FAILED: {EngineState.FAILED},
+}
+
+
 @dataclass(slots=True)
 class _Failure:
-    """Why the engine stopped by itself, or could not be closed.
+    """Why the engine stopped, or could not be closed.
 
     Attributes:
-        error: The first one; it has notes of those that came while the engine was closed.
-        told: A call has raised it, or leaving the engine has.
+        error: The first error; it has notes of the later ones.
+        raised: A user's call has raised it.
     """
 
     error: BaseException
-    told: bool = False
+    raised: bool = False
 
 
 class EngineLifetime:
-    """What `Engine` does besides answering calls; its arguments are those of `Engine`.
+    """Opens, runs and closes the engine. Its arguments are those of `Engine`.
 
-    All that runs belongs to one task, which entering starts and leaving ends, whichever tasks these are called in.
+    Everything runs in one task of its own. Any task of the user may enter or leave the engine.
     """
 
     def __init__(
@@ -92,7 +114,7 @@ class EngineLifetime:
             if not isinstance(path, (str, os.PathLike)) and (path is not None or name == "source"):
                 raise ConfigError(f"{name} must be a path, not {type(path).__name__}")
         if not isinstance(memory_budget, (int, str)):
-            parse_bytes(memory_budget)  # says what is right
+            parse_bytes(memory_budget)  # raises
         self._source = source
         self._memory_budget = memory_budget
         self._draft_model = draft_model
@@ -100,8 +122,10 @@ class EngineLifetime:
         self._on_event = on_event
         self._trace = trace
         self._hub = HubOptions(revision, token, cache_dir)
-        # All mutable state. `_running` and `_serving` are there once the engine was entered, and stay for their counts.
-        # `_body` is the task that entered it, and `_body_cancelled` whether it was cancelled because of a failure.
+        # All mutable state. `_task` runs the engine in `_scope`, on `_loop` and `_thread`. `_opened` and `_serving` are
+        # set once the engine is open, and stay for statistics. `_body` is the task that entered the engine, and
+        # `_body_cancelled` says that a failure has cancelled it. `_num_calls` users' calls are under way.
+        self._state = EngineState.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
         self._body: asyncio.Task[Any] | None = None
@@ -109,15 +133,22 @@ class EngineLifetime:
         self._task: asyncio.Task[None] | None = None
         self._scope: anyio.CancelScope | None = None
         self._opened: OpenedModel | None = None
-        self._running: LoadedModel | None = None
-        self._serving: Serving | None = None
-        self._closed = False
+        self._serving: ServingLoop | None = None
         self._num_calls = 0
         self._failure: _Failure | None = None
 
+    def _enter(self, state: EngineState) -> None:
+        assert state in _TRANSITIONS[self._state], f"{self._state} -> {state}"
+        self._state = state
+
+    @property
+    def _closed(self) -> bool:
+        return self._state in (EngineState.CLOSED, EngineState.FAILED)
+
     async def __aenter__(self) -> Self:
-        if self._task is not None or self._closed:
+        if self._state is not EngineState.NEW:
             raise EngineClosedError("an engine can be entered once; make another one")
+        self._enter(EngineState.OPENING)
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
         self._scope, ready = anyio.CancelScope(), anyio.Event()
         self._task = asyncio.create_task(self._own(self._scope, ready), name="hermes engine")
@@ -127,8 +158,8 @@ class EngineLifetime:
             await self._leave()
             raise
         if self._serving is None:
-            self._closed = True
-            await self._task  # raises why it did not open
+            self._enter(EngineState.CLOSED)
+            await self._task  # raises the error of opening
         self._body = asyncio.current_task()
         return self
 
@@ -136,25 +167,26 @@ class EngineLifetime:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._check_loop()
-        body, ended_by_us = self._body, False
+        body, cancelled_by_engine = self._body, False
         if self._body_cancelled and body is not None and body is asyncio.current_task():
             self._body_cancelled = False
-            ended_by_us = body.uncancel() == 0  # else somebody else has cancelled it too
+            cancelled_by_engine = body.uncancel() == 0  # not 0: it was cancelled from elsewhere too
         try:
             await self._leave()
         except asyncio.CancelledError:
-            if not ended_by_us:
+            if not cancelled_by_engine:
                 raise
-        body_failed = kind is not None and not (ended_by_us and issubclass(kind, asyncio.CancelledError))
-        if not body_failed and self._failure is not None and not self._failure.told:
+        body_failed = kind is not None and not (cancelled_by_engine and issubclass(kind, asyncio.CancelledError))
+        if not body_failed and self._failure is not None and not self._failure.raised:
             raise self._failed() from self._failure.error
 
     async def _leave(self) -> None:
-        """Ends the engine's task; a cancellation comes out when that has ended."""
+        """Ends the engine's task and waits for it. Raises a cancellation only then."""
         self._body = None
         if self._task is None or self._scope is None:
             raise EngineClosedError("the engine was never entered")
-        self._closed = True
+        if not self._closed:
+            self._enter(EngineState.CLOSED)
         self._scope.cancel()
         cancelled: asyncio.CancelledError | None = None
         with anyio.CancelScope(shield=True):
@@ -164,12 +196,12 @@ class EngineLifetime:
                 except asyncio.CancelledError as error:
                     cancelled = error
         if not self._task.cancelled():
-            self._task.exception()  # why it did not open, which nobody waits for any more
+            self._task.exception()  # marks the error of opening as retrieved
         if cancelled is not None:
             raise cancelled
 
     async def _own(self, scope: anyio.CancelScope, ready: anyio.Event) -> None:
-        """The engine's task: its task groups are entered and left here, whichever tasks enter and leave the engine."""
+        """Runs as the engine's task, which enters and leaves all task groups."""
         try:
             with scope:
                 await self._serve(ready)
@@ -179,40 +211,26 @@ class EngineLifetime:
     # --- the engine's own task ---
 
     async def _serve(self, ready: anyio.Event) -> None:
-        """Opens the model, then runs sweeps until it is cancelled; whatever ends it, every request is ended."""
+        """Opens the model, then runs sweeps until it is cancelled or fails. In the end it ends every request."""
         try:
             async with _closed_in_thread() as exits:
                 opened = self._opened = await run_in_thread(self._open, exits)
                 from hermes_async.serving.loaded_model import loaded_model
-                from hermes_async.serving.loop import Serving
 
-                async with (
-                    tracing(self._trace) as trace,
-                    loaded_model(opened, self._config, self._release, trace) as self._running,
-                ):
+                async with tracing(self._trace) as trace, loaded_model(opened, self._config, trace) as loaded:
                     try:
-                        async with anyio.create_task_group() as tasks:
-                            self._serving = Serving(self._running, tasks, self._config, self._on_event)
-                            ready.set()
-                            if self._memory_budget == "auto":
-                                budget, claim = opened.plan.memory_budget, opened.claim
-                                most = self._running.bytes_for_everything
-                                tasks.start_soon(follow, budget, most, claim, self._serving.resize)
-                            try:
-                                await self._serving.run_sweeps()
-                            finally:
-                                tasks.cancel_scope.cancel()
+                        await self._run(loaded, ready)
                     except Exception as error:
                         self._fail(error, "the engine stopped")
                     finally:
-                        if self._running.pipeline.failure is not None:
-                            self._fail(self._running.pipeline.failure, "the engine stopped")
-                        self._end_requests()
+                        if loaded.pipeline.failure is not None:
+                            self._fail(loaded.pipeline.failure, "the engine stopped")
+                        self._end()
         except Exception as error:
             if self._serving is None:
                 first = first_error(error)
                 raise first from first.__cause__
-            self._fail(error, "the engine could not be closed as it should be")
+            self._fail(error, "the engine could not be closed properly")
 
     def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
         import_torch()
@@ -223,44 +241,56 @@ class EngineLifetime:
         exits.callback(opened.close)
         return opened
 
-    def _release(self, request: Request) -> None:
-        assert self._serving is not None
-        self._serving.finish(request)
+    async def _run(self, loaded: LoadedModel, ready: anyio.Event) -> None:
+        """Serves requests until the task is cancelled or fails."""
+        from hermes_async.serving.loop import ServingLoop
+
+        async with anyio.create_task_group() as tasks:
+            self._serving = ServingLoop(loaded, tasks, self._config, self._on_event)
+            if self._state is EngineState.OPENING:  # else the user has left it meanwhile
+                self._enter(EngineState.OPEN)
+            ready.set()
+            if self._memory_budget == "auto":
+                planned = loaded.planned
+                budget, most = planned.plan.memory_budget, loaded.bytes_for_everything
+                tasks.start_soon(follow, budget, most, planned.claim, self._serving.resize)
+            try:
+                await self._serving.run()
+            finally:
+                tasks.cancel_scope.cancel()
 
     def _fail(self, error: Exception, what: str) -> None:
-        """Logs each error of `error`, which may be a group; the first that there ever was is the failure."""
+        """Logs each error of `error`, which may be a group. The first one of the engine becomes its failure."""
         for each in all_errors(error):
             if self._failure is not None and each is self._failure.error:
-                continue  # it ends the pipeline too
+                continue  # the pipeline raises it too
             _log.error("%s: %s: %s", what, type(each).__name__, each, exc_info=each)
             if self._failure is None:
                 self._failure = _Failure(each)
+                self._enter(EngineState.FAILED)
             else:
                 self._failure.error.add_note(f"and then {what}: {type(each).__name__}: {each}")
 
-    def _end_requests(self) -> None:
-        self._closed = True
+    def _end(self) -> None:
+        """Ends all requests and passes. After a failure that no call can raise, cancels the task that entered."""
+        if not self._closed:
+            self._enter(EngineState.CLOSED)
         if self._serving is None:
             return
-        self._serving.admission.stop()
         if self._failure is not None and self._body is not None and not self._num_calls:
-            # No call would tell of it, however long the body goes on.
             self._body_cancelled = self._body.cancel("the engine stopped")
-        for request in list(self._serving.requests.values()):
-            ended = EngineClosedError("the engine was left while the request was running")
-            self._serving.finish(request, self._failed() if self._failure is not None else ended)
-        ended = EngineClosedError("the engine was left while the forward pass was running")
-        self._serving.forwarding.end(self._failed() if self._failure is not None else ended)
-        ended = EngineClosedError("the engine was left while the request was prepared")
-        self._serving.preparations.end(self._failed() if self._failure is not None else ended)
-        ended = EngineClosedError("the engine was left before it was resized")
-        self._serving.end_resizes(self._failed() if self._failure is not None else ended)
-        self._serving.admission.close()
+        self._serving.end(self._end_error)
+
+    def _end_error(self, while_what: str) -> EngineError:
+        """The error of a call that was under way when the engine ended."""
+        if self._failure is not None:
+            return self._failed()
+        return EngineClosedError(f"the engine was left {while_what}")
 
     def _check_loop(self) -> None:
-        """Raises `EngineError` where a running engine is used from another loop or thread."""
+        """Raises `EngineError` if a running engine is used from another loop or thread."""
         loop: asyncio.AbstractEventLoop | None = None
-        with contextlib.suppress(RuntimeError):  # so asyncio says that no loop runs here
+        with contextlib.suppress(RuntimeError):  # raised if no loop runs here
             loop = asyncio.get_running_loop()
         here = loop is self._loop or (loop is None and threading.get_ident() == self._thread)
         if not self._closed and self._loop is not None and not here:
@@ -269,7 +299,7 @@ class EngineLifetime:
                 "with asyncio.run_coroutine_threadsafe from another thread"
             )
 
-    def _model(self) -> Serving:
+    def _model(self) -> ServingLoop:
         self._check_loop()
         if self._failure is not None:
             raise self._failed()
@@ -285,13 +315,13 @@ class EngineLifetime:
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
-        """A call of a user, who is told where it raises the engine's failure."""
+        """Counts a user's call, and notes if it raises the engine's failure."""
         self._num_calls += 1
         try:
             yield
         except EngineFailedError:
             if self._failure is not None:
-                self._failure.told = True
+                self._failure.raised = True
             raise
         finally:
             self._num_calls -= 1

@@ -1,4 +1,4 @@
-"""From what a user gives as a prompt to token ids. Synchronous; for a worker thread, because texts can be long."""
+"""Turns a user's prompt into token ids, and checks it. Synchronous: texts can be long, so a worker thread calls it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hermes_async.serving.request import PreparedPrompt
 from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
 from hermes_async.serving.text_stream import TextStream
 
-if TYPE_CHECKING:  # what imports torch, only where it is used
+if TYPE_CHECKING:  # imports torch
     from hermes_async.engine.opening import OpenedModel
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
@@ -29,12 +29,12 @@ def prepare(
 
     Args:
         prompt_lookup: Draft tokens from the sequence itself.
-        prior: How often the engine's drafts were right.
+        prior: How often the engine's drafts were right so far.
 
     Raises:
-        RequestError: A token id is out of the vocabulary, or a parameter cannot be used with this model.
-        ContextLengthError: The prompt leaves no room for a token.
-        MemoryBudgetError: More KV memory than the plan leaves for all requests together.
+        RequestError: A token id is not in the vocabulary, or a parameter cannot be used with this model.
+        ContextLengthError: The prompt fills the whole context.
+        MemoryBudgetError: The request needs more KV memory than the plan has for all requests together.
     """
     if not opened.skeleton.generates:
         name = type(opened.skeleton.model).__name__
@@ -56,16 +56,22 @@ def prepare(
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
-    capacity = _capacity(opened, len(token_ids), params.max_tokens)
-    lookup = PromptLookup(token_ids) if prompt_lookup else None
-    return PreparedPrompt(token_ids, capacity, sampler, text_stream, lookup, AcceptanceRates(prior))
+    return PreparedPrompt(
+        token_ids=token_ids,
+        capacity=_capacity(opened, len(token_ids), params.max_tokens),
+        sampler=sampler,
+        text_stream=text_stream,
+        lookup=PromptLookup(token_ids) if prompt_lookup else None,
+        acceptance=AcceptanceRates(prior),
+    )
 
 
 def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
-    """The prompt's token ids: at least one.
+    """The prompt's token ids, at least one.
 
     Raises:
-        RequestError: It has no tokens, is of a wrong kind, or needs a tokenizer or chat template that is not there.
+        RequestError: The prompt has no tokens or the wrong type, or needs a tokenizer or chat template that the
+            checkpoint lacks.
     """
     if isinstance(prompt, str):
         return _tokenize(opened, prompt, add_special_tokens=True)
@@ -83,10 +89,10 @@ def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
 
 
 def continue_text(opened: OpenedModel, text: str) -> list[int]:
-    """The token ids of a text that goes on from others, so without a beginning of its own.
+    """The token ids of a text that continues other tokens, without special tokens.
 
     Raises:
-        RequestError: It is empty, or there is no tokenizer.
+        RequestError: The text is empty, or there is no tokenizer.
     """
     if not text:
         raise RequestError("the prompt is empty")
@@ -94,7 +100,7 @@ def continue_text(opened: OpenedModel, text: str) -> list[int]:
 
 
 def has_chat_template(opened: OpenedModel) -> bool:
-    """Whether chat messages can be a prompt."""
+    """Whether a prompt can be chat messages."""
     return bool(getattr(opened.tokenizer, "chat_template", None))
 
 
@@ -106,7 +112,7 @@ def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> li
     token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
     if not token_ids:
         what = "has no tokens" if text else "is empty"
-        raise RequestError(f"the prompt {what}, and the tokenizer puts no token before a text; give one token at least")
+        raise RequestError(f"the prompt {what}, and the tokenizer adds none; give at least one token")
     return token_ids
 
 
@@ -120,17 +126,19 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
 
 
 def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
-    """How many tokens the request may come to have: the least of what it asks for, the context and, if it asks for
-    as many as possible, the KV memory."""
+    """The most tokens that the request's sequence may have.
+
+    The context limits it. Without `max_tokens`, the KV memory limits it too.
+    """
     context = opened.skeleton.context_length
     if context is not None and num_prompt_tokens >= context:
         raise ContextLengthError(
-            f"the prompt has {num_prompt_tokens} tokens; the model's context is {context}, of which one must be left "
+            f"the prompt has {num_prompt_tokens} tokens; the model's context is {context}, and one token must be left "
             "to generate",
             context_length=context,
             num_tokens=num_prompt_tokens,
         )
-    kv, plan = opened.seen.kv, opened.plan
+    kv, plan = opened.probe.kv, opened.plan
     if max_tokens is None:
         from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 
@@ -145,8 +153,8 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         kv_budget, minimum = opened.budgets_for_kv(needed)
         minimum = max(minimum, plan.memory_budget)
         raise MemoryBudgetError(
-            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan leaves "
-            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Ask for "
+            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan has "
+            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Request "
             f"fewer tokens, or give the engine kv_budget={kv_budget} in a memory_budget of {minimum} bytes "
             f"({format_bytes(minimum)}) or more",
             requested_bytes=needed,

@@ -1,4 +1,4 @@
-"""A chat session: a conversation whose keys and values stay, so that a turn computes only what is new."""
+"""A session: a conversation that keeps its keys and values, so that a turn computes only new tokens."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ class Session:
             async for chunk in chat.generate("Hello"):
                 print(chunk.text, end="", flush=True)
 
-    Where the checkpoint has a chat template, a text is a message of the user, and the conversation is `messages`.
-    Otherwise, and with token ids, a turn goes on from `token_ids`. A turn belongs to the history as far as its tokens
-    were taken; one that ends before its first token leaves the history as it was.
+    If the checkpoint has a chat template, a text is a message of the user, and the history is `messages`. Otherwise,
+    and for token ids, a turn continues `token_ids`. The history gets the part of an answer that the user has read, and
+    stays as it was if the user has read no token.
 
-    Answers are those that the whole conversation gets without a session. What the session keeps in memory is moved to
-    disk when KV memory is short, and comes back unchanged.
+    Answers equal those to the whole conversation without a session. While KV memory is short, the session's KV is
+    parked on disk.
     """
 
     def __init__(
@@ -41,8 +41,8 @@ class Session:
     ) -> None:
         self._engine = engine
         self._kv = kv
-        # All mutable state: the history, of which `_messages` is empty where turns go on from token ids; the id of
-        # the turn under way.
+        # All mutable state: the history (`_messages` is empty if turns continue token ids), and the id of the turn
+        # under way.
         self._messages = [dict(message) for message in messages]
         self._token_ids = list(token_ids)
         self._turn: str | None = None
@@ -58,24 +58,24 @@ class Session:
 
     @property
     def messages(self) -> tuple[dict[str, Any], ...]:
-        """The conversation so far; empty where turns go on from token ids."""
+        """The conversation so far; empty if turns continue token ids."""
         self._engine._check_loop()
         return tuple(dict(message) for message in self._messages)
 
     @property
     def token_ids(self) -> tuple[int, ...]:
-        """The last turn's prompt and answer, as far as it was taken."""
+        """The last turn's prompt, and the part of its answer that was read."""
         self._engine._check_loop()
         return tuple(self._token_ids)
 
     def edit(
         self, messages: Sequence[Mapping[str, Any]] | None = None, *, token_ids: Sequence[int] | None = None
     ) -> None:
-        """Puts another history in place of this one; what both begin with is not computed again.
+        """Replaces the history. Its common beginning with the old one is not computed again.
 
         Raises:
             SessionClosedError: The session was closed.
-            RequestError: A turn is under way, or not one of `messages` and `token_ids` is given, or not as it must be.
+            RequestError: A turn is under way, `messages` or `token_ids` is not valid, or not exactly one is given.
         """
         self._check_idle()
         if (messages is None) == (token_ids is None):
@@ -93,11 +93,11 @@ class Session:
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
-        """Takes a turn; as `Engine.generate`, with `prompt` behind the history.
+        """Takes a turn: as `Engine.generate`, with the history before `prompt`.
 
         Raises:
             SessionClosedError: The session was closed.
-            RequestError: Another turn is under way, or the prompt does not go with the history.
+            RequestError: Another turn is under way, or the prompt does not continue this kind of history.
         """
         self._check_idle()
         asked: list[dict[str, Any]] = []
@@ -140,9 +140,9 @@ class Session:
             return await Completion.collect(chunks)
 
     def fork(self) -> Session:
-        """Another session with the same history, to go on from here in another way; it must be closed too.
+        """Another session with the same history, which must be closed too.
 
-        Both use the same memory for the whole blocks of the history, which neither can change.
+        Both share the memory of full KV blocks.
 
         Raises:
             SessionClosedError: The session was closed.
@@ -152,7 +152,7 @@ class Session:
         return self._engine._open_session(self._kv, self._messages, self._token_ids)
 
     async def aclose(self) -> None:
-        """Frees what the session keeps; a turn under way is aborted. A second call does nothing."""
+        """Frees the session's KV, and aborts a turn under way. A second call does nothing."""
         self._engine._check_loop()
         if not self._kv.closed:
             self._engine._close_session(self._kv)
@@ -160,21 +160,21 @@ class Session:
                 await self._engine.abort(self._turn)
 
     def _asked(self, opened: OpenedModel, prompt: Prompt) -> list[dict[str, Any]]:
-        """The conversation with a new message; empty where the turn goes on from token ids."""
+        """The conversation with the new messages; empty if the turn continues token ids."""
         new: list[dict[str, Any]] = []
         if isinstance(prompt, str) and has_chat_template(opened):
             if not prompt:
-                raise RequestError("the prompt is empty; a turn of a conversation is a text, or messages")
+                raise RequestError("the prompt is empty; a turn takes a text or messages")
             check_text("the prompt", prompt)
             new = [{"role": "user", "content": prompt}]
         elif isinstance(prompt, Sequence):
             new = [dict(message) for message in prompt if isinstance(message, Mapping)]
         if not new or (len(new) < len(prompt) and not isinstance(prompt, str)):
             if self._messages:
-                raise RequestError("this session is a conversation of messages, and does not go on with token ids")
+                raise RequestError("this session has a history of messages, and does not take token ids")
             return []
         if self._token_ids and not self._messages:
-            raise RequestError("this session goes on from token ids, and does not take messages")
+            raise RequestError("this session continues token ids, and does not take messages")
         return [*self._messages, *checked_messages(new)]
 
     def _continued(self, opened: OpenedModel, prompt: Prompt) -> list[int]:
@@ -185,7 +185,7 @@ class Session:
     def _check_open(self) -> None:
         self._engine._check_loop()
         if self._kv.closed:
-            self._engine._model()  # says so where the engine was left or failed
+            self._engine._model()  # raises if the engine was closed or failed
             raise SessionClosedError(f"{self._kv.name} was closed")
 
     def _check_idle(self) -> None:

@@ -21,25 +21,25 @@ from hermes_async.storage.threads import run_in_thread
 logger = logging.getLogger(__name__)
 
 _SECONDS_BETWEEN_WRITES = 1.0
-_BEGINNING = re.compile(rb'\[\s*\{"ph": "M", "name": "process_name", [^\n]{0,40}"args": \{"name": "hermes_async"\}')
+_HEADER = re.compile(rb'\[\s*\{"ph": "M", "name": "process_name", [^\n]{0,40}"args": \{"name": "hermes_async"\}')
 
 
 def open_trace_file(path: Path) -> IO[str]:
-    """Opens a file for a trace: a new one, or one in place of an older trace. Blocks.
+    """Opens a new trace file, or overwrites an older trace. Blocks.
 
     Raises:
-        ConfigError: Something else is there, or it cannot be written to.
+        ConfigError: The file is not a trace, or it cannot be written.
     """
-    file = open_own_file(path, lambda known: _BEGINNING.match(known) is not None, "trace file")
+    file = open_own_file(path, lambda content: _HEADER.match(content) is not None, "trace file")
     return TextIOWrapper(file, encoding="utf-8")
 
 
 @asynccontextmanager
 async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator[Trace | None, None]:
-    """A trace whose events go to `file`; None where there is none. A trace that is given is drained by who gave it.
+    """Yields a trace whose events are written to `file`, or None without a file. A given `Trace` is yielded unchanged.
 
     Raises:
-        ConfigError: The file is something else than an older trace, or cannot be written to.
+        ConfigError: As `open_trace_file`.
     """
     if file is None or isinstance(file, Trace):
         yield file
@@ -50,7 +50,7 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
     try:
         await run_in_thread(writer.open, left_at_exit=True)
         async with anyio.create_task_group() as tasks:
-            tasks.start_soon(writer.write_on)
+            tasks.start_soon(writer.write_for_ever)
             try:
                 yield trace
             finally:
@@ -61,11 +61,12 @@ async def tracing(file: str | os.PathLike[str] | Trace | None) -> AsyncGenerator
 
 
 class _Writer:
-    """State: the file, how many events were written, and whether that has failed."""
+    """Writes a trace's events to a file."""
 
     def __init__(self, path: Path, trace: Trace) -> None:
         self._path = path
         self._trace = trace
+        # All mutable state: the open file, the number of events written, and whether writing has failed.
         self._stream: IO[str] | None = None
         self._num_written = 0
         self._failed = False
@@ -73,14 +74,14 @@ class _Writer:
     def open(self) -> None:
         self._stream = open_trace_file(self._path)
 
-    async def write_on(self) -> None:
+    async def write_for_ever(self) -> None:
         while True:
             await anyio.sleep(_SECONDS_BETWEEN_WRITES)
             with anyio.CancelScope(shield=True):
                 await run_in_thread(self._write, self._trace.drain(), left_at_exit=True)
 
     def _write(self, events: Iterable[Event]) -> None:
-        """A trace that cannot be written any more, such as on a full disk, ends there; the engine goes on."""
+        """Writes events. If that fails, as on a full disk, the trace ends and the engine goes on."""
         if self._failed or self._stream is None:
             return
         try:
@@ -97,6 +98,6 @@ class _Writer:
         if self._stream is None:
             return
         self._write(self._trace.drain())
-        with suppress(OSError), self._stream:  # what cannot be written was told of
+        with suppress(OSError), self._stream:  # the failure was logged already
             if not self._failed:
                 self._stream.write("\n]\n")

@@ -1,1 +1,1 @@
-"""How much memory may this process take? What the machine leaves, and what engines of one user agree on."""
+"""How much memory may this process take? What the machine leaves, and how the engines of one user share it."""

@@ -1,4 +1,4 @@
-"""`memory_budget="auto"`: a budget that follows what the machine has to give."""
+"""`memory_budget="auto"`: a budget that follows the memory that the machine has to give."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from hermes_async.storage.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
 
-SECONDS_BETWEEN_LOOKS = 1.0
-_PRESSURE = 0.1  # of the time spent waiting for memory, from which on some is given back
-_GIVEN_BACK = 0.1  # of the budget, where there is pressure
-_WORTH_IT = 0.2  # more than now, before the budget grows
-_LOOKS_BEFORE_GROWING = 10  # that all must say so: others may only have paused
+SECONDS_BETWEEN_OBSERVATIONS = 1.0
+_PRESSURE = 0.1  # share of time spent waiting for memory, above which some memory is given back
+_GIVEN_BACK = 0.1  # share of the budget that pressure takes
+_MIN_GROWTH = 0.2  # share of the budget; it does not grow by less
+_OBSERVATIONS_BEFORE_GROWING = 10  # all of which must allow the growth: other programs may only have paused
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
-    """What the machine says.
+class Observation:
+    """What the machine says at one moment.
 
     Attributes:
-        room: Bytes that it would still give.
-        held: Bytes that the engines hold, also those of other processes.
+        free: Bytes that it would still give.
+        held: Bytes that all engines hold, those of other processes included.
         stalled: The share of time in which tasks waited for memory.
-        others: Bytes that the other engines may come to hold.
-        headroom: Bytes that no budget takes; None where nothing was taken beside budgets so far.
+        others: Bytes that the other engines may hold.
+        headroom: Bytes that no budget takes; None computes it for a process without overhead so far.
     """
 
-    room: int
+    free: int
     held: int
     stalled: float = 0.0
     others: int = 0
@@ -43,69 +43,70 @@ class Look:
 
 
 class BudgetFollower:
-    """Decides when the budget changes. Synchronous; looks at nothing itself.
+    """Decides when the budget changes. Synchronous; observes nothing itself.
 
-    When half of what was left to others is gone, the answer is at once, because the kernel's would be worse. More is
-    taken only when it has been there for ten looks and is worth a fifth, so that the engine does not give and take in
-    turn with its neighbours.
+    The budget shrinks at once when half of the headroom is gone: the kernel would react in a worse way. It grows only
+    if ten observations in a row allow it, and only by a fifth or more. So engines that share a machine do not give and
+    take in turn.
     """
 
     def __init__(self, budget: int, most: int) -> None:
         self.budget = budget
         self._most = most
-        self._looks: list[int] = []  # what each of the last looks would have allowed
+        self._allowed: list[int] = []  # by each of the last observations
 
-    def next_budget(self, look: Look) -> int | None:
-        """Another budget, or None to go on with this one."""
-        total = look.room + look.held
-        left = headroom(total) if look.headroom is None else look.headroom
-        allowed = min(self._most, max(0, total - left - look.others))
-        too_much = self.budget > total - left // 2 - look.others
-        if look.stalled > _PRESSURE:
+    def next_budget(self, observed: Observation) -> int | None:
+        """Returns another budget, or None to keep this one."""
+        total = observed.free + observed.held
+        kept_free = headroom(total) if observed.headroom is None else observed.headroom
+        allowed = min(self._most, max(0, total - kept_free - observed.others))
+        too_much = self.budget > total - kept_free // 2 - observed.others
+        if observed.stalled > _PRESSURE:
             allowed, too_much = min(allowed, int(self.budget * (1 - _GIVEN_BACK))), True
-        self._looks = [*self._looks, allowed][-_LOOKS_BEFORE_GROWING:]
+        self._allowed = [*self._allowed, allowed][-_OBSERVATIONS_BEFORE_GROWING:]
         if too_much:
             return allowed
-        lasting = min(self._looks)
-        if len(self._looks) == _LOOKS_BEFORE_GROWING and lasting >= min(self._most, self.budget * (1 + _WORTH_IT)):
-            return lasting if lasting > self.budget else None
+        lasting = min(self._allowed)
+        enough = lasting >= min(self._most, self.budget * (1 + _MIN_GROWTH))
+        if len(self._allowed) == _OBSERVATIONS_BEFORE_GROWING and enough and lasting > self.budget:
+            return lasting
         return None
 
     def changed(self, budget: int) -> None:
-        """Told of the budget that there is now."""
+        """Sets the budget that there is now."""
         self.budget = budget
-        self._looks.clear()
+        self._allowed.clear()
 
 
 async def follow(budget: int, most: int, claim: Claim, resize: Callable[[int], Awaitable[None]]) -> None:
-    """Looks once a second, and calls `resize`; never returns.
+    """Observes the machine once a second, and calls `resize`; never returns.
 
     Args:
-        most: A budget that holds everything; more is never asked for.
-        claim: The engine's, by which the engines of a process know of each other.
+        most: The budget that holds everything; it is never exceeded.
+        claim: The engine's.
     """
     follower = BudgetFollower(budget, max(budget, most))
     while True:
-        await anyio.sleep(SECONDS_BETWEEN_LOOKS)
-        wanted = follower.next_budget(await run_in_thread(_look, claim, left_at_exit=True))
+        await anyio.sleep(SECONDS_BETWEEN_OBSERVATIONS)
+        wanted = follower.next_budget(await run_in_thread(_observe, claim, left_at_exit=True))
         if wanted is None:
             continue
         try:
             wanted = await _resize(max(1, wanted), follower.budget, resize)
         except ReadError as error:
-            logger.warning("not all of the weights that there is memory for could be read: %s", error)
+            logger.warning("some weights could not be read into the memory that is free for them: %s", error)
         if wanted != follower.budget:
             logger.info("the memory budget is %s now, after %s", format_bytes(wanted), format_bytes(follower.budget))
         follower.changed(wanted)
 
 
 async def _resize(wanted: int, now: int, resize: Callable[[int], Awaitable[None]]) -> int:
-    """Goes from one budget to another, or as near as what is in use allows; the budget that there is then."""
+    """Changes the budget from `now` to `wanted`, or as near as running requests allow; returns the new budget."""
     while True:
         try:
             await resize(wanted)
         except MemoryBudgetError as error:
-            # Requests may take more KV before the next try has its turn: then that is too little as well.
+            # Requests may take more KV memory before the next try, so that one may fail too.
             if error.minimum_bytes is None or error.minimum_bytes >= now:
                 return now
             wanted = error.minimum_bytes
@@ -113,8 +114,8 @@ async def _resize(wanted: int, now: int, resize: Callable[[int], Awaitable[None]
             return wanted
 
 
-def _look(claim: Claim) -> Look:
-    seen = claim.look()
-    # Each keeps its fair share: who has more gives back.
-    others = min(seen.others, max(0, seen.for_budgets - seen.share))
-    return Look(seen.room, seen.held, stalled_share(), others, seen.headroom)
+def _observe(claim: Claim) -> Observation:
+    shared = claim.look()
+    # Each engine keeps its fair share: those that have more give some back.
+    others = min(shared.claimed_by_others, max(0, shared.for_budgets - shared.fair_share))
+    return Observation(shared.free, shared.held, stalled_share(), others, shared.headroom)

@@ -1,4 +1,4 @@
-"""What the process holds and what the machine would still give it, in bytes."""
+"""What the process holds, and what the machine and its cgroups would still give it, in bytes."""
 
 from __future__ import annotations
 
@@ -8,22 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_async.errors import ConfigError
-from hermes_async.memory.other_processes import cgroups
+from hermes_async.memory.other_processes import memory_cgroups
 
-HEADROOM = 0.05
-"""The share of the room that is left to others, at the least."""
+HEADROOM_SHARE = 0.05
+"""The least share of the memory that is left to other programs."""
 
 OVERHEAD_BYTES = 32 << 20
-"""What engines take beside their budgets in each process: kernels, stacks of threads, pieces of the heap."""
+"""What engines take in addition to their budgets, in each process: kernels, thread stacks, pieces of the heap."""
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
-    """Bytes that something would still give this process: the machine, or a cgroup of a hierarchy that limits it."""
+class MemoryLimit:
+    """A limit on this process's memory: the machine's own, or that of a cgroup.
+
+    Attributes:
+        free: Bytes that this process may still take.
+        hierarchy: The cgroup's hierarchy: "memory", or "" for version 2 and for the machine.
+        group: The cgroup's path in it; "" is the root, and the machine.
+    """
 
     free: int
     hierarchy: str = ""
     group: str = ""
+
+
+# --- this process ---
 
 
 def process_rss_bytes() -> int:
@@ -36,59 +45,65 @@ def process_rss_bytes() -> int:
 
 
 def process_peak_rss_bytes() -> int:
-    """The most resident memory this process ever had."""
+    """The most resident memory that this process ever had. Reads no file, so the event loop may call it.
+
+    On Linux, a process inherits this figure from the process that started it. It is then too high until the process has
+    taken more itself.
+    """
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+# --- the machine and its cgroups ---
+
+
 def automatic_budget(root: Path = Path("/")) -> int:
-    """The tightest of the cgroup's room (v1 and v2) and the memory available, less `headroom`.
-
-    What the process holds already (the baseline) is taken off by both figures.
-
-    Raises:
-        ConfigError: The system tells neither.
-    """
-    room = room_bytes(root)
-    return max(0, room - headroom(room))
-
-
-def headroom(room: int, beside: int = 0, num_processes: int = 1) -> int:
-    """What of `room` no budget takes: a share for others, and not less than what engines take beside their budgets.
-
-    Args:
-        beside: Bytes that have been taken beside budgets already, which are no longer in `room`. They are what was set
-            aside for that; half as much again may come.
-        num_processes: With engines, in this room.
-    """
-    whole = max(num_processes * OVERHEAD_BYTES, int((room + beside) * HEADROOM))
-    return max(whole - beside, whole // 2)
-
-
-def room_bytes(root: Path = Path("/")) -> int:
-    """What the machine and the cgroups would still give this process.
+    """What one engine alone may take: `free_bytes` less `headroom`.
 
     Raises:
         ConfigError: The system does not tell.
     """
-    return min(room.free for room in rooms(root))
+    free = free_bytes(root)
+    return max(0, free - headroom(free))
 
 
-def rooms(root: Path = Path("/")) -> list[Room]:
-    """What each would still give: the machine, and each cgroup that this process is in and that has a limit.
+def headroom(total: int, unleased: int = 0, num_processes: int = 1) -> int:
+    """How much of `total` no budget takes: a share for other programs, and at least the engines' overhead.
+
+    Args:
+        unleased: Bytes of overhead that are already taken, and so are no longer in `total`. The headroom was meant
+            for them, and shrinks by them. It keeps half of its size, for more of them.
+        num_processes: The processes with engines that share `total`.
+    """
+    full = max(num_processes * OVERHEAD_BYTES, int((total + unleased) * HEADROOM_SHARE))
+    return max(full - unleased, full // 2)
+
+
+def free_bytes(root: Path = Path("/")) -> int:
+    """What the machine and all cgroups would still give this process.
+
+    Raises:
+        ConfigError: The system does not tell.
+    """
+    return min(limit.free for limit in memory_limits(root))
+
+
+def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
+    """The machine's limit, and those of the cgroups that this process is in.
 
     Raises:
         ConfigError: The system does not tell.
     """
     available = _available(root)
-    found = _cgroup_rooms(root) if available is None else [Room(available), *_cgroup_rooms(root)]
-    if not found:
+    machine = [] if available is None else [MemoryLimit(available)]
+    limits = [*machine, *_cgroup_limits(root)]
+    if not limits:
         raise ConfigError("memory_budget='auto' works only on Linux; give a size such as '3GiB'")
-    return found
+    return limits
 
 
 def stalled_share(root: Path = Path("/")) -> float:
-    """Of the last ten seconds, the share in which some task waited for memory (PSI); 0.0 where that is not told."""
+    """The share of the last ten seconds in which a task waited for memory (PSI); 0.0 where the system does not tell."""
     try:
         some = (root / "proc/pressure/memory").read_text().splitlines()[0]
         return float(dict(item.split("=") for item in some.split()[1:])["avg10"]) / 100
@@ -104,40 +119,38 @@ def _available(root: Path) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _cgroup_rooms(root: Path) -> list[Room]:
-    """Limit less use of this process's cgroup and of each one above it."""
+def _cgroup_limits(root: Path) -> list[MemoryLimit]:
+    """The limits of this process's cgroup and of each one above it."""
     try:
-        groups = cgroups((root / "proc/self/cgroup").read_text())
+        groups = memory_cgroups((root / "proc/self/cgroup").read_text())
     except OSError:
         return []
-    found = []
-    mount = root / "sys/fs/cgroup"
+    limits = []
     for hierarchy, path in groups.items():
-        if hierarchy == "":
-            base, limit, used, prefix = mount, "memory.max", "memory.current", ""
-        else:
-            base, limit, used, prefix = (
-                mount / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_",
-            )  # fmt: skip
         parts = [part for part in path.split("/") if part]
-        # A container sees its own group at the mount's root, under whatever path the host has for it.
+        # A container sees its own group at the root of the mount, under any path that the host has for it.
         for depth in range(len(parts) + 1):
-            free = _room(base.joinpath(*parts[:depth]), limit, used, prefix)
+            folder = (root / "sys/fs/cgroup" / hierarchy).joinpath(*parts[:depth])
+            free = _free_in_cgroup(folder, is_version_1=bool(hierarchy))
             if free is not None:
-                found.append(Room(max(0, free), hierarchy, "".join(f"/{part}" for part in parts[:depth])))
-    return found
+                limits.append(MemoryLimit(max(0, free), hierarchy, "".join(f"/{part}" for part in parts[:depth])))
+    return limits
 
 
-def _room(group: Path, limit: str, used: str, prefix: str) -> int | None:
+def _free_in_cgroup(folder: Path, *, is_version_1: bool) -> int | None:
+    """The cgroup's limit less its use; None if it has no limit."""
+    limit_file, use_file, prefix = "memory.max", "memory.current", ""
+    if is_version_1:
+        limit_file, use_file, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
     try:
-        text = (group / limit).read_text().strip()
+        text = (folder / limit_file).read_text().strip()
         if text == "max" or int(text) >= 2**60:
             return None
-        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        lines = (line.split() for line in (folder / "memory.stat").read_text().splitlines())
         counts = {name.removeprefix(prefix): int(count) for name, count in lines if name.startswith(prefix)}
-        # Page cache that the kernel would give up, also what was used twice; but not the code that runs.
+        # The kernel would give up page cache, even if it was used twice. It would not give up the code that runs.
         cache = counts.get("inactive_file", 0) + counts.get("active_file", 0)
         mapped = counts.get("file_mapped", counts.get("mapped_file", 0))
-        return int(text) - int((group / used).read_text()) + max(0, cache - mapped)
+        return int(text) - int((folder / use_file).read_text()) + max(0, cache - mapped)
     except (OSError, ValueError):
         return None

@@ -1,4 +1,4 @@
-"""Budgets know each other: what each engine may come to hold, of the room that all engines of a user have in common."""
+"""How all engines of one user divide the memory among them: each engine claims what it may hold."""
 
 from __future__ import annotations
 
@@ -6,81 +6,131 @@ import os
 import threading
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from hermes_async.memory.available import headroom, process_rss_bytes, rooms
-from hermes_async.memory.other_processes import Claimed, Neighbourhood
+from hermes_async.memory.available import headroom, memory_limits, process_rss_bytes
+from hermes_async.memory.other_processes import OtherProcess, ProcessClaims, ProcessRegistry
 
 
 @dataclass(frozen=True, slots=True)
-class CommonRoom:
-    """What there is, for one engine to look at. Of several limits, the one that leaves it the least.
+class SharedMemory:
+    """The memory under one limit, as one engine shares it with the other engines of the user.
 
     Attributes:
-        room: Bytes that the machine, or the cgroup that has the limit, would still give.
-        held: Bytes that all engines hold of what they have leased.
-        beside: Bytes that this process has grown by and nobody has leased.
-        others: Bytes that the other engines may come to hold.
-        elsewhere: Bytes that the engines of other processes may come to hold; they hold `others_held` now.
-        share: What is left to budgets and not fixed, divided by the engines that follow the machine.
-        num_processes: With engines, under this limit.
+        free: Bytes that the machine, or the cgroup with the limit, would still give.
+        held_here: Bytes in memory of all that the engines of this process have leased.
+        unleased: Bytes that this process has grown by and no engine has leased.
+        own_budget: This engine's budget; 0 while it has none.
+        here: What the engines of this process claim, this one included.
+        processes: The other processes with engines under this limit.
     """
 
-    room: int
-    held: int
-    beside: int
-    others: int
-    others_held: int
-    elsewhere: int
-    share: int
-    num_processes: int
+    free: int
+    held_here: int
+    unleased: int
+    own_budget: int
+    here: ProcessClaims
+    processes: tuple[OtherProcess, ...]
+
+    @property
+    def held(self) -> int:
+        """What all engines hold now."""
+        return self.held_here + self.held_elsewhere
+
+    @property
+    def held_elsewhere(self) -> int:
+        """What the engines of other processes hold now."""
+        return sum(process.held for process in self.processes)
+
+    @property
+    def claimed_elsewhere(self) -> int:
+        """What the engines of other processes may hold."""
+        return sum(process.claims.budget for process in self.processes)
+
+    @property
+    def claimed_by_others(self) -> int:
+        """What all other engines may hold."""
+        return self.here.budget - self.own_budget + self.claimed_elsewhere
+
+    @property
+    def num_processes(self) -> int:
+        """Processes with engines under this limit, this one included."""
+        return 1 + len(self.processes)
 
     @property
     def headroom(self) -> int:
         """What no budget takes."""
-        return headroom(self.room + self.held, self.beside, self.num_processes)
+        return headroom(self.free + self.held, self.unleased, self.num_processes)
 
     @property
     def for_budgets(self) -> int:
-        """What all engines may come to hold."""
-        return max(0, self.room + self.held - self.headroom)
+        """What all budgets together may take."""
+        return max(0, self.free + self.held - self.headroom)
 
     @property
-    def for_one(self) -> int:
-        """What this engine may come to hold: all that others leave, and not less than the fair share."""
-        return max(self.share, self.for_budgets - self.others)
+    def fair_share(self) -> int:
+        """What fixed budgets leave, divided by the number of engines that follow the machine."""
+        claims = [self.here, *(process.claims for process in self.processes)]
+        num_automatic = sum(each.num_automatic for each in claims)
+        return max(0, self.for_budgets - sum(each.fixed for each in claims)) // max(1, num_automatic)
+
+    @property
+    def for_this_engine(self) -> int:
+        """What this engine may hold: all that others leave, and at least its fair share."""
+        return max(self.fair_share, self.for_budgets - self.claimed_by_others)
 
 
 class Claim:
-    """One engine's part of the room. Ends with `release`, or when nobody has it any more. Thread-safe.
+    """What one engine may hold. It ends with `release`, or when it is garbage collected. Thread-safe.
 
     Args:
-        fixed_bytes: What the engine takes in any case; None for a part that follows the machine.
+        fixed_bytes: The engine's budget; None for one that follows the machine.
     """
 
     def __init__(self, fixed_bytes: int | None) -> None:
         self.automatic = fixed_bytes is None
         self.leased: Callable[[], int] = lambda: 0
+        # All mutable state, under `_LOCK`: the budget, None while it is undecided; what the process held before it had
+        # engines.
+        self._budget: int | None = fixed_bytes
         with _LOCK:
-            others = set(_CLAIMS)
-            # What others hold by now is their engines', so the process's baseline is the first one's.
-            self._baseline: int = min((other._baseline for other in others), default=process_rss_bytes())
-            self._budget: int | None = fixed_bytes
+            # What the process holds more by now belongs to its engines, so the first engine's baseline counts.
+            self._baseline: int = min((other._baseline for other in _CLAIMS), default=process_rss_bytes())
             _CLAIMS.add(self)
             _publish()
 
-    def look(self) -> CommonRoom:
-        """Looks at the machine.
+    def look(self) -> SharedMemory:
+        """Looks at the machine. Of several limits, the one that leaves this engine the least counts.
 
         Raises:
-            ConfigError: It does not tell.
+            ConfigError: The machine does not tell.
         """
         with _LOCK:
-            return self._look()
+            claims = set(_CLAIMS)
+            leased = sum(claim.leased() for claim in claims)
+            rss = process_rss_bytes()
+            if not leased:  # opening an engine takes memory before its budget, not in addition to it
+                for claim in claims:
+                    claim._baseline = rss
+            grown = max(0, rss - self._baseline)
+            held = min(leased, grown)
+            here, others = _claims_of(claims), PROCESSES.others()
+            shared = [
+                SharedMemory(
+                    free=limit.free,
+                    held_here=held,
+                    unleased=grown - held,
+                    own_budget=self._budget or 0,
+                    here=here,
+                    processes=tuple(process for process in others if process.is_in(limit.hierarchy, limit.group)),
+                )
+                for limit in memory_limits()
+            ]
+            return min(shared, key=lambda each: each.for_this_engine)
 
     def take(self) -> int:
-        """The budget of an automatic engine: all that others leave, and its fair share even if others must shrink.
+        """Decides an automatic budget: all that others leave, and at least a fair share, for which others must shrink.
 
         Raises:
             ConfigError: The machine does not tell what there is.
@@ -88,82 +138,53 @@ class Claim:
         with _LOCK:
             self._budget = self._most()
             _publish()
-            # Another process may have come between: it sees this budget now, or is seen.
+            # A process may have published its claim between the two. It sees this budget now, or is seen here.
             self._budget = min(self._budget, self._most())
             _publish()
             return self._budget
 
-    def left_over(self, *, whatever_is_claimed: bool = False) -> int:
-        """What others leave now, if half of the headroom is not minded, which they do not mind either.
+    def left_over(self, *, ignore_claims: bool = False) -> int:
+        """What other engines leave now, with half of the headroom, which they leave too.
 
         Args:
-            whatever_is_claimed: Other processes count with what they hold, not with what they may come to hold.
+            ignore_claims: Count what other processes hold, instead of what they may hold.
         """
-        seen = self.look()
-        others = seen.others - (seen.elsewhere - seen.others_held if whatever_is_claimed else 0)
-        return max(0, seen.room + seen.held - seen.headroom // 2 - others)
+        shared = self.look()
+        others = shared.claimed_by_others
+        if ignore_claims:
+            others += shared.held_elsewhere - shared.claimed_elsewhere
+        return max(0, shared.free + shared.held - shared.headroom // 2 - others)
 
     def others_follow(self) -> bool:
-        """Whether there are other engines that give back what they hold too much."""
+        """Whether there are other engines that follow the machine, and so make room."""
         with _LOCK:
             here = any(claim.automatic and claim._budget for claim in _CLAIMS if claim is not self)
-            return here or any(other.claimed.num_automatic for other in NEIGHBOURHOOD.look())
+            return here or any(process.claims.num_automatic for process in PROCESSES.others())
 
     def change(self, budget: int) -> None:
-        """The engine has another budget, or less than it took."""
+        """Tells the other engines that this one has another budget."""
         with _LOCK:
             self._budget = budget
             _publish()
 
     def release(self) -> None:
-        """Gives the part back; a second call does nothing."""
+        """Ends the claim; a second call does nothing."""
         with _LOCK:
             _CLAIMS.discard(self)
             _publish()
 
     def _most(self) -> int:
-        """All that others leave, and not less than the fair share."""
-        seen = self._look()
-        here = sum(claim._budget is None for claim in _CLAIMS if claim is not self)
-        undecided = here + sum(other.claimed.num_undecided for other in NEIGHBOURHOOD.look())
-        return max(seen.share, seen.for_budgets - seen.others - undecided * seen.share)
-
-    def _look(self) -> CommonRoom:
-        claims = set(_CLAIMS)
-        leased = sum(claim.leased() for claim in claims)
-        rss = process_rss_bytes()
-        if not leased:  # what it takes to open an engine comes before its budget, not beside it
-            for claim in claims:
-                claim._baseline = rss
-        grown = max(0, rss - self._baseline)
-        held = min(leased, grown)
-        here = _claimed(claims)
-        near = NEIGHBOURHOOD.look()
-        seen = []
-        for room in rooms():
-            sharing = [other for other in near if other.is_in(room.hierarchy, room.group)]
-            held_there = sum(other.held for other in sharing)
-            elsewhere = sum(other.claimed.budget for other in sharing)
-            common = CommonRoom(
-                room=room.free,
-                held=held + held_there,
-                beside=grown - held,
-                others=here.budget - (self._budget or 0) + elsewhere,
-                others_held=held_there,
-                elsewhere=elsewhere,
-                share=0,
-                num_processes=1 + len(sharing),
-            )
-            fixed = here.fixed + sum(other.claimed.fixed for other in sharing)
-            num_automatic = here.num_automatic + sum(other.claimed.num_automatic for other in sharing)
-            share = max(0, common.for_budgets - fixed) // max(1, num_automatic)
-            seen.append(replace(common, share=share))
-        return min(seen, key=lambda common: common.for_one)
+        """All that others leave, less a share for each that is undecided; at least the fair share."""
+        shared = self.look()
+        undecided = sum(claim._budget is None for claim in _CLAIMS if claim is not self)
+        undecided += sum(process.claims.num_undecided for process in PROCESSES.others())
+        left = shared.for_budgets - shared.claimed_by_others - undecided * shared.fair_share
+        return max(shared.fair_share, left)
 
 
-def _claimed(claims: set[Claim]) -> Claimed:
+def _claims_of(claims: set[Claim]) -> ProcessClaims:
     """What engines of this process claim together."""
-    return Claimed(
+    return ProcessClaims(
         budget=sum(claim._budget or 0 for claim in claims),
         fixed=sum(claim._budget or 0 for claim in claims if not claim.automatic),
         num_automatic=sum(claim.automatic for claim in claims),
@@ -174,11 +195,11 @@ def _claimed(claims: set[Claim]) -> Claimed:
 
 def _publish() -> None:
     claims = set(_CLAIMS)
-    NEIGHBOURHOOD.publish(_claimed(claims) if claims else None)
+    PROCESSES.publish(_claims_of(claims) if claims else None)
 
 
-NEIGHBOURHOOD = Neighbourhood(Path(f"/dev/shm/hermes-async-{os.getuid()}"))  # noqa: S108
-"""Every container has a /dev/shm of its own, as it has limits of its own."""
+PROCESSES = ProcessRegistry(Path(f"/dev/shm/hermes-async-{os.getuid()}"))  # noqa: S108
+"""Each container has a /dev/shm of its own, and limits of its own."""
 
 _LOCK = threading.RLock()
 _CLAIMS: weakref.WeakSet[Claim] = weakref.WeakSet()

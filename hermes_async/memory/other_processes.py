@@ -1,4 +1,4 @@
-"""Engines of the user's other processes, which share the machine's memory, and that of cgroups, with this one's."""
+"""How processes of one user tell each other what memory their engines claim: one small file for each process."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ _START_TIME = 21  # among the fields of /proc/PID/stat
 
 
 @dataclass(frozen=True, slots=True)
-class Claimed:
+class ProcessClaims:
     """What the engines of one process claim together.
 
     Attributes:
         budget: Bytes of all budgets that are decided.
-        fixed: Bytes of those that do not follow the machine.
-        num_automatic: Engines that follow it.
+        fixed: Bytes of those budgets that do not follow the machine.
+        num_automatic: Engines whose budget follows the machine.
         num_undecided: Engines that have no budget yet.
         baseline: Bytes that the process holds beside its engines.
     """
@@ -33,27 +33,33 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True)
-class Neighbour:
-    """Another process; `held` bytes of its budgets are in memory by now, and `groups` are its cgroups by hierarchy."""
+class OtherProcess:
+    """Another process with engines.
 
-    claimed: Claimed
+    Attributes:
+        claims: What its engines claim.
+        held: Bytes of its budgets that are in memory now.
+        groups: Its cgroups, by hierarchy.
+    """
+
+    claims: ProcessClaims
     held: int
     groups: Mapping[str, str]
 
     def is_in(self, hierarchy: str, group: str) -> bool:
-        """Whether a limit of that cgroup is this process's too; everybody is in the root group."""
+        """Whether the limit of that cgroup also limits this process. The root group limits all."""
         own = self.groups.get(hierarchy, "")
         return group == "" or own == group or own.startswith(f"{group}/")
 
 
-class Neighbourhood:
-    """A file for each process, which others read. Where there can be none, processes do not know of each other.
+class ProcessRegistry:
+    """A folder with a file for each process, which the others read.
 
-    Nothing waits for another process, and one that ended without taking its file away is passed over: of whoever has
-    its number now, the start is another.
+    Where there can be no such folder, processes do not know of each other. Nothing waits for another process. A file
+    that an ended process has left is ignored: if its number is in use again, that process has another start time.
 
     Args:
-        folder: In memory; of this user alone.
+        folder: In memory, and owned by this user.
         proc: Where the kernel tells of processes.
     """
 
@@ -61,62 +67,62 @@ class Neighbourhood:
         self._folder = folder
         self._proc = proc
 
-    def publish(self, claimed: Claimed | None) -> None:
-        """Tells others what this process claims now, or that it has no engine any more."""
+    def publish(self, claims: ProcessClaims | None) -> None:
+        """Tells other processes what this one claims now; None tells that it has no engine any more."""
         name = self._own_name()
         if name is None:
             return
         file = self._folder / name
         with suppress(OSError):
-            if claimed is None:
+            if claims is None:
                 file.unlink(missing_ok=True)
                 return
             self._folder.mkdir(mode=0o700, exist_ok=True)
             if not self._is_ours():
                 return
-            record = {**asdict(claimed), "started": self._started(str(os.getpid()))}
+            record = {**asdict(claims), "started": self._start_time(str(os.getpid()))}
             unfinished = file.with_name(f".{name}")
             unfinished.write_text(json.dumps(record))
             unfinished.replace(file)
 
-    def look(self) -> list[Neighbour]:
-        """Other processes with engines that are alive now."""
+    def others(self) -> list[OtherProcess]:
+        """The other processes that have engines and are alive."""
         own = self._own_name()
         if own is None or not self._is_ours():
             return []
-        space = own.partition("-")[0]
-        files = [file for file in self._folder.glob(f"{space}-*") if file.name != own]
-        return [neighbour for file in files if (neighbour := self._neighbour(file)) is not None]
+        namespace = own.partition("-")[0]
+        files = [file for file in self._folder.glob(f"{namespace}-*") if file.name != own]
+        return [process for file in files if (process := self._read(file)) is not None]
 
-    def _neighbour(self, file: Path) -> Neighbour | None:
+    def _read(self, file: Path) -> OtherProcess | None:
         pid = file.name.partition("-")[2]
         try:
             record = json.loads(file.read_text())
-            if record.pop("started") != self._started(pid):
+            if record.pop("started") != self._start_time(pid):
                 file.unlink(missing_ok=True)
                 return None
-            claimed = Claimed(**record)
+            claims = ProcessClaims(**record)
             rss = int((self._proc / pid / "statm").read_text().split()[1]) * resource.getpagesize()
-            groups = cgroups((self._proc / pid / "cgroup").read_text())
-            held = min(claimed.budget, max(0, rss - claimed.baseline))
+            groups = memory_cgroups((self._proc / pid / "cgroup").read_text())
+            held = min(claims.budget, max(0, rss - claims.baseline))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
-            return None  # it ended meanwhile, or is of another version
-        return Neighbour(claimed, held, groups)
+            return None  # it has ended meanwhile, or is of another version
+        return OtherProcess(claims, held, groups)
 
-    def _started(self, pid: str) -> str | None:
-        """When the process started, in the kernel's own count; None where there is none."""
+    def _start_time(self, pid: str) -> str | None:
+        """When the process started, in the kernel's own unit; None if there is no such process."""
         try:
             return (self._proc / pid / "stat").read_text().rpartition(")")[2].split()[_START_TIME - 2]
         except (OSError, IndexError):
             return None
 
     def _own_name(self) -> str | None:
-        """A process's number means something in its own namespace alone."""
+        """Namespace and number of this process: a number means something only in its own namespace."""
         try:
-            space = (self._proc / "self/ns/pid").readlink().name.strip("pid:[]")
+            namespace = (self._proc / "self/ns/pid").readlink().name.strip("pid:[]")
         except OSError:
             return None
-        return f"{space}-{os.getpid()}"
+        return f"{namespace}-{os.getpid()}"
 
     def _is_ours(self) -> bool:
         try:
@@ -126,8 +132,12 @@ class Neighbourhood:
         return self._folder.is_dir() and not self._folder.is_symlink() and status.st_uid == os.getuid()
 
 
-def cgroups(text: str) -> dict[str, str]:
-    """The groups of a process that limit its memory, by hierarchy ("" for version 2), from its `cgroup` file."""
+def memory_cgroups(text: str) -> dict[str, str]:
+    """The cgroups that limit a process's memory, from its `cgroup` file.
+
+    Returns:
+        Their paths by hierarchy: "memory", or "" for version 2.
+    """
     groups = {}
     for line in text.splitlines():
         _, controllers, path = line.split(":", 2)

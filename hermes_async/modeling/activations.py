@@ -1,8 +1,8 @@
-"""How much memory a sweep's activations take, from the shapes of the model alone."""
+"""How much memory activations take at most, from the shapes of the model alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -12,97 +12,138 @@ from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton, layers_of
 from hermes_async.modeling.transformers_api import plain_attention, supports_packed_attention
+from hermes_async.storage.rows import RowReader
+
+TEXT_TOKENS = 64
+"""How long texts are where a model sets no limit. One that does not generate has room for one of them at least."""
 
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
 
 
-def workspace_bytes(skeleton: Skeleton, seen: Probe, attention: PackedAttention) -> Callable[[int, int, int], int]:
-    """Returns a bound by tokens, outputs (positions whose logits are wanted) and KV bytes.
+class WorkspaceBounds:
+    """Upper bounds of the memory that a model's activations take, in bytes.
 
-    Counted as if the outputs of all matrices of the widest layer lived at once, with four more as wide as the widest
-    (activation functions and rotary embeddings compute in steps), and one of that width in float32, as norms do. A
-    token passes several experts, and what goes into each and comes out of it lives in the model's dtype and once more
-    in float32, as it is weighted. Over two dozen architectures that was 1.1 to 2.8 times what they took. Then logits in
-    the model's dtype, joined, and one row of them, which is sampled from, in float32 four times.
+    Layers count as if the outputs of all matrices of the widest layer were alive at once, with four more as wide as the
+    widest matrix (activation functions and rotary embeddings compute in steps), and one of that width in float32, as in
+    norms. A token passes several experts; the inputs and outputs of each count in the model's dtype and again in
+    float32, in which they are weighted. Over two dozen architectures this was 1.1 to 2.8 times what was measured.
     """
-    model, config = skeleton.model, skeleton.model.config.get_text_config()
-    head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    num_experts = _experts_per_token(config)
-    per_token = max(_layer_bytes(layer, skeleton.dtype.itemsize, num_experts) for layer in layers_of(model) or [model])
-    vocab_size = _out_features(head)
-    itemsize = skeleton.dtype.itemsize
-    num_heads = int(getattr(config, "num_attention_heads", 1))
-    packed = supports_packed_attention(type(model))
-    kv_per_token = seen.kv.bytes_per_token
-    num_layers = len(seen.kv.layers)
 
-    groups = max(1, num_heads // min(shape.num_heads for shape in seen.kv.layers.values()))
+    def __init__(self, skeleton: Skeleton, probe: Probe, attention: PackedAttention) -> None:
+        model, config = skeleton.model, skeleton.model.config.get_text_config()
+        self._generates, self._probe, self._attention = skeleton.generates, probe, attention
+        self._context_length = skeleton.context_length
+        self._embedding = skeleton.tensors[skeleton.embedding_name] if probe.embeds_input_ids else None
+        self._itemsize = skeleton.dtype.itemsize
+        self._num_layers = len(layers_of(model))
+        self._hidden_size = int(getattr(config, "hidden_size", 0))
+        layers, num_experts = layers_of(model) or [model], _experts_per_token(config)
+        self._layer_token_bytes = max(_layer_token_bytes(layer, self._itemsize, num_experts) for layer in layers)
+        self._num_heads = _num_heads(model)
+        if skeleton.generates:
+            head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+            self._vocab_size = _out_features(head)
+            self._packs = supports_packed_attention(type(model))
+            self._num_query_heads = int(getattr(config, "num_attention_heads", 1))
+        self._outer_token_bytes = 2 * _outer_features(model) * self._itemsize
+        self._plain_score_bytes = self._bytes_of_plain_score(model)
+        # A convolution of images; oneDNN makes copies of its weights.
+        self._image_token_bytes = probe.bytes_per_image // max(1, probe.tokens_per_image)
+        convolutions = (module.weight for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d)))
+        self._convolution_bytes = 2 * max((weight.numel() * self._itemsize for weight in convolutions), default=0)
 
-    def bound(tokens: int, outputs: int, kv_bytes: int) -> int:
-        total = tokens * per_token + vocab_size * (outputs * 2 * itemsize + 16)
-        kv_tokens = kv_bytes // kv_per_token
-        if skeleton.context_length is not None:
-            kv_tokens = min(kv_tokens, outputs * skeleton.context_length)
-        if packed:
-            # A mask, which sdpa turns into floats, or scores, and the keys and values, of one sequence at a time.
-            longest = min(kv_tokens, skeleton.context_length or kv_tokens)
-            per_score = num_heads * (8 + itemsize) if attention.eager else groups * (1 + itemsize)
-            scores = min(tokens, QUERY_TOKENS) * longest * per_score
-            return total + scores + longest * kv_per_token // num_layers
-        # All keys and values of a layer side by side, a mask over them, and scores and weights in float32.
-        scores = tokens * kv_tokens * (num_heads * 12 + 2 * itemsize)
-        return total + scores + kv_tokens * kv_per_token // num_layers
+    def sweep(self, tokens: int, outputs: int, kv_bytes: int) -> int:
+        """Of a sweep of `tokens`, with the embedding rows that it may have to read.
 
-    return bound
+        A sweep of a model that generates is one packed row. Of another model it is as many images as the tokens make,
+        or texts as long as the model takes.
+        """
+        if self._generates:
+            activations = self.packed(tokens=tokens, outputs=outputs, kv_bytes=kv_bytes)
+        else:
+            longest = self._probe.tokens_per_image or self._context_length or TEXT_TOKENS
+            activations = self.plain(sequences=-(-tokens // longest), tokens=min(tokens, longest))
+        return activations + self.embedding_rows(tokens=tokens)
+
+    def packed(self, *, tokens: int, outputs: int, kv_bytes: int) -> int:
+        """Of a packed row.
+
+        Beside the layers, logits count in the model's dtype and once more joined, and one row of them, from which a
+        token is sampled, four times in float32.
+
+        Args:
+            outputs: Positions whose logits are wanted.
+            kv_bytes: Of the KV caches of all sequences.
+        """
+        total = tokens * self._layer_token_bytes + self._vocab_size * (outputs * 2 * self._itemsize + 16)
+        kv, context_length = self._probe.kv, self._context_length
+        kv_tokens = kv_bytes // kv.bytes_per_token
+        if context_length is not None:
+            kv_tokens = min(kv_tokens, outputs * context_length)
+        if not self._packs:
+            # All keys and values of a layer side by side, a mask over them, and scores and weights in float32.
+            scores = tokens * kv_tokens * (self._num_query_heads * 12 + 2 * self._itemsize)
+            return total + scores + kv_tokens * kv.bytes_per_token // len(kv.layers)
+        # A mask, which torch turns into floats, or scores, and the keys and values, of one sequence at a time.
+        longest = min(kv_tokens, context_length or kv_tokens)
+        if self._attention.eager:
+            score_bytes = self._num_query_heads * (8 + self._itemsize)
+        else:
+            fewest_kv_heads = min(shape.num_heads for shape in kv.layers.values())
+            score_bytes = max(1, self._num_query_heads // fewest_kv_heads) * (1 + self._itemsize)
+        scores = min(tokens, QUERY_TOKENS) * longest * score_bytes
+        return total + scores + longest * kv.bytes_per_token // len(kv.layers)
+
+    def plain(self, *, sequences: int, tokens: int) -> int:
+        """Of a plain forward pass over `sequences` texts or images of `tokens` each.
+
+        Beside the layers, the outputs of the linear layers outside of them count, such as a head, for every token; and
+        a mask over all pairs of tokens of a sequence, or their scores where attention is eager. Images may take more,
+        above all where they are convolved: twice what was alive of one image in the probe, or as much and the copies
+        that oneDNN makes of a convolution's weights.
+        """
+        token_bytes = self._layer_token_bytes + self._outer_token_bytes
+        alive = sequences * tokens * self._image_token_bytes
+        copied = self._convolution_bytes if self._image_token_bytes else 0
+        return max(sequences * tokens * (token_bytes + tokens * self._plain_score_bytes), 2 * alive, alive + copied)
+
+    def recorded(self, *, sequences: int, tokens: int, hidden_states: bool, attentions: bool) -> int:
+        """Of what a plain forward pass keeps if it is asked for every layer's hidden states, or attention weights."""
+        numel = 0
+        if hidden_states:
+            numel += (self._num_layers + 1) * sequences * tokens * self._hidden_size
+        if attentions:
+            numel += (self._num_layers + 1) * sequences * tokens * tokens * self._num_heads
+        return numel * self._itemsize
+
+    def embedding_rows(self, *, tokens: int) -> int:
+        """Of rows of the input embedding, as they are read and as they are computed with; 0 where none can be read."""
+        if self._embedding is None:
+            return 0
+        row_bytes = self._embedding.nbytes // self._embedding.shape[0]
+        return RowReader.buffer_bytes(self._embedding, tokens) + tokens * row_bytes
+
+    def _bytes_of_plain_score(self, model: PreTrainedModel) -> int:
+        """What a pair of tokens takes in transformers' own attention."""
+        if plain_attention(model) == "eager":
+            score_bytes = self._num_heads * (2 * self._itemsize + 4)
+        else:
+            score_bytes = 1 + 2 * self._itemsize
+        if getattr(model.config, "relative_attention_num_buckets", None) is not None:
+            score_bytes += 3 * self._num_heads * self._itemsize  # a bias for each head in all layers, and its mask
+        return score_bytes
 
 
-def forward_bytes(skeleton: Skeleton, seen: Probe) -> Callable[[int, int], int]:
-    """Returns a bound for a plain forward pass by sequences (or images) and tokens of each.
-
-    Layers count as for `workspace_bytes`; beside them the outputs of all that stands outside of layers, such as a head,
-    for every token; and a mask over all pairs of tokens of a sequence, or their scores where attention is eager. Images
-    may take more, above all where they are convolved: twice what was alive of one image when the model was looked at,
-    or as much, and the copies that oneDNN makes of a convolution's weights.
-    """
-    model = skeleton.model
-    itemsize = skeleton.dtype.itemsize
-    layers = layers_of(model)
-    inside = {module for layer in layers for module in layer.modules()}
-    outside = [
-        module
+def _outer_features(model: PreTrainedModel) -> int:
+    """The outputs of all linear layers outside of the transformer layers, such as a head."""
+    inside = {module for layer in layers_of(model) for module in layer.modules()}
+    return sum(
+        _out_features(module)
         for name, module in model.named_modules()
-        if module not in inside and not name.startswith(f"{DENSE}.")  # those compute one vector of a text
-    ]
-    heads = sum(_out_features(module) for module in outside if isinstance(module, nn.Linear))
-    num_experts = _experts_per_token(model.config.get_text_config())
-    per_token = max(_layer_bytes(layer, itemsize, num_experts) for layer in layers or [model]) + 2 * heads * itemsize
-    eager = plain_attention(model) == "eager"
-    per_score = _num_heads(model) * (2 * itemsize + 4) if eager else 1 + 2 * itemsize
-    if getattr(model.config, "relative_attention_num_buckets", None) is not None:
-        per_score += 3 * _num_heads(model) * itemsize  # a bias for each head, kept for all layers, and the mask in it
-    alive_per_token = seen.bytes_per_image // max(1, seen.tokens_per_image)
-    convolutions = (module.weight for module in model.modules() if isinstance(module, (nn.Conv1d, nn.Conv2d)))
-    copied = 2 * max((weight.numel() * itemsize for weight in convolutions), default=0) if alive_per_token else 0
-
-    def bound(sequences: int, tokens: int) -> int:
-        alive = sequences * tokens * alive_per_token
-        return max(sequences * (tokens * per_token + tokens * tokens * per_score), 2 * alive, alive + copied)
-
-    return bound
-
-
-def recorded_bytes(skeleton: Skeleton, sequences: int, tokens: int, *, hidden_states: bool, attentions: bool) -> int:
-    """What a forward pass keeps if it is asked for every layer's hidden states, or attention weights."""
-    if not hidden_states and not attentions:
-        return 0
-    config, itemsize = skeleton.model.config.get_text_config(), skeleton.dtype.itemsize
-    num_layers = len(layers_of(skeleton.model)) + 1
-    total = 0
-    if hidden_states:
-        total += num_layers * sequences * tokens * int(getattr(config, "hidden_size", 0)) * itemsize
-    if attentions:
-        total += num_layers * sequences * tokens * tokens * _num_heads(skeleton.model) * itemsize
-    return total
+        if isinstance(module, nn.Linear)
+        and module not in inside
+        and not name.startswith(f"{DENSE}.")  # those compute one vector of a text
+    )
 
 
 def _num_heads(model: PreTrainedModel) -> int:
@@ -123,7 +164,7 @@ def _counts(configs: Sequence[PreTrainedConfig | None], names: Sequence[str]) ->
         )
 
 
-def _layer_bytes(layer: nn.Module, itemsize: int, experts_per_token: int) -> int:
+def _layer_token_bytes(layer: nn.Module, itemsize: int, experts_per_token: int) -> int:
     """What one token's activations take in a layer."""
     outputs, widest, of_expert = 0, 1, 0
     for module in layer.modules():

@@ -1,12 +1,13 @@
-"""Attention over a packed row: every segment attends to its own sequence only.
+"""Attention over a packed row: every segment attends only to its own sequence.
 
-Two ways. Models that let their attention be chosen call `PackedAttention`. The others attend by themselves, under
-`block_diagonal_mask`, over keys and values that `PackedCache` lays one after another.
+Models whose attention function can be chosen call `PackedAttention`. The others use their own attention with
+`block_diagonal_mask`, over keys and values that `PackedCache` concatenates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -18,34 +19,45 @@ from hermes_async.modeling.kv_cache import PackedCache, Segment
 from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS, register_attention, unregister_attention
 
 QUERY_TOKENS = 256
-"""Tokens of one sequence that attend at once: masks and scores take memory by their number and that of the keys."""
+"""Queries of one sequence that are computed at once. Masks and scores take memory for each query and each key."""
 
 _WITHOUT_MEANING_HERE = KV_CACHE_ARGUMENTS | frozenset({
-    # Positions were applied to queries and keys before; the rest asks for outputs or repeats what the cache knows.
+    # Positions are already applied to queries and keys. The others ask for outputs, or repeat what the cache knows.
     "position_ids", "position_embeddings", "cache_position", "use_cache",
     "output_attentions", "output_hidden_states", "output_router_logits", "return_dict", "is_causal", "dropout",
     "logits_to_keep", "num_items_in_batch", "layer_idx",
 })  # fmt: skip
 
 
+# The cache of the packed call that runs. Each greenlet has its own context, so each call of a sweep has its own cache.
+_CACHE = ContextVar[PackedCache | None]("packed cache", default=None)
+
+
 class PackedAttention:
-    """An attention function for transformers' `AttentionInterface`, registered under a name of its own while open.
+    """An attention function for transformers' `AttentionInterface`, registered under its own name until `close`.
 
     Attributes:
-        cache: Of the sweep that is running, which also knows its segments; None between sweeps.
-        windows: The sliding window that each layer last asked for, by `layer_idx`.
-        eager: Whether a layer asked for what only `_eager_attention` does, which takes memory for all scores.
+        windows: The last sliding window of each layer, by `layer_idx`.
+        eager: Whether a layer needed `_eager_attention`, which takes memory for all scores.
     """
 
     def __init__(self) -> None:
-        self.cache: PackedCache | None = None
         self.windows: dict[int, int | None] = {}
         self.eager = False
         self.name = f"hermes_async_{id(self):x}"
         register_attention(self.name, self)
 
+    @property
+    def cache(self) -> PackedCache | None:
+        """The KV cache of the packed call that runs; it knows the segments too. None outside of a packed call."""
+        return _CACHE.get()
+
+    @cache.setter
+    def cache(self, cache: PackedCache | None) -> None:
+        _CACHE.set(cache)
+
     def close(self) -> None:
-        """Takes the name back from transformers' registry."""
+        """Removes the name from transformers' registry."""
         unregister_attention(self.name)
 
     def __call__(
@@ -64,7 +76,7 @@ class PackedAttention:
         """Args: query: [1, num_heads, tokens, key_dim]. Returns: [1, tokens, num_heads, value_dim], None.
 
         Raises:
-            UnsupportedModelError: The model asks for something that this function would leave out.
+            UnsupportedModelError: The model needs something that this function does not compute.
         """
         cache = self.cache
         name = type(module).__name__
@@ -93,7 +105,9 @@ class PackedAttention:
                     attended = _grouped_attention(query[:, :, rows], keys, values, mask, scaling)
                 else:
                     self.eager = True
-                    attended = _eager_attention(query[:, :, rows], keys, values, mask, scaling, softcap, s_aux)
+                    attended = _eager_attention(
+                        query[:, :, rows], keys, values, mask, scaling=scaling, softcap=softcap, sinks=s_aux
+                    )
                 output[:, rows] = attended.transpose(1, 2)
         return output, None
 
@@ -101,10 +115,10 @@ class PackedAttention:
 def _grouped_attention(
     queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scaling: float | None
 ) -> torch.Tensor:
-    """Attention [1, num_heads, tokens, dim], the query heads of one key head taken as rows of one matrix.
+    """Attention [1, num_heads, tokens, dim]. The query heads that share a key head are rows of one matrix.
 
-    torch's own `enable_gqa` gives the same but for rounding, and copies keys and values for each query head first: ten
-    times slower for one token after a thousand, on a CPU.
+    torch's own `enable_gqa` gives the same except for rounding, but copies keys and values for each query head: on a
+    CPU it is ten times slower for one token after a thousand.
     """
     _, num_heads, num_tokens, dim = queries.shape
     groups = num_heads // keys.shape[1]
@@ -119,7 +133,7 @@ def _grouped_attention(
 def _causal_mask(
     first: int, last: int, start: int, sliding_window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """Which keys from `start` on the queries `first` to `last` may see, [tokens, keys] bool; None where all of them."""
+    """Which keys from `start` on the queries `first` to `last` attend to: [tokens, keys] bool, or None for all."""
     if last - first == 1:
         return None
     queries = torch.arange(first, last, device=device)[:, None]
@@ -139,7 +153,7 @@ def _eager_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Attention with capped scores (Gemma 2) or a learned sink for each head (gpt-oss); [1, num_heads, tokens, dim]."""
+    """Attention [1, num_heads, tokens, dim] with capped scores (Gemma 2) or a learned sink per head (gpt-oss)."""
     groups = queries.shape[1] // keys.shape[1]
     keys, values = keys.repeat_interleave(groups, dim=1), values.repeat_interleave(groups, dim=1)
     scores = queries @ keys.transpose(2, 3) * (queries.shape[-1] ** -0.5 if scaling is None else scaling)
@@ -156,7 +170,7 @@ def _eager_attention(
 
 
 def block_diagonal_mask(segments: Sequence[Segment], dtype: torch.dtype) -> torch.Tensor:
-    """The additive mask of a packed row over all segments' keys, laid one after another: [1, 1, tokens, keys]."""
+    """The additive mask of a packed row over the concatenated keys of all segments: [1, 1, tokens, keys]."""
     num_tokens = sum(segment.num_tokens for segment in segments)
     num_keys = sum(segment.past + segment.num_tokens for segment in segments)
     mask = torch.full((1, 1, num_tokens, num_keys), torch.finfo(dtype).min, dtype=dtype)

@@ -1,6 +1,6 @@
-"""Which tensor of a checkpoint each parameter of a model is, which part of one, or which ones side by side.
+"""Finds the tensor of each parameter of a model: a tensor of the checkpoint, a part of one, or several joined.
 
-Source: `transformers.core_model_loading`, whose renamings and converters are taken as they are.
+Source: `transformers.core_model_loading`; its renamings and converters are used as they are.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from hermes_async.storage.tensor_spec import TensorSpec
 def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
     """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
 
-    Where transformers would cut one along its first dimension, or join several, they are taken as they lie.
+    Where transformers would split a tensor along its first dimension, or join several, the bytes are used in place.
 
     Raises:
         UnsupportedModelError: A tensor would have to be converted in another way.
-        MissingTensorError: A parameter has no tensor and is not tied to one that has.
-        CheckpointError: A tensor has another shape than its parameter, or those to join do not fit together.
+        MissingTensorError: A parameter has no tensor, and is not tied to one that has.
+        CheckpointError: A tensor's shape is not its parameter's, or tensors to be joined do not fit together.
     """
     expected = model.state_dict()
     renamings, converters = conversion_mapping(model)
     rename = tensor_renamer()
     prefix = model.base_model_prefix
     found: dict[str, TensorSpec] = {}
-    # Of a parameter what makes it, and by its source patterns of which tensors.
+    # Parameters that are joined: the converter, and the tensors of each of its source patterns.
     to_join: dict[str, tuple[Any, dict[str, list[TensorSpec]]]] = {}
     for name in sorted(checkpoint.tensors, key=tensor_order()):
         renamed, converted = rename(name, renamings, converters, prefix, expected)
@@ -103,13 +103,13 @@ def _check_dtype(spec: TensorSpec, parameter: torch.Tensor) -> None:
 
 
 def _converter(converters: Sequence[Any], pattern: str, renamed: str) -> Any:
-    """The one that makes the parameter `renamed`, or the first of several, of tensors that match the source pattern."""
+    """The converter with this source pattern that makes `renamed`, or several parameters, with `renamed` first."""
     of_pattern = [one for one in converters if pattern in one.source_patterns]
     return next((one for one in of_pattern if one.target_patterns[0] in renamed), of_pattern[0])
 
 
 def _joins(converter: Any) -> bool:
-    """Whether what it makes is tensors one behind the other in memory."""
+    """Whether the parameter is just the converter's tensors, one after another in memory."""
     if len(converter.target_patterns) > 1:
         return False
     match [operation_of(operation) for operation in converter.operations]:
@@ -123,10 +123,10 @@ def _joins(converter: Any) -> bool:
 
 
 def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter: Any) -> TensorSpec:
-    """The parameter that is made of tensors one behind the other.
+    """The parameter that consists of several tensors, one after another.
 
     Args:
-        sources: Of each source pattern of the converter, in their order, its tensors in theirs.
+        sources: The tensors of each source pattern of the converter, all in order.
 
     Raises:
         CheckpointError: They do not fit together.
@@ -150,11 +150,11 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter
 
 
 def _pieces(renamed: str, spec: TensorSpec, converter: Any) -> dict[str, TensorSpec]:
-    """The parameters that lie one after another in a tensor, such as query, key and value; none where it is otherwise.
+    """The parameters that a tensor consists of, one after another, such as query, key and value; empty if it does not.
 
     Args:
-        renamed: The first of them.
-        converter: What transformers would make them with.
+        renamed: The first of these parameters.
+        converter: The one that transformers would use.
     """
     operation, *others = converter.operations
     targets = converter.target_patterns
@@ -169,5 +169,5 @@ def _pieces(renamed: str, spec: TensorSpec, converter: Any) -> dict[str, TensorS
 
 
 def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> int:
-    """Bytes of the tensors of these parameters, shared ones counted once."""
+    """Bytes of the tensors of these parameters; shared tensors count once."""
     return sum({(tensors[name].file, tensors[name].offset): tensors[name].nbytes for name in module_names}.values())

@@ -1,4 +1,4 @@
-"""What a model's own `forward` takes: checked, made into tensors, and how much there is to compute."""
+"""The inputs of a model's own `forward`: checks them, makes tensors of them, and counts their tokens."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS
 if TYPE_CHECKING:
     from hermes_async.modeling.probe import Probe
 
-# What transformers takes of every model, whether its forward names them or not.
+# Arguments that transformers accepts for every model, whether its forward names them or not.
 _OF_ALL = frozenset({"output_attentions", "output_hidden_states", "return_dict"})
 _FLAGS = _OF_ALL | {"interpolate_pos_encoding", "output_router_logits", "return_loss"}
 _NOT_HERE = KV_CACHE_ARGUMENTS | {"use_cache", "cache_position", "encoder_outputs"}
 
 
 def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, torch.Tensor]:
-    """Inputs that the model can be tried with: some tokens, one image, or both."""
+    """Inputs to try a model with: some tokens, one image, or both."""
     config = model.config
     composite = hasattr(config, "text_config") and hasattr(config, "vision_config")
     inputs: dict[str, torch.Tensor] = {}
@@ -44,19 +44,19 @@ def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, tor
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
-    """What the model's forward takes by name, KV caches left out."""
+    """The names of the inputs that the model's forward takes, without KV caches."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [item.name for item in parameters if item.kind is not item.VAR_KEYWORD and item.name not in _NOT_HERE]
 
 
 def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What to call the model with: arrays and lists made into tensors, floats in the model's dtype.
+    """Returns the arguments for a call of the model: tensors instead of arrays and lists, floats in the model's dtype.
 
     Args:
-        model: The skeleton's, or the part of it that is called.
+        model: The skeleton's model, or the part of it that is called.
 
     Raises:
-        RequestError: The model's forward does not take an input, or it is nothing that can be a tensor, or a token id
+        RequestError: The model's forward does not take an input, an input cannot be made into a tensor, or a token id
             is out of the vocabulary.
         ContextLengthError: More tokens than the model has positions.
     """
@@ -78,7 +78,7 @@ def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[s
         checked[key] = _checked(key, value, model.dtype)
     if not checked:
         raise RequestError(f"{name}.forward needs inputs; it takes {', '.join(taken)}")
-    for key in embedded_inputs(model, checked):
+    for key in embedded_inputs(skeleton, checked):
         _check_token_ids(skeleton, key, checked[key])
     if "use_cache" in inspect.signature(model.forward).parameters:
         checked["use_cache"] = False
@@ -86,7 +86,7 @@ def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[s
 
 
 def _passed_on(model: PreTrainedModel, key: str) -> bool:
-    """Whether the model's forward takes by `**kwargs` what transformers, or a part of the model, knows by that name."""
+    """Whether the model's forward takes the input by `**kwargs`, and transformers or a part of the model uses it."""
     parameters = inspect.signature(model.forward).parameters
     if key in _OF_ALL:
         return True
@@ -98,7 +98,7 @@ def _passed_on(model: PreTrainedModel, key: str) -> bool:
 
 
 def _checked(key: str, value: Any, dtype: torch.dtype) -> Any:
-    """A flag or a number as it is, for a number does not mean what a tensor of it does; all else a tensor."""
+    """Flags and numbers stay what they are, as a tensor of a number means something else; all others become tensors."""
     if key in _FLAGS:
         if not isinstance(value, (bool, int, np.bool_)):
             raise RequestError(f"{key} must be True or False, not {type(value).__name__}")
@@ -140,19 +140,13 @@ def _check_token_ids(skeleton: Skeleton, key: str, input_ids: Any) -> None:
         )
 
 
-def embedded_inputs(model: PreTrainedModel, inputs: Mapping[str, Any]) -> list[str]:
-    """Which of the inputs the model looks up in its table of token ids.
-
-    BERT and its kin have a table of their own for `token_type_ids`; GPT-2 and its kin take them for tokens.
-    """
-    names = [name for name in ("input_ids", "token_type_ids") if inputs.get(name) is not None]
-    if "token_type_ids" in names and any(name.endswith("token_type_embeddings") for name, _ in model.named_modules()):
-        names.remove("token_type_ids")
-    return names
+def embedded_inputs(skeleton: Skeleton, inputs: Mapping[str, Any]) -> list[str]:
+    """The names of the inputs that the model looks up in its input embedding."""
+    return [name for name in skeleton.token_inputs if inputs.get(name) is not None]
 
 
-def count_tokens(inputs: Mapping[str, Any], seen: Probe) -> tuple[int, int]:
-    """How many sequences or images there are, and most tokens that the model makes of one."""
+def count_tokens(inputs: Mapping[str, Any], probe: Probe) -> tuple[int, int]:
+    """The number of sequences or images, and the tokens of the longest."""
     sequences, tokens = 1, 1
     for key, value in inputs.items():
         if not isinstance(value, torch.Tensor) or value.dim() < 2:
@@ -161,7 +155,7 @@ def count_tokens(inputs: Mapping[str, Any], seen: Probe) -> tuple[int, int]:
             images = value.shape[0]
             pixels = math.prod(value.shape[-2:])
             sequences = max(sequences, images)
-            tokens = max(tokens, -(-seen.tokens_per_image * pixels // max(1, seen.pixels_per_image)))
+            tokens = max(tokens, -(-probe.tokens_per_image * pixels // max(1, probe.pixels_per_image)))
         elif key.endswith(("input_ids", "inputs_embeds")) or key in ("encoder_hidden_states", "labels"):
             sequences, tokens = max(sequences, value.shape[0]), max(tokens, value.shape[1])
     return sequences, tokens

@@ -1,8 +1,8 @@
-"""Which kernels multiply: oneDNN's, which torch takes by itself, or torch's own.
+"""Which kernels multiply matrices: oneDNN's, which are torch's default, or torch's own.
 
-Attention in bf16 or fp16, on CPUs with matrix instructions, makes kernels of oneDNN for each number of queries and of
-keys, and torch keeps all of them, for each thread, for as long as the process runs: half a megabyte for each new length
-of a prompt. No variable bounds them. So attention is computed without oneDNN there, at the same speed.
+For attention in bf16 or fp16, on CPUs with matrix instructions, torch makes a oneDNN kernel for each number of queries
+and of keys. It keeps all of them, for each thread, until the process ends: half a megabyte for each new length of a
+prompt. No setting limits them. So attention is computed without oneDNN there, which is as fast.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 from hermes_async.modeling.transformers_api import enable_one_dnn, one_dnn_enabled, packs_attention
 
-_LEAST_PACKED_QUERIES = 64  # torch packs no fewer
+_LEAST_PACKED_QUERIES = 64  # torch packs matrices from so many queries on
 _packs_attention = cache(packs_attention)  # asked for in each layer of each sweep
 
 
 class _Switch:
-    """The process's one switch, off for as long as anybody has turned it off."""
+    """The switch of the process. It is off as long as one of those who turned it off has not turned it back."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,7 +50,7 @@ _SWITCH = _Switch()
 
 @contextmanager
 def without_one_dnn() -> Iterator[None]:
-    """Computes with torch's own kernels, which round otherwise; all threads of the process do meanwhile."""
+    """Within the block all threads of the process compute with torch's own kernels, which round differently."""
     _SWITCH.turn_off()
     try:
         yield
@@ -59,14 +59,14 @@ def without_one_dnn() -> Iterator[None]:
 
 
 def bounded_attention_kernels(queries: torch.Tensor) -> AbstractContextManager[None]:
-    """Attention of these queries `[..., tokens, dim]` keeps no kernels of its own."""
+    """Within the block no kernels are kept for attention with these queries `[..., tokens, dim]`."""
     if queries.shape[-2] >= _LEAST_PACKED_QUERIES and _packs_attention(queries.dtype):
         return without_one_dnn()
     return nullcontext()
 
 
 class BoundedAttention(TorchFunctionMode):
-    """Within the block, and on its thread, `bounded_attention_kernels` holds for attention that is not ours."""
+    """Applies `bounded_attention_kernels` to every attention of torch, within the block and on its thread."""
 
     def __torch_function__(
         self,
@@ -83,5 +83,5 @@ class BoundedAttention(TorchFunctionMode):
 
 
 def bounded_attention(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """`BoundedAttention` where the CPU needs it for this dtype: it costs a microsecond an operation."""
+    """`BoundedAttention`, only where the CPU needs it for this dtype: it costs a microsecond per operation."""
     return BoundedAttention() if _packs_attention(dtype) else nullcontext()

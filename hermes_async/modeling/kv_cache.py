@@ -1,4 +1,4 @@
-"""Keys and values in blocks of a few tokens, and the transformers cache through which a packed batch writes them.
+"""Keys and values in blocks of a few tokens, and the transformers cache by which a packed batch writes them.
 
 Source: block tables as in PagedAttention (Kwon et al., SOSP 2023, arXiv 2309.06180).
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import mmap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache
@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 from hermes_async.storage.buffers import MAP_NORESERVE, align_up
 
 BLOCK_TOKENS = 16
-"""Tokens of one block: what sequences can share, and the most that is computed again after an edit of a history."""
+"""Tokens of a block. Sequences share whole blocks, and after an edit of a history at most one is computed again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,14 +35,14 @@ class KVShape:
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """The layers that keep keys and values, by transformers' `layer_idx`, and the dtype they are kept in."""
+    """The layers that have keys and values, by transformers' `layer_idx`, and their dtype."""
 
     layers: Mapping[int, KVShape]
     dtype: torch.dtype
 
     @property
     def block_bytes(self) -> int:
-        """What `BLOCK_TOKENS` tokens take in all layers, in whole pages."""
+        """Bytes of `BLOCK_TOKENS` tokens in all layers, in whole pages."""
         numel = sum(shape.numel_per_token for shape in self.layers.values()) * BLOCK_TOKENS
         return align_up(max(1, numel * self.dtype.itemsize))
 
@@ -51,38 +51,38 @@ class KVLayout:
         return self.block_bytes // BLOCK_TOKENS
 
     def nbytes(self, capacity: int) -> int:
-        """What a sequence of `capacity` tokens takes, in whole blocks."""
+        """Bytes of a sequence of `capacity` tokens, in whole blocks."""
         return num_blocks(capacity) * self.block_bytes
 
 
 def num_blocks(num_tokens: int) -> int:
-    """The blocks that so many tokens take."""
+    """How many blocks so many tokens need."""
     return -(-num_tokens // BLOCK_TOKENS)
 
 
 def num_kept(kept: Sequence[int], token_ids: Sequence[int]) -> int:
-    """How many tokens of a sequence have keys and values among those of the tokens `kept`.
+    """How many tokens of a sequence have their keys and values among those of the tokens `kept`.
 
-    The sequence's last token is never counted: to go on from it, it is computed.
+    The sequence's last token never counts: it must be computed to continue the sequence.
     """
     most = min(len(kept), len(token_ids) - 1)
     return next((idx for idx in range(most) if kept[idx] != token_ids[idx]), most)
 
 
 class KVPool:
-    """The memory of all KV blocks: one mapping, of which only blocks in use take memory.
+    """The memory of all KV blocks: one mapping, of which only the blocks in use take memory.
 
     Args:
-        nbytes: As many whole blocks as fit.
+        nbytes: The pool has as many whole blocks as fit.
     """
 
     def __init__(self, layout: KVLayout, nbytes: int) -> None:
         self.layout = layout
         self.num_blocks = nbytes // layout.block_bytes
-        # Reserved for the most there can ever be, so without swap being set aside for it.
+        # The largest size there can ever be, so no swap space is reserved for it.
         flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
         self._map = mmap.mmap(-1, max(1, self.num_blocks) * layout.block_bytes, flags=flags)
-        # All mutable state: blocks given back, and the first that was never used.
+        # All mutable state: freed blocks, and the first block that was never used.
         self._free: list[int] = []
         self._unused = 0
         self._layers: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -104,24 +104,24 @@ class KVPool:
     def write(
         self, layer_idx: int, blocks: torch.Tensor, offsets: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
     ) -> None:
-        """Writes keys and values `[tokens, num_heads, dim]`, each token to its place in its block."""
+        """Writes keys and values `[tokens, num_heads, dim]`; each token has its block and its offset in the block."""
         stored_keys, stored_values = self._layers[layer_idx]
         stored_keys[blocks, offsets] = keys
         stored_values[blocks, offsets] = values
 
     def gather(self, layer_idx: int, blocks: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Copies of the blocks' keys and values `[tokens, num_heads, dim]`, one block after another."""
+        """Copies of the keys and values `[tokens, num_heads, dim]` of these blocks, in order."""
         chosen = torch.tensor(blocks)
         keys, values = self._layers[layer_idx]
         return keys.index_select(0, chosen).flatten(0, 1), values.index_select(0, chosen).flatten(0, 1)
 
     def block(self, idx: int) -> memoryview:
-        """A block's bytes, of all layers."""
+        """The bytes of a block, for all layers."""
         nbytes = self.layout.block_bytes
         return memoryview(self._map)[idx * nbytes : (idx + 1) * nbytes]
 
     def allocate(self, count: int) -> list[int]:
-        """Takes blocks, whose contents mean nothing; the caller holds a lease for them."""
+        """Takes blocks, whose contents are undefined. The caller holds a lease for them."""
         if count > self.num_blocks - self.num_used:
             raise MemoryError(f"{count} KV blocks asked for, {self.num_blocks - self.num_used} left")
         taken = [self._free.pop() for _ in range(min(count, len(self._free)))]
@@ -129,23 +129,23 @@ class KVPool:
         return taken + list(range(self._unused - (count - len(taken)), self._unused))
 
     def free(self, blocks: Sequence[int]) -> None:
-        """Gives blocks back, and their memory to the system."""
+        """Frees blocks, and gives their memory to the system."""
         nbytes = self.layout.block_bytes
         for idx in blocks:
             self._map.madvise(mmap.MADV_DONTNEED, idx * nbytes, nbytes)
         self._free += blocks
 
     def close(self) -> None:
-        """Gives all memory back, even while a view is still alive somewhere."""
+        """Gives all memory to the system, even while a view is still alive somewhere."""
         self._map.madvise(mmap.MADV_DONTNEED)
 
 
 @dataclass(eq=False, slots=True)
 class SequenceKV:
-    """One sequence's block table: token `i` lies in `blocks[i // BLOCK_TOKENS]`.
+    """One sequence's block table: token `i` is in `blocks[i // BLOCK_TOKENS]`.
 
     Attributes:
-        length: Tokens that are there to stay; a sweep writes behind them, and only then it is advanced.
+        length: Tokens that are complete. A sweep writes after them; `length` is advanced when it has succeeded.
     """
 
     pool: KVPool
@@ -164,20 +164,31 @@ class SequenceKV:
         return keys[wanted].transpose(0, 1)[None], values[wanted].transpose(0, 1)[None]
 
 
+class Settable(Protocol):
+    """Something to set when it has happened, such as an event."""
+
+    def set(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Segment:
-    """One sequence's tokens in a packed row: `start` to `end` of it, behind `past` tokens already cached.
+    """One sequence's tokens in a packed row: from `start` to `end`, after `past` tokens that are cached.
 
     Attributes:
-        past: Also counts tokens that a segment before this one writes in the same sweep, into blocks that both have.
-        dropped: Set by the compute thread when the sequence was aborted during the sweep; its output is zeros.
+        past: Also counts tokens that an earlier segment of the same sweep writes into blocks that both share.
+        abandoned: Set by the event loop when nobody wants the sequence any more.
+        dropped: Set by the inference thread, before a stage, when it has noticed that. The sequence's output is zeros
+            from then on, and nothing of it is read or written.
+        left: Set right after `dropped`.
     """
 
     start: int
     end: int
     kv: SequenceKV
     past: int
+    abandoned: bool = False
     dropped: bool = False
+    left: Settable | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -185,13 +196,12 @@ class Segment:
 
 
 class PackedCache(Cache):
-    """What transformers sees as its KV cache: writes each segment's keys and values to its own sequence.
+    """transformers' KV cache for a packed row: writes the keys and values of each segment to its own sequence.
 
     Args:
-        segments: The running sweep's.
-        concatenate: Return the keys and values of all segments one after another (for models that attend by
-            themselves, under a block-diagonal mask); otherwise return the new ones as they came, for
-            `PackedAttention` to find the rest.
+        segments: Those of the packed row.
+        concatenate: Return the keys and values of all segments concatenated, for models that use their own attention
+            with a block-diagonal mask. Otherwise return the new keys and values; `PackedAttention` finds the others.
     """
 
     def __init__(self, segments: Sequence[Segment], *, concatenate: bool) -> None:
@@ -243,7 +253,7 @@ class PackedCache(Cache):
         return torch.cat(keys, dim=2), torch.cat(values, dim=2)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """The longest sequence's cached tokens; positions are given explicitly and do not come from here."""
+        """The cached tokens of the longest sequence. Positions do not depend on this: they are given explicitly."""
         return max((segment.past for segment in self.segments), default=0)
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
@@ -252,7 +262,13 @@ class PackedCache(Cache):
 
 @dataclass(frozen=True, slots=True)
 class _Destination:
-    """Where a sweep's tokens go: `blocks` and `offsets` [tokens] int64; `tokens`, where some go nowhere, which do."""
+    """Where the tokens of a packed row are written.
+
+    Attributes:
+        blocks: [tokens] int64, each token's block.
+        offsets: [tokens] int64, each token's place in its block.
+        tokens: [tokens] int64, the tokens that are written; None for all.
+    """
 
     pool: KVPool | None
     num_dropped: int

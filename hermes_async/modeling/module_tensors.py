@@ -1,4 +1,4 @@
-"""Parameters and buffers of a module, put in and taken out without a copy."""
+"""Exchanges parameters and buffers of a module without a copy."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Place:
         return value
 
     def put(self, value: torch.Tensor) -> None:
-        """Makes `value` the parameter or buffer; past `Module.__setattr__`, which takes longer than the rest of it."""
+        """Makes `value` the parameter or buffer, without the slow `Module.__setattr__`."""
         parameters = own_parameters(self.module)
         if self.name not in parameters:
             own_buffers(self.module)[self.name] = value
@@ -36,13 +36,13 @@ class Place:
 
 
 def place_of(model: nn.Module, name: str) -> Place:
-    """Of the parameter or buffer that `model` has under this name."""
+    """The place of the parameter or buffer with this name."""
     path, _, leaf = name.rpartition(".")
     return Place(model.get_submodule(path), leaf)
 
 
 def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
-    """Of many, by name; far quicker than one after another."""
+    """The places of many, by name; much faster than one after another."""
     modules = dict(model.named_modules(remove_duplicate=False))
     parts = {name: name.rpartition(".") for name in names}
     return {name: Place(modules[path], leaf) for name, (path, _, leaf) in parts.items()}
@@ -50,7 +50,7 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
 
 @contextmanager
 def replaced_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
-    """Within the block these are the parameters and buffers of `model` with these names; then its own are again."""
+    """Within the block, `values` are the parameters and buffers of `model` with these names."""
     places = places_of(model, values)
     own = {name: place.get() for name, place in places.items()}
     try:

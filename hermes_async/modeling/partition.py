@@ -1,4 +1,4 @@
-"""Cuts a model into stages, none larger than a given size where that can be helped."""
+"""Divides a model into stages, none larger than a given size where that is possible."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ class Partition:
     """Stages in the order in which the model computes them.
 
     Attributes:
-        base: What belongs to no stage and always stays: norms, biases and other vectors, mostly.
-        linear_blocks: Linear layers too large for one stage, with the output rows of each block.
-        streamed_embedding: The tensor whose rows are read as needed; None where the embedding is in a stage.
-        cast_bytes: Most bytes that one stage's parameters take when they are cast to the dtype they compute in.
+        base: Parameters that belong to no stage and are resident: mostly norms, biases and other vectors.
+        linear_blocks: Linear layers that are too large for one stage, with the output rows of each block.
+        streamed_embedding: The input embedding, if its rows are read as needed; None where it is in a stage.
+        cast_bytes: Bytes of the parameters of one stage that are cast to the dtype they compute in, at most.
     """
 
     base: StageLayout
@@ -35,34 +35,34 @@ class Partition:
     cast_bytes: int
 
 
-def partition(skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None = None) -> Partition:
-    """Cuts the model.
+def partition(skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None = None) -> Partition:
+    """Divides the model.
 
-    A transformer layer is one stage if it fits in `max_stage_bytes`; else its attention, MLP or single linear layers
-    are; and a linear layer that is still too large goes in blocks of rows. None puts all of it in memory: no block is
-    cut, and the input embedding is a stage too.
+    A transformer layer is one stage if it fits in `max_stage_bytes`. Otherwise its attention, MLP or single linear
+    layers are stages. A linear layer that is still too large is divided into blocks of rows. None is for a model that
+    is in memory as a whole: no linear layer is divided, and the input embedding is a stage too.
     """
-    return _Cutter(skeleton, seen, max_stage_bytes).cut()
+    return _Divider(skeleton, probe, max_stage_bytes).divide()
 
 
-class _Cutter:
+class _Divider:
     """State: the parameters not yet given to a stage's list, and the lists so far."""
 
-    def __init__(self, skeleton: Skeleton, seen: Probe, max_stage_bytes: int | None) -> None:
+    def __init__(self, skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None) -> None:
         self.model = skeleton.model
-        self.seen = seen
+        self.probe = probe
         self.limit = max_stage_bytes
         self.dtypes = dict(skeleton.dtypes)
         self.base: list[str] = []
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}
-        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in seen.unused}
+        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in probe.unused}
         self.streamed_embedding: TensorSpec | None = None
-        if max_stage_bytes is not None and seen.embeds_input_ids:
+        if max_stage_bytes is not None and probe.embeds_input_ids:
             self.streamed_embedding = self.tensors.pop(skeleton.embedding_name)
         self.sorted_names = sorted(self.tensors)
 
-    def cut(self) -> Partition:
+    def divide(self) -> Partition:
         self._walk("", self.model, in_list=False)
         base = StageLayout.of("", [(name, self.tensors[name]) for name in self.base])
         self.stages.sort(key=lambda stage: stage[0])
@@ -72,7 +72,7 @@ class _Cutter:
         )
 
     def _layouts(self, base: StageLayout) -> tuple[StageLayout, ...]:
-        """Tied tensors that several resident stages share are loaded with the first of them."""
+        """Where all stages are resident, tied tensors are loaded once, with the first stage that has them."""
         if self.limit is not None:
             return tuple(StageLayout.of(name, tensors) for _, name, tensors in self.stages)
         owner: dict[tuple[object, int], list[tuple[str, TensorSpec]]] = {}
@@ -93,7 +93,7 @@ class _Cutter:
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
         if not children and all(len(self.tensors[name].shape) <= 1 for name in names):
-            self.base += names  # vectors are too small to be worth a read of their own
+            self.base += names  # vectors are too small for a read of their own
         elif called and in_list and (fits or not all(self._callable(*child) for child in children)):
             self._add_stage(path, names)
         elif children:
@@ -109,11 +109,11 @@ class _Cutter:
             self._add_stage(path, names)
 
     def _called(self, path: str) -> bool:
-        """Whether the module's weights are needed while it is called, and only then."""
-        return path in self.seen.visits and path not in self.seen.used_outside
+        """Whether the module's weights are needed only while it is called."""
+        return path in self.probe.visits and path not in self.probe.used_outside
 
     def _callable(self, path: str, module: nn.Module) -> bool:
-        """Whether the module, or each of those in it, is called: only then can it be a stage of its own."""
+        """Whether the module can be a stage, or can be divided into stages: each is a module that is called."""
         if self._called(path):
             return True
         children = [(f"{path}.{name}", child) for name, child in module.named_children()]
@@ -122,10 +122,10 @@ class _Cutter:
         return all(self._callable(*child) for child in children if self._names_under(child[0]))
 
     def _add_stage(self, path: str, names: Iterable[str]) -> None:
-        self.stages.append((self.seen.visits[path], path, [(name, self.tensors[name]) for name in names]))
+        self.stages.append((self.probe.visits[path], path, [(name, self.tensors[name]) for name in names]))
 
     def _add_blocks(self, path: str, names: Iterable[str]) -> None:
-        """Blocks of equal size; the bias, where there is one, goes with its rows."""
+        """Adds blocks of equal size; each has its rows of the bias too, if there is one."""
         assert self.limit is not None
         specs = {name.rpartition(".")[2]: self.tensors[name] for name in names}
         num_rows = specs["weight"].shape[0]
@@ -137,7 +137,7 @@ class _Cutter:
             block = f"{path}.blocks.{idx}"
             tensors = [(f"{block}.{leaf}", spec.rows(start, end)) for leaf, spec in specs.items()]
             self.dtypes.update((f"{block}.{leaf}", self.dtypes[f"{path}.{leaf}"]) for leaf in specs)
-            self.stages.append((self.seen.visits[path], block, tensors))
+            self.stages.append((self.probe.visits[path], block, tensors))
 
     def _names_under(self, path: str) -> list[str]:
         if not path:

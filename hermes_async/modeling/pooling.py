@@ -1,4 +1,4 @@
-"""How a checkpoint makes sentence vectors of hidden states, by sentence-transformers' own files.
+"""How a checkpoint makes sentence vectors from hidden states, as sentence-transformers' files say.
 
 Source: `modules.json` and the folders it names, as sentence-transformers writes them.
 """
@@ -21,7 +21,7 @@ from hermes_async.storage.checkpoint import read_config, read_tensors
 from hermes_async.storage.tensor_spec import TensorSpec
 
 DENSE = "sentence_dense"
-"""The module of a model that holds its Dense layers, beside what transformers makes."""
+"""The name of the module that holds a model's Dense layers; transformers does not know it."""
 
 _ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU)
@@ -45,13 +45,13 @@ class Dense:
 
 @dataclass(frozen=True, slots=True)
 class PoolingConfig:
-    """How vectors are made of hidden states.
+    """How vectors are made from hidden states.
 
     Attributes:
-        poolings: Several stand side by side in the vector.
-        include_prompt: A prompt's tokens are pooled too.
-        dense: What the pooled vectors go through.
-        normalize: To length 1, last of all.
+        poolings: The results of several are concatenated.
+        include_prompt: Whether a prompt's tokens are pooled too.
+        dense: Applied to the pooled vectors, in this order.
+        normalize: Whether vectors are scaled to length 1 in the end.
     """
 
     poolings: tuple[Pooling, ...] = ("mean",)
@@ -61,15 +61,15 @@ class PoolingConfig:
 
 
 def pooling_config(path: Path, architectures: Sequence[str] = (), *, is_causal: bool = True) -> PoolingConfig:
-    """What the checkpoint says; where it says nothing, a causal language model's last token, or the mean.
+    """Reads the checkpoint's pooling. The default is the last token of a causal language model, else the mean.
 
     Args:
         path: Where `modules.json` is.
         architectures: Those that `config.json` names.
-        is_causal: False where `config.json` says that tokens attend to those behind them.
+        is_causal: False where `config.json` says that tokens attend to later tokens.
 
     Raises:
-        CheckpointError: The files cannot be read, or ask for what is not built.
+        CheckpointError: The files cannot be read, or ask for something that is not supported.
     """
     file = path / "modules.json"
     if not file.is_file():
@@ -104,10 +104,10 @@ def pooling_config(path: Path, architectures: Sequence[str] = (), *, is_causal: 
 
 
 def with_dense(skeleton: Skeleton, config: PoolingConfig) -> Skeleton:
-    """Puts the Dense layers into the model, as a module that no forward pass calls: so their weights always stay.
+    """Adds the Dense layers to the model. No forward pass calls them, so their weights are resident.
 
     Raises:
-        CheckpointError: The first does not take the model's hidden states.
+        CheckpointError: The size of a layer's input is not that of the vectors.
     """
     if not config.dense:
         return skeleton
@@ -139,11 +139,11 @@ def pool(
     mask: torch.Tensor,
     num_prompt_tokens: int = 0,
 ) -> torch.Tensor:
-    """Vectors, float32 [texts, out], of hidden states [texts, tokens, hidden]; with the model's weights bound.
+    """Makes vectors, float32 [texts, out], from hidden states [texts, tokens, hidden]. The model's weights are bound.
 
     Args:
-        mask: [texts, tokens]; 0 where there is only padding, which is behind the text.
-        num_prompt_tokens: At each text's beginning; they are left out where the config says so.
+        mask: [texts, tokens]; 0 for padding, which comes after the text.
+        num_prompt_tokens: Tokens of the prompt before each text, which are left out unless `include_prompt`.
     """
     hidden_states, mask = hidden_states.float(), mask.clone()
     if not config.include_prompt:
@@ -168,7 +168,7 @@ def pool(
     return F.normalize(vectors, dim=1) if config.normalize else vectors
 
 
-# The order is the one in which several stand side by side.
+# Several modes are concatenated in this order.
 _MODES: Mapping[str, Pooling] = {
     "cls_token": "cls",
     "max_tokens": "max",

@@ -1,7 +1,7 @@
-"""Looks at how a model runs before any weight is read: one forward pass over weights that are all zero.
+"""Finds out how a model runs before any weight is read, by one forward pass with weights that are all zero.
 
-The zeros are one anonymous mapping that is never written to, so they take no memory, and none is reserved for them;
-every parameter is a view of it. Where not even addresses are to be had, each parameter is one zero, repeated.
+Every parameter is a view of one anonymous mapping, which is never written to. So it takes no memory, and none is
+reserved for it. Where there are not even addresses for it, each parameter is a single zero, expanded.
 """
 
 from __future__ import annotations
@@ -11,33 +11,33 @@ import math
 import mmap
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.cache_utils import DynamicCache
 
 from hermes_async.errors import UnsupportedModelError
+from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.inputs import example_inputs
-from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, Segment, SequenceKV
+from hermes_async.modeling.kv_cache import KVLayout, KVPool, KVShape, SequenceKV
 from hermes_async.modeling.module_tensors import replaced_tensors
-from hermes_async.modeling.packed import PackedBatch, check_forward_signature, forward_packed
+from hermes_async.modeling.packed import PackedBatch, PackedSequence, check_forward_signature, forward_packed
 from hermes_async.modeling.skeleton import Skeleton, layers_of, token_embedding
 from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
 from hermes_async.storage.buffers import MAP_NORESERVE
 
 logger = logging.getLogger(__name__)
 
-_NUM_TOKENS = 1
 _MORE_TOKENS = (16, 128)
 
 
@@ -46,21 +46,21 @@ class Probe:
     """What one forward pass showed.
 
     Attributes:
-        visits: The modules with weights in or under them whose forward ran, each with its turn, by name.
-        used_outside: Those of whose weights something was also computed while their forward did not run.
-        kv: Which layers keep keys and values, and their sizes.
+        visits: The modules whose forward ran and that have weights in or under them: their order, by name.
+        used_outside: Those whose weights were also used while their forward did not run.
+        kv: The layers that have keys and values, and their sizes.
         embeds_input_ids: The input embedding is called once, with the input ids themselves, and not used otherwise.
-        unused: Parameters that the pass got along without.
-        least_tokens: Of a text that the model was seen to run on; it may run on fewer.
-        tokens_per_image: What the layers make of one image of `pixels_per_image`; 0 where the input is text.
-        bytes_per_image: Of what was computed of it, as much as was alive at one time.
+        unused: Parameters that the pass did not need.
+        least_tokens: Tokens of the shortest text that was tried with success.
+        tokens_per_image: Tokens of an image of `pixels_per_image` in the layers; 0 where the input is text.
+        bytes_per_image: The most memory of what was computed from an image that was alive at one time.
     """
 
     visits: Mapping[str, int]
     used_outside: frozenset[str]
     kv: KVLayout
     embeds_input_ids: bool
-    unused: frozenset[str]
+    unused: frozenset[str] = frozenset()
     least_tokens: int = 1
     tokens_per_image: int = 0
     pixels_per_image: int = 0
@@ -68,7 +68,7 @@ class Probe:
 
 
 class _RecordingPool(KVPool):
-    """Keeps whatever each layer writes, and with it the shapes."""
+    """Keeps what each layer writes, and so its shapes."""
 
     def __init__(self) -> None:
         self.written: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -82,15 +82,15 @@ class _RecordingPool(KVPool):
         return self.written[layer_idx]
 
 
-def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
-    """Runs `skeleton` once over zeros; its parameters are on the meta device again afterwards.
+def probe_packed(skeleton: Skeleton, attention: PackedAttention) -> Probe:
+    """Runs a model that generates once with zeros. Its parameters are on the meta device again afterwards.
 
     Raises:
         UnsupportedModelError: The model's forward does not run on a packed row.
     """
     names = list(skeleton.model.state_dict())
     attention.windows.clear()
-    first = probe_model(skeleton.model, attention, names, skeleton.vocab_size)
+    first = probe_model(skeleton.model, attention, names)
     _check_windows(skeleton, attention, first.kv)
     num_layers = getattr(skeleton.model.config.get_text_config(), "num_hidden_layers", None)
     stateless = [] if num_layers is None else [idx for idx in range(num_layers) if idx not in first.kv.layers]
@@ -105,14 +105,14 @@ def probe(skeleton: Skeleton, attention: PackedAttention) -> Probe:
     try:
         # Parameters of a module that was not called may still be used by the module around it.
         needed = [name for name in names if name not in idle]
-        second = probe_model(skeleton.model, attention, needed, skeleton.vocab_size)
+        second = probe_model(skeleton.model, attention, needed)
     except UnsupportedModelError:
         return first
     return replace(second, unused=idle)
 
 
 def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout) -> None:
-    """transformers' own cache forgets what a window has left, also where the attention is not told of the window."""
+    """Refuses models whose cache would drop keys outside of a window that their attention function is not given."""
     for layer_idx, layer in enumerate(DynamicCache(config=skeleton.model.config).layers):
         if layer_idx not in kv.layers or attention.windows.get(layer_idx) is not None:
             continue
@@ -124,19 +124,13 @@ def _check_windows(skeleton: Skeleton, attention: PackedAttention, kv: KVLayout)
             )
 
 
-def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[str], vocab_size: int) -> Probe:
+def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[str]) -> Probe:
     """Runs a causal language model with zeros for the parameters in `names`; the others stay on the meta device."""
     check_forward_signature(model)
-    input_ids = torch.arange(_NUM_TOKENS)[None] % vocab_size
     pool = _RecordingPool()
-    batch = PackedBatch(
-        input_ids=input_ids,
-        position_ids=torch.arange(_NUM_TOKENS)[None],
-        segments=[Segment(0, _NUM_TOKENS, SequenceKV(pool, [0]), past=0)],
-        logits_positions=torch.tensor([_NUM_TOKENS - 1]),
-    )
+    batch = PackedBatch.of([PackedSequence(SequenceKV(pool, [0]), past=0, token_ids=[0], num_outputs=1)])
     run = partial(forward_packed, model, attention, batch)
-    visits, used_outside, embeds_input_ids = _watch(model, names, input_ids, run, "on a packed row of sequences")
+    probe = _observe(model, run, names=names, input_ids=batch.input_ids, on_what="on a packed row of sequences")
     shapes = {
         layer_idx: KVShape(*keys.shape[1:], *values.shape[1:])
         for layer_idx, (keys, values) in sorted(pool.written.items())
@@ -144,24 +138,24 @@ def probe_model(model: PreTrainedModel, attention: PackedAttention, names: list[
     if not shapes:
         raise UnsupportedModelError(f"{type(model).__name__} keeps no keys and values in a KV cache")
     dtype = next(iter(pool.written.values()))[0].dtype
-    return Probe(visits, used_outside, KVLayout(shapes, dtype), embeds_input_ids, frozenset())
+    return replace(probe, kv=KVLayout(shapes, dtype))
 
 
 def probe_forward(skeleton: Skeleton) -> Probe:
-    """Runs a model that does not generate once over zeros, with the smallest input that it takes.
+    """Runs a model that does not generate once with zeros, on the smallest input that it takes.
 
     Raises:
-        UnsupportedModelError: The model's forward takes something else than token ids and images.
+        UnsupportedModelError: The model's forward does not run on token ids or images.
     """
     inputs = example_inputs(skeleton.model)
     try:
         return _probe_forward(skeleton, inputs)
     except UnsupportedModelError:
-        # A few models make windows or groups of tokens, and do not run on less.
+        # A few models divide the tokens into windows or groups, and do not run on fewer.
         for num_tokens in _MORE_TOKENS if "input_ids" in inputs else ():
             with suppress(UnsupportedModelError):
-                seen = _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
-                return replace(seen, least_tokens=num_tokens)
+                probe = _probe_forward(skeleton, example_inputs(skeleton.model, num_tokens))
+                return replace(probe, least_tokens=num_tokens)
         raise
 
 
@@ -177,50 +171,94 @@ def _probe_forward(skeleton: Skeleton, inputs: dict[str, torch.Tensor]) -> Probe
     alive = _Alive()
     try:
         with alive if "pixel_values" in inputs else nullcontext():
-            visits, used_outside, embeds_input_ids = _watch_forward(model, inputs)
+            probe = _observe_forward(model, inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    seen = Probe(visits, used_outside, KVLayout({}, skeleton.dtype), embeds_input_ids, frozenset())
     if "pixel_values" not in inputs:
-        return seen
+        return probe
     return replace(
-        seen,
+        probe,
         tokens_per_image=max(lengths),
         pixels_per_image=math.prod(inputs["pixel_values"].shape[-2:]),
         bytes_per_image=alive.most_bytes,
     )
 
 
-def _watch_forward(
-    model: PreTrainedModel, inputs: dict[str, torch.Tensor]
-) -> tuple[dict[str, int], frozenset[str], bool]:
-    """As `_watch`. An image is as many tokens as it is, so it goes through shapes alone where the model allows that."""
+def _observe_forward(model: PreTrainedModel, inputs: dict[str, torch.Tensor]) -> Probe:
+    """Runs the model's own forward. An image may be many tokens, so it goes through shapes alone where that works."""
     on_what = "on token ids or images"
     if "input_ids" not in inputs:
         shapes = {name: value.to("meta") for name, value in inputs.items()}
         buffers = {name: buffer.to("meta") for name, buffer in model.named_buffers() if not buffer.is_meta}
         try:
             with replaced_tensors(model, buffers):
-                return _watch(model, [], None, partial(model, **shapes), on_what)
+                return _observe(model, partial(model, **shapes), names=(), input_ids=None, on_what=on_what)
         except UnsupportedModelError as error:
             logger.debug("%s does not run on shapes alone: %s", type(model).__name__, error)
     names, input_ids = list(model.state_dict()), inputs.get("input_ids")
-    return _watch(model, names, input_ids, partial(model, **inputs), on_what)
+    return _observe(model, partial(model, **inputs), names=names, input_ids=input_ids, on_what=on_what)
+
+
+class _ModuleCalls:
+    """Records the calls of all modules that have tensors in or under them.
+
+    Args:
+        input_ids: What the model is called with; None where its input is something else.
+
+    Attributes:
+        visits: Each module that was called, with its turn, by name.
+        num_open: How many calls of each module are under way, by name.
+        embedded: Of each call of the input embedding, whether it was given the input ids and nothing else.
+    """
+
+    def __init__(self, input_ids: torch.Tensor | None) -> None:
+        self.visits: dict[str, int] = {}
+        self.num_open: Counter[str] = Counter()
+        self.embedded: list[bool] = []
+        self._input_ids = input_ids
+
+    @contextmanager
+    def recorded(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within the block the calls of the model's modules are recorded."""
+        embedding = token_embedding(model)
+        with ExitStack() as hooks:
+            for name, module in model.named_modules():
+                if any(True for _ in chain(module.parameters(), module.buffers())):
+                    hooks.callback(module.register_forward_pre_hook(partial(self._begin, name)).remove)
+                    hooks.callback(module.register_forward_hook(partial(self._end, name)).remove)
+            if embedding is not None and self._input_ids is not None:
+                hooks.callback(embedding.register_forward_pre_hook(self._embed).remove)
+            yield
+
+    def _begin(self, name: str, module: nn.Module, args: Any) -> None:
+        self.visits.setdefault(name, len(self.visits))
+        self.num_open[name] += 1
+
+    def _end(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        self.num_open[name] -= 1
+
+    def _embed(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        given = args[0] if len(args) == 1 else None
+        assert self._input_ids is not None
+        self.embedded.append(isinstance(given, torch.Tensor) and torch.equal(given, self._input_ids))
 
 
 class _UsesOutside(TorchFunctionMode):
-    """Notices what is computed from a module's weights while its forward does not run.
+    """Finds modules whose weights are used while their forward does not run.
+
+    Args:
+        names: The tensors that count as weights.
+        num_open: How many calls of each module are under way, by name; changes from outside.
 
     Attributes:
-        modules: Those whose weights, or weights under them, were used so, by name.
-        calls: How many calls of each module are under way; counted from outside.
+        modules: Their names; a module that contains one of them counts too.
     """
 
-    def __init__(self, model: nn.Module, names: Collection[str]) -> None:
+    def __init__(self, model: nn.Module, names: Collection[str], num_open: Counter[str]) -> None:
         super().__init__()
         self.modules: set[str] = set()
-        self.calls: Counter[str] = Counter()
+        self._num_open = num_open
         self._owners = {
             id(value): path
             for path, module in model.named_modules()
@@ -232,7 +270,7 @@ class _UsesOutside(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        # To ask a weight for its shape or device is no use of it.
+        # Reading the shape or device of a weight is no use of it.
         if isinstance(result, (torch.Tensor, tuple, list)) and not isinstance(result, torch.Size):
             for given in (*args, *(kwargs or {}).values()):
                 for item in given if isinstance(given, (tuple, list)) else (given,):
@@ -241,16 +279,16 @@ class _UsesOutside(TorchFunctionMode):
 
     def _record(self, owner: str) -> None:
         while owner:
-            if not self.calls[owner]:
+            if not self._num_open[owner]:
                 self.modules.add(owner)
             owner = owner.rpartition(".")[0]
 
 
 class _Alive(TorchFunctionMode):
-    """Adds up the memory of what is computed, as long as it is alive; what shares memory counts once.
+    """Measures the memory of the computed tensors that are alive; tensors that share memory count once.
 
     Attributes:
-        most_bytes: At one time.
+        most_bytes: The most at one time.
     """
 
     def __init__(self) -> None:
@@ -287,10 +325,10 @@ class _Alive(TorchFunctionMode):
 
 
 class _ZerosForZeros(TorchFunctionMode):
-    """Where weights are all zero, what is computed from them is too: most of the time would go into that.
+    """Returns zeros in place of what is computed from weights that are all zero: it would take most of the time.
 
-    On the meta device torch would also work out each step of attention and GELU. What does not fit is left to the
-    function itself, which says so.
+    On the meta device torch would also compute the shapes of each step of attention and GELU. Arguments that do not
+    fit are given to the function itself, which raises an error.
     """
 
     def __torch_function__(
@@ -302,7 +340,7 @@ class _ZerosForZeros(TorchFunctionMode):
 
 
 def _shape_of_zeros(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    """Of what `func` gives, if that is known to be zero."""
+    """The shape of the result of `func`, if the result is known to be zero."""
     match func, args:
         case F.linear, (given, weight, *_) if _alike(given, weight) and given.shape[-1] == weight.shape[-1]:
             return (*given.shape[:-1], *weight.shape[:-1])
@@ -319,18 +357,18 @@ def _shape_of_zeros(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dic
 
 
 def _alike(given: torch.Tensor, weight: torch.Tensor | None) -> bool:
-    """Whether they can be computed with each other: a weight that stayed on the meta device must be noticed."""
+    """Whether dtype and device are the same: a weight that stayed on the meta device must cause an error."""
     return weight is not None and given.dtype == weight.dtype and given.device == weight.device
 
 
 def _zeros_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zeros that take no memory, however large they are: matrices may be larger than the machine's memory."""
+    """Zeros that take no memory, as matrices may be larger than the machine's memory."""
     largest = max((tensor.nbytes for tensor in tensors.values()), default=0)
     try:
         block = mmap.mmap(-1, max(1, largest), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
-    except OSError as error:  # a limit on addresses, or a system that promises no more than it has
-        logger.debug("no room for the addresses of %d bytes: %s", largest, error)
-        # Not first, because a product of several matrices would make a real copy of what is repeated.
+    except OSError as error:  # addresses are limited, or the system does not overcommit memory
+        logger.debug("no addresses for %d bytes: %s", largest, error)
+        # The second choice, because a product of several matrices would copy an expanded zero.
         return {name: torch.zeros((), dtype=tensor.dtype).expand(tensor.shape) for name, tensor in tensors.items()}
     return {
         name: torch.frombuffer(block, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape)
@@ -340,56 +378,38 @@ def _zeros_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _watch(
-    model: PreTrainedModel, names: list[str], input_ids: torch.Tensor | None, run: Callable[[], object], on_what: str
-) -> tuple[dict[str, int], frozenset[str], bool]:
-    """`visits`, `used_outside` and `embeds_input_ids` of a `Probe`."""
+def _observe(
+    model: PreTrainedModel,
+    run: Callable[[], object],
+    *,
+    names: Sequence[str],
+    input_ids: torch.Tensor | None,
+    on_what: str,
+) -> Probe:
+    """Calls `run`, which runs the model, with zeros for the parameters in `names`; the KV layout is left empty.
+
+    Raises:
+        UnsupportedModelError: The model does not run; the message says `on_what`.
+    """
     unloaded = model.state_dict(keep_vars=True)
     zeros = _zeros_like({name: unloaded[name] for name in names})
-    visits: dict[str, int] = {}
-    embedded: list[bool] = []
-
-    def record(name: str) -> Any:
-        def visited(module: nn.Module, args: Any) -> None:
-            visits.setdefault(name, len(visits))
-            outside.calls[name] += 1
-
-        return visited
-
-    def record_end(name: str) -> Any:
-        def left(module: nn.Module, args: Any, output: Any) -> None:
-            outside.calls[name] -= 1
-
-        return left
-
-    def embedding_called(module: nn.Module, args: tuple[Any, ...]) -> None:
-        given = args[0] if len(args) == 1 else None
-        same = isinstance(given, torch.Tensor) and input_ids is not None and torch.equal(given, input_ids)
-        embedded.append(same)
-
-    hooks: list[RemovableHandle] = []
-    for name, module in model.named_modules():
-        if any(True for _ in module.parameters()) or any(True for _ in module.buffers()):
-            hooks.append(module.register_forward_pre_hook(record(name)))
-            hooks.append(module.register_forward_hook(record_end(name)))
-    embedding = token_embedding(model)
-    if embedding is not None and input_ids is not None:
-        hooks.append(embedding.register_forward_pre_hook(embedding_called))
+    calls = _ModuleCalls(input_ids)
     try:
-        with replaced_tensors(model, zeros), torch.inference_mode(), _ZerosForZeros():
-            outside = _UsesOutside(model, unloaded)
+        with replaced_tensors(model, zeros), calls.recorded(model), torch.inference_mode(), _ZerosForZeros():
+            outside = _UsesOutside(model, unloaded, calls.num_open)  # knows the zeros as the weights
             with outside:
                 run()
     except UnsupportedModelError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UnsupportedModelError(
-            f"{type(model).__name__} does not run {on_what}: {type(error).__name__}: {reason}"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
+        raise UnsupportedModelError(f"{type(model).__name__} does not run {on_what}: {reason_of(error)}") from error
+    embedding = token_embedding(model)
     embedding_name = next((name for name, module in model.named_modules() if module is embedding), None)
-    used_outside = frozenset(outside.modules.intersection(visits))
-    return visits, used_outside, embedded == [True] and embedding_name not in used_outside
+    used_outside = frozenset(outside.modules.intersection(calls.visits))
+    embeds_input_ids = calls.embedded == [True] and embedding_name not in used_outside
+    return Probe(
+        visits=calls.visits,
+        used_outside=used_outside,
+        kv=KVLayout({}, model.dtype),
+        embeds_input_ids=embeds_input_ids,
+    )

@@ -1,4 +1,4 @@
-"""From logits to one token: a request's sampling parameters, the tokens it has seen, its random generator."""
+"""Chooses one token from logits, by a request's sampling parameters, its tokens so far and its random generator."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class Sampler:
 
     The order is vLLM's: logit_bias, min_tokens, repetition, frequency and presence penalties; then argmax, or
     temperature, min_p, top_k, top_p and a draw. Math is float32 on the CPU. A sampler is plain state:
-    `copy.deepcopy` gives one that goes on from the same place and draws the same tokens.
+    `copy.deepcopy` gives one that continues from the same state and draws the same tokens.
 
     Args:
         params: What the request asks for.
-        prompt_ids: The prompt, which the repetition penalty counts too.
-        eos_token_ids: The model's end-of-sequence tokens, which `min_tokens` holds off.
-        vocab_size: How many logits the model gives for each position.
+        prompt_ids: The prompt; the repetition penalty counts its tokens too.
+        eos_token_ids: The model's end-of-sequence tokens, which are suppressed for `min_tokens` tokens.
+        vocab_size: The number of logits of a position.
 
     Raises:
         RequestError: A token id, or `params.logprobs`, is out of the vocabulary's range.
@@ -47,7 +47,7 @@ class Sampler:
         bias = params.logit_bias or {}
         self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
         self._biases = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
-        # A checkpoint's configuration may name an end-of-sequence token that its head has no row for.
+        # A configuration may name an end-of-sequence token that is not in the vocabulary.
         end_ids = {*params.stop_token_ids, *(eos_id for eos_id in eos_token_ids if 0 <= eos_id < vocab_size)}
         self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
 
@@ -76,7 +76,7 @@ class Sampler:
             logits: `[vocab_size]`, any float dtype, on the CPU; not changed.
 
         Raises:
-            RequestError: No token is left to choose: logits that are not numbers, or all suppressed.
+            RequestError: No token can be chosen: logits are not numbers, or all tokens are suppressed.
         """
         scores = self._penalize(logits)
         if not scores.max() > -math.inf:  # also true of NaN
@@ -88,7 +88,7 @@ class Sampler:
         return self._report(logits, token_id)
 
     def _penalize(self, logits: torch.Tensor) -> torch.Tensor:
-        """Returns `logits` itself where there is nothing to do, so that plain greedy is `logits.argmax()`."""
+        """Returns `logits` itself where there is no penalty, so that plain greedy sampling is `logits.argmax()`."""
         suppress = self._num_output_tokens < self._params.min_tokens
         if not (len(self._biases) or suppress or self._counts is not None):
             return logits
@@ -105,14 +105,14 @@ class Sampler:
         return scores
 
     def _draw(self, scores: torch.Tensor, generator: torch.Generator) -> int:
-        # A large bias over a small temperature can pass float32's range, and softmax would make NaN of that.
+        # A large bias divided by a small temperature may exceed float32's range; softmax would give NaN.
         scores = (scores.float() / float(self._params.temperature)).clamp(max=torch.finfo(torch.float32).max)
         warped = scores[None]  # [1, vocab_size], as transformers' processors take them
         for warper in self._warpers:
             warped = warper(None, warped)
         probs = warped[0].softmax(-1)
-        # Over the whole vocabulary, not only over what top_k and top_p left: so each token keeps its own
-        # random number, and rounding that moves the edge of that set does not change the draw.
+        # Over the whole vocabulary, not only over the tokens that top_k and top_p keep. So each token has its own
+        # random number, and a rounding difference at the edge of that set does not change the draw.
         return int(torch.multinomial(probs, num_samples=1, generator=generator))
 
     def _report(self, logits: torch.Tensor, token_id: int) -> SampledToken:
@@ -128,19 +128,19 @@ class Sampler:
 
 
 class TopPWarper(LogitsProcessor):
-    """What transformers' `TopPLogitsWarper` does, without its sort of the whole vocabulary.
+    """Does what transformers' `TopPLogitsWarper` does, without sorting the whole vocabulary.
 
-    All tokens of at most `(1 - top_p) / vocab_size` together have at most `1 - top_p`, so they never stay;
-    only the others (of 256k, most often few) are sorted.
+    The tokens with a probability of at most `(1 - top_p) / vocab_size` have at most `1 - top_p` together, so none of
+    them is kept. Only the others are sorted: few, in most cases, of 256k.
     """
 
     def __init__(self, top_p: float) -> None:
         self.top_p = top_p
 
     def __call__(self, input_ids: torch.Tensor | None, scores: torch.Tensor) -> torch.Tensor:
-        """Returns `scores`, `[1, vocab_size]`, with minus infinity for all but the nucleus."""
+        """Returns `scores` `[1, vocab_size]`, with minus infinity for all tokens outside of the nucleus."""
         probs = scores[0].softmax(-1)
-        # Half of that bound, so that rounding cannot drop a token of a flat distribution.
+        # Half of that bound, so that rounding cannot remove a token of a flat distribution.
         candidates = (probs > (1 - self.top_p) / (2 * len(probs))).nonzero()[:, 0]
         ordered, order = probs[candidates].sort(descending=True)
         mass_before = ordered.cumsum(-1, dtype=torch.float64) - ordered
@@ -151,7 +151,7 @@ class TopPWarper(LogitsProcessor):
 
 
 class _TokenCounts:
-    """The distinct tokens of prompt and output, and how often each came in the output; grows in place."""
+    """The distinct tokens of prompt and output, and how often each is in the output; grows in place."""
 
     def __init__(self, prompt_ids: Sequence[int]) -> None:
         self._slots = {token_id: slot for slot, token_id in enumerate(dict.fromkeys(prompt_ids))}

@@ -1,10 +1,10 @@
-"""Shows, before a model is run, that packed and chunked sequences give what each gives alone.
+"""Checks, before a model is run, that packed and chunked sequences give the same logits as each sequence alone.
 
-transformers has hundreds of architectures, and any of them may do something between its layers that a packed row
-would get wrong in silence: masks of its own, positions counted from the row's start, states that run on from one
-token to the next. So the model's own code is run twice over the same random weights in float32: as transformers runs
-it, one sequence at a time and without a cache; and as the engine does. The copy has heads of the model's own size, but
-few of them, few layers, a narrow MLP and a small vocabulary; all its matrices are views of one block of noise.
+transformers has hundreds of architectures. Any of them may do something between its layers that is silently wrong in a
+packed row: its own masks, positions counted from the start of the row, states that are passed from token to token. So
+the model's own code runs twice with the same random weights in float32: as transformers runs it, one sequence at a time
+and without a cache, and as the engine runs it. The copy has heads of the model's own size, but few of them, few layers,
+a narrow MLP and a small vocabulary. All its matrices are views of one block of noise.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
+from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.attention import PackedAttention
-from hermes_async.modeling.kv_cache import KVLayout, KVPool, Segment, SequenceKV, num_blocks
+from hermes_async.modeling.kv_cache import KVLayout, KVPool, SequenceKV, num_blocks
 from hermes_async.modeling.module_tensors import replaced_tensors
-from hermes_async.modeling.packed import PackedBatch, forward_packed
+from hermes_async.modeling.packed import PackedBatch, PackedSequence, forward_packed
 from hermes_async.modeling.probe import probe_model
 from hermes_async.modeling.skeleton import build_model
 
@@ -41,7 +42,7 @@ _NUM_EXPERTS = 16
 _EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOLERANCE = 1e-3
 _MAX_NOISE_BYTES = 1 << 30
-# Two sequences; what each sweep takes of them: prompts in chunks, beside each other's chunks and decodes.
+# Two sequences, and the tokens of each that a sweep computes: prompts in chunks, beside chunks and decodes.
 _SEQUENCES = ((5, 9, 2, 33, 17, 40, 8, 21, 60), (11, 3, 50, 7))
 _SWEEPS = (((0, 4),), ((0, 3), (1, 2)), ((1, 1), (0, 1)), ((0, 1), (1, 1)))
 
@@ -50,17 +51,19 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     """Compares packed with separate sequences on a small copy of the model of `config`.
 
     Raises:
-        UnsupportedModelError: They differ, so the engine would write other tokens than transformers; or no copy of the
-            model could be compared.
+        UnsupportedModelError: They differ, so the engine would give other tokens than transformers; or no copy of the
+            model could be run.
     """
-    shrunk = (_shrunk(config, narrow=narrow) for narrow in (True, False))  # one at a time: the first is mostly enough
+    shrunk = (
+        _shrunk(config, narrow=narrow) for narrow in (True, False)
+    )  # a generator, as the first is enough for most models
     reason: Exception | None = None
     for small in chain(shrunk, [config]):
         if small is None:
             continue
         try:
             expected = _separately(copy.deepcopy(small))
-        except Exception as error:  # the copy's fault, not the model's: try it less changed
+        except Exception as error:  # the small copy does not run: try one with fewer changes
             logger.debug("self-check of %s: %s", config.model_type, error)
             reason = error
             continue
@@ -74,18 +77,18 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
                     f"{difference:.1%} of the largest); this architecture cannot share sweeps"
                 )
         return
-    shown = f"{type(reason).__name__}: {reason}".strip().splitlines()[0]
+    assert reason is not None  # the last of the configurations is the model's own
     raise UnsupportedModelError(
-        f"{config.model_type} could not be checked against transformers ({shown}), so its tokens might be wrong; "
-        'EngineConfig(self_check="skip") runs it unchecked'
+        f"{config.model_type} could not be checked against transformers ({reason_of(reason)}), so its tokens might be "
+        'wrong; EngineConfig(self_check="skip") runs it unchecked'
     ) from reason
 
 
 def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | None:
-    """A copy with few layers, each kind among them, a small vocabulary and short windows; None if that fails.
+    """A copy with few layers, one of each kind at least, a small vocabulary and short windows; None if that fails.
 
     Args:
-        narrow: With few heads and few experts too.
+        narrow: Also reduce the heads and the experts.
     """
     small = copy.deepcopy(config)
     text = small.get_text_config()
@@ -115,14 +118,14 @@ def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | Non
 
 
 def _at_most(text: PreTrainedConfig, names: Iterable[str], most: int) -> None:
-    values = text.to_dict()  # by attribute, transformers refuses to give what differs between layers
+    values = text.to_dict()  # as attributes, transformers refuses values that differ between layers
     for name in names:
         if isinstance(values.get(name), int):
             setattr(text, name, min(values[name], most))
 
 
 def _take_heads(text: PreTrainedConfig) -> None:
-    """Four heads, in groups where the model has groups."""
+    """Reduces the heads to four, in groups where the model has groups."""
     values = text.to_dict()
     num_heads = text.num_attention_heads
     num_groups = values.get("num_key_value_heads") or num_heads
@@ -144,34 +147,23 @@ def _separately(config: PreTrainedConfig) -> list[torch.Tensor]:
 
 
 def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.Tensor]:
-    """The same, as the engine computes them."""
+    """Each sequence's logits [tokens, vocab] as the engine computes them."""
     model = build_model(config, torch.float32, attention.name, where="self-check")
     names = list(model.state_dict())
-    layout: KVLayout = probe_model(model, attention, names, _VOCAB_SIZE).kv
+    layout: KVLayout = probe_model(model, attention, names).kv
     pool = KVPool(layout, sum(layout.nbytes(len(tokens)) for tokens in _SEQUENCES))
     sequences = [SequenceKV(pool, pool.allocate(num_blocks(len(tokens)))) for tokens in _SEQUENCES]
     logits: list[list[torch.Tensor]] = [[] for _ in _SEQUENCES]
     with _noise(model):
         for sweep in _SWEEPS:
-            token_ids: list[int] = []
-            position_ids: list[int] = []
-            segments = []
+            packed = []
             for idx, count in sweep:
                 kv = sequences[idx]
-                segments.append(Segment(len(token_ids), len(token_ids) + count, kv, kv.length))
-                token_ids += _SEQUENCES[idx][kv.length : kv.length + count]
-                position_ids += range(kv.length, kv.length + count)
-            rows = forward_packed(
-                model,
-                attention,
-                PackedBatch(
-                    input_ids=torch.tensor([token_ids]),
-                    position_ids=torch.tensor([position_ids]),
-                    segments=segments,
-                    logits_positions=torch.arange(len(token_ids)),
-                ),
-            )
-            for (idx, count), segment in zip(sweep, segments, strict=True):
+                token_ids = _SEQUENCES[idx][kv.length : kv.length + count]
+                packed.append(PackedSequence(kv, kv.length, token_ids, num_outputs=count))
+            batch = PackedBatch.of(packed)
+            rows = forward_packed(model, attention, batch)
+            for (idx, count), segment in zip(sweep, batch.segments, strict=True):
                 logits[idx].append(rows[segment.start : segment.end])
                 sequences[idx].length += count
     pool.close()
@@ -180,14 +172,14 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
 
 @contextmanager
 def _noise(model: PreTrainedModel) -> Iterator[None]:
-    """Every matrix a view of one block of noise, each at a place of its own; norms near one, biases near zero."""
+    """Within the block every matrix is a view of one block of noise, from its own offset; norms are near one."""
     weights = dict(_weights(model))
     largest = max(tensor.numel() for tensor in weights.values())
     if largest * 4 > _MAX_NOISE_BYTES:
         raise MemoryError(f"the largest matrix has {largest} elements")
     generator = torch.Generator().manual_seed(0)
     places = 997
-    # By the width, so that attention is neither flat nor saturated, and a wrong mask shows.
+    # Scaled by the width, so that attention is neither flat nor saturated, and a wrong mask is noticed.
     embedding = model.get_input_embeddings()
     assert isinstance(embedding, nn.Embedding)
     width = embedding.embedding_dim

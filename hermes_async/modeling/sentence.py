@@ -1,4 +1,4 @@
-"""What sentence-transformers' files say about texts: how many tokens, in which case, and behind which prompt.
+"""What sentence-transformers' files say about texts: their length in tokens, their case and their prompt.
 
 Source: `sentence_bert_config.json` and `config_sentence_transformers.json`, as sentence-transformers reads them.
 """
@@ -18,7 +18,7 @@ _TRANSFORMER_FILES = (
     *("sentence_camembert_config.json", "sentence_albert_config.json", "sentence_xlm-roberta_config.json"),
     "sentence_xlnet_config.json",
 )
-# What may be given to transformers without a change of the vectors, beside what is read here.
+# Arguments of transformers that do not change the vectors, or are read elsewhere.
 _HARMLESS = frozenset(
     {
         *("model_max_length", "padding_side", "use_fast", "trust_remote_code", "add_pooling_layer", "dtype"),
@@ -33,12 +33,12 @@ class SentenceSettings:
     """How texts become tokens.
 
     Attributes:
-        named: The checkpoint has sentence-transformers' files.
-        max_tokens: Longer texts are cut to so many tokens; None leaves it to the tokenizer and the model.
-        lower_case: Texts are put into lower case first.
-        prompts: What is put before a text, by name.
+        named: Whether the checkpoint has sentence-transformers' files.
+        max_tokens: Longer texts are truncated to so many tokens. None: the tokenizer and the model set the limit.
+        lower_case: Whether texts are put into lower case first.
+        prompts: Texts that are put before a text, by name.
         default_prompt_name: The prompt of texts for which none is named.
-        truncate_dim: Vectors are cut to so many numbers.
+        truncate_dim: Vectors are truncated to so many numbers.
     """
 
     named: bool = False
@@ -49,10 +49,10 @@ class SentenceSettings:
     truncate_dim: int | None = None
 
     def prompt(self, name: str | None) -> str:
-        """The prompt of that name, or the default one; "" where there is none.
+        """The prompt with this name, or the default prompt, or "" where there is none.
 
         Raises:
-            RequestError: There is none of that name.
+            RequestError: No prompt has this name.
         """
         name = self.default_prompt_name if name is None else name
         if name is None:
@@ -70,7 +70,7 @@ def sentence_settings(root: Path, transformer: Path) -> SentenceSettings:
         transformer: Where the model's `config.json` is.
 
     Raises:
-        CheckpointError: A file cannot be read, or asks for what is not built.
+        CheckpointError: A file cannot be read, or asks for something that is not supported.
     """
     if not (root / "modules.json").is_file():
         return SentenceSettings()
@@ -98,12 +98,17 @@ def sentence_settings(root: Path, transformer: Path) -> SentenceSettings:
         if value is not None and (type(value) is not int or value < 1):
             raise CheckpointError(f"{root}: {name} must be a whole number above 0, not {value!r}", path=root)
     return SentenceSettings(
-        True, max_tokens, bool(config.get("do_lower_case")), prompts, default, general.get("truncate_dim")
+        named=True,
+        max_tokens=max_tokens,
+        lower_case=bool(config.get("do_lower_case")),
+        prompts=prompts,
+        default_prompt_name=default,
+        truncate_dim=general.get("truncate_dim"),
     )
 
 
 def _check_transformer(file: Path, config: Mapping[str, Any]) -> None:
-    """Refuses what would change the vectors and is not built."""
+    """Refuses settings that would change the vectors and are not supported."""
     refused = []
     if config.get("transformer_task", "feature-extraction") != "feature-extraction":
         refused.append("transformer_task")

@@ -26,6 +26,7 @@ from hermes_async.errors import (
     MissingTensorError,
     UnsupportedModelError,
 )
+from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
@@ -42,17 +43,18 @@ from hermes_async.storage.tensor_spec import TensorSpec
 
 @dataclass(frozen=True, slots=True)
 class Skeleton:
-    """A model on the meta device; only its non-persistent buffers (rotary frequencies and such) are real.
+    """A model on the meta device; only its non-persistent buffers, such as rotary frequencies, have values.
 
     Attributes:
-        tensors: The checkpoint's tensor for each parameter and persistent buffer, tied names included.
-        dtype: What the model computes in.
-        dtypes: Those of single parameters and persistent buffers; some are kept in float32 whatever `dtype` is.
-        generates: It is a causal language model, which the engine generates with; others only run forward.
-        names_base: It generates, but `config.json` names the model without its head (`GPT2Model`, whose head is tied),
-            so a plain forward pass is that model's.
+        tensors: The checkpoint's tensor of each parameter and persistent buffer, tied names included.
+        dtype: The dtype that the model computes in.
+        dtypes: The dtype of each parameter and persistent buffer; some stay in float32 whatever `dtype` is.
+        generates: Whether it is a causal language model, with which the engine generates; others only run forward.
+        names_base: Whether it generates, but `config.json` names the model without its head (`GPT2Model`, whose head is
+            tied). A plain forward pass then runs the model without its head.
+        token_inputs: The inputs of its forward that may be looked up in the input embedding.
         eos_token_ids: The model's end-of-sequence tokens.
-        context_length: Most tokens of a sequence, of a prompt and its answer together; None without a limit.
+        context_length: Most tokens of a sequence, prompt and completion together; None without a limit.
     """
 
     model: PreTrainedModel
@@ -61,6 +63,7 @@ class Skeleton:
     dtypes: dict[str, torch.dtype]
     generates: bool
     names_base: bool
+    token_inputs: tuple[str, ...]
     eos_token_ids: frozenset[int]
     context_length: int | None
 
@@ -83,7 +86,7 @@ class Skeleton:
 
     @property
     def text_encoder(self) -> PreTrainedModel:
-        """What makes hidden states of texts: the model without its head, and of an encoder-decoder only the encoder."""
+        """The part that makes hidden states from texts: the model without its head, or only its encoder."""
         base = self.base_model
         if not base.config.is_encoder_decoder:
             return base
@@ -93,14 +96,14 @@ class Skeleton:
 
     @property
     def vocab_size(self) -> int:
-        """Of a model with an input embedding."""
+        """The rows of the input embedding; there must be one."""
         embedding = self.embedding
         assert embedding is not None
         return embedding.num_embeddings
 
     @property
     def embedding_name(self) -> str:
-        """The parameter that is the input embedding; there must be one."""
+        """The name of the input embedding's parameter; there must be one."""
         embedding = self.embedding
         return next(f"{name}.weight" for name, module in self.model.named_modules() if module is embedding)
 
@@ -109,7 +112,7 @@ class Skeleton:
 
 
 def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Reads the model's configuration; code from the checkpoint is never run.
+    """Reads the model's configuration. Code from the checkpoint is never run.
 
     Raises:
         UnsupportedModelError: transformers does not know the architecture, or the checkpoint is quantized.
@@ -143,9 +146,9 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
         attention: The name of the attention function for causal language models that let it be chosen.
 
     Raises:
-        UnsupportedModelError: A model that transformers does not know, or weights that would have to be converted.
+        UnsupportedModelError: transformers does not know the model, or its weights would have to be converted.
         MissingTensorError: A parameter has no tensor.
-        CheckpointError: A tensor has another shape than its parameter.
+        CheckpointError: A tensor's shape is not its parameter's.
     """
     dtype = _resolve_dtype(checkpoint, config)
     where = str(checkpoint.path)
@@ -165,11 +168,21 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     generates = encoder is None
     names_base = generates and _named_base(config) is not None
     eos_token_ids = _eos_token_ids(checkpoint, config) if generates else frozenset[int]()
-    return Skeleton(model, tensors, dtype, dtypes, generates, names_base, eos_token_ids, _context_length(model))
+    return Skeleton(
+        model=model,
+        tensors=tensors,
+        dtype=dtype,
+        dtypes=dtypes,
+        generates=generates,
+        names_base=names_base,
+        token_inputs=_token_inputs(model),
+        eos_token_ids=eos_token_ids,
+        context_length=_context_length(model),
+    )
 
 
 def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skeleton:
-    """The same model for shorter sequences; None leaves its own context.
+    """The same model for shorter sequences; None for the model's own context length.
 
     Raises:
         ConfigError: The model's own context is shorter.
@@ -186,11 +199,11 @@ def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skele
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that `config` names, if that is no causal language model: an encoder, or a model with another head.
+    """The class that `config` names, if it is no causal language model: an encoder, or a model with another head.
 
-    EmbeddingGemma's kind, whose tokens attend to those behind them, is an encoder. A decoder without a head
-    (`LlamaModel`) counts as the causal language model that it is part of. Whether the checkpoint has a head for it,
-    `build_skeleton` finds out.
+    Models such as EmbeddingGemma, whose tokens attend to later tokens, are encoders. A decoder without a head
+    (`LlamaModel`) counts as the causal language model that it is part of; `build_skeleton` finds out whether the
+    checkpoint has a head for it.
     """
     is_decoder = model_class_of(AutoModelForCausalLM, config) and not model_class_of(AutoModelForMaskedLM, config)
     if not config.architectures:
@@ -208,9 +221,9 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def _headless_class(
     config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str], checkpoint: Checkpoint
 ) -> type[PreTrainedModel] | None:
-    """The decoder that `config` names, where it is `model` but for the head, and only the head is missing.
+    """The decoder without a head, if only the head of `model` is missing in the checkpoint.
 
-    Embedding models are decoders that keep the name of the causal language model whose head was taken off.
+    Embedding models are such decoders; their configuration still names the causal language model.
     """
     prefix = f"{model.base_model_prefix}."
     if any(name.startswith(prefix) for name in missing):
@@ -223,7 +236,7 @@ def _headless_class(
 
 
 def _named_base(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class without a head, if it is the one that `config` names."""
+    """The class without a head, if `config` names that class."""
     base = model_class_of(AutoModel, config)
     return base if base is not None and base.__name__ in (config.architectures or ()) else None
 
@@ -232,12 +245,12 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     """Makes the causal language model of `config` on the meta device, in eval mode, with real non-persistent buffers.
 
     Args:
-        attention: The attention function for models that let it be chosen; None, and all others, use transformers'
-            plain one.
-        where: Begins the error messages.
+        attention: The attention implementation, for models that support the choice; None and other models take
+            "eager".
+        where: The beginning of error messages.
 
     Raises:
-        UnsupportedModelError: `config` is no causal language model's, or transformers cannot build it.
+        UnsupportedModelError: `config` is not of a causal language model, or transformers cannot build it.
     """
     model_class = model_class_of(AutoModelForCausalLM, config)
     if model_class is None:
@@ -254,7 +267,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
 def _build(
     model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, where: str
 ) -> PreTrainedModel:
-    """`attention`: the implementation; None for transformers' choice."""
+    """`attention`: the implementation; None for transformers' default."""
     try:
         with torch.device("meta"):
             model = from_config(model_class, config, dtype, attention)
@@ -262,7 +275,7 @@ def _build(
         raise
     except Exception as error:
         raise UnsupportedModelError(
-            f"{where}: transformers cannot build {model_class.__name__} from config.json: {_first_line(error)}"
+            f"{where}: transformers cannot build {model_class.__name__} from config.json: {reason_of(error)}"
         ) from error
     model.eval()  # type: ignore[no-untyped-call]
     for parameter in model.parameters():
@@ -273,37 +286,39 @@ def _build(
         if name not in persistent:
             place_of(model, name).put(torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
-        mark_initialized(tensor)  # it comes from the checkpoint, and initialization is slow on meta
+        mark_initialized(tensor)  # its values come from the checkpoint, and initialization on the meta device is slow
     model.initialize_weights()  # type: ignore[no-untyped-call]
     return model
 
 
 def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
-    """The model's input embedding, where its input is token ids."""
+    """The model's input embedding; None where its input is not token ids."""
     try:
         embedding = model.get_input_embeddings()
-    except NotImplementedError:  # so transformers says that a model has none
+    except NotImplementedError:  # transformers raises this for models without one
         return None
     return embedding if isinstance(embedding, nn.Embedding) else None
 
 
+def _token_inputs(model: PreTrainedModel) -> tuple[str, ...]:
+    """Models such as BERT have a table of their own for `token_type_ids`; models such as GPT-2 embed them as tokens."""
+    own_table = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
+    return ("input_ids",) if own_table else ("input_ids", "token_type_ids")
+
+
 def layers_of(model: nn.Module) -> list[nn.Module]:
-    """The modules that stand in lists: transformer layers, and whatever else there is several of."""
+    """The modules in module lists: the transformer layers, and other repeated modules."""
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
 def _first_lines(error: BaseException) -> str:
-    """The first says which field was wrong, and the second how."""
+    """The first two lines: the first says which field is wrong, and the second why."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2])[:1000] or type(error).__name__
 
 
 def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
-    """As transformers does: what config.json says, else the first floating tensor's."""
+    """As transformers does: the dtype in config.json, or else that of the first floating-point tensor."""
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
@@ -318,7 +333,7 @@ def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dt
 
 
 def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Parameters that transformers keeps in float32 whatever the model's dtype."""
+    """Casts the parameters that transformers keeps in float32 whatever the model's dtype is."""
     kept = names_kept_in_float32(model, dtype)
     if kept:
         pattern = re.compile("|".join(re.escape(name) for name in kept))
@@ -328,9 +343,9 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
 
 
 def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:
-    """From generation_config.json where there is one, else from config.json.
+    """Reads them from generation_config.json if there is one, else from config.json.
 
-    Some of them may be none of the vocabulary, such as -1; those never come.
+    Some may be outside of the vocabulary, such as -1; those are never sampled.
     """
     path, eos = checkpoint.path / "generation_config.json", None
     if path.is_file():
@@ -348,10 +363,10 @@ def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozense
 
 
 def _context_length(model: PreTrainedModel) -> int | None:
-    """As vLLM reckons it, but for kinds of RoPE scaling that transformers changes with the longest sequence of a row.
+    """The context length as vLLM computes it, except for RoPE scaling that depends on the longest sequence of a row.
 
-    "longrope" and "dynamic" do: past the original context, all positions get other frequencies at once, those of
-    neighbours in a packed row and those of keys that are kept too.
+    "longrope" and "dynamic" scaling do. Beyond the original context they change the frequencies of all positions, also
+    those of other sequences in a packed row and of cached keys.
     """
     text = model.config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -363,7 +378,7 @@ def _context_length(model: PreTrainedModel) -> int | None:
 
 
 def _scaled(rope: Mapping[str, Any], text: PreTrainedConfig, own: int | None, *, by_layer_type: bool) -> int | None:
-    """The context by one set of RoPE parameters; `own` is what the configuration says without them."""
+    """The context length by one set of RoPE parameters; `own` is the configuration's length without them."""
     original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
     if rope.get("rope_type") == "longrope":
         limits = [original, getattr(text, "original_max_position_embeddings", None), own]
@@ -373,7 +388,7 @@ def _scaled(rope: Mapping[str, Any], text: PreTrainedConfig, own: int | None, *,
     if rope.get("rope_type") == "yarn" and isinstance(original, int):
         return int(original * factor)
     if rope.get("rope_type") == "linear" and own is not None and not by_layer_type:
-        # Where layers differ (Gemma 3), `max_position_embeddings` is what all of them together are made for.
+        # Where layers differ (Gemma 3), `max_position_embeddings` already is the scaled length.
         return int(own * factor)
     return own
 
@@ -388,7 +403,7 @@ def _unscaled_context_length(model: PreTrainedModel) -> int | None:
 
 
 def _first_position(model: PreTrainedModel) -> int:
-    """Of a sequence's tokens: models that descend from RoBERTa begin to count behind their padding token."""
+    """The position of the first token: models based on RoBERTa count from the padding token's id."""
     for module in model.modules():
         positions = getattr(module, "position_embeddings", None)
         if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:

@@ -1,10 +1,10 @@
-"""Binds each stage's weights to its module when the forward pass gets there, and unbinds them behind it."""
+"""Binds each stage's weights to its module when a model call comes to it, and unbinds them behind it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
@@ -13,25 +13,28 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
 from hermes_async.modeling.kernels import bounded_attention, without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.passes import EmbeddingRows, ForwardPass, NotLoadedError, Turn, run_in_turns
-from hermes_async.modeling.transformers_api import attention_implementation, own_parameters, plain_attention
-from hermes_async.pipeload.pipeline import SweepAbandoned
+from hermes_async.modeling.transformers_api import AttentionChoice, own_parameters
+from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
 from hermes_async.storage.buffers import Buffer
 
 
 class StageGate(Protocol):
-    """What the forward pass asks before and after each stage; in the engine, the `Pipeline`."""
+    """What the inference thread asks before and after each stage; in the engine, the `Pipeline`."""
 
-    def enter(self, stage: Stage, on_look: Callable[[], None]) -> Buffer: ...
+    def enter(self, stage: Stage) -> Buffer | None:
+        """Waits for a stage; None where it was woken because somebody was aborted."""
+        ...
+
     def leave(self, stage: Stage) -> None: ...
 
 
 class StreamedLinear(nn.Module):
-    """A linear layer in blocks of output rows, each a stage of its own; `[..., in] -> [..., out]`."""
+    """A linear layer `[..., in] -> [..., out]` in blocks of output rows; each block is a stage."""
 
     def __init__(self, linear: nn.Linear, block_rows: Sequence[int]) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class StreamedLinear(nn.Module):
 
 
 def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]) -> None:
-    """Puts a `StreamedLinear` in place of each named linear layer."""
+    """Replaces each named linear layer by a `StreamedLinear`."""
     for name, block_rows in linear_blocks.items():
         parent, _, leaf = name.rpartition(".")
         linear = model.get_submodule(name)
@@ -54,8 +57,8 @@ def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]
         setattr(model.get_submodule(parent), leaf, StreamedLinear(linear, block_rows).eval())
 
 
-# What says nothing of a tensor's numbers; attributes, such as dtype and shape, are read by `__get__`.
-_HARMLESS = frozenset(
+# Functions that do not read a tensor's values. Attributes such as dtype and shape are read by `__get__`.
+_READS_NO_VALUES = frozenset(
     {
         "__get__",
         "__len__",
@@ -72,28 +75,28 @@ _HARMLESS = frozenset(
 
 
 class _NotLoaded(nn.Parameter):
-    """Stands in for a weight or buffer that is not loaded: has its shape and dtype, and refuses to be computed with.
+    """A placeholder for a weight or buffer that is not loaded. It has the shape and dtype, but cannot be computed with.
 
-    It is in the CPU's memory and takes none of it. On the meta device it would mislead a model that asks it where
-    tensors are to be made, and torch multiplies there without an error and gives what happens to lie in memory.
+    It is a CPU tensor that takes no memory. A placeholder on the meta device would mislead models that create tensors
+    on the device of a weight; and torch multiplies with it without an error, and returns undefined values.
     """
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> _NotLoaded:
-        """With the tensor's shape and dtype."""
+        """A placeholder with the tensor's shape and dtype."""
         return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).as_subclass(cls)
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name not in _HARMLESS:
+        if name not in _READS_NO_VALUES:
             raise NotLoadedError(f"a part of its weights was to be used ({name}) while it is not loaded")
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
 
 
 def _check_loaded(module: nn.Module, args: Any) -> None:
-    """A forward pre-hook.
+    """A forward pre-hook, called after the hooks that bind weights.
 
     Raises:
         NotLoadedError: A parameter of the module is not loaded.
@@ -107,11 +110,11 @@ class StreamedModel:
     """A model without weights, whose stages are bound when they are entered and unbound when they are left.
 
     Args:
+        attention: The one that the model was built with, if it lets its attention be chosen.
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
-        streamed_embedding: The input embedding is not loaded; each batch brings the rows it needs.
-        native_tokens: Packed sweeps of at most so many tokens are computed by torch's own kernels, without oneDNN's.
+        streamed_embedding: The input embedding is not loaded; each call brings the rows it needs.
+        native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
         gate: Asked before and after each stage.
-        on_stage: Called by the compute thread before each stage of a packed sweep, resident ones too, with its batch.
     """
 
     def __init__(
@@ -123,18 +126,17 @@ class StreamedModel:
         streamed_embedding: bool,
         native_tokens: int = 0,
         gate: StageGate,
-        on_stage: Callable[[PackedBatch], None],
     ) -> None:
         self.model = model
         self._attention = attention
         self._native_tokens = native_tokens
         self._gate = gate
-        self._on_stage = on_stage
-        # All mutable state: what is called before each stage, the embedding rows that are bound next, and the stages
-        # whose weights are bound.
-        self._before_stage: Callable[[], None] = lambda: None
-        self._embedding: EmbeddingRows | None = None
+        # All mutable state: the stages whose weights are bound, the setting of the call that runs, and how to undo it.
         self._bound: set[Stage] = set()
+        self._setting = _Setting.PACKED
+        self._undo_setting = ExitStack()
+        self._packed_attention = AttentionChoice(model)
+        self._plain_attention = self._packed_attention.or_plain_for(attention.name)
         names = {placement.name for stage in stages for placement in stage.layout.placements}
         self._places = places_of(model, names)
         self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
@@ -147,8 +149,8 @@ class StreamedModel:
             if stage is self._base:
                 continue
             module = model.get_submodule(stage.name)
-            self._hooks.append(module.register_forward_pre_hook(self._entering(stage)))
-            self._hooks.append(module.register_forward_hook(self._leaving(stage)))
+            self._hooks.append(module.register_forward_pre_hook(_entering(stage)))
+            self._hooks.append(module.register_forward_hook(_leaving(stage)))
         self._streamed_embedding: Place | None = None
         if streamed_embedding:
             embedding = model.get_input_embeddings()
@@ -157,68 +159,60 @@ class StreamedModel:
             self._streamed_embedding = Place(embedding, "weight")
             self._unloaded_embedding = _NotLoaded.of(embedding.weight)
             self._streamed_embedding.put(self._unloaded_embedding)
-            self._hooks.append(embedding.register_forward_pre_hook(self._embed_rows))
+            self._hooks.append(embedding.register_forward_pre_hook(self._bind_rows))
+            self._hooks.append(embedding.register_forward_hook(self._unbind_rows))
         for module in model.modules():
             if own_parameters(module):
-                self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # behind those that load
+                self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # after the hooks that bind
 
-    def forward(self, batch: PackedBatch) -> torch.Tensor:
-        """Runs one sweep on the calling thread; logits [outputs, vocab].
+    def packed_call(
+        self, batch: PackedBatch, then: Callable[[torch.Tensor], Any], embedding: EmbeddingRows | None = None
+    ) -> PackedCall:
+        """A call on a packed row.
+
+        Args:
+            then: Makes the result from the logits [outputs, vocab], on the inference thread.
+            embedding: The rows of the tokens; None where the embedding is loaded.
+        """
+        return PackedCall(
+            lambda: then(forward_packed(self.model, self._attention, batch)), embedding=embedding, batch=batch
+        )
+
+    def run(self, calls: Sequence[ModelCall]) -> None:
+        """Runs one sweep for all calls on the calling thread; each call then has its result or error.
+
+        Whatever is raised, no streamed stage stays bound.
 
         Raises:
             ReadError: A stage could not be read.
-            SweepAbandoned: From the gate or `on_stage`. Whatever is raised, no streamed stage stays bound.
+            SweepAbandoned: From the gate, or because no call came to its end: each was dropped, or has an error.
         """
-        rows = None
-        if batch.embedding_rows is not None:
-            rows = EmbeddingRows(batch.embedding_rows, index=batch.embedding_index)
-        native = batch.input_ids.numel() <= self._native_tokens
-        with without_one_dnn() if native else nullcontext(), self._running(partial(self._on_stage, batch), rows):
-            return forward_packed(self.model, self._attention, batch)
-
-    def run_passes(self, passes: Sequence[ForwardPass]) -> None:
-        """Runs one sweep of the model's own forward, for all passes; each then has its result or error.
-
-        Raises:
-            ReadError: A stage could not be read.
-            SweepAbandoned: From the gate, or because no pass came to its end.
-        """
-        with self._plain_attention(), torch.inference_mode(), bounded_attention(self.model.dtype):
-            if len(passes) == 1:
-                (alone,) = passes
-                with self._running(alone.check_dropped, alone.embedding):
-                    alone.run()
-            else:
-                with self._running(lambda: None, None):
-                    run_in_turns(passes, self._enter, self._leave)
-        if not any(forward_pass.completed for forward_pass in passes):
-            raise SweepAbandoned  # nobody came to the end, so the stages that were not visited mean nothing
-
-    @contextmanager
-    def _plain_attention(self) -> Iterator[None]:
-        """transformers' own attention in place of the one for packed rows."""
-        packed = attention_implementation(self.model) == self._attention.name
-        if packed:
-            self.model.set_attn_implementation(plain_attention(self.model))
         try:
-            yield
+            with torch.inference_mode():
+                run_calls(calls, first=self._base, enter=self._enter, leave=self._leave, switch_to=self._switch_to)
         finally:
-            if packed:
-                self.model.set_attn_implementation(self._attention.name)
-
-    @contextmanager
-    def _running(self, before_stage: Callable[[], None], embedding: EmbeddingRows | None) -> Iterator[None]:
-        self._before_stage, self._embedding = before_stage, embedding
-        try:
-            if self._base is not None:
-                self._enter(self._base)
-            yield
-        finally:
-            self._embedding = None
-            if self._streamed_embedding is not None:
-                self._streamed_embedding.put(self._unloaded_embedding)
+            self._change_setting(_Setting.PACKED)
+            self._unbind_rows()
             for stage in [stage for stage in self._bound if not stage.resident]:
                 self.unbind(stage)
+        if not any(call.completed for call in calls):
+            raise SweepAbandoned  # the stages that no call came to may still be needed by others
+
+    def forward(self, batch: PackedBatch) -> torch.Tensor:
+        """Runs a packed call in a sweep of its own; logits [outputs, vocab].
+
+        Raises:
+            ReadError, SweepAbandoned: As `run`.
+        """
+        call = self.packed_call(batch, lambda logits: logits)
+        try:
+            self.run([call])
+        except SweepAbandoned:
+            if call.error is not None:
+                raise call.error from None
+            raise
+        logits: torch.Tensor = call.result
+        return logits
 
     def close(self) -> None:
         """Unbinds everything and takes the hooks off."""
@@ -227,33 +221,38 @@ class StreamedModel:
         for stage in self._stages:
             self.unbind(stage)
 
-    def _entering(self, stage: Stage) -> Callable[[nn.Module, Any], None]:
-        def enter(module: nn.Module, args: Any) -> None:
-            turn = Turn.current()
-            if turn is None:
-                self._before_stage()
-                self._enter(stage)
-                return
-            if stage not in self._bound:
-                turn.rest(stage, entering=True)
-            turn.forward_pass.check_dropped()
+    # --- settings of the model and the process that a call needs ---
 
-        return enter
+    def _switch_to(self, call: ModelCall) -> None:
+        """Changes the settings to those that the call needs, if they are others."""
+        if not isinstance(call, PackedCall):
+            setting = _Setting.PLAIN
+        elif call.batch.num_tokens <= self._native_tokens:
+            setting = _Setting.PACKED_NATIVE
+        else:
+            setting = _Setting.PACKED
+        if setting is not self._setting:
+            self._change_setting(setting)
 
-    def _leaving(self, stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            turn = Turn.current()
-            if turn is None:
-                self._leave(stage)
-            elif not stage.resident:
-                turn.rest(stage, entering=False)
+    def _change_setting(self, setting: _Setting) -> None:
+        self._undo_setting.close()
+        self._setting = setting
+        if setting is _Setting.PLAIN:
+            self._plain_attention.apply()
+            self._undo_setting.callback(self._packed_attention.apply)
+            self._undo_setting.enter_context(bounded_attention(self.model.dtype))
+        elif setting is _Setting.PACKED_NATIVE:
+            self._undo_setting.enter_context(without_one_dnn())
 
-        return leave
+    # --- stages ---
 
-    def _enter(self, stage: Stage) -> None:
-        buffer = self._gate.enter(stage, self._before_stage)
+    def _enter(self, stage: Stage) -> bool:
+        buffer = self._gate.enter(stage)
+        if buffer is None:
+            return False
         if stage not in self._bound:
             self._bind(stage, buffer)
+        return True
 
     def _leave(self, stage: Stage) -> None:
         if not stage.resident:
@@ -273,11 +272,40 @@ class StreamedModel:
         for placement in stage.layout.placements:
             self._places[placement.name].put(self._unloaded[placement.name])
 
-    def _embed_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        turn = Turn.current()
-        embedding = self._embedding if turn is None else turn.forward_pass.embedding
+    def _bind_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        embedding = Turn.current().call.embedding
         if embedding is None:
             raise NotLoadedError("token ids were to be embedded, and no row of them is loaded")
         assert self._streamed_embedding is not None
         self._streamed_embedding.put(embedding.rows.to(self._unloaded_embedding.dtype))
         return (embedding.index_of(args[0]), *args[1:])
+
+    def _unbind_rows(self, *_: Any) -> None:
+        if self._streamed_embedding is not None:
+            self._streamed_embedding.put(self._unloaded_embedding)
+
+
+class _Setting(Enum):
+    """Settings of the model and the process while a call runs."""
+
+    PACKED = auto()
+    """Attention for packed rows; also between sweeps."""
+    PACKED_NATIVE = auto()
+    """The same, without oneDNN."""
+    PLAIN = auto()
+    """transformers' own attention."""
+
+
+def _entering(stage: Stage) -> Callable[[nn.Module, Any], None]:
+    def enter(module: nn.Module, args: Any) -> None:
+        Turn.current().rest(stage, entering=True)
+
+    return enter
+
+
+def _leaving(stage: Stage) -> Callable[[nn.Module, Any, Any], None]:
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        if not stage.resident:
+            Turn.current().rest(stage, entering=False)
+
+    return leave

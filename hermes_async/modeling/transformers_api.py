@@ -1,15 +1,15 @@
-"""Every name of transformers and torch that is private, deprecated, or changes between their versions.
+"""Every use of a name of transformers or torch that is private, deprecated, or differs between their versions.
 
-One function for each thing that the engine needs. Where the installed version does not have it, the function raises
-`IncompatibleVersionError`, which names the installed and the tested versions. All were tried on the versions in
-`TESTED_VERSIONS`; nothing outside of this module uses such a name (`tests/test_architecture.py` holds that).
+There is one function for each need of the engine. If the installed version lacks the name, the function raises
+`IncompatibleVersionError` with the installed and the tested versions. All functions were tested on the versions in
+`TESTED_VERSIONS`. No other module uses such a name; `tests/test_architecture.py` checks that.
 """
 
 from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -30,10 +30,10 @@ from transformers import (
 from hermes_async.errors import IncompatibleVersionError
 
 TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.21.0", "5.24.0"), "torch": ("2.13.0", "2.14.1")}
-"""The lowest and the highest version that the tests passed on; `pyproject.toml` declares the same range."""
+"""The lowest and the highest version that passed the tests; `pyproject.toml` declares the same range."""
 
 KV_CACHE_ARGUMENTS = frozenset({"cache", "past_key_values", "past_key_value", "cache_params"})
-"""What a model's forward calls its KV cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on."""
+"""Names of a forward's argument for the KV cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -43,7 +43,7 @@ def installed_versions() -> dict[str, str]:
 
 @cache
 def warn_of_untested_versions() -> None:
-    """Warns, once a process, where a library is older or newer than what was tested."""
+    """Warns, once per process, if a library is older or newer than the tested versions."""
     untested = []
     for name, version in installed_versions().items():
         lowest, highest = TESTED_VERSIONS[name]
@@ -61,7 +61,7 @@ def warn_of_untested_versions() -> None:
 
 @contextmanager
 def _needs(capability: str) -> Iterator[None]:
-    """Within the block, a name that is missing is the fault of an installed version."""
+    """Within the block, a missing name means that an installed version is incompatible."""
     try:
         yield
     except (ImportError, AttributeError) as error:
@@ -79,7 +79,7 @@ def _needs(capability: str) -> Iterator[None]:
 
 
 def model_class_of(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that an auto class, such as `AutoModelForCausalLM`, has for `config`; None where it has none."""
+    """The class of an auto class, such as `AutoModelForCausalLM`, for `config`; None if there is none."""
     with _needs("table of an auto class's models"):
         mapping = auto_class._model_mapping
     try:
@@ -95,7 +95,7 @@ def from_config(
     """Makes a model on the current device, with random weights.
 
     Args:
-        attention: The attention implementation; None takes transformers' choice.
+        attention: The attention implementation; None for transformers' default.
     """
     with _needs("way to make a model from its configuration"):
         make: Callable[..., PreTrainedModel] = model_class._from_config
@@ -103,12 +103,12 @@ def from_config(
 
 
 def mark_initialized(tensor: torch.Tensor) -> None:
-    """Tells transformers not to initialize a tensor that comes from the checkpoint, as `from_pretrained` does."""
+    """Tells transformers not to initialize a tensor, as `from_pretrained` does for tensors of the checkpoint."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
-    """Parts of the names of parameters that transformers keeps in float32 whatever the model's dtype is."""
+    """Substrings of the names of parameters that transformers keeps in float32 whatever the model's dtype is."""
     with _needs("plan of a model's dtypes"):
         plan = model._get_dtype_plan
     return list(plan(dtype))
@@ -131,7 +131,7 @@ def conversion_mapping(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
 
 
 def tensor_renamer() -> Callable[[str, list[Any], list[Any], str, Mapping[str, Any]], tuple[str, str | None]]:
-    """The function that finds a parameter's name for a checkpoint's tensor, and the pattern of its converter, if any.
+    """The function that finds the parameter of a checkpoint's tensor, and the pattern of its converter, if any.
 
     It takes the tensor's name, renamings, converters, the base model's prefix, and the model's state dict.
     """
@@ -143,14 +143,14 @@ def tensor_renamer() -> Callable[[str, list[Any], list[Any], str, Mapping[str, A
 
 
 def tensor_order() -> Callable[[str], Any]:
-    """The sort key of tensor names by which layer 10 comes behind layer 9."""
+    """The sort key of tensor names that puts layer 10 after layer 9."""
     with _needs("order of a checkpoint's tensors"):
         key: Callable[[str], Any] = import_module("transformers.core_model_loading").dot_natural_key
     return key
 
 
 def operation_of(operation: Any) -> tuple[str, int | None]:
-    """What a converter's operation is (such as "Concatenate"), and the dimension that it works along."""
+    """The name of a converter's operation, such as "Concatenate", and its dimension."""
     return type(operation).__name__, getattr(operation, "dim", None)
 
 
@@ -158,22 +158,57 @@ def operation_of(operation: Any) -> tuple[str, int | None]:
 
 
 def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
-    """Whether the architecture lets its attention function be chosen."""
+    """Whether the attention function of the architecture can be chosen."""
     with _needs("choice of the attention function"):
         return bool(model_class._supports_attention_backend)
 
 
 def plain_attention(model: PreTrainedModel) -> str:
-    """The attention that transformers itself takes for this architecture where nothing else is asked for."""
+    """transformers' default attention implementation for this architecture."""
     with _needs("word on a model's attention"):
         return "sdpa" if model._supports_sdpa else "eager"
 
 
 def attention_implementation(model: PreTrainedModel) -> str | None:
-    """The name of the attention that the model uses."""
+    """The name of the attention implementation that the model uses."""
     with _needs("word on a model's attention"):
         name: str | None = model.config._attn_implementation
     return name
+
+
+class AttentionChoice:
+    """The attention implementations that a model and its parts have now; `apply` sets them again in microseconds.
+
+    `PreTrainedModel.set_attn_implementation` is slow: it visits every module and checks every choice. All it changes is
+    one attribute of each configuration.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
+        found = list(configs.values())
+        with _needs("word on a model's attention"):
+            for config in found:
+                for name in config.sub_configs:
+                    part = getattr(config, name)
+                    if part is not None and id(part) not in configs:
+                        configs[id(part)] = part
+                        found.append(part)
+            self._names = [(config, config._attn_implementation_internal) for config in found]
+
+    def or_plain_for(self, name: str) -> AttentionChoice:
+        """transformers' own implementations, if the model uses the implementation `name`; else the same."""
+        if attention_implementation(self._model) != name:
+            return self
+        self._model.set_attn_implementation(plain_attention(self._model))
+        plain = AttentionChoice(self._model)
+        self.apply()
+        return plain
+
+    def apply(self) -> None:
+        """Makes them the model's implementations again."""
+        for config, name in self._names:
+            config._attn_implementation_internal = name
 
 
 def register_attention(name: str, function: Callable[..., Any]) -> None:
@@ -182,17 +217,17 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 
 def unregister_attention(name: str) -> None:
-    """Takes the name back from transformers' registry, if it is there."""
+    """Removes the name from transformers' registry, if it is there."""
     with _needs("registry of attention functions"):
         AttentionInterface._global_mapping.pop(name, None)
 
 
 def kv_cache_argument(model: PreTrainedModel) -> str | None:
-    """What the model's forward calls its KV cache; None where it takes none."""
+    """The name of the forward's argument for the KV cache; None if it takes none."""
     return _kv_cache_argument_of(getattr(model.forward, "__func__", model.forward))
 
 
-@cache  # asked for in each sweep, and to read a signature takes tens of microseconds
+@cache  # called in each sweep, and reading a signature takes tens of microseconds
 def _kv_cache_argument_of(forward: Callable[..., Any]) -> str | None:
     accepted = inspect.signature(forward).parameters
     return next((name for name in ("cache", "past_key_values") if name in accepted), None)
@@ -202,23 +237,23 @@ def _kv_cache_argument_of(forward: Callable[..., Any]) -> str | None:
 
 
 def own_parameters(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The table of a module's own parameters. Writing to it is what `Module.__setattr__` does, and is much quicker."""
+    """The table of a module's own parameters. `Module.__setattr__` writes to it too, but is much slower."""
     return module._parameters
 
 
 def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
-    """The table of a module's own buffers, as `own_parameters`."""
+    """The table of a module's own buffers; as `own_parameters`."""
     return module._buffers
 
 
 def storage_identity(tensor: torch.Tensor) -> int:
-    """The same for tensors that share memory, also on the meta device, where there are no addresses."""
+    """A number that is the same for tensors that share memory, also on the meta device, which has no addresses."""
     with _needs("identity of a tensor's storage"):
         return int(tensor.untyped_storage()._cdata)
 
 
 def one_dnn_enabled() -> bool:
-    """Whether torch computes with oneDNN. `torch.backends.mkldnn.flags` also touches other devices, and warns."""
+    """Whether torch computes with oneDNN. `torch.backends.mkldnn.flags` also affects other devices, and warns."""
     torch_c: Any = torch._C
     with _needs("switch for oneDNN"):
         enabled: bool = torch_c._get_mkldnn_enabled()
@@ -232,8 +267,27 @@ def enable_one_dnn(enabled: bool) -> None:
         torch_c._set_mkldnn_enabled(enabled)
 
 
+_overrides: Any = torch.overrides
+
+
+def function_modes() -> list[Any]:
+    """The instances of `TorchFunctionMode` that are active on this thread, the outermost first."""
+    with _needs("stack of function modes"):
+        return list(_overrides._get_current_function_mode_stack())
+
+
+def exchange_function_modes(modes: Sequence[Any]) -> list[Any]:
+    """Makes `modes` the active function modes of this thread, and returns those that were active before."""
+    before = function_modes()
+    for _ in before:
+        _overrides._pop_mode()
+    for mode in modes:
+        _overrides._push_mode(mode)
+    return before
+
+
 def packs_attention(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies in attention with packed matrices, in this dtype on this CPU."""
+    """Whether torch packs the matrices of attention in this dtype on this CPU."""
     needed = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}.get(dtype)
     if needed is None:
         return False
@@ -245,10 +299,10 @@ _TOKENIZER_CALLS = ("__call__", "_encode_plus", "decode", "_decode", "pad", "_pa
 
 
 def changes_in_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether a tokenizer may change itself while it encodes or decodes, even where it need not truncate or pad.
+    """Whether a tokenizer may change its own state when it encodes or decodes, even without truncation or padding.
 
-    The class around the Rust library does not. Its subclasses count as if they did where they have their own way to
-    encode, decode or pad, or switch to a text's language before each.
+    transformers' class for the Rust library does not. Its subclasses may, if they have their own methods to encode,
+    decode or pad, or switch to a text's language before each call.
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or hasattr(tokenizer, "_switch_to_input_mode"):
         return True
@@ -258,7 +312,7 @@ def changes_in_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def forget_truncation_and_padding(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Switches off what a tokenizer's file says of it, so that no call has to."""
+    """Switches off truncation and padding of a tokenizer's file, so that no call has to."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
         with _needs("tokenizer of the Rust library"):
             tokenizer.backend_tokenizer.no_truncation()

@@ -1,11 +1,11 @@
-"""The memory governor: every byte the engine holds is a lease from here, and never more than the budget."""
+"""The memory governor, a semaphore counted in bytes: every byte that the engine holds is a lease of it."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import anyio
 
@@ -14,7 +14,7 @@ from hermes_async.errors import MemoryBudgetError
 
 
 class Lease:
-    """`nbytes` bytes of the budget, held by `holder` until `release`. Also a context manager."""
+    """`nbytes` bytes of the budget, which belong to `holder` until `release`. Also a context manager."""
 
     __slots__ = ("_governor", "holder", "nbytes")
 
@@ -37,16 +37,16 @@ class Lease:
         """Adds `nbytes` to the lease.
 
         Raises:
-            anyio.WouldBlock: Not free now, or others wait already; nothing changes.
+            anyio.WouldBlock: So many bytes are not free, or others wait for memory. Nothing changes.
         """
         self._open()._grow(self, nbytes)
 
     def shrink(self, nbytes: int) -> None:
-        """Gives `nbytes` of the lease back."""
+        """Gives back `nbytes` of the lease."""
         self._open()._shrink(self, nbytes)
 
     def give(self, nbytes: int, other: Lease) -> None:
-        """Makes `nbytes` of this lease part of `other`, of the same governor."""
+        """Moves `nbytes` of this lease to `other`, a lease of the same governor."""
         assert self._open() is other._open() and nbytes <= self.nbytes
         self.nbytes -= nbytes
         other.nbytes += nbytes
@@ -67,7 +67,14 @@ class Lease:
 
 @dataclass(frozen=True, slots=True)
 class GovernorStatistics:
-    """Bytes: the budget, those leased now and at the most, each holder's; `num_waiting` tasks wait for more."""
+    """What a governor has given out.
+
+    Attributes:
+        bytes_in_use: Leased now.
+        peak_bytes_in_use: The most that was ever leased at once.
+        num_waiting: Tasks that wait in `acquire`.
+        holders: Leased bytes of each holder, the largest lease first.
+    """
 
     budget_bytes: int
     bytes_in_use: int
@@ -77,33 +84,77 @@ class GovernorStatistics:
     holders: dict[str, int]
 
 
+@dataclass(eq=False, slots=True)
+class _Waiter:
+    """A task that waits in `acquire`; the lease is there once it is `granted`."""
+
+    holder: str
+    nbytes: int
+    granted: anyio.Event = field(default_factory=anyio.Event)
+    lease: Lease | None = None
+
+
 class MemoryGovernor:
     """A semaphore counted in bytes.
 
     Leases are granted first come, first served: a large request at the head of the queue is not overtaken by small
-    ones behind it. Event-loop side only; state changes are synchronous.
+    ones behind it. All methods belong to the event loop, and all but `acquire` are synchronous.
+
+    A governor can be nested. The ring is a `part` of the engine's governor: one lease there, and a governor of its own
+    for the stages, which the loading agents wait for.
+
+    Args:
+        max_leases: The most leases at once; None for no limit.
+        outer: The lease that this governor is a part of; see `part`.
 
     Source: the Daemon Agent's memory accounting, Hermes (arXiv 2409.04249), section III.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
-        # All mutable state: the leases out, the most ever out, who waits, in order, and whether nothing is granted.
+    def __init__(self, budget_bytes: int, *, max_leases: int | None = None, outer: Lease | None = None) -> None:
+        # All mutable state: the two limits, the leases that are out, their bytes and the most there ever were, who
+        # waits, in order, and whether nothing is granted.
         self.budget_bytes = budget_bytes
+        self._max_leases = max_leases
+        self._outer = outer
         self._leases: set[Lease] = set()
         self._in_use = 0
         self._peak = 0
-        self._waiters: deque[tuple[int, anyio.Event]] = deque()
+        self._waiters: deque[_Waiter] = deque()
         self._is_closed = False
 
     @property
     def free_bytes(self) -> int:
         return self.budget_bytes - self._in_use
 
-    def resize(self, budget_bytes: int) -> None:
-        """Sets another budget, not less than what is leased now."""
+    def part(self, holder: str, nbytes: int, *, max_leases: int | None = None) -> MemoryGovernor:
+        """A governor over one lease of this one. It is also a context manager: leaving it releases that lease.
+
+        Raises:
+            MemoryBudgetError, anyio.WouldBlock: As `acquire_nowait`.
+        """
+        return MemoryGovernor(nbytes, max_leases=max_leases, outer=self.acquire_nowait(holder, nbytes))
+
+    def release(self) -> None:
+        """Gives back the lease of a part. Nothing may be leased from the part any more."""
+        assert self._outer is not None
+        self._outer.release()
+
+    def resize(self, budget_bytes: int, *, max_leases: int | None = None) -> None:
+        """Sets other limits, which must hold for what is leased now; the lease of a part grows or shrinks with them.
+
+        Raises:
+            anyio.WouldBlock: The lease of a part cannot grow so far. Nothing changes.
+        """
         assert self._in_use <= budget_bytes
-        self.budget_bytes = budget_bytes
-        self._wake_first()
+        assert max_leases is None or len(self._leases) <= max_leases
+        if self._outer is not None:
+            more = budget_bytes - self.budget_bytes
+            if more > 0:
+                self._outer.grow_nowait(more)
+            else:
+                self._outer.shrink(-more)
+        self.budget_bytes, self._max_leases = budget_bytes, max_leases
+        self._grant_waiters()
 
     @contextmanager
     def closed(self) -> Iterator[None]:
@@ -113,52 +164,42 @@ class MemoryGovernor:
             yield
         finally:
             self._is_closed = False
-            self._wake_first()
+            self._grant_waiters()
 
     async def acquire(self, holder: str, nbytes: int) -> Lease:
         """Waits until `nbytes` are free and it is this call's turn.
 
         Raises:
-            MemoryBudgetError: More than the whole budget; it could never be granted.
+            MemoryBudgetError: More than the whole budget; it could never be granted. A part waits until it is resized.
 
         Cancellation: the call leaves the queue and holds nothing.
         """
-        self._check_possible(holder, nbytes)
         try:
             return self.acquire_nowait(holder, nbytes)
         except anyio.WouldBlock:
             pass
-        waiter = (nbytes, anyio.Event())
+        waiter = _Waiter(holder, nbytes)
         self._waiters.append(waiter)
         try:
-            await waiter[1].wait()
-            return self._grant(holder, nbytes)
-        finally:
-            self._waiters.remove(waiter)
-            self._wake_first()
+            await waiter.granted.wait()
+        except BaseException:
+            if waiter.lease is not None:
+                waiter.lease.release()
+            else:
+                self._waiters.remove(waiter)
+                self._grant_waiters()
+            raise
+        assert waiter.lease is not None
+        return waiter.lease
 
     def acquire_nowait(self, holder: str, nbytes: int) -> Lease:
         """Takes `nbytes` at once.
 
         Raises:
             MemoryBudgetError: More than the whole budget.
-            anyio.WouldBlock: Not free now, or others wait already.
+            anyio.WouldBlock: So many bytes are not free, there are `max_leases`, or others wait.
         """
-        self._check_possible(holder, nbytes)
-        if self._is_closed or self._waiters or nbytes > self.free_bytes:
-            raise anyio.WouldBlock
-        return self._grant(holder, nbytes)
-
-    def statistics(self) -> GovernorStatistics:
-        holders: dict[str, int] = {}
-        for lease in sorted(self._leases, key=lambda lease: -lease.nbytes):
-            holders[lease.holder] = holders.get(lease.holder, 0) + lease.nbytes
-        return GovernorStatistics(
-            self.budget_bytes, self._in_use, self._peak, len(self._leases), len(self._waiters), holders
-        )
-
-    def _check_possible(self, holder: str, nbytes: int) -> None:
-        if nbytes > self.budget_bytes:
+        if self._outer is None and nbytes > self.budget_bytes:
             raise MemoryBudgetError(
                 f"{holder} needs {format_bytes(nbytes)}, more than the whole budget of "
                 f"{format_bytes(self.budget_bytes)}",
@@ -166,32 +207,76 @@ class MemoryGovernor:
                 budget_bytes=self.budget_bytes,
                 holders=self.statistics().holders,
             )
+        if not self.can_grant(nbytes):
+            raise anyio.WouldBlock
+        return self._grant(holder, nbytes)
+
+    @property
+    def shortfall_bytes(self) -> int:
+        """What the first task that waits lacks now; 0 where nobody waits."""
+        return max(0, self._waiters[0].nbytes - self.free_bytes) if self._waiters else 0
+
+    def empty_lease(self, holder: str) -> Lease:
+        """A lease of no bytes, for memory that other leases give to it. It is granted also while others wait."""
+        return self._grant(holder, 0)
+
+    def can_grant(self, nbytes: int) -> bool:
+        """Whether `acquire_nowait` would succeed."""
+        return not self._waiters and self._has_room(nbytes)
+
+    def statistics(self) -> GovernorStatistics:
+        holders: dict[str, int] = {}
+        for lease in sorted(self._leases, key=lambda lease: -lease.nbytes):
+            holders[lease.holder] = holders.get(lease.holder, 0) + lease.nbytes
+        return GovernorStatistics(
+            budget_bytes=self.budget_bytes,
+            bytes_in_use=self._in_use,
+            peak_bytes_in_use=self._peak,
+            num_leases=len(self._leases),
+            num_waiting=len(self._waiters),
+            holders=holders,
+        )
+
+    def _has_room(self, nbytes: int) -> bool:
+        one_more = self._max_leases is None or len(self._leases) < self._max_leases
+        return one_more and not self._is_closed and nbytes <= self.free_bytes
 
     def _grant(self, holder: str, nbytes: int) -> Lease:
         lease = Lease(self, holder, nbytes)
         self._leases.add(lease)
-        self._in_use += nbytes
-        self._peak = max(self._peak, self._in_use)
+        self._count(nbytes)
         return lease
+
+    def _count(self, more_bytes: int) -> None:
+        self._in_use += more_bytes
+        self._peak = max(self._peak, self._in_use)
 
     def _grow(self, lease: Lease, nbytes: int) -> None:
         if self._is_closed or self._waiters or nbytes > self.free_bytes:
             raise anyio.WouldBlock
         lease.nbytes += nbytes
-        self._in_use += nbytes
-        self._peak = max(self._peak, self._in_use)
+        self._count(nbytes)
 
     def _shrink(self, lease: Lease, nbytes: int) -> None:
         assert nbytes <= lease.nbytes
         lease.nbytes -= nbytes
-        self._in_use -= nbytes
-        self._wake_first()
+        self._count(-nbytes)
+        self._grant_waiters()
 
     def _release(self, lease: Lease) -> None:
         self._leases.remove(lease)
-        self._in_use -= lease.nbytes
-        self._wake_first()
+        self._count(-lease.nbytes)
+        self._grant_waiters()
 
-    def _wake_first(self) -> None:
-        if self._waiters and not self._is_closed and self._waiters[0][0] <= self.free_bytes:
-            self._waiters[0][1].set()
+    def _grant_waiters(self) -> None:
+        """Grants what there is room for, in order. A waiter has its lease before its task runs again."""
+        while self._waiters and self._has_room(self._waiters[0].nbytes):
+            waiter = self._waiters.popleft()
+            waiter.lease = self._grant(waiter.holder, waiter.nbytes)
+            waiter.granted.set()
+
+    def __enter__(self) -> MemoryGovernor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()

@@ -11,6 +11,7 @@ import anyio
 import torch
 
 from hermes_async.errors import HermesError
+from hermes_async.pipeload.governor import Lease
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.reader import ReadRange
 from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
@@ -77,7 +78,14 @@ class StageLayout:
         placements = tuple(Placement(name, position_of(spec), spec.dtype, spec.shape) for name, spec in tensors)
         weight_bytes = sum(spec.nbytes for spec in distinct.values())
         read_bytes = sum(item.nbytes for item in (*ranges, *joined))
-        return cls(name, placements, (*ranges, *joined), read_bytes, end, weight_bytes)
+        return cls(
+            name=name,
+            placements=placements,
+            ranges=(*ranges, *joined),
+            read_bytes=read_bytes,
+            slot_bytes=end,
+            weight_bytes=weight_bytes,
+        )
 
 
 def _plain_ranges(specs: Iterable[TensorSpec]) -> tuple[list[ReadRange], int]:
@@ -114,7 +122,15 @@ def _joined_ranges(specs: Sequence[TensorSpec], end: int) -> tuple[dict[tuple[Pa
 
 
 class StageState(enum.Enum):
-    """EMPTY -> LOADING -> READY -> SPENT -> EMPTY; a failed read is READY too, with `error` set."""
+    """Where a stage is on its way through memory, and who may take it to the next state.
+
+    EMPTY   -> LOADING   a loading agent, which has a buffer for it
+    LOADING -> READY     the same agent, when the read has ended; a failed read is READY too, with an `error`
+    LOADING -> EMPTY     the same agent, when the bytes are stale or the read was cancelled
+    READY   -> SPENT     the inference agent, when a streamed stage is computed
+    SPENT   -> EMPTY     the daemon agent
+    READY   -> EMPTY     the daemon agent, when the ring starts over, or a resident stage leaves
+    """
 
     EMPTY = "empty"
     LOADING = "loading"
@@ -124,14 +140,16 @@ class StageState(enum.Enum):
 
 @dataclass(eq=False, slots=True)
 class Stage:
-    """One stage at run time.
+    """One stage at run time; its methods are all the transitions of its state.
 
-    Event-loop side only, but the compute thread reads `state`, `buffer` and `error`, and makes a READY stage SPENT.
+    Belongs to the event loop, but for the compute thread, which reads `state`, `buffer` and `error`, and calls `spend`.
 
     Attributes:
         idx: Its place in the model's list of stages.
         resident: Stays in memory; set between sweeps only.
-        ready: Set when a load has ended; new for each load.
+        buffer: Where its bytes are or come to; None while it is EMPTY.
+        lease: Its place in the ring; None for a resident stage, whose buffer is its own.
+        ready: Set when a load has ended, or was given up; new for each load.
         emptied: Set when the buffer was given back; new for each load.
         error: Why the last load failed.
         stale: Set while loading when its bytes are no longer wanted.
@@ -142,6 +160,7 @@ class Stage:
     resident: bool
     state: StageState = StageState.EMPTY
     buffer: Buffer | None = None
+    lease: Lease | None = None
     ready: anyio.Event = field(default_factory=anyio.Event)
     emptied: anyio.Event = field(default_factory=anyio.Event)
     error: HermesError | None = None
@@ -149,37 +168,46 @@ class Stage:
 
     @property
     def name(self) -> str:
+        """The module's name in the model; empty for the base."""
         return self.layout.name
 
     @property
+    def label(self) -> str:
+        """Its name for people."""
+        return self.name or "base"
+
+    @property
     def loaded(self) -> Buffer:
-        """The buffer of a stage that is READY without an error."""
+        """The buffer of a stage that is not EMPTY."""
         assert self.buffer is not None
         return self.buffer
 
-    def start_loading(self) -> None:
+    def start_loading(self, buffer: Buffer, lease: Lease | None) -> None:
+        """EMPTY -> LOADING."""
+        assert self.state is StageState.EMPTY
         self.state = StageState.LOADING
+        self.buffer, self.lease = buffer, lease
         self.emptied = anyio.Event()
 
-    def set_ready(self, buffer: Buffer, error: HermesError | None) -> None:
-        self.buffer, self.error = buffer, error
+    def set_ready(self, error: HermesError | None) -> None:
+        """LOADING -> READY."""
+        assert self.state is StageState.LOADING
+        self.error = error
         self.state = StageState.READY
         self.ready.set()
 
-    def drop(self) -> None:
-        """Makes a LOADING stage EMPTY again, because its bytes are no longer wanted or its load was cancelled."""
-        ready, self.ready = self.ready, anyio.Event()
-        self.error, self.stale = None, False
-        self.state = StageState.EMPTY
-        self.emptied.set()
-        ready.set()  # whoever waits looks again
+    def spend(self) -> None:
+        """READY -> SPENT; called by the compute thread."""
+        assert self.state is StageState.READY
+        self.state = StageState.SPENT
 
-    def clear(self) -> Buffer:
-        """Makes the stage EMPTY and returns the buffer that must be given back."""
-        buffer, self.buffer = self.buffer, None
-        assert buffer is not None
-        self.error, self.stale = None, False
+    def clear(self) -> tuple[Buffer, Lease | None]:
+        """Makes the stage EMPTY, and returns the buffer and the lease that must be given back."""
+        buffer, lease = self.loaded, self.lease
+        self.buffer = self.lease = self.error = None
+        self.stale = False
         self.state = StageState.EMPTY
-        self.ready = anyio.Event()
+        ready, self.ready = self.ready, anyio.Event()
         self.emptied.set()
-        return buffer
+        ready.set()  # whoever waited for a load that was given up looks again
+        return buffer, lease

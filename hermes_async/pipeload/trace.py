@@ -8,20 +8,25 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 Event = dict[str, Any]
 
-_ROWS = ("loading agent", "inference agent", "daemon agent", "sweeps")
+WAITS_FOR_MEMORY = "waits for memory"
+"""The row of the waits of loading agents for the governor."""
+
+_ROWS = ("loading agent", WAITS_FOR_MEMORY, "inference agent", "daemon agent", "sweeps")
 """What rows begin with, in the order in which they are drawn."""
 
 
 class Trace:
     """Collects events; any thread may add some, and one drains them now and then.
 
-    A row is a line of the picture: one for each loading agent, one for computing, one for the daemon, one for sweeps.
+    A row is a line of the picture: one for each loading agent, one for their waits for memory, and one each for the
+    inference agent, the daemon agent and the sweeps.
     Times are seconds on `time.perf_counter`'s clock; events have microseconds since the trace began.
     """
 
@@ -64,6 +69,47 @@ class Trace:
                     self._events += (name, order)
                 event["tid"] = self._rows[row]
             self._events.append(event)
+
+
+class AgentTrace:
+    """What the agents of one pipeline tell a trace; without a trace, nothing is recorded."""
+
+    def __init__(self, trace: Trace | None) -> None:
+        self._trace = trace
+        # All mutable state: bytes of weights in memory or on their way there, of the event loop; the stage that is
+        # computed, and since when, of the compute thread.
+        self._weight_bytes = 0
+        self._computing: tuple[str, float] | None = None
+
+    def span(self, row: str, name: str, started: float) -> None:
+        """Something that began at `started` and ends now."""
+        if self._trace is not None:
+            self._trace.span(row, name, started, time.perf_counter())
+
+    def add_weights(self, more_bytes: int) -> None:
+        """So many more bytes of weights are in memory, or fewer."""
+        if self._trace is not None:
+            self._weight_bytes += more_bytes
+            self._trace.count("weights", bytes=self._weight_bytes)
+
+    def read_callback(self, stage: str, read_bytes: int) -> Callable[[float, float], None] | None:
+        """What `Reader.read` calls on the thread that has read a stage."""
+        return None if self._trace is None else partial(self._add_read, self._trace, stage, read_bytes)
+
+    @staticmethod
+    def _add_read(trace: Trace, stage: str, read_bytes: int, started: float, ended: float) -> None:
+        thread = threading.current_thread().name.rpartition("_")[2]
+        trace.span(f"loading agent {thread}", stage, started, ended, bytes=read_bytes)
+
+    def begin_computing(self, stage: str) -> None:
+        if self._trace is not None:
+            self._computing = stage, time.perf_counter()
+
+    def end_computing(self) -> None:
+        """Of the stage that was begun, if any; a resident one is not left, and ends where the next one begins."""
+        if self._computing is not None:
+            (name, started), self._computing = self._computing, None
+            self.span("inference agent", name, started)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""What the planner has to know of a model: bytes, and bounds by tokens."""
+"""The sizes of a model, for the planner: bytes, and bounds by tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hermes_async.pipeload.stage import StageLayout
@@ -10,20 +10,19 @@ from hermes_async.pipeload.stage import StageLayout
 
 @dataclass(frozen=True, slots=True)
 class ModelSizes:
-    """What the planner has to know of a model.
+    """The sizes of a model.
 
     Attributes:
-        largest_layer_bytes: Of its transformer layers.
-        weight_bytes: All its weights.
         kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
-        kv_block_tokens: KV memory is given out for so many tokens at a time.
-        draft_bytes: Of a draft model, which is in memory beside the model.
-        context_length: Most tokens of a sequence, None without a limit.
-        workspace_bytes: What a sweep's activations take at the most, by its tokens, its outputs and the KV bytes.
-        least_sweep_tokens: A sweep must have room for so many.
-        long_text_tokens: And for so many if it can, even where that takes much of the budget; 0 where texts are cut.
-        head_name: The module that makes logits; what is under it computes only the positions that are wanted.
-        embedding_name: The module whose rows are looked up; a stage of its own where all of the model is in memory.
+        context_length: The most tokens of a sequence; None without a limit.
+        workspace_bytes: The most activation bytes of a sweep, by its tokens, its outputs and the KV bytes.
+        kv_block_tokens: Tokens of a KV block.
+        draft_bytes: Weights and workspace of a draft model.
+        least_sweep_tokens: Tokens that every sweep has room for.
+        long_text_tokens: Tokens of a text that a sweep should have room for, even if that takes much of the budget; 0
+            if long texts are divided.
+        head_name: The module that makes logits. It and its submodules compute only the wanted positions.
+        embedding_name: The module whose rows are looked up. It is a stage of its own if all weights are resident.
     """
 
     largest_layer_bytes: int
@@ -40,20 +39,24 @@ class ModelSizes:
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
-        """Of texts, or of an image, that a plan is chosen by where the model does not generate, in tokens.
-
-        From the shortest a sweep has room for, each twice as long as the one before, to a long one.
-        """
+        """Tokens of the texts by which the plan of a model that does not generate is chosen, ascending."""
         lengths = [self.least_sweep_tokens]
         while lengths[-1] < self.long_text_tokens:
             lengths.append(min(2 * lengths[-1], self.long_text_tokens))
         return tuple(lengths)
 
-    def is_head(self, stage: StageLayout) -> bool:
-        if bool(self.head_name) and stage.name == self.embedding_name:
-            return stage.is_shared  # tied: the head multiplies by it
-        return bool(self.head_name) and (stage.name + ".").startswith(self.head_name + ".")
+    def head_of(self, stages: Sequence[StageLayout]) -> frozenset[int]:
+        """Indices of the stages that are the output head or a part of it."""
+        return frozenset(idx for idx, stage in enumerate(stages) if self._is_head(stage))
 
-    def is_looked_up(self, stage: StageLayout) -> bool:
-        """Whether nothing multiplies by it."""
-        return stage.name == self.embedding_name and not self.is_head(stage) and bool(stage.name)
+    def looked_up_of(self, stages: Sequence[StageLayout]) -> frozenset[int]:
+        """Indices of the stages that are only the input embedding, whose rows are looked up."""
+        names = {self.embedding_name} - {""}
+        return frozenset(idx for idx, stage in enumerate(stages) if stage.name in names and not self._is_head(stage))
+
+    def _is_head(self, stage: StageLayout) -> bool:
+        if not self.head_name:
+            return False
+        if stage.name == self.embedding_name:
+            return stage.is_shared  # tied weights: the head is computed with them
+        return (stage.name + ".").startswith(self.head_name + ".")

@@ -1,13 +1,14 @@
-"""What the Layer Profiler has measured, and what the planner makes of it."""
+"""Measurements of the Layer Profiler, and the machine's speeds from them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from hermes_async.config import format_bytes, format_count
-from hermes_async.planning.speeds import HANDOVER_SECONDS, DiskSpeed, Speeds, without_noise
+from hermes_async.planning.machine_speeds import HANDOVER_SECONDS, DiskRate, MachineSpeeds, without_noise
+
+_FASTER_DTYPE = 1.5  # another dtype gets a note above this gain
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,11 +16,9 @@ class StageProfile:
     """One stage.
 
     Attributes:
-        nbytes: What is read.
-        resident: It was loaded once, and stayed.
-        head: It makes logits, and computes only the positions that are wanted.
-        load_s: One load, beside those of the other agents.
-        compute_s: One computation, by the tokens that it computes.
+        head: It makes logits, and computes only the wanted positions.
+        load_s: One load, while other agents load too.
+        compute_s: One computation, by tokens.
     """
 
     name: str
@@ -32,11 +31,7 @@ class StageProfile:
 
 @dataclass(frozen=True, slots=True)
 class KernelProfile:
-    """How fast the model's widest matrix is multiplied: operations a second, by tokens.
-
-    Attributes:
-        kernel: "oneDNN", which torch takes by itself, or "native", without it.
-    """
+    """Operations a second by tokens, for the model's widest matrix; `kernel` is "oneDNN" (the default) or "native"."""
 
     dtype: str
     kernel: str
@@ -45,20 +40,18 @@ class KernelProfile:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """What was measured.
+    """Measurements of one model on one machine.
 
     Attributes:
         memory_budget: Of the engine that the stages ran in, bytes.
-        asked_for: What the engine was asked for: a budget, perhaps "auto", and options.
-        dtype: What the model computes in.
+        asked_for: The budget as given (perhaps "auto") and the options of that engine.
         created_at: Seconds since 1970.
-        layer_s: What computing one byte of a layer's weights takes, by tokens; with all of the model in memory, where
-            there is memory for that.
-        head_s: The same of the head, by outputs.
-        sweep_s: What a sweep takes outside of its stages, by its outputs.
-        disk: What it gives, read alone.
-        read_share: How fast an engine reads, as a share of that without its noise.
-        handover_s: What a streamed stage takes beside its computation; None where none was streamed.
+        layer_s: To compute one byte of a layer's weights, by tokens; fully resident if memory allowed.
+        head_s: To compute one byte of the head's weights, by outputs.
+        sweep_s: Outside of the stages of a sweep, by outputs.
+        handover_s: Extra seconds of a streamed stage; None if no stage was streamed.
+        disk: Rates of the disk without an engine.
+        read_share: The rate of an engine's reads, as a share of those.
     """
 
     memory_budget: int
@@ -70,17 +63,27 @@ class Profile:
     head_s: dict[int, float]
     sweep_s: dict[int, float]
     handover_s: float | None
-    disk: tuple[DiskSpeed, ...]
+    disk: tuple[DiskRate, ...]
     read_share: float
     kernels: tuple[KernelProfile, ...]
 
-    def speeds(self) -> Speeds:
-        """What the planner makes of it."""
+    def machine_speeds(self) -> MachineSpeeds:
+        """The speeds that the planner expects of this machine."""
         age_days = max(0.0, time.time() - self.created_at) / 86400
         when = "today" if age_days < 1 else f"{age_days:.0f} days ago"
-        return Speeds(
+        default, native = (
+            next((one.flops for one in self.kernels if (one.dtype, one.kernel) == (self.dtype, kernel)), {})
+            for kernel in ("oneDNN", "native")
+        )
+        notes = []
+        for count in sorted({min(default), max(default)}) if default else ():
+            flops, dtype = max((one.flops[count], one.dtype) for one in self.kernels if one.kernel == "oneDNN")
+            if flops > _FASTER_DTYPE * default[count]:
+                faster = f"{flops / default[count]:.1f} times as fast at {format_count(count, 'token')}"
+                notes.append(f"dtype: {self.dtype}, as the checkpoint says; {dtype} multiplies {faster}")
+        return MachineSpeeds(
             disk=tuple(
-                replace(speed, bytes_per_s=speed.bytes_per_s * self.read_share) for speed in without_noise(self.disk)
+                replace(rate, bytes_per_s=rate.bytes_per_s * self.read_share) for rate in without_noise(self.disk)
             ),
             layer_seconds=self.layer_s,
             head_seconds=self.head_s,
@@ -88,28 +91,6 @@ class Profile:
             handover_seconds=HANDOVER_SECONDS if self.handover_s is None else self.handover_s,
             source=f"measured here {when}, in a budget of {format_bytes(self.memory_budget)}",
             measured=True,
-            notes=tuple(self._dtype_notes()),
-            native_gain=self._native_gain(),
+            notes=tuple(notes),
+            native_gain={count: native[count] / flops for count, flops in default.items() if count in native},
         )
-
-    def _native_gain(self) -> dict[int, float]:
-        """How many times as fast torch's own kernels are as oneDNN's, in the model's dtype, by tokens."""
-        own = {kernel.kernel: kernel.flops for kernel in self.kernels if kernel.dtype == self.dtype}
-        if "oneDNN" not in own or "native" not in own:
-            return {}
-        return {count: own["native"][count] / flops for count, flops in own["oneDNN"].items() if count in own["native"]}
-
-    def _dtype_notes(self) -> Iterator[str]:
-        """Which other dtype would be faster."""
-        ours = next((one.flops for one in self.kernels if (one.dtype, one.kernel) == (self.dtype, "oneDNN")), None)
-        if not ours:
-            return
-        others = {kernel.dtype: kernel.flops for kernel in self.kernels if kernel.kernel == "oneDNN"}
-        for count in sorted({min(ours), max(ours)}):
-            best = max(others, key=lambda dtype: others[dtype][count])
-            if others[best][count] > 1.5 * ours[count]:
-                tokens = format_count(count, "token")
-                yield (
-                    f"dtype: {self.dtype}, as the checkpoint says; {best} multiplies "
-                    f"{others[best][count] / ours[count]:.1f} times as fast at {tokens}"
-                )

@@ -1,8 +1,8 @@
-"""What an engine that runs does with another budget: the same stages, and more or fewer of them resident."""
+"""The plan of a running engine for another budget, and the difference between two plans."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import MemoryBudgetError
@@ -10,61 +10,104 @@ from hermes_async.planning.plan import Plan
 from hermes_async.planning.planner import slot_bytes_of, spread
 
 
-def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_bytes: int) -> Plan:
-    """The plan of an engine that goes on with another budget: the same stages, and more or fewer of them resident.
+@dataclass(frozen=True, slots=True)
+class PlanChange:
+    """The difference between two plans with the same stages. `PlanChange.between(after, before)` reverses it.
 
-    Ring and workspace stay as they are. KV memory keeps what it has, or a tenth of the budget if that is more, unless
-    the budget would not do without a part of it. Where nothing was streamed so far and has to be now, to leave KV as
-    much as that, a ring is made; a stage whose tensors another module is tied to stays.
+    Apply it in this order, so that the larger of both budgets is never exceeded: stages leave, KV shrinks, buffers are
+    added, stages come.
+
+    Attributes:
+        leaving: Indices of the stages that are resident only before.
+        coming: Indices of the stages that are resident only afterwards.
+        num_added_buffers: Buffers of `slot_bytes` that the ring gets, or loses if negative.
+        kv_bytes: Bytes that KV caches get, or lose if negative.
+    """
+
+    leaving: frozenset[int]
+    coming: frozenset[int]
+    leaving_bytes: int
+    coming_bytes: int
+    num_added_buffers: int
+    slot_bytes: int
+    kv_bytes: int
+
+    @classmethod
+    def between(cls, before: Plan, after: Plan) -> PlanChange:
+        leaving, coming = before.resident - after.resident, after.resident - before.resident
+        return cls(
+            leaving=leaving,
+            coming=coming,
+            leaving_bytes=sum(before.stages[idx].slot_bytes for idx in leaving),
+            coming_bytes=sum(after.stages[idx].slot_bytes for idx in coming),
+            num_added_buffers=after.num_buffers - before.num_buffers,
+            slot_bytes=max(before.slot_bytes, after.slot_bytes),
+            kv_bytes=after.kv_bytes - before.kv_bytes,
+        )
+
+
+def resized(current: Plan, budget: int, *, kv_least: int, kv_most: int, other_bytes: int) -> Plan:
+    """The plan of a running engine for another budget: the same stages, with more or fewer of them resident.
+
+    Ring and workspace stay as they are. KV memory grows to a tenth of the budget if it is less, and shrinks only if the
+    budget requires it. If all stages were resident and no longer fit with that KV, the plan gets a ring. Stages with
+    tied tensors stay resident.
 
     Args:
-        kv_least: Bytes that sequences hold now, or that one must have room for.
-        kv_most: Bytes that there is a place for.
-        other_bytes: Of what else is in the budget, such as a draft model.
+        kv_least: The fewest bytes for KV: those in use, and those that one sequence must have.
+        kv_most: The most bytes for KV.
+        other_bytes: Everything else in the budget, such as a draft model.
 
     Raises:
-        MemoryBudgetError: Less than what cannot be given back; the error has the smallest that works.
+        MemoryBudgetError: Too small for what the engine cannot free; the error has the smallest budget that works.
     """
     stages = current.stages
-    base, weights = current.partition.base.slot_bytes, sum(stage.slot_bytes for stage in stages)
-    fixed = base + current.workspace_bytes + other_bytes
-    kv_beside_all = budget - fixed - weights
-    shared = {idx for idx, stage in enumerate(stages) if stage.is_shared}
-    always = base + sum(stages[idx].slot_bytes for idx in shared)
-    buffers, slot = current.num_buffers, current.slot_bytes
-    if not buffers:
-        buffers = current.num_loading_agents + 1
-        slot = slot_bytes_of([stage for idx, stage in enumerate(stages) if idx not in shared])
-    fixed += always - base + buffers * slot
-    kv = max(current.kv_bytes, budget // 10) if current.num_buffers else budget // 10
-    kv = max(kv_least, min(kv, kv_most, budget - fixed))
-    minimum = fixed + kv_least
-    room = budget - fixed - kv
-    if not current.num_buffers and kv_beside_all >= (kv_least if room < 0 else kv):
+    tied = frozenset(idx for idx, stage in enumerate(stages) if stage.is_shared)
+
+    def slots(indices: frozenset[int]) -> int:
+        return sum(stages[idx].slot_bytes for idx in indices)
+
+    base_bytes = current.partition.base.slot_bytes
+    others_bytes = base_bytes + current.workspace_bytes + other_bytes
+    kv_beside_all = budget - others_bytes - slots(frozenset(range(len(stages))))
+    num_buffers, slot_bytes = current.num_buffers, current.slot_bytes
+    kv_bytes = budget // 10
+    if num_buffers:
+        kv_bytes = max(current.kv_bytes, kv_bytes)
+    else:
+        num_buffers = current.num_loading_agents + 1
+        slot_bytes = slot_bytes_of([stage for idx, stage in enumerate(stages) if idx not in tied])
+    fixed_bytes = others_bytes + slots(tied) + num_buffers * slot_bytes
+    kv_bytes = max(kv_least, min(kv_bytes, kv_most, budget - fixed_bytes))
+    room = budget - fixed_bytes - kv_bytes
+    if not current.num_buffers and kv_beside_all >= (kv_least if room < 0 else kv_bytes):
         return replace(current, memory_budget=budget, kv_bytes=min(kv_most, kv_beside_all))
     if room < 0:
+        minimum = fixed_bytes + kv_least
+        draft = f" and {format_bytes(other_bytes)} of a draft model" if other_bytes else ""
         raise MemoryBudgetError(
             f"a budget of {format_bytes(budget)} is less than the {format_bytes(minimum)} that this engine cannot give "
-            f"back: {format_bytes(always)} of weights that always stay, {buffers} buffers of {format_bytes(slot)}, "
-            f"{format_bytes(current.workspace_bytes)} of workspace, {format_bytes(kv)} of KV"
-            + (f" and {format_bytes(other_bytes)} of a draft model" if other_bytes else ""),
+            f"back: {format_bytes(base_bytes + slots(tied))} of weights that always stay, {num_buffers} buffers of "
+            f"{format_bytes(slot_bytes)}, {format_bytes(current.workspace_bytes)} of workspace, "
+            f"{format_bytes(kv_bytes)} of KV{draft}",
             requested_bytes=minimum,
             budget_bytes=budget,
             minimum_bytes=minimum,
         )
-    kept = sorted(current.resident - shared)
-    if sum(stages[idx].slot_bytes for idx in kept) > room:
-        resident = {kept[idx] for idx in spread([stages[idx] for idx in kept], room, len(kept))}
+    # Either all resident stages stay and others come, or some leave and none comes.
+    kept = current.resident - tied
+    free = room - slots(kept)
+    if free < 0:
+        kept, free, possible = frozenset(), room, sorted(kept)
     else:
-        left = room - sum(stages[idx].slot_bytes for idx in kept)
-        others = [idx for idx in range(len(stages)) if idx not in current.resident | shared]
-        resident = {*kept, *(others[idx] for idx in spread([stages[idx] for idx in others], left, len(others)))}
+        possible = sorted(frozenset(range(len(stages))) - current.resident - tied)
+    added = spread([stages[idx] for idx in possible], free, len(possible))
     return replace(
         current,
         memory_budget=budget,
-        resident=frozenset(resident | shared),
-        num_buffers=buffers,
-        slot_bytes=slot,
-        kv_bytes=kv,
-        reasons=("resized while it runs: stages, ring and workspace are those that it opened with",),
+        resident=kept | tied | {possible[idx] for idx in added},
+        num_buffers=num_buffers,
+        slot_bytes=slot_bytes,
+        kv_bytes=kv_bytes,
+        explanation=("resized: stages, ring and workspace are those that the engine opened with",),
     )

@@ -1,1 +1,1 @@
-"""What does this machine do? Measures a model's stages, the disk and the kernels."""
+"""How fast is this machine? Measures a model's stages, the disk and the kernels."""

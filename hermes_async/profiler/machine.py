@@ -1,4 +1,4 @@
-"""What the machine gives, measured alone: the disk by agents and read size, kernels by dtype and tokens."""
+"""Measures the machine without an engine: the disk by agents and read size, kernels by dtype and tokens."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch import nn
 from hermes_async.foreign_errors import ungrouped
 from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.skeleton import layers_of
+from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile
-from hermes_async.planning.speeds import DiskSpeed
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
@@ -26,23 +26,22 @@ from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 KERNEL_TOKENS = (1, 4, 16, 64, 256)
 AGENTS = (1, 2, 3, 4)
 READ_BYTES = (1 << 20, 4 << 20, 16 << 20, 64 << 20)
-_DISK_SECONDS = 1.0  # that each pair of agents and read size is measured for
-_DISK_REST_SECONDS = 0.2  # of them that do not count
-_DISK_READS = 2  # of each agent at the least, that count
+_DISK_SECONDS = 1.0  # for each number of agents with each read size
+_DISK_REST_SECONDS = 0.2  # not counted
+_DISK_READS = 2  # the fewest of each agent
 _KERNEL_SECONDS = 0.1
-_MAX_KERNEL_NUMBERS = 8 << 20  # of the matrix that kernels are measured with
+_MAX_MATRIX_ELEMENTS = 8 << 20
 
 
-async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[DiskSpeed, ...]:
-    """Reads the checkpoint's largest shard with so many agents, so much at once."""
+async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[DiskRate, ...]:
+    """The rates of reading the checkpoint's largest shard, by number of agents and read size."""
     file, size = await run_in_thread(_largest_shard, checkpoint, left_at_exit=True)
-    profiles = []
-    for num_agents in AGENTS:
-        for read_bytes in READ_BYTES:
-            if num_agents * read_bytes <= size:
-                rate = await _disk_rate(file, size, num_agents, read_bytes, direct=direct)
-                profiles.append(DiskSpeed(num_agents, read_bytes, rate))
-    return tuple(profiles)
+    rates = []
+    for num_agents, read_bytes in itertools.product(AGENTS, READ_BYTES):
+        if num_agents * read_bytes <= size:
+            rate = await _disk_rate(file, size, num_agents, read_bytes, direct=direct)
+            rates.append(DiskRate(num_agents, read_bytes, rate))
+    return tuple(rates)
 
 
 def _largest_shard(checkpoint: Checkpoint) -> tuple[Path, int]:
@@ -52,8 +51,8 @@ def _largest_shard(checkpoint: Checkpoint) -> tuple[Path, int]:
 
 
 async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *, direct: bool) -> float:
-    """From when each agent has read once: a disk that rested gives more at first, and buffers wait for their pages."""
-    ended: list[list[float]] = [[] for _ in range(num_agents)]
+    """Bytes a second without the first reads: an idle disk is faster at first, and new buffers have no pages yet."""
+    ended_at: list[list[float]] = [[] for _ in range(num_agents)]  # the end of each read, by agent
     offsets = itertools.cycle(range(0, size - read_bytes + 1, read_bytes))
     async with AsyncExitStack() as exits:
         executor = DaemonExecutor(num_agents, "hermes-profiler")
@@ -63,31 +62,29 @@ async def _disk_rate(file: Path, size: int, num_agents: int, read_bytes: int, *,
 
         exits.push_async_callback(shutdown)
         reader = await exits.enter_async_context(Reader([file], executor, ReadStatistics(), direct=direct))
-
-        async def agent(buffer: Buffer, moments: list[float]) -> None:
-            while len(moments) <= _DISK_READS or time.perf_counter() < started + _DISK_SECONDS:
-                await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
-                moments.append(time.perf_counter())
-
-        agents = []
-        for moments in ended:
-            buffer = Buffer(read_bytes + ALIGNMENT)
+        buffers = [Buffer(read_bytes + ALIGNMENT) for _ in ended_at]
+        for buffer in buffers:
             exits.callback(buffer.close)
-            agents.append((buffer, moments))
+
+        async def agent(buffer: Buffer, own: list[float]) -> None:
+            while len(own) <= _DISK_READS or time.perf_counter() < started + _DISK_SECONDS:
+                await reader.read([ReadRange(file, next(offsets), read_bytes, 0)], buffer.view)
+                own.append(time.perf_counter())
+
         started = time.perf_counter()
         with ungrouped():
             async with anyio.create_task_group() as group:
-                for one in agents:
-                    group.start_soon(agent, *one)
-    began = max(started + _DISK_REST_SECONDS, *(moments[0] for moments in ended))
-    counted = sorted(moment for moments in ended for moment in moments if moment > began)
-    if len(counted) < _DISK_READS:  # a fast disk, or short measurements
-        began, counted = started, sorted(itertools.chain(*ended))
+                for buffer, own in zip(buffers, ended_at, strict=True):
+                    group.start_soon(agent, buffer, own)
+    began = max(started + _DISK_REST_SECONDS, *(own[0] for own in ended_at))
+    counted = sorted(moment for own in ended_at for moment in own if moment > began)
+    if len(counted) < _DISK_READS:  # all reads ended during the warm-up
+        began, counted = started, sorted(itertools.chain(*ended_at))
     return len(counted) * read_bytes / (counted[-1] - began)
 
 
 def widest_matrix(model: nn.Module) -> tuple[int, int]:
-    """Rows and columns of the largest matrix of a layer, with fewer rows where it would take much memory."""
+    """Rows and columns of the largest matrix of a layer, with fewer rows if it has too many elements."""
     matrices = [
         (parameter.shape[0], parameter.shape[1])
         for layer in layers_of(model) or [model]
@@ -95,11 +92,11 @@ def widest_matrix(model: nn.Module) -> tuple[int, int]:
         if parameter.dim() == 2
     ]
     rows, columns = max(matrices, key=lambda shape: shape[0] * shape[1], default=(1024, 1024))
-    return max(1, min(rows, _MAX_KERNEL_NUMBERS // columns)), columns
+    return max(1, min(rows, _MAX_MATRIX_ELEMENTS // columns)), columns
 
 
 def measure_kernels(shape: tuple[int, int]) -> tuple[KernelProfile, ...]:
-    """Multiplies a matrix of `shape` in each dtype, with oneDNN and without; for a worker thread."""
+    """Times products with a matrix of `shape` in each dtype, with and without oneDNN. Call it on a worker thread."""
     profiles = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.randn(shape).to(dtype)

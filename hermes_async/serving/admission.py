@@ -1,72 +1,72 @@
-"""Lets requests in when their KV fits, first come, first served; parks idle sessions on disk when KV is short."""
+"""Admits requests in order of arrival, when there is KV memory for them. Parks idle sessions on disk."""
 
 from __future__ import annotations
 
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
 from itertools import count
 
 import anyio
 import anyio.abc
+import anyio.lowlevel
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks, num_kept
+from hermes_async.pipeload.trace import Trace
 from hermes_async.serving.kv_blocks import KVBlocks, Reservation
-from hermes_async.serving.request import Request
-from hermes_async.serving.session_kv import SessionKV
+from hermes_async.serving.request import Request, RequestState
+from hermes_async.serving.scheduler import Scheduler
+from hermes_async.serving.session_kv import SessionKV, SessionState
 from hermes_async.storage.parking import ParkingFile
 
 logger = logging.getLogger(__name__)
 
 
 class Admission:
-    """The queue before the sweeps, and the KV of sessions between their turns.
+    """The queue for KV memory, and the KV of sessions between their turns. Event-loop side only.
 
-    A request waits at most behind those that came before it, even where a smaller one would fit. When the first one
-    does not fit, prefixes that nobody uses are dropped, and then the longest idle session is parked. It is refused
-    where the budget has shrunk so far that it never can fit.
+    The first request of the queue waits for a place among the active requests, for its session, and at the memory
+    governor for its KV. All others wait behind it, even a smaller one that would fit. While KV memory is short, unused
+    prefixes are dropped and idle sessions are parked on disk. The longest idle session goes first.
 
     Args:
-        tasks: Owns the tasks that write to the parking file and read from it.
-        max_sequences: Most requests that are let in at once, paused ones not counted.
-        max_waiting: Most requests that may wait.
-        num_active: Counts the requests that were let in and are not paused.
-        admitted: Told of each request that was let in; its reservation is there.
-        ended: Told of a request that was aborted while its session came back from disk, and of one that is refused,
-            with the error.
+        tasks: Owns the tasks that write sessions to disk.
+        max_sequences: The most requests that are active at once; paused ones do not count.
+        max_waiting: The most requests that may wait; None for any number.
+        trace: Shows which requests wait for memory.
     """
 
     def __init__(
         self,
         blocks: KVBlocks,
         parking: ParkingFile,
+        scheduler: Scheduler,
         tasks: anyio.abc.TaskGroup,
         *,
         max_sequences: int,
         max_waiting: int | None,
-        num_active: Callable[[], int],
-        admitted: Callable[[Request], None],
-        ended: Callable[[Request, HermesError | None], None],
+        trace: Trace | None = None,
     ) -> None:
         self.blocks = blocks
         self._parking = parking
+        self._scheduler = scheduler
         self._tasks = tasks
         self._max_sequences = max_sequences
         self._max_waiting = max_waiting
-        self._num_active = num_active
-        self._admitted = admitted
-        self._ended = ended
-        # All mutable state: who waits, in order; let in, but their session's KV is still being read from disk;
-        # open sessions, longest idle first; a session is being written to disk; counts.
+        self._trace = trace
+        # All mutable state. `_waiting` is the queue. `_restoring` are requests whose session's KV is read from disk.
+        # `_sessions` are the open sessions, the longest idle one first. `_changed` wakes `next`. `_wait` is the scope
+        # in which the first request waits. `_short_of_kv` is that request while it waits for memory. `_is_parking`: a
+        # session is being written to disk.
         self._waiting: deque[Request] = deque()
-        self._loading: set[Request] = set()
+        self._restoring: set[Request] = set()
         self._sessions: dict[SessionKV, None] = {}
+        self._changed = anyio.Event()
+        self._wait: anyio.CancelScope | None = None
+        self._short_of_kv: Request | None = None
         self._is_parking = False
-        self._is_pumping = False
-        self._stopped = False
         self._numbers = count(1)
         self.num_parkings = 0
 
@@ -75,8 +75,8 @@ class Admission:
         return len(self._waiting)
 
     @property
-    def num_loading(self) -> int:
-        return len(self._loading)
+    def num_restoring(self) -> int:
+        return len(self._restoring)
 
     @property
     def num_sessions(self) -> int:
@@ -89,132 +89,176 @@ class Admission:
     # --- requests ---
 
     def submit(self, request: Request) -> None:
-        """Puts a request at the end of the queue, and lets it in at once where it can.
+        """Puts a request at the end of the queue.
 
         Raises:
-            QueueFullError: As many wait as may.
+            QueueFullError: `max_waiting` requests wait already.
         """
+        if self._wait is not None and self._max_waiting is not None and len(self._waiting) >= self._max_waiting:
+            raise self._queue_full(len(self._waiting))
         self._waiting.append(request)
-        self.pump()
-        if self._max_waiting is not None and len(self._waiting) > self._max_waiting and request in self._waiting:
-            self._waiting.remove(request)
-            raise self._full(len(self._waiting))
+        self.wake()
 
     def check_room(self, num_preparing: int) -> None:
-        """Refuses a request that has not been prepared yet, where too many would wait.
+        """Refuses a request before its prompt is prepared, if too many would wait.
 
-        Those in preparation count as waiting, but for as many as could be let in at once.
+        Requests in preparation count as waiting, unless a free place is left for them.
 
         Raises:
-            QueueFullError: As many wait as may.
+            QueueFullError: `max_waiting` requests wait already.
         """
-        free = max(0, self._max_sequences - self._num_active() - len(self._loading))
         num_waiting = len(self._waiting) + num_preparing
-        if self._max_waiting is not None and num_waiting >= self._max_waiting + (0 if self._waiting else free):
-            raise self._full(num_waiting)
+        num_free = 0 if self._waiting else max(0, self._num_free_places)
+        if self._max_waiting is not None and num_waiting >= self._max_waiting + num_free:
+            raise self._queue_full(num_waiting)
 
-    def _full(self, num_waiting: int) -> QueueFullError:
-        return QueueFullError(
-            f"{num_waiting} requests wait, which is as many as max_waiting={self._max_waiting} lets wait; "
-            "try again later"
-        )
+    async def next(self) -> tuple[Request, HermesError | None]:
+        """Waits for the next decision: an admitted request, or a refused one with its error.
 
-    def pump(self) -> None:
-        """Lets in who can be let in now; called whenever something has changed."""
-        if self._is_pumping:
-            return  # the end of a request that is refused calls this
-        self._is_pumping = True
-        try:
-            self._pump()
-        finally:
-            self._is_pumping = False
+        An admitted request has its reservation. It is RUNNING, or it is RESTORING and `restore` must follow.
 
-    def _pump(self) -> None:
-        while self._waiting and not self._stopped and self._num_active() + len(self._loading) < self._max_sequences:
+        Cancellation: no request leaves the queue.
+        """
+        while True:
+            if not self._waiting:
+                await self._changed.wait()
+                continue
             request = self._waiting[0]
             if (error := self._refusal(request)) is not None:
-                self._ended(request, error)
-                continue
-            session = request.session
-            if session is not None and (session.moving is not None or session.in_turn):
-                return  # being parked, or a turn that was left is still computed; the end of that calls this again
-            reservation = self._reserve(request)
-            if reservation is None:
-                self._park_longest_idle(request.session)
-                return
-            self._waiting.popleft()
-            request.reservation = reservation
-            request.num_reused = reservation.num_reused
-            request.admitted_at = time.perf_counter()
-            if session is not None:
-                session.in_turn = True
-            if session is not None and session.slots is not None:
-                self._loading.add(request)
-                session.moving = anyio.Event()
-                self._tasks.start_soon(self._load, request, session, session.slots)
-            else:
-                self._admitted(request)
+                self._waiting.popleft()
+                return request, error
+            reservation = self._reserve(request) if self._may_enter(request) else None
+            if reservation is not None:
+                self._admit(request, reservation)
+                return request, None
+            if self._max_waiting is not None and len(self._waiting) > self._max_waiting:
+                return self._waiting.pop(), self._queue_full(len(self._waiting))
+            try:
+                with anyio.CancelScope() as self._wait:
+                    await self._wait_for(request)
+            finally:
+                self._wait = self._short_of_kv = None
+
+    def wake(self) -> None:
+        """Told that a place, a session or the queue has changed: the first request may be waiting for it."""
+        changed, self._changed = self._changed, anyio.Event()
+        changed.set()
+
+    async def settle(self) -> None:
+        """Waits until all requests are admitted that can be admitted now."""
+        await anyio.lowlevel.checkpoint()
+        while self._waiting and self._wait is None:
+            await anyio.lowlevel.checkpoint()
+
+    def check_again(self) -> None:
+        """Restarts the first request's wait, after the first request or the budget has changed."""
+        if self._wait is not None:
+            self._wait.cancel()
+
+    async def _wait_for(self, request: Request) -> None:
+        """Waits for one thing that the request lacks; it may lack others too."""
+        if not self._may_enter(request):
+            await self._changed.wait()
+            return
+        self._short_of_kv = request
+        self._park_longest_idle(request)
+        started = time.perf_counter()
+        await self.blocks.wait_for_room(_holder(request), request.token_ids, request.prepared.capacity)
+        if self._trace is not None:
+            self._trace.span("admission", f"{_holder(request)} waits for memory", started, time.perf_counter())
+
+    @property
+    def _num_free_places(self) -> int:
+        return self._max_sequences - self._scheduler.num_active - len(self._restoring)
+
+    def _may_enter(self, request: Request) -> bool:
+        """Whether a place is free, and nothing else uses the KV of the request's session."""
+        return self._num_free_places > 0 and (request.session is None or not request.session.busy)
+
+    def _admit(self, request: Request, reservation: Reservation) -> None:
+        self._waiting.popleft()
+        request.reservation = reservation
+        request.num_reused = reservation.num_reused
+        request.admitted_at = time.perf_counter()
+        session = request.session
+        if session is not None and session.state is SessionState.PARKED:
+            session.enter(SessionState.RESTORING, slots=session.slots, token_ids=session.token_ids)
+            request.enter(RequestState.RESTORING)
+            self._restoring.add(request)
+            return
+        if session is not None:
+            session.enter(SessionState.IN_TURN)
+        request.enter(RequestState.RUNNING)
+
+    def _queue_full(self, num_waiting: int) -> QueueFullError:
+        return QueueFullError(
+            f"{num_waiting} requests wait, and max_waiting={self._max_waiting} allows no more; try again later"
+        )
 
     def _refusal(self, request: Request) -> MemoryBudgetError | None:
-        """Why a request can never be let in: it was made when there was more memory for KV."""
+        """The error of a request that was made when there was more KV memory, and never fits now."""
         capacity, most = request.prepared.capacity, self.blocks.most_bytes
         needed = self.blocks.pool.layout.nbytes(capacity)
         if needed <= most:
             return None
         return MemoryBudgetError(
             f"{capacity} tokens need {format_bytes(needed)} of KV memory; the budget has shrunk while the request "
-            f"waited, and leaves {format_bytes(most)} for KV caches. Ask for fewer tokens, or give the engine more "
-            "memory",
+            f"waited, and leaves {format_bytes(most)} for KV caches. Request fewer tokens, or raise the memory budget",
             requested_bytes=needed,
             budget_bytes=most,
         )
 
-    def is_loading(self, request: Request) -> bool:
-        """Whether a thread may be writing to its blocks; `ended` is called for it later if it is aborted."""
-        return request in self._loading
-
     def give_back(self, request: Request) -> None:
-        """Takes back all that a request holds: its place in the queue, or its KV, which its session keeps."""
-        self._loading.discard(request)
+        """Takes back what a request holds: its place in the queue, or its KV. A session keeps the KV of its turn."""
+        self._restoring.discard(request)
         reservation, session = request.reservation, request.session
-        if reservation is not None and session is not None:
-            session.in_turn = False
+        request.reservation = None
         if reservation is None:
             if request in self._waiting:
                 self._waiting.remove(request)
-        elif session is None or session.closed:
+                self.check_again()
+        elif session is None:
             self.blocks.release(reservation)
+        elif session.closed or session.state is SessionState.RESTORING:  # RESTORING: the engine closes during the read
+            self.blocks.release(reservation)
+            if session.state is SessionState.IN_TURN:
+                session.enter(SessionState.EMPTY)
         else:
             self.blocks.trim(reservation)
             reservation.lease.holder = f"KV of {session.name}"
-            session.reservation = reservation
-            session.token_ids = request.token_ids[: reservation.kv.length]
+            token_ids = request.token_ids[: reservation.kv.length]
+            session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
             self._sessions[session] = self._sessions.pop(session)
-        request.reservation = None
+        self._park_more()
+        self.wake()
 
     def _reserve(self, request: Request) -> Reservation | None:
-        holder = f"KV of request {request.request_id}"
-        token_ids, capacity = request.token_ids, request.prepared.capacity
-        session = request.session
-        if session is not None and session.slots is not None:
-            return self.blocks.reserve_own(holder, token_ids, capacity)
+        """Reserves the request's KV, the session's KV included; None if there is no room now."""
+        token_ids, capacity, session = request.token_ids, request.prepared.capacity, request.session
+        if session is not None and session.state is SessionState.PARKED:
+            return self.blocks.reserve_own(_holder(request), token_ids, capacity)
         if session is not None and session.reservation is not None:
             kept, num_common = session.reservation, num_kept(session.token_ids, token_ids)
             if num_common >= max(len(kept.shared) * BLOCK_TOKENS, self.blocks.num_shared(token_ids)):
                 if not self.blocks.extend(kept, num_common, capacity):
                     return None
-                session.reservation = None
-                kept.lease.holder = holder
+                kept.lease.holder = _holder(request)
                 return kept
-            # The history was edited within blocks that others may use, or they have more of it: it is found again.
+            # The edited history differs within shared blocks, or other sequences share more of it: match it again.
             self.blocks.release(kept)
-            session.reservation, session.token_ids = None, []
-        return self.blocks.reserve(holder, token_ids, capacity)
+            session.enter(SessionState.EMPTY)
+        return self.blocks.reserve(_holder(request), token_ids, capacity)
 
-    async def _load(self, request: Request, session: SessionKV, slots: list[int]) -> None:
-        """Reads a session's KV back. Where that fails it is computed again, like that of a new session."""
-        reservation = request.reservation
-        assert reservation is not None and session.moving is not None
+    async def restore(self, request: Request) -> None:
+        """Reads the KV of a RESTORING request's session from disk. If that fails, the prompt is computed again.
+
+        The request is RUNNING afterwards, or LEAVING if it was aborted meanwhile.
+
+        Cancellation: the session stays RESTORING; only `close` may follow.
+        """
+        reservation, session = request.reservation, request.session
+        assert reservation is not None and session is not None and session.slots is not None
+        slots = session.slots
         num_common = num_kept(session.token_ids, request.token_ids)
         first, end = reservation.kv.length // BLOCK_TOKENS, num_blocks(num_common)
         try:
@@ -224,44 +268,37 @@ class Admission:
                 reservation.num_reused = request.num_reused = reservation.kv.length = num_common
                 self.blocks.commit(reservation, request.token_ids)
         except ParkingError as error:
-            logger.warning("%s is computed again: %s", session.name, error)
+            logger.warning("the history of %s is computed again: %s", session.name, error)
         self._parking.free(slots)
-        session.slots, session.token_ids = None, []
-        session.moving.set()
-        session.moving = None
-        self._loading.discard(request)
-        if request.aborted:
-            self._ended(request, None)
-        else:
-            self._admitted(request)
+        session.enter(SessionState.IN_TURN)
+        self._restoring.discard(request)
+        if not request.aborted:
+            request.enter(RequestState.RUNNING)
 
     # --- sessions ---
 
     def open_session(self, parent: SessionKV | None = None) -> SessionKV:
-        """A session without KV, or with what it can share with `parent`."""
+        """Opens a session without KV, or with the blocks that it can share with `parent`."""
         session = SessionKV(f"session {next(self._numbers)}")
         if parent is not None and parent.reservation is not None:
-            session.reservation = self.blocks.fork(f"KV of {session.name}", parent.reservation)
-            session.token_ids = parent.token_ids[: session.reservation.kv.length]
+            reservation = self.blocks.fork(f"KV of {session.name}", parent.reservation)
+            token_ids = parent.token_ids[: reservation.kv.length]
+            session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
         self._sessions[session] = None
         return session
 
     def close_session(self, session: SessionKV) -> None:
-        """Gives back what the session keeps; its running turn, if any, gives back the rest when it ends."""
+        """Gives back the session's KV, now or when the thread or turn that uses it has ended."""
         session.closed = True
         self._sessions.pop(session, None)
-        if session.moving is None:
+        if not session.busy:
             self._drop(session)
-            self.pump()
-
-    def stop(self) -> None:
-        """Lets nobody in any more."""
-        self._stopped = True
+            self.wake()
 
     def close(self) -> None:
-        """Closes every session. No request and no task of this object is left."""
+        """Closes every session. Call it when all requests and tasks have ended."""
         for session in list(self._sessions):
-            session.closed, session.moving = True, None
+            session.closed = True
             self._drop(session)
         self._sessions.clear()
 
@@ -270,36 +307,48 @@ class Admission:
             self.blocks.release(session.reservation)
         if session.slots is not None:
             self._parking.free(session.slots)
+        session.state = SessionState.EMPTY  # from any state: a cancelled task may have left PARKING or RESTORING
         session.reservation, session.slots, session.token_ids = None, None, []
 
-    def _park_longest_idle(self, but: SessionKV | None) -> None:
+    def _park_more(self) -> None:
+        """Parks another session, if the first request still waits for memory."""
+        if self._short_of_kv is not None and self.blocks.is_short:
+            self._park_longest_idle(self._short_of_kv)
+
+    def _park_longest_idle(self, request: Request) -> None:
+        """Starts to write an idle session to disk, except the request's own, if none is being written."""
         if self._is_parking:
             return
         for session in self._sessions:
-            if session.reservation is not None and session.moving is None and session is not but:
+            if session.state is SessionState.HELD and session is not request.session:
                 self._is_parking = True
-                session.moving = anyio.Event()
-                self._tasks.start_soon(self._park, session, session.reservation)
+                session.enter(SessionState.PARKING, reservation=session.reservation, token_ids=session.token_ids)
+                self._tasks.start_soon(self._park, session)
                 return
 
-    async def _park(self, session: SessionKV, reservation: Reservation) -> None:
-        """Writes a session's KV to disk. Where that fails it is dropped: it can be computed again."""
-        assert session.moving is not None
+    async def _park(self, session: SessionKV) -> None:
+        """Writes a session's KV to disk. If that fails, the KV is dropped, and the next turn computes it again."""
+        reservation, token_ids = session.reservation, session.token_ids
+        assert reservation is not None
         views = [self.blocks.pool.block(idx) for idx in reservation.kv.blocks[: num_blocks(reservation.kv.length)]]
         slots = None
         try:
             slots = await self._parking.write(views)
             self.num_parkings += 1
         except ParkingError as error:
-            logger.warning("%s will be computed again at its next turn: %s", session.name, error)
+            logger.warning("the history of %s will be computed again: %s", session.name, error)
         finally:
             self.blocks.release(reservation)
-            session.reservation, session.slots = None, slots
             if slots is None:
-                session.token_ids = []
-            session.moving.set()
-            session.moving = None
+                session.enter(SessionState.EMPTY)
+            else:
+                session.enter(SessionState.PARKED, slots=slots, token_ids=token_ids)
             self._is_parking = False
             if session.closed:
                 self._drop(session)
-        self.pump()
+        self._park_more()
+        self.wake()
+
+
+def _holder(request: Request) -> str:
+    return f"KV of request {request.request_id}"

@@ -1,4 +1,4 @@
-"""Who uses which KV block: what sequences hold of their own, and the prefixes that they share."""
+"""Which sequence uses which KV block: its own blocks, and the prefixes that sequences share."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from hermes_async.pipeload.governor import Lease, MemoryGovernor
 
 @dataclass(eq=False, slots=True)
 class SharedBlock:
-    """A block that any sequence with the same tokens up to its end may use; its contents never change once computed.
+    """A block for all sequences with the same tokens up to its end. Once computed it never changes.
 
     Attributes:
-        idx: Of the pool.
-        tokens: The `BLOCK_TOKENS` tokens in it; those before are its parents'.
-        computed: Its keys and values are there. Until then, whichever of its users comes first in a sweep computes it.
-        num_users: Sequences that hold it. Without any it stays, if computed, until its memory is needed.
+        idx: Index in the pool.
+        tokens: Its `BLOCK_TOKENS` tokens; the tokens before them are in its parents.
+        computed: It has its keys and values. Until then, the first of its users in a sweep computes it.
+        num_users: Sequences that hold it. A computed block without users stays until its memory is needed.
     """
 
     idx: int
@@ -31,10 +31,11 @@ class SharedBlock:
 
 @dataclass(eq=False, slots=True)
 class Reservation:
-    """The KV of one sequence: first its shared blocks, then blocks of its own, for which it has the lease.
+    """The KV of one sequence: first its shared blocks, then its own blocks.
 
     Attributes:
-        num_reused: Tokens that were there, or on their way, when it was made.
+        lease: Of its own blocks.
+        num_reused: Tokens that it found in the cache, computed or being computed.
     """
 
     kv: SequenceKV
@@ -46,27 +47,33 @@ class Reservation:
     def num_own(self) -> int:
         return len(self.kv.blocks) - len(self.shared)
 
+    def skip_computed(self, most: int) -> None:
+        """Moves the sequence's length over shared blocks that others have computed, up to `most` tokens."""
+        for block in self.shared[self.kv.length // BLOCK_TOKENS :]:
+            end = (self.kv.length // BLOCK_TOKENS + 1) * BLOCK_TOKENS
+            if not block.computed or end > most:
+                return
+            self.kv.length = end
+
 
 class KVBlocks:
-    """Hands out KV memory, and keeps prefixes for as long as there is room.
+    """Allocates KV memory, and keeps prefixes while there is room. Event-loop side only.
 
-    Prefixes form a tree of blocks. A request's prompt takes the blocks that are there and adds its own full ones at
-    once, so that requests that come together compute a common prefix once too. Blocks that fill up later are added
-    when they are full. Shared blocks are leased once, under "shared prefixes".
-
-    Event-loop side only; every method is synchronous.
+    Prefixes form a tree of blocks. A prompt takes the blocks that match it, and adds its other full blocks at once: so
+    requests that arrive together compute a common prefix once. A block that fills up later is added then. Shared blocks
+    are leased once, under "shared prefixes".
 
     Args:
-        share: Whether sequences share blocks at all.
+        share: Whether sequences share blocks.
     """
 
     def __init__(self, pool: KVPool, governor: MemoryGovernor, *, share: bool = True) -> None:
         self.pool = pool
         self.share = share
         self._governor = governor
-        self._lease = governor.acquire_nowait("shared prefixes", 0)
-        # All mutable state: the tree's root, which is no block itself; the blocks in it without a user, longest
-        # unused first (whoever uses a block uses its parents, so children come before their parents); and counts.
+        self._lease = governor.empty_lease("shared prefixes")
+        # All mutable state: the tree's root, which is no block; the blocks without users, the longest unused first
+        # (children before their parents, because a user of a block uses its parents too); and counts.
         self._root = SharedBlock(-1, (), None)
         self._unused: dict[SharedBlock, None] = {}
         self.num_hits = 0
@@ -74,28 +81,32 @@ class KVBlocks:
 
     @property
     def kv_bytes(self) -> int:
-        """Of all blocks in use, kept prefixes included."""
+        """Bytes of all blocks in use, unused prefixes included."""
         return self.pool.num_used * self.pool.layout.block_bytes
 
     @property
     def unused_prefix_bytes(self) -> int:
-        """Of prefixes that no sequence uses now."""
+        """Bytes of prefixes that no sequence uses now."""
         return len(self._unused) * self.pool.layout.block_bytes
 
     @property
     def most_bytes(self) -> int:
-        """Of the blocks that one sequence could have if no other had any; less after the budget has shrunk."""
-        return (self._num_free() + self.pool.num_used) * self.pool.layout.block_bytes
+        """Bytes that one sequence could have if there were no others; less after the budget has shrunk."""
+        return min(self.pool.num_blocks * self.pool.layout.block_bytes, self._governor.budget_bytes)
+
+    @property
+    def is_short(self) -> bool:
+        """Whether a sequence waits for room."""
+        return self._governor.shortfall_bytes > 0
 
     def num_shared(self, token_ids: Sequence[int]) -> int:
-        """How many of the tokens that a sequence begins with lie in shared blocks."""
+        """How many of these first tokens of a sequence are in shared blocks."""
         return len(self._match(token_ids)) * BLOCK_TOKENS
 
     def reserve(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
-        """Memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
+        """Reserves memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
 
-        Prefixes that nobody uses are dropped for it, least recently used first. None where it does not fit now;
-        nothing has changed then, but for dropped prefixes.
+        It drops unused prefixes if needed, the least recently used first. None if the sequence does not fit now.
         """
         shared = self._match(token_ids)
         reservation = self._make(holder, shared, capacity)
@@ -105,7 +116,7 @@ class KVBlocks:
         reservation.num_reused = len(shared) * BLOCK_TOKENS
         self.num_hits += bool(shared)
         self.num_hit_tokens += reservation.num_reused
-        self.skip_computed(reservation, len(token_ids) - 1)
+        reservation.skip_computed(len(token_ids) - 1)
         if self.share:
             for idx in range(len(shared), len(token_ids) // BLOCK_TOKENS):
                 if not self._add(reservation, idx, token_ids, computed=False):
@@ -114,7 +125,7 @@ class KVBlocks:
         return reservation
 
     def reserve_own(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
-        """As `reserve`, but only computed blocks are taken over and none added: the caller fills in the rest."""
+        """As `reserve`, but takes only computed blocks and adds none: the caller fills the others."""
         shared = self._match(token_ids)
         computed = next((idx for idx, block in enumerate(shared) if not block.computed), len(shared))
         reservation = self._make(holder, shared[:computed], capacity)
@@ -122,10 +133,23 @@ class KVBlocks:
             reservation.num_reused = reservation.kv.length = computed * BLOCK_TOKENS
         return reservation
 
-    def extend(self, reservation: Reservation, length: int, capacity: int) -> bool:
-        """Makes room for `capacity` tokens in all, the first `length` (all shared ones among them) kept.
+    async def wait_for_room(self, holder: str, token_ids: Sequence[int], capacity: int) -> None:
+        """Waits at the governor until a sequence's blocks are free. Prefixes that become unused meanwhile are dropped.
 
-        False where it does not fit now; nothing has changed then, but for dropped prefixes.
+        Raises:
+            MemoryBudgetError: The sequence needs more than all KV memory.
+
+        Cancellation: the governor's queue is left, and nothing is held.
+        """
+        missing = num_blocks(capacity) - len(self._match(token_ids))
+        self.drop_unused(max(0, missing - self._num_free()))
+        lease = await self._governor.acquire(holder, missing * self.pool.layout.block_bytes)
+        lease.release()  # `reserve` leases the bytes again at once, together with the blocks
+
+    def extend(self, reservation: Reservation, length: int, capacity: int) -> bool:
+        """Keeps the first `length` tokens, all shared ones among them, and makes room for `capacity` tokens in all.
+
+        False if that does not fit now; only unused prefixes may have been dropped then.
         """
         kv = reservation.kv
         assert len(reservation.shared) * BLOCK_TOKENS <= length <= kv.length
@@ -137,20 +161,11 @@ class KVBlocks:
         reservation.num_reused = kv.length = length
         return True
 
-    def skip_computed(self, reservation: Reservation, most: int) -> None:
-        """Moves a sequence's length over shared blocks that were computed meanwhile, up to `most` tokens."""
-        kv = reservation.kv
-        for block in reservation.shared[kv.length // BLOCK_TOKENS :]:
-            end = (kv.length // BLOCK_TOKENS + 1) * BLOCK_TOKENS
-            if not block.computed or end > most:
-                return
-            kv.length = end
-
     def commit(self, reservation: Reservation, token_ids: Sequence[int]) -> None:
-        """Told that `reservation.kv.length` has grown: full blocks can be shared now.
+        """Shares the blocks that are full now, after `reservation.kv.length` has grown.
 
         Args:
-            token_ids: The sequence's tokens, at least `kv.length` of them.
+            token_ids: At least the first `kv.length` tokens of the sequence.
         """
         num_full = reservation.kv.length // BLOCK_TOKENS
         for block in reversed(reservation.shared[:num_full]):
@@ -163,7 +178,7 @@ class KVBlocks:
                     return
 
     def trim(self, reservation: Reservation) -> None:
-        """Gives back the blocks behind the sequence's length."""
+        """Frees the blocks after the sequence's length."""
         kept = num_blocks(reservation.kv.length)
         own = max(kept, len(reservation.shared))
         self._free_own(reservation, own)
@@ -172,13 +187,13 @@ class KVBlocks:
             self._let_go(reservation.shared.pop())
 
     def fork(self, holder: str, reservation: Reservation) -> Reservation:
-        """The shared blocks of another sequence, for a new one; takes no memory."""
+        """A reservation of the same shared blocks, for a new sequence; takes no memory."""
         num_full = min(len(reservation.shared), reservation.kv.length // BLOCK_TOKENS)
         shared = reservation.shared[:num_full]
         for block in shared:
             self._hold(block)
         kv = SequenceKV(self.pool, [block.idx for block in shared], num_full * BLOCK_TOKENS)
-        return Reservation(kv, shared, self._governor.acquire_nowait(holder, 0), kv.length)
+        return Reservation(kv, shared, self._governor.empty_lease(holder), kv.length)
 
     def release(self, reservation: Reservation) -> None:
         """Gives everything back. No sweep may still use it."""
@@ -190,12 +205,12 @@ class KVBlocks:
         reservation.lease.release()
 
     def drop_unused(self, count: int | None = None) -> None:
-        """Drops prefixes that nobody uses, least recently used first: `count` blocks, or all."""
+        """Drops `count` unused blocks of prefixes, or all, the least recently used first."""
         for block in list(islice(self._unused, count)):
             self._drop(block)
 
     def close(self) -> None:
-        """Gives the pool's memory and the lease of the prefixes back."""
+        """Frees the pool's memory, and releases the lease of the prefixes."""
         self.drop_unused()
         self.pool.close()
         self._lease.release()
@@ -203,7 +218,7 @@ class KVBlocks:
     # --- the tree ---
 
     def _match(self, token_ids: Sequence[int]) -> list[SharedBlock]:
-        """The longest chain of blocks that these tokens begin with; the last token is always left to compute."""
+        """The longest chain of blocks that matches these tokens without the last one, which must be computed."""
         chain: list[SharedBlock] = []
         block = self._root
         for idx in range((len(token_ids) - 1) // BLOCK_TOKENS if self.share else 0):
@@ -216,7 +231,7 @@ class KVBlocks:
 
     def _make(self, holder: str, shared: list[SharedBlock], capacity: int) -> Reservation | None:
         for block in shared:
-            self._hold(block)  # first, so that making room does not drop them
+            self._hold(block)  # before `_make_room`, which drops unused blocks
         wanted = num_blocks(capacity) - len(shared)
         if not self._make_room(wanted):
             for block in reversed(shared):
@@ -234,7 +249,7 @@ class KVBlocks:
         return True
 
     def _free_own(self, reservation: Reservation, kept: int) -> None:
-        """Frees the sequence's own blocks behind the first `kept` of all."""
+        """Frees all blocks after the first `kept`. They are the sequence's own."""
         surplus = reservation.kv.blocks[kept:]
         del reservation.kv.blocks[kept:]
         self.pool.free(surplus)
@@ -244,7 +259,7 @@ class KVBlocks:
         return min(self.pool.num_blocks - self.pool.num_used, self._governor.free_bytes // self.pool.layout.block_bytes)
 
     def _add(self, reservation: Reservation, idx: int, token_ids: Sequence[int], *, computed: bool) -> bool:
-        """Puts the sequence's own block `idx` into the tree; False where another sequence's is there."""
+        """Puts the sequence's own block `idx` into the tree; False if the tree has such a block already."""
         tokens = tuple(token_ids[idx * BLOCK_TOKENS : (idx + 1) * BLOCK_TOKENS])
         parent = reservation.shared[-1] if reservation.shared else self._root
         if tokens in parent.children:
@@ -265,6 +280,8 @@ class KVBlocks:
             self._unused[block] = None
             if not block.computed:
                 self._drop(block)
+            elif self.is_short:
+                self.drop_unused(1)
 
     def _drop(self, block: SharedBlock) -> None:
         assert block.num_users == 0 and not block.children and block.parent is not None

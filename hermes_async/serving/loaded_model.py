@@ -1,28 +1,27 @@
-"""A planned model brought to life: memory leased, resident stages loaded, agents at work."""
+"""A planned model with its memory and its agents. It can be resized to another budget."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hermes_async.config import EngineConfig
+from hermes_async.config import EngineConfig, format_bytes
+from hermes_async.errors import MemoryBudgetError
+from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.kv_cache import KVPool
-from hermes_async.modeling.packed import PackedBatch
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
-from hermes_async.pipeload.governor import Lease, MemoryGovernor
+from hermes_async.pipeload.governor import GovernorStatistics, Lease, MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
 from hermes_async.pipeload.trace import Trace
 from hermes_async.planning.plan import Plan
-from hermes_async.planning.planner import LEAST_KV_TOKENS
-from hermes_async.planning.resize import resized
+from hermes_async.planning.resize import PlanChange, resized
+from hermes_async.planning.workspace import LEAST_KV_TOKENS
 from hermes_async.serving.draft_model import DraftModel, running_draft_model
 from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.planned_model import PlannedModel
-from hermes_async.serving.request import Request
-from hermes_async.serving.sweep import SweepRunner
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.parking import ParkingFile
@@ -31,20 +30,30 @@ from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import file_states
 from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
+_KV = "KV"
+
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """What an open engine holds."""
+    """What an open engine holds.
 
-    opened: PlannedModel
+    Attributes:
+        governor: Of the whole budget. Weights, ring, KV and workspace have leases of it.
+        weights: The lease of the resident weights.
+        ring: The part of the governor for streamed stages. Loading agents wait for it.
+        kv_memory: The part of the governor for KV. The first request of the queue waits for it.
+        rows: Reads rows of the input embedding; None if the embedding is resident.
+    """
+
+    planned: PlannedModel
     governor: MemoryGovernor
-    weights_lease: Lease
-    ring_lease: Lease
-    ring: BufferPool
+    weights: Lease
+    ring: MemoryGovernor
+    kv_memory: MemoryGovernor
+    buffers: BufferPool
     pipeline: Pipeline
     model: StreamedModel
     rows: RowReader | None
-    runner: SweepRunner
     blocks: KVBlocks
     parking: ParkingFile
     times: SweepTimes
@@ -53,119 +62,160 @@ class LoadedModel:
 
     @property
     def bytes_for_everything(self) -> int:
-        """The budget in which every stage stays."""
-        plan = self.opened.plan
-        resident = sum(stage.slot_bytes for stage in plan.stages) + plan.partition.base.slot_bytes
-        return resident + plan.ring_bytes + plan.workspace_bytes + self._kv_most + self._draft_bytes
+        """The budget that keeps every stage resident."""
+        plan = self.planned.plan
+        weights = sum(stage.slot_bytes for stage in plan.stages) + plan.partition.base.slot_bytes
+        return weights + plan.ring_bytes + plan.workspace_bytes + self._max_kv_bytes + self._draft_bytes
+
+    def memory(self) -> GovernorStatistics:
+        """The leases of the budget. KV counts with the bytes in use, not with those set aside for it."""
+        whole, kv = self.governor.statistics(), self.kv_memory.statistics()
+        holders = {holder: nbytes for holder, nbytes in whole.holders.items() if holder != _KV} | kv.holders
+        set_aside = whole.holders.get(_KV, 0)
+        return replace(
+            whole,
+            bytes_in_use=whole.bytes_in_use - set_aside + kv.bytes_in_use,
+            peak_bytes_in_use=whole.bytes_in_use - set_aside + kv.peak_bytes_in_use,
+            num_leases=whole.num_leases - (_KV in whole.holders) + kv.num_leases,
+            num_waiting=kv.num_waiting,
+            holders=holders,
+        )
+
+    # --- another budget ---
+
+    async def resize(self, budget: int) -> None:
+        """Changes the budget, between two sweeps.
+
+        Raises:
+            MemoryBudgetError: Too little for what cannot be freed, or the system has no more memory. All is as before.
+
+        Cancellation: afterwards the model can only be closed.
+        """
+        before = self.planned.plan
+        after = self._plan_for(budget)
+        await self._claim(max(before.memory_budget, budget))
+        try:
+            await self._apply(before, after)
+        except (MemoryError, OSError) as error:
+            raise MemoryBudgetError(
+                f"the system does not give the memory for a budget of {format_bytes(budget)}: {reason_of(error)}",
+                requested_bytes=budget,
+                budget_bytes=before.memory_budget,
+            ) from error
+        finally:
+            await self._claim(self.planned.plan.memory_budget)
+
+    def _plan_for(self, budget: int) -> Plan:
+        blocks, skeleton = self.blocks, self.planned.skeleton
+        least_tokens = min(skeleton.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) if skeleton.generates else 0
+        kv_in_use = blocks.kv_bytes - blocks.unused_prefix_bytes
+        return resized(
+            self.planned.plan,
+            budget,
+            kv_least=max(kv_in_use, self.planned.probe.kv.nbytes(least_tokens)),
+            kv_most=self._max_kv_bytes,
+            other_bytes=self._draft_bytes,
+        )
+
+    async def _apply(self, before: Plan, after: Plan) -> None:
+        """Frees memory that the new plan does not have, then takes memory that only the new plan has.
+
+        Raises:
+            MemoryError, OSError: The system gives no more memory. All is as before.
+        """
+        change = PlanChange.between(before, after)
+        staying = before.resident - change.leaving
+        self.buffers.add(change.num_added_buffers, change.slot_bytes)  # a buffer takes memory at its first use
+        with self.kv_memory.closed():  # new requests must not take the memory that is freed here
+            await self._set_resident(staying)
+            self.weights.shrink(change.leaving_bytes)
+            kv_surplus = self.kv_memory.statistics().bytes_in_use - after.kv_bytes
+            self.blocks.drop_unused(max(0, -(-kv_surplus // self.planned.probe.kv.block_bytes)))
+            self.kv_memory.resize(min(before.kv_bytes, after.kv_bytes))
+        self.governor.resize(after.memory_budget)
+        self.ring.resize(after.ring_bytes, max_leases=after.num_buffers)
+        self.weights.grow_nowait(change.coming_bytes)
+        try:
+            await self._set_resident(after.resident)
+        except (MemoryError, OSError):  # raised only if stages come, and then no stage has left
+            await self._set_resident(staying)
+            self.weights.shrink(change.coming_bytes)
+            self.governor.resize(before.memory_budget)
+            raise
+        self.kv_memory.resize(after.kv_bytes)
+        self.planned.plan = after
 
     @property
-    def _kv_most(self) -> int:
+    def _max_kv_bytes(self) -> int:
         return self.blocks.pool.num_blocks * self.blocks.pool.layout.block_bytes
 
     @property
     def _draft_bytes(self) -> int:
-        draft = self.opened.draft
+        draft = self.planned.draft
         return 0 if draft is None else draft.fixed_bytes + draft.kv_bytes
 
-    async def resize(self, budget: int) -> None:
-        """Takes more memory, or gives some back; between two sweeps only.
-
-        Raises:
-            MemoryBudgetError: It cannot give so much back; nothing has changed.
-
-        Cancellation: leaves the model fit only to be closed.
-        """
-        plan = self._resized(budget)
-        kept = frozenset(idx for idx in plan.resident if idx in self.opened.plan.resident)
-        # Requests that come meanwhile would take what is to be given back.
-        with self.governor.closed():
-            await self._claim(max(budget, self.opened.plan.memory_budget))
-            await self._set_resident(kept)
-        self.weights_lease.shrink(self.opened.plan.resident_bytes - replace(plan, resident=kept).resident_bytes)
-        num_buffers = plan.num_buffers - self.opened.plan.num_buffers
-        self.opened.plan = replace(plan, resident=kept)
-        over = self.governor.budget_bytes - self.governor.free_bytes + num_buffers * plan.slot_bytes - budget
-        self.blocks.drop_unused(max(0, -(-over // self.opened.seen.kv.block_bytes)))
-        self.governor.resize(budget)
-        self.ring_lease.grow_nowait(num_buffers * plan.slot_bytes)
-        self.ring.add(num_buffers, plan.slot_bytes)
-        self.weights_lease.grow_nowait(plan.resident_bytes - self.opened.plan.resident_bytes)
-        await self._set_resident(plan.resident)
-        self.opened.plan = plan
-        await self._claim(budget)
-
     async def _claim(self, budget: int) -> None:
-        """On a thread, as other processes are told by a file."""
-        await run_in_thread(self.opened.claim.change, budget)
+        """Publishes the budget, on a thread: other processes read it from a file."""
+        await run_in_thread(self.planned.claim.change, budget)
 
-    def _resized(self, budget: int) -> Plan:
-        blocks, skeleton = self.blocks, self.opened.skeleton
-        least_tokens = min(skeleton.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) if skeleton.generates else 0
-        kv_in_use = blocks.kv_bytes - blocks.unused_prefix_bytes
-        return resized(
-            self.opened.plan,
-            budget,
-            kv_least=max(kv_in_use, self.opened.seen.kv.nbytes(least_tokens)),
-            kv_most=self._kv_most,
-            other_bytes=self._draft_bytes,
-        )
+    def _numbered_stages(self) -> list[tuple[int, Stage]]:
+        """The plan's stages with their indices in the plan; the base is not among them."""
+        stages = self.pipeline.stages
+        return list(enumerate(stages[len(stages) - len(self.planned.plan.stages) :]))
 
     async def _set_resident(self, resident: Collection[int]) -> None:
-        """By the stages' numbers in the plan; the base, which the plan does not count, always stays."""
-        stages = self.pipeline.stages
-        num_base = len(stages) - len(self.opened.plan.stages)
-        staying = [*stages[:num_base], *(stages[num_base + idx] for idx in sorted(resident))]
-        await self.pipeline.set_resident(staying, self.model.unbind)
+        """Makes exactly these stages of the plan resident, and the base."""
+        numbered = self._numbered_stages()
+        for idx, stage in numbered:
+            if stage.resident and idx not in resident:
+                self.model.unbind(stage)
+        base = self.pipeline.stages[: len(self.pipeline.stages) - len(numbered)]
+        await self.pipeline.set_resident([*base, *(stage for idx, stage in numbered if idx in resident)])
 
 
 @asynccontextmanager
 async def loaded_model(
-    opened: PlannedModel, config: EngineConfig, release: Callable[[Request], None], trace: Trace | None = None
+    planned: PlannedModel, config: EngineConfig, trace: Trace | None = None
 ) -> AsyncGenerator[LoadedModel, None]:
-    """Takes the plan's memory and starts the agents, which begin to load; undoes all of it in reverse order.
+    """Takes the plan's memory and starts the agents, which begin to load. Leaving undoes all of it in reverse order.
 
     Args:
-        release: Gives an aborted request's memory back; called on the event loop.
-        trace: Told of what the agents do.
+        trace: Records what the agents do.
 
     Raises:
-        ReadError: A file could not be opened, or a draft model not be read.
+        ReadError: A file could not be opened, or the draft model could not be read.
     """
-    plan, partition = opened.plan, opened.partition
+    plan, partition = planned.plan, planned.partition
     governor = MemoryGovernor(plan.memory_budget)
-    opened.claim.leased = lambda: governor.budget_bytes - governor.free_bytes
     async with AsyncExitStack() as exits:
-        weights_lease = exits.enter_context(governor.acquire_nowait("resident weights", plan.resident_bytes))
-        ring_lease = exits.enter_context(governor.acquire_nowait("ring buffers", plan.ring_bytes))
+        weights = exits.enter_context(governor.acquire_nowait("resident weights", plan.resident_bytes))
+        ring = exits.enter_context(governor.part("ring buffers", plan.ring_bytes, max_leases=plan.num_buffers))
         exits.enter_context(governor.acquire_nowait("workspace", plan.workspace_bytes))
-        blocks = KVBlocks(KVPool(opened.seen.kv, plan.kv_bytes), governor, share=config.share_prefixes)
+        kv_memory = exits.enter_context(governor.part(_KV, plan.kv_bytes))
+        planned.claim.leased = lambda: governor.budget_bytes - governor.free_bytes - kv_memory.free_bytes
+        blocks = KVBlocks(KVPool(planned.probe.kv, plan.kv_bytes), kv_memory, share=config.share_prefixes)
         exits.callback(blocks.close)
         folder = None if config.parking_dir is None else Path(config.parking_dir)
-        parking = ParkingFile(folder, opened.seen.kv.block_bytes, direct=config.direct_io)
+        parking = ParkingFile(folder, planned.probe.kv.block_bytes, direct=config.direct_io)
         exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()
-        ring = BufferPool(plan.num_buffers, plan.slot_bytes)
-        stages = _stages(opened)
+        buffers = BufferPool(plan.num_buffers, plan.slot_bytes)
+        stages = _stages(planned)
         pipeline = Pipeline(
             stages,
             num_loading_agents=plan.num_loading_agents,
             ring=ring,
+            buffers=buffers,
             statistics=read_statistics,
             direct=config.direct_io,
             trace=trace,
-            file_states=file_states(opened.skeleton.tensors.values()),
+            file_states=file_states(planned.skeleton.tensors.values()),
         )
-        runner: SweepRunner | None = None
-
-        def on_stage(batch: PackedBatch) -> None:
-            assert runner is not None
-            runner.drop_aborted(batch)
-
-        behind_pipeline = exits.enter_context(ExitStack())
+        after_pipeline = exits.enter_context(ExitStack())  # closed after the pipeline has stopped
         await exits.enter_async_context(pipeline.running())
-        # The agents read by now, and need the event loop for it.
-        model = await run_in_thread(_streamed_model, opened, stages, pipeline, on_stage)
-        behind_pipeline.callback(model.close)
+        # On a thread, because the agents are reading already and need the event loop.
+        model = await run_in_thread(_streamed_model, planned, stages, pipeline)
+        after_pipeline.callback(model.close)
         rows = None
         if partition.streamed_embedding is not None:
             executor = exits.enter_context(DaemonExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
@@ -179,63 +229,45 @@ async def loaded_model(
                 RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
             )
         draft_model = None
-        if opened.draft is not None:
+        if planned.draft is not None:
+            vocab_size = planned.skeleton.vocab_size
             draft_model = await exits.enter_async_context(
-                running_draft_model(
-                    opened.draft,
-                    governor,
-                    read_statistics,
-                    opened.skeleton.vocab_size,
-                    direct=config.direct_io,
-                )
+                running_draft_model(planned.draft, governor, read_statistics, vocab_size, direct=config.direct_io)
             )
-        times = SweepTimes()
-        runner = SweepRunner(
-            model,
-            pipeline,
-            rows,
-            times=times,
-            draft_model=draft_model,
-            eos_token_ids=opened.skeleton.eos_token_ids,
-            release=release,
-        )
         yield LoadedModel(
-            opened,
-            governor,
-            weights_lease,
-            ring_lease,
-            ring,
-            pipeline,
-            model,
-            rows,
-            runner,
-            blocks,
-            parking,
-            times,
-            draft_model,
-            trace,
+            planned=planned,
+            governor=governor,
+            weights=weights,
+            ring=ring,
+            kv_memory=kv_memory,
+            buffers=buffers,
+            pipeline=pipeline,
+            model=model,
+            rows=rows,
+            blocks=blocks,
+            parking=parking,
+            times=SweepTimes(),
+            draft_model=draft_model,
+            trace=trace,
         )
 
 
-def _streamed_model(
-    opened: PlannedModel, stages: Sequence[Stage], pipeline: Pipeline, on_stage: Callable[[PackedBatch], None]
-) -> StreamedModel:
-    partition, model = opened.partition, opened.skeleton.model
+def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pipeline) -> StreamedModel:
+    partition, model = planned.partition, planned.skeleton.model
     replace_linears(model, partition.linear_blocks)
     return StreamedModel(
         model,
-        opened.attention,
+        planned.attention,
         stages,
         streamed_embedding=partition.streamed_embedding is not None,
-        native_tokens=opened.plan.speeds.native_tokens,
+        native_tokens=planned.plan.native_tokens,
         gate=pipeline,
-        on_stage=on_stage,
     )
 
 
-def _stages(opened: PlannedModel) -> list[Stage]:
-    """The base, if anything is in it, and then the plan's stages."""
-    base, plan = opened.partition.base, opened.plan
+def _stages(planned: PlannedModel) -> list[Stage]:
+    """The base, if it has tensors, and then the plan's stages."""
+    base, plan = planned.partition.base, planned.plan
     stages = [Stage(0, base, resident=True)] if base.placements else []
     for idx, layout in enumerate(plan.stages):
         stages.append(Stage(len(stages), layout, resident=idx in plan.resident))

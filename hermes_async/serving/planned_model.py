@@ -1,11 +1,11 @@
-"""A model that is planned and not yet loaded: what opening a checkpoint found out, and how the budget is divided."""
+"""A model that is not yet loaded: the checkpoint, the skeleton, the probe and the plan."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from hermes_async.memory.claims import Claim
+from hermes_async.modeling.activations import WorkspaceBounds
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.partition import Partition
 from hermes_async.modeling.probe import Probe
@@ -16,18 +16,17 @@ from hermes_async.storage.checkpoint import Checkpoint
 
 @dataclass(frozen=True, slots=True)
 class PlannedDraft:
-    """A draft model that is not yet loaded; all of it will be in memory.
+    """A draft model that is not yet loaded. All of it will be resident.
 
     Attributes:
         attention: Registered with transformers until `close`.
-        fixed_bytes: Of its weights and of the workspace for a pass.
-        kv_bytes: What the plan leaves for its KV.
+        fixed_bytes: Bytes of its weights and of the workspace for a pass.
         max_tokens: Of one pass.
     """
 
     skeleton: Skeleton
     attention: PackedAttention
-    seen: Probe
+    probe: Probe
     partition: Partition
     fixed_bytes: int
     max_tokens: int
@@ -42,22 +41,20 @@ class PlannedModel:
     """A model that is planned and not yet loaded.
 
     Attributes:
-        plan: Replaced when a running engine gets another budget; nothing else ever changes.
+        plan: Replaced by a resize; nothing else ever changes.
         attention: Registered with transformers until `close`.
-        partition: The plan's.
-        forward_bytes: What a plain forward pass may take, by sequences (or images) and tokens of each.
-        draft: The draft model, if one was given.
+        bounds: Of the memory that activations take.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
-        claim: On the memory that the engines of the user have in common; until `close`.
+        claim: On the memory that all engines of the user share; released by `close`.
     """
 
     checkpoint: Checkpoint
     skeleton: Skeleton
     attention: PackedAttention
-    seen: Probe
+    probe: Probe
     partition: Partition
     plan: Plan
-    forward_bytes: Callable[[int, int], int]
+    bounds: WorkspaceBounds
     draft: PlannedDraft | None
     baseline_bytes: int
     claim: Claim

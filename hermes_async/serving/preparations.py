@@ -1,4 +1,4 @@
-"""Calls whose inputs are being tokenized and checked, each on a thread of its own that nobody has to wait for."""
+"""Calls whose inputs are being tokenized and checked, each on a thread that its caller can abandon."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class PreparationAbortedError(Exception):
 
 @dataclass(eq=False)
 class _Preparation:
-    """A call that is prepared just now.
+    """A call that is being prepared.
 
     Attributes:
-        request_id: None where it is no request to generate.
-        ready: Set when it is over.
-        error: Why it was ended from outside.
+        request_id: None if the call does not generate.
+        ready: Set when the preparation has ended.
+        error: Why it was ended early.
     """
 
     request_id: str | None
@@ -43,11 +43,11 @@ class _Preparation:
 
 
 class Preparations:
-    """What is prepared just now. Event-loop side only.
+    """All calls that are being prepared. Event-loop side only.
 
-    A text can take minutes, and no tokenizer can be interrupted. So whoever leaves a preparation (at its deadline, by
-    `abort` or cancellation, or with the engine) leaves at once, and its thread goes on alone until the tokenizer
-    returns. Such a thread keeps its place among `_MAX_THREADS`, and does not keep the interpreter from exiting.
+    A text can take minutes, and no tokenizer can be interrupted. So a call that ends early (at its deadline, by `abort`
+    or cancellation, or with the engine) ends at once, and its thread runs on until the tokenizer returns. Such a thread
+    still counts towards `_MAX_THREADS`. It does not delay the interpreter's exit.
     """
 
     def __init__(self) -> None:
@@ -57,7 +57,7 @@ class Preparations:
 
     @property
     def num_requests(self) -> int:
-        """Requests to generate that are prepared just now."""
+        """Requests that are being prepared; other calls do not count."""
         return sum(preparation.request_id is not None for preparation in self._under_way)
 
     def is_under_way(self, request_id: str) -> bool:
@@ -73,25 +73,25 @@ class Preparations:
         return False
 
     def end(self, error: HermesError) -> None:
-        """Ends all that is prepared."""
+        """Ends all preparations."""
         for preparation in self._under_way:
             preparation.end(error)
 
     async def wait(self) -> None:
-        """Waits for all that is prepared now, and for nothing that comes later."""
+        """Waits for the preparations that are under way now, and not for later ones."""
         for preparation in tuple(self._under_way):
             await preparation.ready.wait()
 
     async def run(self, check: Callable[[], T], request_id: str | None = None, deadline: float | None = None) -> T:
-        """Calls `check` on a thread, as soon as there is one.
+        """Calls `check` on a thread, once one is free.
 
         Raises:
             PreparationAbortedError: `abort` was called.
             DeadlineExceededError: The deadline passed.
-            RequestError: `check` raised what is no error of ours.
-            HermesError: That of `end`.
+            RequestError: `check` raised another library's error.
+            HermesError: The error given to `end`.
 
-        Cancellation: at once; the thread goes on until `check` ends, and its result is dropped.
+        Cancellation: at once; the thread runs on until `check` returns, and the result is dropped.
         """
         scope = anyio.CancelScope(deadline=math.inf if deadline is None else deadline)
         preparation = _Preparation(request_id, scope)
@@ -110,12 +110,12 @@ class Preparations:
         return result[0]
 
     async def _on_a_thread(self, check: Callable[[], T]) -> T:
-        """Calls `check` on a thread that nobody has to wait for, nor the interpreter's exit."""
+        """Calls `check` on a thread that neither cancellation nor the interpreter's exit waits for."""
         try:
             return await run_in_thread(
                 _checked, check, abandon_on_cancel=True, left_at_exit=True, limiter=self._threads
             )
-        except RuntimeError as error:  # never of `check`
+        except RuntimeError as error:  # of the thread's start: `_checked` raises no RuntimeError
             raise RequestError(f"no thread can be started to prepare the request: {error}") from error
 
 

@@ -1,7 +1,8 @@
-"""A request: what its user sees of it, and what the engine keeps about it."""
+"""A request: its prompt, its state, and the stream of its chunks."""
 
 from __future__ import annotations
 
+import enum
 import math
 import time
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from hermes_async.results import Chunk, FinishReason, Timings, Usage
 from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
 from hermes_async.serving.text_stream import TextStream
 
-if TYPE_CHECKING:  # what imports torch, only where it is used
+if TYPE_CHECKING:  # these import torch, which only an open engine needs
     from hermes_async.modeling.kv_cache import SequenceKV
     from hermes_async.modeling.sampling import Sampler
     from hermes_async.serving.kv_blocks import Reservation
@@ -29,10 +30,10 @@ class PreparedPrompt:
 
     Attributes:
         token_ids: At least one.
-        capacity: Most tokens that the sequence may come to have.
+        capacity: The most tokens of the sequence, prompt and answer together.
         text_stream: None without a tokenizer.
-        lookup: Drafts from the sequence itself; None where that is switched off.
-        acceptance: How often its drafts were right.
+        lookup: Drafts tokens from the sequence itself; None if prompt lookup is off.
+        acceptance: How often drafted tokens of this request were right.
     """
 
     token_ids: list[int]
@@ -43,19 +44,41 @@ class PreparedPrompt:
     acceptance: AcceptanceRates
 
 
+class RequestState(enum.Enum):
+    """Where a request is. `Request.enter` makes every transition.
+
+    The usual order is WAITING, RUNNING, ENDED. RESTORING comes before RUNNING if a session's KV is read from disk.
+    LEAVING comes before ENDED if the request is aborted while a thread uses its KV.
+    """
+
+    WAITING = "waiting"
+    RESTORING = "restoring"
+    RUNNING = "running"
+    LEAVING = "leaving"
+    ENDED = "ended"
+
+
+_TRANSITIONS = {
+    RequestState.WAITING: {RequestState.RESTORING, RequestState.RUNNING, RequestState.ENDED},
+    RequestState.RESTORING: {RequestState.RUNNING, RequestState.LEAVING, RequestState.ENDED},
+    RequestState.RUNNING: {RequestState.LEAVING, RequestState.ENDED},
+    RequestState.LEAVING: {RequestState.ENDED},
+    RequestState.ENDED: set[RequestState](),
+}
+
+
 @dataclass(eq=False)
 class Request:
-    """One request inside the engine.
+    """One request inside the engine. Event-loop side only, except that the compute thread reads it.
 
     Attributes:
-        max_buffered: Chunks that its user may leave untaken before it pauses.
-        session: The chat session whose turn it is.
-        token_ids: The prompt, then what was generated.
-        reservation: Its KV; None while it waits.
-        told_paused: The last event of its pauses was its beginning.
-        aborted: Nobody wants the rest.
-        error: Why it ended, if not by itself.
-        released: Set when its KV was given back.
+        max_buffered: Unread chunks at which the request pauses.
+        session: The session whose turn this is.
+        token_ids: The prompt, then the generated tokens.
+        reservation: Its KV; None while it waits, and after it ended.
+        told_paused: "paused" was the last such event, so "resumed" must follow.
+        error: Why it ended early.
+        released: Set when the request has ended and its KV is free.
     """
 
     request_id: str
@@ -64,12 +87,12 @@ class Request:
     max_buffered: int
     created_at: float
     session: SessionKV | None = None
+    state: RequestState = RequestState.WAITING
     send: MemoryObjectSendStream[Chunk] = field(init=False)
     receive: MemoryObjectReceiveStream[Chunk] = field(init=False)
     token_ids: list[int] = field(init=False)
     reservation: Reservation | None = None
     told_paused: bool = False
-    aborted: bool = False
     finish_reason: FinishReason | None = None
     error: HermesError | None = None
     released: anyio.Event = field(default_factory=anyio.Event)
@@ -83,8 +106,22 @@ class Request:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prepared.token_ids)
-        # One more than pauses it, for the chunk that tells of its end.
+        # One place more than pauses the request: so there is always room for the last chunk.
         self.send, self.receive = anyio.create_memory_object_stream[Chunk](self.max_buffered + 1)
+
+    def enter(self, state: RequestState) -> None:
+        """Makes a transition."""
+        assert state in _TRANSITIONS[self.state], f"{self.state} -> {state}"
+        self.state = state
+
+    @property
+    def aborted(self) -> bool:
+        """Nobody wants the rest, and a thread may still use the KV."""
+        return self.state is RequestState.LEAVING
+
+    @property
+    def ended(self) -> bool:
+        return self.state is RequestState.ENDED
 
     @property
     def kv(self) -> SequenceKV:
@@ -93,7 +130,7 @@ class Request:
 
     @property
     def paused(self) -> bool:
-        """Its user does not take what is there."""
+        """The user has left `max_buffered` chunks unread."""
         return self.send.statistics().current_buffer_used >= self.max_buffered
 
     @property
@@ -102,7 +139,7 @@ class Request:
 
     @property
     def num_left(self) -> int:
-        """Tokens that it may still generate."""
+        """Tokens that the request may still generate."""
         left = self.prepared.capacity - len(self.token_ids)
         return left if self.params.max_tokens is None else min(left, self.params.max_tokens - self.num_output_tokens)
 
@@ -125,7 +162,12 @@ class Request:
 
 
 def check_deadline(deadline: float | None) -> None:
-    """Raises `RequestError` for what is no time, and `DeadlineExceededError` for one that has passed."""
+    """Checks the deadline that a user gave.
+
+    Raises:
+        RequestError: The deadline is not a time.
+        DeadlineExceededError: The deadline has passed.
+    """
     if deadline is None:
         return
     if isinstance(deadline, bool) or not isinstance(deadline, (int, float)) or not math.isfinite(deadline):

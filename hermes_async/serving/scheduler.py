@@ -1,76 +1,57 @@
-"""Decides, before each sweep, which sequences take part and with how many tokens. Synchronous; does no I/O."""
+"""Chooses the requests of each sweep, and how many tokens each of them has. Synchronous; does no I/O."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Protocol
 
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
-from hermes_async.serving.kv_blocks import Reservation, SharedBlock
+from hermes_async.serving.jobs import DRAFT_MODEL, GenerationJob
+from hermes_async.serving.kv_blocks import SharedBlock
 from hermes_async.serving.request import Request
-from hermes_async.serving.speculation import Draft, allocate
+from hermes_async.serving.speculation import Draft, allocate, expected_tokens
 from hermes_async.serving.sweep_times import SweepTimes
-
-BY_DRAFT_MODEL = 0
-"""Stands for the draft model where lengths of matches are told apart, which are at least one."""
 
 
 class Drafter(Protocol):
-    """What the scheduler asks of a draft model."""
+    """What the scheduler needs of a draft model."""
 
     @property
     def times(self) -> SweepTimes: ...
     def can_draft(self, request: Request) -> bool: ...
 
 
-@dataclass(eq=False, slots=True)
-class Scheduled:
-    """One request's share of a sweep.
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    """A job that could verify drafted tokens.
 
     Attributes:
-        past: Tokens of the sequence that lie in its KV before these, or are put there by this sweep for another.
-        token_ids: A chunk of the prompt, or the last token, with drafted tokens behind it.
-        num_drafted: How many of them are drafted.
-        match_length: What the draft was found by, or `BY_DRAFT_MODEL`.
-        samples: Whether the next token can be chosen after these.
-        needed: Another request of this sweep uses the blocks that this one computes.
+        draft: The tokens; None if the draft model must still draft them.
+        rate: The chance that a drafted token is right.
+        most: The most tokens that can be drafted.
     """
 
-    request: Request
-    past: int
-    token_ids: list[int]
-    samples: bool
-    num_drafted: int = 0
-    match_length: int = 0
-    needed: bool = False
-
-    @property
-    def from_draft_model(self) -> bool:
-        """Whether its drafted tokens are still to come."""
-        return self.num_drafted > 0 and self.match_length == BY_DRAFT_MODEL
-
-    @property
-    def num_outputs(self) -> int:
-        """Positions whose logits are wanted."""
-        return 1 + self.num_drafted if self.samples else 0
+    job: GenerationJob
+    draft: Draft | None
+    match_length: int
+    rate: float
+    most: int
 
 
 class Scheduler:
-    """Packs prompts and decodes together: every decoding sequence first, then prompts in the order they came.
+    """Packs prompts and decodes together: first all decoding sequences, then prompts in the order of their admission.
 
-    Of more than `max_sequences` requests the first to be admitted take part; those whose user does not take their
-    chunks are left out. A prompt goes in chunks: beside decoding sequences it gets as many tokens as keep the sweep's
-    compute within its read time. Where less is read, prompts get at least as much compute as the decodes, and as much
-    for each prompt as for each decode. What is left goes to drafted tokens, as far as these are expected to pay.
+    At most `max_sequences` requests take part, in the order of their admission. Paused requests do not. Prompts are
+    computed in chunks. Beside decoding sequences, chunks may have as many tokens as are computed while the sweep reads
+    its weights. If that is little, prompts get as much compute time as decodes, in total and for each sequence. Drafted
+    tokens get the room that is left, if they are expected to pay.
 
     Args:
-        tokens_by_outputs: Most tokens of a sweep, as `Plan.tokens_by_outputs`; no more with more outputs.
-        max_sequences: Most requests in a sweep.
+        tokens_by_outputs: The most tokens of a sweep, as `Plan.tokens_by_outputs`.
+        max_sequences: The most requests in a sweep.
         times: What sweeps take.
-        skip_computed: Moves a sequence's length over shared blocks that were computed meanwhile.
-        draft_model: Drafts too, where what a sequence's own text has to offer is right less often.
+        draft_model: Drafts tokens for requests where prompt lookup is right less often.
     """
 
     def __init__(
@@ -78,14 +59,13 @@ class Scheduler:
         tokens_by_outputs: Sequence[int],
         max_sequences: int,
         times: SweepTimes,
-        skip_computed: Callable[[Reservation, int], None],
         draft_model: Drafter | None = None,
     ) -> None:
         self.tokens_by_outputs = tokens_by_outputs
         self.max_sequences = max_sequences
         self._times = times
-        self._skip_computed = skip_computed
         self._draft_model = draft_model
+        # All mutable state: the admitted requests, in order.
         self._running: list[Request] = []
 
     @property
@@ -101,146 +81,150 @@ class Scheduler:
         self._running.append(request)
 
     def remove(self, request: Request) -> None:
-        """Takes a request out; nothing happens if it is not in."""
+        """Removes a request, if it was added."""
         if request in self._running:
             self._running.remove(request)
 
-    def schedule(self) -> list[Scheduled]:
-        """The next sweep; empty when there is nothing to do."""
-        runnable = [request for request in self._running if not request.paused][: self.max_sequences]
-        for request in runnable:
+    def schedule(self) -> list[GenerationJob]:
+        """The generation jobs of the next sweep, perhaps none."""
+        active = [request for request in self._running if not request.paused][: self.max_sequences]
+        for request in active:
             assert request.reservation is not None
-            self._skip_computed(request.reservation, len(request.token_ids) - 1)
-        decoding = [request for request in runnable if len(request.token_ids) - request.kv.length == 1]
-        decoding = decoding[: self.tokens_by_outputs[-1]]
-        sweep = [Scheduled(request, request.kv.length, request.token_ids[-1:], samples=True) for request in decoding]
-        prompts = [request for request in runnable if len(request.token_ids) - request.kv.length > 1]
-        sweep += self._chunks(prompts, len(decoding))
-        self._draft(sweep)
-        return sweep
+            request.reservation.skip_computed(len(request.token_ids) - 1)
+        decoding = [request for request in active if _num_pending(request) == 1][: self.tokens_by_outputs[-1]]
+        prompts = [request for request in active if _num_pending(request) > 1]
+        jobs = [GenerationJob(request, request.kv.length, request.token_ids[-1:], samples=True) for request in decoding]
+        jobs += self._chunks(prompts, len(decoding))
+        self._add_drafts(jobs)
+        return jobs
 
-    def _chunks(self, prompts: list[Request], num_decoding: int) -> list[Scheduled]:
-        most = self.tokens_by_outputs[0]
-        if prompts and num_decoding:
-            share = 1 + max(1.0, len(prompts) / num_decoding)
-            seconds = max(self._times.read_seconds or 0.0, share * (self._times.compute_seconds(num_decoding) or 0.0))
-            within = self._times.tokens_within(seconds, most) - num_decoding
-            most = num_decoding + max(within, BLOCK_TOKENS)
-        taken = num_decoding
-        chunks: list[Scheduled] = []
-        computing: dict[SharedBlock, Scheduled] = {}
+    # --- prompts ---
+
+    def _chunks(self, prompts: list[Request], num_decoding: int) -> list[GenerationJob]:
+        most = self._most_beside_decodes(len(prompts), num_decoding)
+        num_tokens = num_decoding
+        chunks: list[GenerationJob] = []
+        computing: dict[SharedBlock, GenerationJob] = {}
         for request in prompts:
-            room = min(most, self._most_tokens(num_decoding + len(chunks) + 1)) - taken
+            room = min(most, self._most_tokens(num_decoding + len(chunks) + 1)) - num_tokens
             if room <= 0:
                 break
-            past = _past(request, computing)
+            past = _first_pending(request, computing)
             token_ids = request.token_ids[past : past + room]
-            chunk = Scheduled(request, past, token_ids, samples=past + len(token_ids) == len(request.token_ids))
+            end = past + len(token_ids)
+            chunk = GenerationJob(request, past, token_ids, samples=end == len(request.token_ids))
             chunks.append(chunk)
-            taken += len(token_ids)
+            num_tokens += len(token_ids)
             assert request.reservation is not None
-            for block in request.reservation.shared[past // BLOCK_TOKENS : (past + len(token_ids)) // BLOCK_TOKENS]:
+            for block in request.reservation.shared[past // BLOCK_TOKENS : end // BLOCK_TOKENS]:
                 computing.setdefault(block, chunk)
         return chunks
 
-    def _draft(self, sweep: list[Scheduled]) -> None:
-        """Adds drafted tokens behind the last token of sequences that have none but this to compute."""
-        num_tokens = sum(len(item.token_ids) for item in sweep)
-        num_outputs = sum(item.samples for item in sweep)
-        counts = range(1, 1 + len(self.tokens_by_outputs) - len(sweep))
-        most = max(
-            (count for count in counts if num_tokens + count <= self._most_tokens(len(sweep) + count)), default=0
-        )
-        if most == 0:
-            return
-        drafts: list[tuple[Scheduled, Draft]] = []
-        modelled: list[Scheduled] = []
-        for item in sweep:
-            left = min(most, item.request.num_left - 1)
-            if left <= 0 or not item.samples or item.past + 1 < len(item.request.token_ids):
-                continue
-            prompt = item.request.prepared
-            draft = None if prompt.lookup is None else prompt.lookup.propose(left)
-            if self._can_draft(item.request) and (
-                draft is None or prompt.acceptance.rate(draft.match_length) < prompt.acceptance.rate(BY_DRAFT_MODEL)
-            ):
-                modelled.append(item)
-            elif draft is not None:
-                drafts.append((item, draft))
-        self._choose(drafts, modelled, num_tokens, num_outputs, most)
-
-    def _choose(
-        self,
-        drafts: list[tuple[Scheduled, Draft]],
-        modelled: list[Scheduled],
-        num_tokens: int,
-        num_outputs: int,
-        most: int,
-    ) -> None:
-        """Gives each sequence as many drafted tokens as are expected to pay.
-
-        A draft model takes a pass for each further token of the longest of its drafts; its depth is tried from none
-        upwards, for as long as one more is not worse.
-        """
-        items = [*(item for item, _ in drafts), *modelled]
-        lengths = [*(draft.match_length for _, draft in drafts), *(BY_DRAFT_MODEL for _ in modelled)]
-        rates = [item.request.prepared.acceptance.rate(length) for item, length in zip(items, lengths, strict=True)]
-        best, best_worth = [0] * len(items), 0.0
-        pass_s = self._drafting_seconds(len(modelled))
-        # While a pass of the draft model was never timed, one token each is enough to learn that.
-        for depth in range(1 + (0 if not modelled else 1 if pass_s is None else most)):
-            sweep_seconds = partial(self._sweep_seconds, drafting_s=depth * (pass_s or 0.0))
-            available = [len(draft.token_ids) for _, draft in drafts]
-            available += [min(depth, item.request.num_left - 1) for item in modelled]
-            counts = allocate(
-                rates,
-                available,
-                num_tokens=num_tokens,
-                num_outputs=num_outputs,
-                most=most,
-                sweep_seconds=sweep_seconds,
-            )
-            outputs = num_outputs + sum(_expected(rate, count) for rate, count in zip(rates, counts, strict=True))
-            worth = outputs / (sweep_seconds(num_tokens + sum(counts)) or 1.0)
-            if worth <= best_worth:
-                break
-            best, best_worth = counts, worth
-        for item, length, count in zip(items, lengths, best, strict=True):
-            item.num_drafted, item.match_length = count, length
-            if count == 0:
-                item.request.prepared.acceptance.passed(length)
-        for item, draft in drafts:
-            item.token_ids += draft.token_ids[: item.num_drafted]
+    def _most_beside_decodes(self, num_prompts: int, num_decoding: int) -> int:
+        """The most tokens of a sweep whose prompts do not delay the decoding sequences for too long."""
+        most = self.tokens_by_outputs[0]
+        if not num_prompts or not num_decoding:
+            return most
+        share = 1 + max(1.0, num_prompts / num_decoding)
+        seconds = max(self._times.read_seconds or 0.0, share * (self._times.compute_seconds(num_decoding) or 0.0))
+        num_prompt_tokens = self._times.tokens_within(seconds, most) - num_decoding
+        return num_decoding + max(num_prompt_tokens, BLOCK_TOKENS)
 
     def _most_tokens(self, num_outputs: int) -> int:
-        """Of a sweep with so many outputs; a request that has no part in its logits counts as one too."""
+        """The most tokens of a sweep with `num_outputs`; a request without logits counts as one output."""
         return self.tokens_by_outputs[num_outputs - 1] if num_outputs <= len(self.tokens_by_outputs) else 0
 
-    def _can_draft(self, request: Request) -> bool:
-        return self._draft_model is not None and self._draft_model.can_draft(request)
+    # --- drafts ---
 
-    def _drafting_seconds(self, num_sequences: int) -> float | None:
-        """One pass of the draft model."""
-        return None if self._draft_model is None else self._draft_model.times.compute_seconds(num_sequences)
+    def _add_drafts(self, jobs: list[GenerationJob]) -> None:
+        """Appends drafted tokens to the jobs, as many as are expected to pay."""
+        num_tokens = sum(len(job.token_ids) for job in jobs)
+        room = max(
+            (
+                count
+                for count in range(1, 1 + len(self.tokens_by_outputs) - len(jobs))
+                if num_tokens + count <= self._most_tokens(len(jobs) + count)
+            ),
+            default=0,
+        )
+        candidates = [candidate for job in jobs if (candidate := self._candidate(job, room)) is not None]
+        if not candidates:
+            return
+        counts = self._draft_counts(candidates, num_tokens, sum(job.samples for job in jobs), room)
+        for candidate, count in zip(candidates, counts, strict=True):
+            job = candidate.job
+            job.num_drafted, job.match_length = count, candidate.match_length
+            if candidate.draft is not None:
+                job.token_ids += candidate.draft.token_ids[:count]
+            if count == 0:
+                job.request.prepared.acceptance.passed(candidate.match_length)
 
-    def _sweep_seconds(self, num_tokens: int, drafting_s: float) -> float | None:
-        seconds = self._times.sweep_seconds(num_tokens)
-        return None if seconds is None else seconds + drafting_s
+    def _candidate(self, job: GenerationJob, room: int) -> _Candidate | None:
+        """A draft for the job from the better source: the sequence itself, or the draft model."""
+        request, prompt = job.request, job.request.prepared
+        most = min(room, request.num_left - 1)
+        if most <= 0 or not job.samples or job.past + 1 < len(request.token_ids):
+            return None
+        draft = None if prompt.lookup is None else prompt.lookup.propose(most)
+        if self._draft_model is not None and self._draft_model.can_draft(request):
+            rate = prompt.acceptance.rate(DRAFT_MODEL)
+            if draft is None or prompt.acceptance.rate(draft.match_length) < rate:
+                return _Candidate(job, None, DRAFT_MODEL, rate, most)
+        if draft is None:
+            return None
+        return _Candidate(job, draft, draft.match_length, prompt.acceptance.rate(draft.match_length), most)
+
+    def _draft_counts(
+        self, candidates: Sequence[_Candidate], num_tokens: int, num_outputs: int, room: int
+    ) -> list[int]:
+        """How many drafted tokens each candidate gets.
+
+        The draft model runs one pass for each token of its longest draft. This depth grows from zero while one more
+        token is expected to give more tokens a second.
+        """
+        rates = [candidate.rate for candidate in candidates]
+        num_for_model = sum(candidate.draft is None for candidate in candidates)
+        pass_s = None if self._draft_model is None else self._draft_model.times.compute_seconds(num_for_model)
+        max_depth = 0
+        if num_for_model:  # the first pass is timed with one token of each
+            max_depth = 1 if pass_s is None else room
+        best, best_rate = [0] * len(candidates), 0.0
+        for depth in range(max_depth + 1):
+            drafting_s = depth * (pass_s or 0.0)
+
+            def sweep_seconds(count: int, drafting_s: float = drafting_s) -> float | None:
+                seconds = self._times.sweep_seconds(count)
+                return None if seconds is None else seconds + drafting_s
+
+            counts = allocate(
+                rates,
+                [candidate.most if candidate.draft else min(depth, candidate.most) for candidate in candidates],
+                num_tokens=num_tokens,
+                num_outputs=num_outputs,
+                most=room,
+                sweep_seconds=sweep_seconds,
+            )
+            tokens = num_outputs + sum(map(expected_tokens, rates, counts))
+            tokens_per_s = tokens / (sweep_seconds(num_tokens + sum(counts)) or 1.0)
+            if tokens_per_s <= best_rate:
+                break
+            best, best_rate = counts, tokens_per_s
+        return best
 
 
-def _expected(rate: float, count: int) -> float:
-    """Tokens expected to be right of a draft of `count`."""
-    return sum(rate**k for k in range(1, count + 1))
+def _num_pending(request: Request) -> int:
+    """Tokens whose keys and values are not computed yet."""
+    return len(request.token_ids) - request.kv.length
 
 
-def _past(request: Request, computing: dict[SharedBlock, Scheduled]) -> int:
-    """Where a prompt's next chunk begins: behind the blocks that other chunks of this sweep compute."""
+def _first_pending(request: Request, computing: dict[SharedBlock, GenerationJob]) -> int:
+    """Where a prompt's next chunk begins: after the blocks that other jobs of this sweep compute."""
     assert request.reservation is not None
     past = request.kv.length
     for block in request.reservation.shared[past // BLOCK_TOKENS :]:
         end = (past // BLOCK_TOKENS + 1) * BLOCK_TOKENS
         if block not in computing or end >= len(request.token_ids):
             break
-        computing[block].needed = True
+        computing[block].shares_blocks = True
         past = end
     return past

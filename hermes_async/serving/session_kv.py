@@ -1,32 +1,71 @@
-"""What a chat session keeps between its turns."""
+"""The KV of a session between its turns, and its states."""
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
-
-import anyio
 
 from hermes_async.serving.kv_blocks import Reservation
 
 
+class SessionState(enum.Enum):
+    """Where a session's KV is. `SessionKV.enter` makes every transition.
+
+    EMPTY: nowhere; the next turn computes the whole history. HELD: in memory. PARKING: a thread writes it to disk.
+    PARKED: on disk. RESTORING: a thread reads it back, for a turn. IN_TURN: a turn has it.
+    """
+
+    EMPTY = "empty"
+    HELD = "held"
+    PARKING = "parking"
+    PARKED = "parked"
+    RESTORING = "restoring"
+    IN_TURN = "in turn"
+
+
+_TRANSITIONS = {
+    SessionState.EMPTY: {SessionState.HELD, SessionState.IN_TURN},  # HELD at once: a fork
+    SessionState.HELD: {SessionState.EMPTY, SessionState.PARKING, SessionState.IN_TURN},
+    SessionState.PARKING: {SessionState.EMPTY, SessionState.PARKED},
+    SessionState.PARKED: {SessionState.EMPTY, SessionState.RESTORING},
+    SessionState.RESTORING: {SessionState.IN_TURN},
+    SessionState.IN_TURN: {SessionState.EMPTY, SessionState.HELD},
+}
+
+
 @dataclass(eq=False)
 class SessionKV:
-    """A session's KV while no turn of it is admitted: in memory, or parked on disk, or neither.
+    """A session's KV between its turns. Event-loop side only.
 
     Attributes:
-        name: In leases and messages.
-        token_ids: The tokens that `reservation` or `slots` hold the keys and values of.
-        reservation: In memory.
-        slots: Of the parking file, one for each block.
-        moving: Set when the write to disk or the read from it that is under way has ended.
-        in_turn: A turn of it holds its KV, perhaps one that was left and whose last stage is still computed.
-        closed: It keeps nothing any more.
+        name: For leases and messages.
+        token_ids: The tokens whose keys and values `reservation` or `slots` hold.
+        reservation: The KV in memory, while HELD and PARKING.
+        slots: The KV on disk, one slot of the parking file for each block, while PARKED and RESTORING.
+        closed: The user has closed the session. Its KV is freed when no thread and no turn uses it.
     """
 
     name: str
+    state: SessionState = SessionState.EMPTY
     token_ids: list[int] = field(default_factory=list)
     reservation: Reservation | None = None
     slots: list[int] | None = None
-    moving: anyio.Event | None = None
-    in_turn: bool = False
     closed: bool = False
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread or a turn uses the KV."""
+        return self.state in (SessionState.PARKING, SessionState.RESTORING, SessionState.IN_TURN)
+
+    def enter(
+        self,
+        state: SessionState,
+        *,
+        reservation: Reservation | None = None,
+        slots: list[int] | None = None,
+        token_ids: list[int] | None = None,
+    ) -> None:
+        """Makes a transition, and replaces the session's KV by what is given."""
+        assert state in _TRANSITIONS[self.state], f"{self.name}: {self.state} -> {state}"
+        self.state = state
+        self.reservation, self.slots, self.token_ids = reservation, slots, token_ids or []

@@ -1,4 +1,4 @@
-"""Speculative decoding: what to draft, how likely it is right, how much of it to verify. Synchronous; does no I/O."""
+"""Speculative decoding: drafts, the chance that they are right, how much to verify. Synchronous; does no I/O."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 
 _MAX_MATCH_LENGTH = 5  # see PromptLookup
-_MEMORY_TRIALS = 16  # about as many drafted tokens decide a rate: few, as copying begins and ends within a sentence
-_RETRY_SHARE = 1 / 64  # of the time, about as much goes at most into trying again what did not pay
+_MEMORY_TRIALS = 16  # a rate comes from about the last 16 drafted tokens: copying may last only for a sentence
+_RETRY_SHARE = 1 / 64  # of the time, at most about this much goes into new trials of drafts that did not pay
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,17 +25,17 @@ class Draft:
 
 
 class PromptLookup:
-    """Drafts by looking for a sequence's last tokens earlier in it (prompt lookup decoding, Saxena 2023).
+    """Drafts what followed the sequence's last tokens when they occurred before (prompt lookup, Saxena 2023).
 
-    At most five tokens are looked for. On source code, prose and edited copies, drafts of four tokens, a sweep gave
-    1.69, 1.25 and 3.03 tokens with at most three; 1.69, 1.25 and 3.33 with five; 1.69, 1.25 and 3.44 with eight. And
-    of drafted code tokens 50 % were right after a match of three, and 74 % after one of five or more.
+    A match has at most five tokens. Measured with drafts of four tokens on source code, prose and edited copies, a
+    sweep gave 1.69, 1.25 and 3.03 tokens with matches of at most three tokens, 1.69, 1.25 and 3.33 with five, and 1.69,
+    1.25 and 3.44 with eight. Of drafted code tokens, 50 % were right after a match of three, and 74 % after five or
+    more.
 
-    Each token of the sequence takes about 4 µs and at most about 550 bytes (where nothing repeats); its keys and
-    values take tens of times as much or more.
+    A token takes about 4 µs and at most about 550 bytes. Its keys and values take at least tens of times as much.
 
     Args:
-        token_ids: The prompt; a long one is better indexed on a worker thread.
+        token_ids: The prompt. Index a long one on a worker thread.
     """
 
     def __init__(self, token_ids: Sequence[int]) -> None:
@@ -46,19 +46,19 @@ class PromptLookup:
     def extend(self, token_ids: Sequence[int]) -> None:
         """Appends tokens to the sequence."""
         for token_id in token_ids:
-            # What ends the sequence is indexed only now that something follows it, and so never matches itself.
+            # The sequence's last tokens are indexed only when the next one comes, so they never match themselves.
             end = len(self._token_ids)
             for length, continuations in enumerate(self._continuations[:end], start=1):
                 continuations[tuple(self._token_ids[end - length :])] = end
             self._token_ids.append(token_id)
 
     def propose(self, most: int) -> Draft | None:
-        """What followed the latest earlier occurrence of the longest match: `most` tokens.
+        """Drafts the `most` tokens that followed the latest earlier occurrence of the longest match.
 
-        Where that reaches the sequence's end, it goes on with what it drafted itself, as a text does that repeats.
+        If fewer tokens followed, the draft repeats them.
 
         Returns:
-            None if the last token occurs nowhere before, or `most` is less than one.
+            None if the last token did not occur before, or `most` is less than one.
         """
         end = len(self._token_ids)
         if most < 1:
@@ -67,24 +67,23 @@ class PromptLookup:
             start = self._continuations[length - 1].get(tuple(self._token_ids[end - length :]))
             if start is not None:
                 period = end - start
-                return Draft([self._token_ids[start + index % period] for index in range(most)], length)
+                return Draft([self._token_ids[start + idx % period] for idx in range(most)], length)
         return None
 
 
 class AcceptanceRates:
-    """How likely the next drafted token is right, learned as drafts are verified; by the length of the match.
+    """The chance that the next drafted token is right, by the length of the match. Learned from verified drafts.
 
-    A draft's tokens are verified in order until one is wrong, so each that was right is a success, the first wrong one
-    a failure, and those behind it say nothing. The rate is Laplace's rule of succession over about the last sixteen
-    such trials, with the prior's rate in place of a half.
+    A draft is verified up to its first wrong token. Each right token is a success, and the first wrong one a failure.
+    The tokens after it count nothing. The rate is Laplace's rule of succession over about the last sixteen trials, with
+    the prior's rate in place of a half.
 
-    A rate that is too low to draft gets no more trials, so each chance that is not taken counts as a 64th of a
-    success. If drafting pays from a rate r, a drafted token costs a share r of a sweep, and where none is ever right
-    one is tried about every 64 r / (1 - r) sweeps: whatever r is, trying takes about a 64th of the time. Where one is
-    right, the rate rises at once.
+    With a rate too low to draft there would be no more trials, so each unused draft counts as a 64th of a success. If
+    drafting pays from a rate r on, a drafted token costs a share r of a sweep. If none is ever right, one is tried
+    about every 64 r / (1 - r) sweeps. So for every r, trials take about a 64th of the time.
 
     Args:
-        prior: What others saw, to begin with; it learns from all that is recorded here.
+        prior: The rates to begin with. It also learns from all that is recorded here.
     """
 
     def __init__(self, prior: AcceptanceRates | None = None) -> None:
@@ -93,19 +92,19 @@ class AcceptanceRates:
 
     def record(self, match_length: int, drafted: int, accepted: int) -> None:
         """Learns from a draft of which `drafted` tokens were verified, and the first `accepted` were right."""
-        for index in range(min(drafted, accepted + 1)):
-            self._add_trial(match_length, success=index < accepted)
+        for idx in range(min(drafted, accepted + 1)):
+            self._add_trial(match_length, success=idx < accepted)
         if self._prior is not None:
             self._prior.record(match_length, drafted, accepted)
 
     def passed(self, match_length: int) -> None:
-        """There was a draft, and none of it was verified."""
+        """Learns of a draft of which nothing was verified."""
         self._add_trial(match_length, success=True, weight=_RETRY_SHARE)
         if self._prior is not None:
             self._prior.passed(match_length)
 
     def rate(self, match_length: int) -> float:
-        """The chance that a drafted token is right if all before it were; above 0 and below 1."""
+        """The chance that a drafted token is right if all before it are; above 0 and below 1."""
         expected = 0.5 if self._prior is None else self._prior.rate(match_length)
         successes, trials = self._trials.get(match_length, (0.0, 0.0))
         return (2 * expected + successes) / (2 + trials)
@@ -125,19 +124,19 @@ def allocate(
     most: int,
     sweep_seconds: Callable[[int], float | None],
 ) -> list[int]:
-    """How many drafted tokens each sequence gets verified in the next sweep: as many as give the most outputs a second.
+    """How many drafted tokens of each sequence are verified in the next sweep, for the most outputs a second.
 
-    The k-th drafted token of a sequence is expected to give rate**k outputs. In order of that, every number of drafted
-    tokens is considered, as time may grow in steps; among equally good ones the largest, so that whatever costs no time
-    is verified.
+    The k-th drafted token of a sequence is expected to give rate**k outputs. The best tokens come first. Every total is
+    tried, because time may grow in steps. Of equally good totals the largest is taken: tokens that cost no time are
+    verified.
 
     Args:
-        rates: For each sequence, the chance that a drafted token is right if all before it were.
-        available: Tokens that each sequence's draft has.
+        rates: For each sequence, the chance that a drafted token is right if all before it are.
+        available: For each sequence, the tokens of its draft.
         num_tokens: Tokens of the sweep without drafts.
         num_outputs: Tokens that the sweep gives without drafts.
-        most: Most drafted tokens of all sequences together.
-        sweep_seconds: What a sweep of so many tokens would take; where that is unknown, nothing is drafted.
+        most: The most drafted tokens of all sequences together.
+        sweep_seconds: Seconds of a sweep by its tokens. If they are unknown, nothing is drafted.
     """
     best, best_outputs, best_seconds = 0, num_outputs, sweep_seconds(num_tokens)
     order: list[int] = []
@@ -157,7 +156,12 @@ def allocate(
         seconds = sweep_seconds(num_tokens + len(order))
         if seconds is None:
             break
-        if outputs * best_seconds >= best_outputs * seconds:  # not divided: everything may take no time
+        if outputs * best_seconds >= best_outputs * seconds:  # no division: both times may be zero
             best, best_outputs, best_seconds = len(order), outputs, seconds
     counts = Counter(order[:best])
     return [counts[sequence] for sequence in range(len(rates))]
+
+
+def expected_tokens(rate: float, count: int) -> float:
+    """The expected number of right tokens in a draft of `count`."""
+    return sum(rate**k for k in range(1, count + 1))

@@ -1,183 +1,222 @@
-"""Runs one sweep: packs what the scheduler chose, computes it on the inference thread, and chooses the next tokens."""
+"""One sweep: drafts, embedding rows, the model calls on the compute thread, and the choice of tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import islice, zip_longest
 
 import anyio
 import torch
 
-from hermes_async.errors import RequestError
+from hermes_async.errors import HermesError, RequestError
 from hermes_async.foreign_errors import one_request
-from hermes_async.modeling.kv_cache import Segment
-from hermes_async.modeling.packed import PackedBatch
-from hermes_async.modeling.streamed import StreamedModel
-from hermes_async.pipeload.pipeline import Pipeline, PipelineStatistics, SweepAbandoned
+from hermes_async.modeling.calls import EmbeddingRows, ModelCall, PackedCall
+from hermes_async.modeling.packed import PackedBatch, PackedSequence
+from hermes_async.pipeload.agents import PipelineStatistics, SweepAbandoned
 from hermes_async.results import FinishReason, SampledToken
-from hermes_async.serving.draft_model import DraftModel
+from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
+from hermes_async.serving.loaded_model import LoadedModel
 from hermes_async.serving.request import Request
-from hermes_async.serving.scheduler import Scheduled
-from hermes_async.serving.sweep_times import SweepTimes
-from hermes_async.storage.rows import RowReader
+from hermes_async.storage.threads import LoopEvent
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What a sweep did for one request.
+class SweepOutcomes:
+    """What a sweep did.
 
     Attributes:
-        length: Tokens of the sequence whose keys and values are there to stay now.
-        sampled: The next tokens: none after a chunk of a prompt that goes on, more than one where drafts were right.
-        text: The text that these tokens make certain, with the rest of it where the request ends.
-        finish_reason: Where the request ends with the last of them.
-        error: Why no token could be chosen or decoded for this request.
+        generated: One outcome for each generation job that was completed.
+        error: Why no job was completed, such as a failed read; None if jobs were aborted.
     """
 
-    item: Scheduled
-    length: int
-    sampled: tuple[SampledToken, ...] = ()
-    text: str = ""
-    finish_reason: FinishReason | None = None
-    error: RequestError | None = None
+    generated: Sequence[Outcome] = field(default_factory=list)
+    error: HermesError | None = None
 
 
-class SweepRunner:
-    """Owns the model while the engine runs; one sweep at a time.
+class Sweep:
+    """One pass over the stages. All generation jobs are one packed call, and each forward job is a call of its own.
 
-    Args:
-        rows: Reads the input embedding's rows; None where it is resident.
-        times: Told of each sweep.
-        draft_model: Drafts where the scheduler says so.
-        eos_token_ids: The model's end-of-sequence tokens.
-        release: Gives an aborted request's memory back; called on the event loop.
+    Made for one `run`. Event-loop side only, but `_choose_tokens` runs on the compute thread.
     """
 
     def __init__(
-        self,
-        model: StreamedModel,
-        pipeline: Pipeline,
-        rows: RowReader | None,
-        *,
-        times: SweepTimes,
-        draft_model: DraftModel | None,
-        eos_token_ids: frozenset[int],
-        release: Callable[[Request], None],
+        self, loaded: LoadedModel, generation: Sequence[GenerationJob] = (), forwards: Sequence[ForwardJob] = ()
     ) -> None:
-        self._model = model
-        self._pipeline = pipeline
-        self._rows = rows
-        self._times = times
-        self._draft_model = draft_model
-        self._eos_token_ids = eos_token_ids
-        self._release = release
-        # All mutable state: the running sweep, and its read of embedding rows.
-        self.sweep: Sequence[Scheduled] = ()
+        self.generation = generation
+        self.forwards = forwards
+        self._loaded = loaded
+        # All mutable state. `_left` has an event for each request, set when the sweep no longer uses its KV;
+        # `_reading_rows` is the scope of the read of embedding rows; `_batch` is the packed batch.
+        self._left = {job.request: LoopEvent() for job in generation}
         self._reading_rows: anyio.CancelScope | None = None
+        self._batch: PackedBatch | None = None
 
-    async def run(self, sweep: Sequence[Scheduled]) -> list[Outcome]:
-        """Computes one sweep. Requests that are aborted meanwhile are dropped at the next stage, and have no outcome.
+    async def run(self) -> SweepOutcomes:
+        """Computes the sweep.
 
-        One that is aborted before anything is computed ends the sweep, and the others go in the next one.
+        A request that is aborted meanwhile leaves at the next stage and has no outcome. If that happens before anything
+        is computed, the sweep ends without outcomes, and its other jobs take part in the next one.
 
         Raises:
-            SweepAbandoned: Every request was aborted, or any before something was computed.
-            ReadError: Weights could not be read; nothing was cached.
+            Exception: The packed call raised it, which ends the engine.
 
         Cancellation: ends within one stage; nothing was cached.
         """
-        self.sweep = sweep
         try:
-            drafting = [item for item in sweep if item.from_draft_model]
-            if self._draft_model is not None and drafting:
-                await self._draft_model.draft(drafting)
-            token_ids = [token_id for item in sweep for token_id in item.token_ids]
-            needed = sorted(set(token_ids))
-            if any(item.request.aborted for item in sweep):  # while drafts were made: nothing is computed yet
-                raise SweepAbandoned
-            rows = None if self._rows is None else await self._read_rows(self._rows, needed)
-            before, opening = replace(self._pipeline.statistics), self._pipeline.loads_resident
-            outcomes = await self._pipeline.sweep(lambda: self._compute(sweep, token_ids, needed, rows))
-            self._record_times(len(token_ids), before, opening)
-            return outcomes
+            return await self._run()
+        except SweepAbandoned:
+            return SweepOutcomes()
+        except HermesError as error:
+            return SweepOutcomes(error=error)
         finally:
-            self.sweep, self._reading_rows = (), None
+            for left in self._left.values():
+                left.set()
 
-    async def _read_rows(self, reader: RowReader, needed: list[int]) -> list[torch.Tensor]:
-        """Raises `SweepAbandoned` as soon as a request is aborted: nobody is held by a read that hangs."""
+    async def _run(self) -> SweepOutcomes:
+        loaded = self._loaded
+        drafting = [job for job in self.generation if job.needs_draft]
+        if loaded.draft_model is not None and drafting:
+            await loaded.draft_model.draft(drafting)
+        self._check_dropped()
+        rows = await self._read_rows()
+        packed = self._packed_call(rows)
+        calls: list[ModelCall] = [] if packed is None else [packed]
+        calls += [self._forward_call(job, rows) for job in self.forwards]
+        before, loads_resident = replace(loaded.pipeline.statistics), loaded.pipeline.loads_resident
+        try:
+            await loaded.pipeline.sweep(partial(loaded.model.run, calls))
+        except SweepAbandoned:
+            if packed is not None and packed.error is not None:
+                raise packed.error from None
+            raise
+        if packed is not None and packed.error is not None:
+            raise packed.error
+        if not self.forwards:
+            self._record_times(before, loads_resident)
+        return SweepOutcomes(packed.result if packed is not None and packed.completed else [])
+
+    # --- aborted requests ---
+
+    def uses(self, request: Request) -> bool:
+        """Whether a request takes part in the sweep."""
+        return request in self._left
+
+    def drop(self, request: Request) -> bool:
+        """Drops an aborted request at the next stage; False if the sweep already uses nothing of it."""
+        if self._reading_rows is not None:
+            self._reading_rows.cancel()  # the other jobs take part in the next sweep
+            return False
+        if self._batch is not None:
+            for job, segment in zip(self.generation, self._batch.segments, strict=True):
+                if job.request is request and not job.shares_blocks:
+                    segment.abandoned = True
+            self._loaded.pipeline.look()
+        return True
+
+    def drop_forward(self, job: ForwardJob) -> None:
+        """Ends the call of a cancelled forward job, at the next stage."""
+        job.call.dropped = True
+        self._loaded.pipeline.look()
+        if self._reading_rows is not None and not self.generation and all(each.call.dropped for each in self.forwards):
+            self._reading_rows.cancel()
+
+    async def wait_left(self, request: Request) -> None:
+        """Waits until the sweep no longer uses the KV of a request."""
+        await self._left[request].wait()
+
+    def _check_dropped(self) -> None:
+        """Raises `SweepAbandoned` if a request was aborted, or if all jobs are dropped forward jobs."""
+        dropped = [job.call.dropped for job in self.forwards]
+        if any(job.request.aborted for job in self.generation) or (not self.generation and all(dropped)):
+            raise SweepAbandoned
+
+    # --- rows of the input embedding ---
+
+    async def _read_rows(self) -> dict[int, torch.Tensor]:
+        """The embedding rows of all tokens of the sweep, by token id; empty if the embedding is resident.
+
+        Raises:
+            SweepAbandoned: A request was aborted during the read.
+        """
+        reader = self._loaded.rows
+        generated = (token_id for job in self.generation for token_id in job.token_ids)
+        token_ids = sorted({*generated, *(token_id for job in self.forwards for token_id in job.token_ids)})
+        if reader is None or not token_ids:
+            return {}
         rows: list[torch.Tensor] = []
         with anyio.CancelScope() as self._reading_rows:
-            rows = await reader.read(needed)
+            rows = await reader.read(token_ids)
         abandoned, self._reading_rows = self._reading_rows.cancel_called, None
         if abandoned:
             raise SweepAbandoned
-        return rows
+        return dict(zip(token_ids, rows, strict=True))
 
-    def _record_times(self, num_tokens: int, before: PipelineStatistics, opening: bool) -> None:
-        """`opening`: Stages that stay were read too, which says nothing of the sweeps to come."""
-        now = self._pipeline.statistics
-        compute_seconds = now.compute_seconds - before.compute_seconds
-        stall_seconds = now.stall_seconds - before.stall_seconds
-        self._times.record(num_tokens, compute_seconds)
-        if opening:
-            return
-        if self._pipeline.streams:
-            self._times.record_stalls(compute_seconds + stall_seconds, stall_seconds)
-        else:
-            self._times.record_read(0.0)
+    def _embedding(self, token_ids: Sequence[int], rows: dict[int, torch.Tensor]) -> EmbeddingRows | None:
+        """The embedding rows of one call. It gets no others, so that it does not depend on other calls."""
+        if not rows or not token_ids:
+            return None
+        return EmbeddingRows(torch.stack([rows[token_id] for token_id in token_ids]), torch.tensor(token_ids))
 
-    def abort(self, request: Request) -> bool:
-        """Tells the running sweep of an aborted request; False if it uses nothing of the request's."""
-        if not any(item.request is request for item in self.sweep):
-            return False
-        if self._reading_rows is not None:
-            self._reading_rows.cancel()  # the others begin again, without it
-            return False
-        if all(item.request.aborted for item in self.sweep):
-            self._pipeline.abandon()
-        else:
-            self._pipeline.look()
-        return True
+    # --- the calls ---
 
-    def drop_aborted(self, batch: PackedBatch) -> None:
-        """Called by the compute thread before each stage, and while it waits for one."""
-        for item, segment in zip(self.sweep, batch.segments, strict=True):
-            if item.request.aborted and not segment.dropped and not item.needed:
-                segment.dropped = True
-                self._pipeline.call_on_loop(self._release, item.request)
+    def _forward_call(self, job: ForwardJob, rows: dict[int, torch.Tensor]) -> ModelCall:
+        job.call.embedding = self._embedding(job.token_ids, rows)
+        return job.call
 
-    def _compute(
-        self,
-        sweep: Sequence[Scheduled],
-        token_ids: list[int],
-        needed: list[int],
-        embedding_rows: list[torch.Tensor] | None,
-    ) -> list[Outcome]:
-        with torch.inference_mode():
-            batch = _pack(sweep, token_ids, needed, embedding_rows)
-            logits = self._model.forward(batch)
-            outcomes = []
-            next_logits = iter(logits)
-            for item, segment in zip(sweep, batch.segments, strict=True):
-                rows = list(islice(next_logits, item.num_outputs))
-                if not segment.dropped:
-                    outcomes.append(self._outcome(item, rows))
-            return outcomes
+    def _packed_call(self, rows: dict[int, torch.Tensor]) -> PackedCall | None:
+        if not self.generation:
+            return None
+        self._batch = PackedBatch.of(
+            PackedSequence(job.request.kv, job.past, job.token_ids, job.num_outputs, left=self._left[job.request])
+            for job in self.generation
+        )
+        token_ids = sorted({token_id for job in self.generation for token_id in job.token_ids})
+        return self._loaded.model.packed_call(self._batch, self._choose_tokens, self._embedding(token_ids, rows))
 
-    def _outcome(self, item: Scheduled, logits: list[torch.Tensor]) -> Outcome:
-        """Chooses tokens for as long as they are what was drafted.
+    def _record_times(self, before: PipelineStatistics, loads_resident: bool) -> None:
+        """Records the sweep's times for the scheduler.
 
-        A token is chosen as it would be without drafts, by the request's own sampler; a draft only foresees it. So
-        greedy tokens are the same, and sampled ones too: the sampler draws once for each token, in the same order.
-        This is rejection sampling (Leviathan et al., arXiv 2211.17192) for a draft that is certain of its tokens.
+        Args:
+            loads_resident: The sweep also waited for resident stages, which later sweeps do not.
         """
-        request = item.request
-        length = item.past + len(item.token_ids)
+        loaded, now = self._loaded, self._loaded.pipeline.statistics
+        compute_s = now.compute_seconds - before.compute_seconds
+        stall_s = now.stall_seconds - before.stall_seconds
+        loaded.times.record(sum(len(job.token_ids) for job in self.generation), compute_s)
+        if loads_resident:
+            return
+        if loaded.pipeline.streams:
+            loaded.times.record_stalls(compute_s + stall_s, stall_s)
+        else:
+            loaded.times.record_read(0.0)
+
+    # --- the choice of tokens, on the compute thread ---
+
+    def _choose_tokens(self, logits: torch.Tensor) -> list[Outcome]:
+        """The outcomes of all jobs that were not dropped; `logits` are [outputs, vocab]."""
+        assert self._batch is not None
+        outcomes = []
+        rows = iter(logits)
+        for job, segment in zip(self.generation, self._batch.segments, strict=True):
+            own = list(islice(rows, job.num_outputs))
+            if not segment.dropped:
+                outcomes.append(self._outcome(job, own))
+        return outcomes
+
+    def _outcome(self, job: GenerationJob, logits: list[torch.Tensor]) -> Outcome:
+        """Chooses tokens up to the first that differs from its draft.
+
+        The request's sampler chooses each token as it would without drafts: it draws once for each token, in the same
+        order. So greedy and sampled tokens do not depend on drafts.
+        Source: rejection sampling (Leviathan et al., arXiv 2211.17192) for a draft that is certain of its tokens.
+        """
+        request = job.request
+        length = job.past + len(job.token_ids) - job.num_drafted
         if not logits or request.aborted:
-            return Outcome(item, length - item.num_drafted)
-        length -= item.num_drafted
-        drafted = item.token_ids[len(item.token_ids) - item.num_drafted :]
+            return Outcome(job, length)
+        drafted = job.token_ids[len(job.token_ids) - job.num_drafted :]
         sampled: list[SampledToken] = []
         text = ""
         reason: FinishReason | None = None
@@ -186,19 +225,20 @@ class SweepRunner:
                 with one_request("the choice of a token"):
                     token = request.prepared.sampler.sample(row)
                 with one_request("the decoding of a token"):
-                    delta, reason = self._after(request, [*sampled, token])
+                    delta, reason = self._next_text(request, [*sampled, token])
             except RequestError as error:
-                return Outcome(item, length + len(sampled), tuple(sampled), text, error=error)
+                return Outcome(job, length + len(sampled), tuple(sampled), text, error=error)
             sampled.append(token)
             text += delta
-            if reason is not None or sampled[-1].token_id != draft:
+            if reason is not None or token.token_id != draft:
                 break
-        return Outcome(item, length + len(sampled) - 1, tuple(sampled), text, reason)
+        return Outcome(job, length + len(sampled) - 1, tuple(sampled), text, reason)
 
-    def _after(self, request: Request, sampled: Sequence[SampledToken]) -> tuple[str, FinishReason | None]:
-        """The text that the last token makes certain, and whether the request ends with it."""
+    def _next_text(self, request: Request, sampled: Sequence[SampledToken]) -> tuple[str, FinishReason | None]:
+        """The text that is certain with the last token, and the finish reason if the request ends with it."""
         token_id, params = sampled[-1].token_id, request.params
-        ends = token_id in params.stop_token_ids or (token_id in self._eos_token_ids and not params.ignore_eos)
+        eos_token_ids = self._loaded.planned.skeleton.eos_token_ids
+        ends = token_id in params.stop_token_ids or (token_id in eos_token_ids and not params.ignore_eos)
         reason: FinishReason | None = "stop" if ends else None
         if reason is None and len(sampled) == request.num_left:
             reason = "length"
@@ -208,27 +248,3 @@ class SweepRunner:
             return request.prepared.text_stream.finish(), reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
-
-
-def _pack(
-    sweep: Sequence[Scheduled], token_ids: list[int], needed: list[int], rows: list[torch.Tensor] | None
-) -> PackedBatch:
-    segments: list[Segment] = []
-    position_ids: list[int] = []
-    logits_positions: list[int] = []
-    for item in sweep:
-        start, end = len(position_ids), len(position_ids) + len(item.token_ids)
-        position_ids += range(item.past, item.past + len(item.token_ids))
-        segments.append(Segment(start, end, item.request.kv, item.past))
-        logits_positions += range(end - item.num_outputs, end)
-    batch = PackedBatch(
-        input_ids=torch.tensor([token_ids]),
-        position_ids=torch.tensor([position_ids]),
-        segments=segments,
-        logits_positions=torch.tensor(logits_positions, dtype=torch.long),
-    )
-    if rows is not None:
-        index = {token_id: row for row, token_id in enumerate(needed)}
-        batch.embedding_rows = torch.stack(rows)
-        batch.embedding_index = torch.tensor([[index[token_id] for token_id in token_ids]])
-    return batch

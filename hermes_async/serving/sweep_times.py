@@ -1,4 +1,4 @@
-"""What sweeps take, learned as they run. Synchronous; does no I/O and looks at no clock."""
+"""Estimates the seconds of a sweep from earlier sweeps. Synchronous; does no I/O and reads no clock."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from operator import itemgetter
 from statistics import median_low
 from typing import NamedTuple
 
-_WINDOW = 5  # measurements of which the middle one counts: two may be outliers
-_STALL_SHARE = 0.1  # of a sweep that counts as waiting for its weights; less comes of uneven stages
-_FRESH_SWEEPS = 32  # often minutes: long enough for every usual size to come by, short enough to follow the machine
+_WINDOW = 5  # measurements whose median counts, so two may be outliers
+_STALL_SHARE = 0.1  # a sweep that stalls for more than this share waits for reads; uneven stages cause shorter stalls
+_FRESH_SWEEPS = 32  # often minutes: long enough to see all usual sizes, short enough to follow the machine
 
 
 class _Measurement(NamedTuple):
@@ -20,20 +20,20 @@ class _Measurement(NamedTuple):
 
 
 class SweepTimes:
-    """What sweeps took so far, and from that what the next one would take.
+    """Measured times of sweeps, and an estimate for the next one.
 
-    Measurements are kept by power of two (1, 2-3, 4-7, ... tokens). Of each size the middle one of the last five
-    counts, so a sweep that another process disturbed counts nothing, and a machine that became slower or faster is
-    believed after three. Between sizes time grows linearly. Beyond the largest it grows in proportion, which is too
-    much, as weights are passed over once for all tokens; below the smallest it falls in proportion, which is too
-    little. Either way the error ends in a measurement: a larger sweep is tried as soon as even in proportion it fits,
-    and one without drafted tokens wherever these might cost time.
+    Measurements are kept by size: 1, 2-3, 4-7, ... tokens. The median of the last five of a size counts. So a sweep
+    that another process disturbed has no effect, and a slower or faster machine is noticed after three. Between two
+    sizes, time grows linearly. Above the largest size, time grows in proportion to tokens, which is too high, because
+    the weights are read from memory once for all tokens. Below the smallest size it falls in proportion, which is too
+    low. Both errors lead to a measurement that corrects them: a larger sweep runs once its estimate fits, and a sweep
+    without drafts runs once drafts seem to cost time.
 
-    More tokens never take less: where sizes disagree, the one measured last is right. A size that was not measured in
-    the last 32 sweeps is forgotten if a larger one was since. The largest are kept, because long prompts are rare and
-    small sweeps say little about them; but these, and what was measured only once, take at most in proportion to what
-    the next smaller one took since. So an old figure that is too high, or that of a cold first sweep, gives way as
-    sweeps grow towards it, and one that is too low is put right by the first sweeps that it misleads.
+    More tokens never take less time: if sizes contradict each other, the latest measurement holds. A size that was not
+    measured in the last 32 sweeps is dropped if a larger one was. The largest sizes are kept, because long prompts are
+    rare. An old or single measurement counts at most in proportion to the next smaller size. So an old figure that is
+    too high, or that of a cold first sweep, is corrected as sweeps grow towards its size. One that is too low is
+    corrected by the first sweep that relies on it.
     """
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class SweepTimes:
         self._curve: list[tuple[int, float]] = []
 
     def record(self, num_tokens: int, compute_seconds: float) -> None:
-        """Learns from one whole sweep of at least one token; stalls are not part of `compute_seconds`."""
+        """Learns from one sweep of at least one token; `compute_seconds` is without stalls."""
         self._num_sweeps += 1
         measurements = self._sizes.setdefault(num_tokens.bit_length(), deque(maxlen=_WINDOW))
         while measurements and self._is_stale(measurements[0]):
@@ -52,14 +52,14 @@ class SweepTimes:
         self._curve = self._fit()
 
     def record_read(self, seconds: float) -> None:
-        """Learns what reading one sweep's streamed weights takes; 0.0 where everything is resident."""
+        """Learns the seconds to read one sweep's streamed weights; 0.0 if everything is resident."""
         self._reads.append(seconds)
 
     def record_stalls(self, sweep_seconds: float, stall_seconds: float) -> None:
-        """Learns what reading takes from a sweep that waited `stall_seconds` of its time for weights.
+        """Learns the read time from a sweep that waited for weights for `stall_seconds`.
 
-        One that waited took as long as reading; another only says that reading takes no longer. How fast the reads
-        themselves were would not do: while computing is the limit they come in bursts, which disks take faster.
+        A sweep that waited took as long as its reads. For another, its time is an upper bound. The times of single
+        reads are no measure: while computing is the limit, reads come in bursts, which disks serve faster.
         """
         waited = stall_seconds > _STALL_SHARE * sweep_seconds
         known = self.read_seconds
@@ -70,7 +70,7 @@ class SweepTimes:
         return median_low(self._reads) if self._reads else None
 
     def compute_seconds(self, num_tokens: int) -> float | None:
-        """What computing so many tokens would take; None while nothing was measured."""
+        """The expected seconds to compute `num_tokens`; None before the first measurement."""
         if not self._curve:
             return None
         right = bisect_left(self._curve, num_tokens, key=itemgetter(0))
@@ -82,14 +82,14 @@ class SweepTimes:
         return min(left_seconds + more_seconds, right_seconds)  # rounding must not break the order
 
     def sweep_seconds(self, num_tokens: int) -> float | None:
-        """What a sweep would take, as reading and computing overlap; None while either is unknown."""
+        """The longer of reading and computing, which overlap; None while either is unknown."""
         compute_seconds, read_seconds = self.compute_seconds(num_tokens), self.read_seconds
         if compute_seconds is None or read_seconds is None:
             return None
         return max(compute_seconds, read_seconds)
 
     def tokens_within(self, seconds: float, most: int) -> int:
-        """The largest number of tokens up to `most` computed in `seconds`; `most` while nothing was measured."""
+        """The most tokens, up to `most`, that are computed in `seconds`; `most` before the first measurement."""
         if not self._curve:
             return most
         return bisect_right(range(1, most + 1), seconds, key=lambda num_tokens: self.compute_seconds(num_tokens) or 0.0)
@@ -98,7 +98,7 @@ class SweepTimes:
         return measurement.sweep <= self._num_sweeps - _FRESH_SWEEPS
 
     def _fit(self) -> list[tuple[int, float]]:
-        """Tokens and seconds, ascending in both, made from the newest size to the oldest."""
+        """Points (tokens, seconds), ascending in both. Sizes are added from the newest to the oldest."""
         curve: list[tuple[int, float]] = []
         for measurements in sorted(self._sizes.values(), key=lambda measurements: -measurements[-1].sweep):
             seconds, num_tokens, _ = median_low(measurements)

@@ -1,4 +1,4 @@
-"""A tokenizer for any number of threads at once."""
+"""A tokenizer that any number of threads can share."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from hermes_async.modeling.transformers_api import changes_in_calls, forget_truncation_and_padding
 
-_NUM_ENCODERS = 2  # copies of a tokenizer that one thread at a time may use: a long text leaves another free
+_NUM_ENCODERS = 2  # copies for encoding, each for one thread at a time: a long text leaves the other one free
 
 
 class SharedTokenizer:
-    """Gives on any number of threads at once what its tokenizer gives on one.
+    """A tokenizer whose results do not depend on how many threads call it.
 
-    Truncation and padding are a state of a tokenizer, and a checkpoint's file may set them. Here they are switched off
-    once, and no call may ask for them: `encoding.cut` shortens token ids instead.
+    Truncation and padding are a tokenizer's state, which a checkpoint's file may set. Here they are switched off once,
+    and no call may ask for them: `encoding.truncated` shortens token ids instead.
 
-    What the Rust library does without changing the tokenizer needs no lock, so that no text waits for another. Other
-    tokenizers change themselves in their calls (those written in Python, and those that set the language of a text
-    each time). Of these there are copies, and a copy has one call at a time: one decodes, since that is always short,
-    and the others do the rest.
+    Tokenizers of the Rust library are not changed by their calls, so all threads use one without a lock. Other
+    tokenizers are: those written in Python, and those that set a text's language in each call. They are copied, and
+    each copy has one call at a time. One copy decodes, which is always short; the others do the rest.
 
     Args:
         tokenizer: Belongs to this object from here on.
@@ -43,7 +42,7 @@ class SharedTokenizer:
 
     @contextmanager
     def _taken(self, copies: SimpleQueue[PreTrainedTokenizerBase] | None) -> Iterator[PreTrainedTokenizerBase]:
-        """One that no other thread uses, where that is necessary."""
+        """A tokenizer to call: the shared one, or a copy that no other thread uses meanwhile."""
         if copies is None:
             yield self._tokenizer
             return
@@ -53,12 +52,12 @@ class SharedTokenizer:
         finally:
             copies.put(tokenizer)
 
-    # --- calls, as transformers names them ---
+    # --- calls, with transformers' names ---
 
     def __call__(self, text: str, pair: str | None = None, **options: Any) -> BatchEncoding:
         """Encodes one text, or a pair; `options` are transformers', without truncation and padding."""
         with self._taken(self._encoders) as tokenizer:
-            # As a batch of one, because a single empty text has no `input_ids` otherwise.
+            # A batch of one, because a single empty text would have no `input_ids`.
             encoded = tokenizer([text], None if pair is None else [pair], **options)
         return BatchEncoding({name: values[0] for name, values in encoded.items()})
 
@@ -74,7 +73,7 @@ class SharedTokenizer:
         with self._taken(self._encoders) as tokenizer:
             return tokenizer.apply_chat_template(list(messages), **options)
 
-    # --- what no call changes ---
+    # --- properties that no call changes ---
 
     @property
     def chat_template(self) -> Any:
@@ -103,4 +102,4 @@ class SharedTokenizer:
     @property
     def added_tokens_decoder(self) -> dict[int, Any]:
         added: Any = self._tokenizer.added_tokens_decoder
-        return dict(added) if isinstance(added, Mapping) else {}  # of Mistral's own tokenizers it is no property
+        return dict(added) if isinstance(added, Mapping) else {}  # Mistral's own tokenizers have a method here

@@ -1,1 +1,1 @@
-"""Disk to buffer: the checkpoint's tensors, the reader that fetches them and the buffers they land in."""
+"""Where do bytes lie, and how do they get into a buffer? Checkpoints, reads, buffers, and KV on disk."""

@@ -1,7 +1,7 @@
-"""A checkpoint on disk: its config and, for every tensor, which bytes of which file hold it.
+"""A checkpoint on disk: its configuration, and the file and bytes of each tensor.
 
-Only safetensors is read, in place; nothing here reads weights. Whatever a file claims is checked before it is
-believed, because a checkpoint may come from anywhere.
+It must be in safetensors, and is read in place. This module reads headers only, and no weights. A checkpoint may come
+from anywhere, so everything that a file says is checked.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -27,11 +27,12 @@ from hermes_async.storage.tensor_spec import FileState, TensorSpec
 
 _Json = TypeVar("_Json", dict[str, Any], list[Any])
 
+_SINGLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
-_MAX_INT64 = 2**63 - 1  # the most that a file offset or a torch size can be
+_MAX_INT64 = 2**63 - 1  # the largest file offset or size in torch
 
 _DTYPES = {
     "BOOL": torch.bool,
@@ -56,19 +57,19 @@ _DTYPES = {
 }
 
 _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-"""Dtypes of the format whose numbers take less than a byte."""
+"""Dtypes of the format in which a number takes less than a byte."""
 
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory of `config.json` and safetensors shards whose headers hold true.
+    """A directory with `config.json` and safetensors shards whose headers are valid.
 
     Attributes:
         path: The directory, resolved.
-        config: What `config.json` holds.
-        tensors: By the names that the files use; within a shard in the order of their bytes.
-        root: The directory that was opened, where `modules.json` there names another one for the model
-            (sentence-transformers' `0_Transformer`); else None.
+        config: The content of `config.json`.
+        tensors: By their names in the files. Those of one shard are in the order of their bytes.
+        root: The directory that was opened, if its `modules.json` names another one for the model
+            (sentence-transformers' `0_Transformer`); None otherwise.
     """
 
     path: Path
@@ -78,7 +79,7 @@ class Checkpoint:
 
     @property
     def total_bytes(self) -> int:
-        """The bytes of all tensors."""
+        """The size of all tensors."""
         return sum(spec.nbytes for spec in self.tensors.values())
 
     @classmethod
@@ -91,20 +92,20 @@ class Checkpoint:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Checkpoint:
-        """Open a directory in place, or a hub id after its download. Blocks: call it in a worker thread.
+        """Opens a directory, or downloads and opens a model on the hub. Blocks: call it in a worker thread.
 
         Args:
-            source: A directory, or, where there is none of that name and it is a str, a hub id ("org/name").
-            revision: A branch, tag or commit; this and what follows is for hub ids only.
-            cache_dir: Where downloads are kept, instead of the hub's default cache.
-            token: For the hub, instead of the one that is logged in.
-            local_files_only: Take what the cache holds and do not ask the hub.
+            source: A directory. A str that names no directory is a hub id ("org/name").
+            revision: A branch, tag or commit. This and the other arguments are for hub ids only.
+            cache_dir: The directory for downloads, instead of the hub's default cache.
+            token: The hub's token, instead of the one that is logged in.
+            local_files_only: Use the files in the cache, without asking the hub.
 
         Raises:
-            UnsupportedModelError: The weights are there, but not as safetensors.
-            MissingTensorError: The index names tensors that its shards do not hold.
-            CorruptShardError: A shard or the index is not what its format says.
-            CheckpointError: There is no such checkpoint, or a part of it is missing or unreadable.
+            UnsupportedModelError: The weights are not in safetensors.
+            MissingTensorError: The index names tensors that are not in its shards.
+            CorruptShardError: A shard or the index violates its format.
+            CheckpointError: There is no such checkpoint, or a part of it is missing or cannot be read.
         """
         path = Path(source)
         if os.fspath(source) and path.is_dir():
@@ -118,8 +119,8 @@ class Checkpoint:
             raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
 
         root, path = path, _model_folder(path)
-        # First the weights: where they are in another format, config.json is often missing too.
-        # Keys of config.json may repeat: transformers lets the last one count.
+        # Weights come first: if they are in another format, config.json is often missing too, and that error says less.
+        # Keys of config.json may repeat: the last one counts, as in transformers.
         file = path / "config.json"
         config = read_config(file, dict) if file.is_file() else {}
         tensors = read_tensors(path, _named_weights(config, file))
@@ -127,17 +128,17 @@ class Checkpoint:
 
 
 def open_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpoint:
-    """As `Checkpoint.open`, with what is asked of the hub in one value."""
+    """As `Checkpoint.open`, with the options for the hub in one value."""
     return Checkpoint.open(source, revision=hub.revision, token=hub.token, cache_dir=hub.cache_dir)
 
 
 def _model_folder(path: Path) -> Path:
-    """Where the model is: old releases of sentence-transformers put it into a folder that `modules.json` names."""
+    """The model's folder: old releases of sentence-transformers put it into one that `modules.json` names."""
     file = path / "modules.json"
     try:
         modules = read_config(file, list) if file.is_file() else []
     except CheckpointError:
-        return path  # only sentence vectors need the file; who asks for them is told
+        return path  # only sentence vectors need the file, and they report the error
     first = modules[0] if modules and isinstance(modules[0], dict) else {}
     folder = first.get("path")
     if not isinstance(folder, str) or not folder or not str(first.get("type", "")).endswith(".Transformer"):
@@ -147,10 +148,10 @@ def _model_folder(path: Path) -> Path:
 
 
 def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, TensorSpec]:
-    """Find a directory's shards and read their headers; the tensors by name.
+    """Finds the shards of a directory and reads their headers; returns the tensors by name.
 
     Args:
-        chosen: The file or index to take; None takes what transformers would.
+        chosen: The file or index to use; None chooses as transformers does.
 
     Raises:
         UnsupportedModelError, MissingTensorError, CorruptShardError, CheckpointError: As `Checkpoint.open`.
@@ -160,27 +161,35 @@ def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, Tensor
     except OSError as error:
         raise CheckpointError(f"{directory} cannot be listed: {error.strerror}", path=directory) from error
     check_names(directory, names)
-    # As transformers chooses: the file that config.json names, the whole file, the index.
-    if chosen is None and "model.safetensors" in names and (directory / "model.safetensors").is_file():
-        chosen = "model.safetensors"
-    if chosen is None and _INDEX_NAME in names:
-        chosen = _INDEX_NAME
-    if chosen is not None and chosen.endswith(_INDEX_SUFFIX):
+    if chosen is None:
+        chosen = _default_weights(directory, names)
+    if chosen is None:
+        return _read_shards(directory, {shard: [] for shard in _all_shards(directory, names)})
+    if chosen.endswith(_INDEX_SUFFIX):
         return _read_shards(directory, _shards_of_index(directory / chosen))
-    if chosen is not None:
-        return _read_header(directory / chosen)
+    return _read_header(directory / chosen)
+
+
+def _default_weights(directory: Path, names: list[str]) -> str | None:
+    """The file of weights, or else the index, that transformers would take."""
+    if (directory / _SINGLE_NAME).is_file():
+        return _SINGLE_NAME
+    return _INDEX_NAME if _INDEX_NAME in names else None
+
+
+def _all_shards(directory: Path, names: list[str]) -> list[str]:
+    if _SINGLE_NAME in names:  # no regular file, which its reader reports
+        return [_SINGLE_NAME]
     shards = [name for name in names if name.endswith(".safetensors")]
-    if "model.safetensors" in shards:
-        shards = ["model.safetensors"]
     if not shards:
         missing = "no *.safetensors" if "config.json" in names else "no config.json and no *.safetensors"
         message = f"{directory} is not a checkpoint directory: {missing}; {ONLY_SAFETENSORS}"
         raise CheckpointError(message, path=directory)
-    return _read_shards(directory, {shard: [] for shard in shards})
+    return shards
 
 
 def _named_weights(config: dict[str, Any], path: Path) -> str | None:
-    """The file of weights that config.json names for transformers, if it does."""
+    """The file of weights that config.json names; None if it names none."""
     name = config.get("transformers_weights")
     if name is None:
         return None
@@ -193,10 +202,10 @@ def _named_weights(config: dict[str, Any], path: Path) -> str | None:
 
 
 def _read_shards(directory: Path, listed: dict[str, list[str]]) -> dict[str, TensorSpec]:
-    """Reads all tensors of these shards, as transformers does.
+    """Reads the headers of these shards, including tensors that the index does not name, as transformers does.
 
     Args:
-        listed: By the shards' names, tensors that must be there.
+        listed: The tensors that each shard must have, by the shard's name.
     """
     tensors: dict[str, TensorSpec] = {}
     for shard, names in sorted(listed.items()):
@@ -210,13 +219,13 @@ def _read_shards(directory: Path, listed: dict[str, list[str]]) -> dict[str, Ten
         for name, spec in header.items():
             if name in tensors:
                 both = f"{tensors[name].file.name!r} and {shard!r}"
-                raise _corrupt(directory, f"tensor {name!r} is in both {both}; take one of them out")
+                raise _corrupt(directory, f"tensor {name!r} is in both {both}; remove one of them")
             tensors[name] = spec
     return tensors
 
 
 def _shards_of_index(index: Path) -> dict[str, list[str]]:
-    """The shards that the index names, each with the tensors that it places there."""
+    """The shards that the index names, with the tensors of each."""
     text = _read_bytes(index, _MAX_INDEX_BYTES, CorruptShardError)
     weight_map = _parse_json(index, text, dict, CorruptShardError, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
@@ -232,7 +241,7 @@ def _shards_of_index(index: Path) -> dict[str, list[str]]:
 def _is_plain_name(name: str) -> bool:
     """Whether a shard's name stays inside its directory, on every platform.
 
-    The name is judged, not what it leads to: in the hub's cache every shard is a link out of its snapshot.
+    Only the name counts. In the hub's cache, every shard is a link out of its snapshot.
     """
     plain = name.endswith(".safetensors") and name.isprintable() and "\\" not in name and ":" not in name
     return plain and not any(part in ("", ".", "..") for part in name.split("/"))
@@ -240,9 +249,9 @@ def _is_plain_name(name: str) -> bool:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
-    """Open a regular file, yield it with its state, and map the operating system's errors."""
+    """Opens a regular file, yields it with its state, and turns the operating system's errors into ours."""
     try:
-        # Asked before it is opened, since opening a named pipe would wait for a writer.
+        # Checked before opening, because opening a named pipe would wait for a writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"{path} is not a regular file", path=path)
         with path.open("rb") as file:
@@ -254,7 +263,7 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
 
 
 def read_config(path: Path, kind: type[_Json]) -> _Json:
-    """A JSON file of a checkpoint beside its weights, of 16 MiB at the most.
+    """Reads a JSON file of a checkpoint, of at most 16 MiB.
 
     Raises:
         CheckpointError: It cannot be read, or is not of that kind.
@@ -290,12 +299,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
-    # Cut, since it may quote what the file holds, at any length.
+    # Shortened, because it may quote any length of the file.
     return CorruptShardError(f"{path}: {message:.1000}", path=path, **numbers)
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    """Read and check a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
+    """Reads and checks a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
     with _opened(path) as (file, state):
         size = state.nbytes
         states = {path: state}
@@ -307,7 +316,7 @@ def _read_header(path: Path) -> dict[str, TensorSpec]:
         header_bytes = int.from_bytes(prefix, "little")
         limit = min(MAX_HEADER_BYTES, size - 8)
         if header_bytes > limit:
-            message = f"a header of {header_bytes} bytes, where at most {limit} can be"
+            message = f"a header of {header_bytes} bytes, of at most {limit}"
             raise _corrupt(path, message, expected=header_bytes, actual=limit)
         header = file.read(header_bytes)
     if not header.startswith(b"{"):
@@ -346,7 +355,7 @@ def _parse_entry(
     num_elements = 1
     for size in shape:
         num_elements *= size
-        if num_elements > _MAX_INT64:  # at each step: a long shape must not multiply up to a huge number
+        if num_elements > _MAX_INT64:  # at each step, so that a long shape does not make a huge number
             raise _corrupt(path, f"tensor {name!r} has too many elements: shape {shape}")
     if bits and num_elements * bits % 8:
         raise _corrupt(path, f"tensor {name!r} of {dtype_name} {shape} does not end with a whole byte")
@@ -354,15 +363,20 @@ def _parse_entry(
     if nbytes != end - begin:
         message = f"tensor {name!r} has {end - begin} bytes, where {dtype_name} {shape} takes {nbytes}"
         raise _corrupt(path, message, expected=nbytes, actual=end - begin)
-    if bits:
-        return TensorSpec(
-            name, path, data_offset + begin, nbytes, dtype, (nbytes,), file_states=states, packed=dtype_name
-        )
-    return TensorSpec(name, path, data_offset + begin, nbytes, dtype, tuple(shape), file_states=states)
+    return TensorSpec(
+        name=name,
+        file=path,
+        offset=data_offset + begin,
+        nbytes=nbytes,
+        dtype=dtype,
+        shape=(nbytes,) if bits else tuple(shape),
+        packed=dtype_name if bits else None,
+        file_states=states,
+    )
 
 
 def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_size: int) -> None:
-    """Check that `specs`, in the order of their bytes, fill the file from `data_offset` on, each byte once.
+    """Checks that `specs`, in the order of their bytes, cover the file from `data_offset` on, each byte once.
 
     The reference implementation refuses holes and trailing bytes too: they could hide another file.
     """

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: which files are wanted, and what can go wrong."""
+"""Downloads checkpoints from the Hugging Face hub, and explains its errors."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hermes_async.errors import CheckpointError, HermesError
 from hermes_async.storage.other_formats import check_repository
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
-_FIRST_BYTES = 100_000  # of a shard on the hub; nearly every header is shorter
+_FIRST_BYTES = 100_000  # of a shard on the hub; nearly all headers are shorter
 _TIMEOUT_S = 30.0
 _TOKEN = "a token (token=, or --token)"  # noqa: S105 - a word of messages
 
@@ -28,7 +28,7 @@ _WANTED = (
     *("modules.json", "*_Pooling/config.json", "*_Dense/config.json", "*_Normalize/config.json"),
     *("sentence_*_config.json", "config_sentence_transformers.json", "*_Transformer/*"),
 )
-# "tokenizer*" also fits code and pickles; "consolidated" is a second copy of the weights, by other names.
+# "tokenizer*" also matches code and pickles; "consolidated" is a second copy of the weights, with other names.
 _UNWANTED = (
     *("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle", "*.py", "*.h5", "*.msgpack", "*.gguf"),
     "consolidated*.safetensors",
@@ -42,12 +42,12 @@ def is_hub_id(source: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class HubOptions:
-    """How a model is found on the hub.
+    """How a model on the hub is found.
 
     Attributes:
         revision: A branch, tag or commit; None is the main branch.
-        token: Instead of the one that is logged in; False sends none.
-        cache_dir: Where downloads are kept, instead of the hub's default cache.
+        token: A token instead of the one that is logged in; False sends none.
+        cache_dir: The directory for downloads, instead of the hub's default cache.
     """
 
     revision: str | None = None
@@ -56,22 +56,22 @@ class HubOptions:
 
 
 def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, weights: bool = True) -> Path:
-    """Bring a model's safetensors, config and tokenizer files into the hub's cache; return its snapshot.
+    """Downloads a model's safetensors, configuration and tokenizer into the hub's cache; returns its snapshot.
 
-    No weights are brought of a repository whose file names tell that it cannot be run.
+    The weights are not downloaded if the file names show that the model cannot run.
 
     Args:
-        local_files_only: Take what the cache holds and do not ask the hub.
-        weights: Bring safetensors too.
+        local_files_only: Use the files in the cache, without asking the hub.
+        weights: Download safetensors too.
 
     Raises:
-        CheckpointError: It is not there, not to be had, or the hub is out of reach.
-        UnsupportedModelError: The model is on the hub, but not as safetensors.
+        CheckpointError: The model does not exist or is not accessible, or the hub cannot be reached.
+        UnsupportedModelError: The model is on the hub, but not in safetensors.
     """
     # Imported here: a checkpoint on disk needs no HTTP client.
     from huggingface_hub import snapshot_download
 
-    def bring(unwanted: tuple[str, ...]) -> Path:
+    def fetch(unwanted: tuple[str, ...]) -> Path:
         return Path(
             snapshot_download(
                 repo_id,
@@ -86,15 +86,15 @@ def download(repo_id: str, hub: HubOptions, *, local_files_only: bool = False, w
 
     with _hub_errors(repo_id, hub):
         if local_files_only:
-            return bring(_UNWANTED)
-        snapshot = bring((*_UNWANTED, "*.safetensors"))
-        if not any(snapshot.rglob("*.safetensors")):  # what is in the cache was checked when it came
+            return fetch(_UNWANTED)
+        snapshot = fetch((*_UNWANTED, "*.safetensors"))
+        if not any(snapshot.rglob("*.safetensors")):  # weights in the cache were checked when they were downloaded
             check_repository(repo_id, _sizes(repo_id, snapshot.name, hub))
-        return bring(_UNWANTED) if weights else snapshot
+        return fetch(_UNWANTED) if weights else snapshot
 
 
 def _sizes(repo_id: str, commit: str, hub: HubOptions) -> dict[str, int]:
-    """The size of each file of a repository, by its path in it."""
+    """The sizes of a repository's files, by their paths."""
     from huggingface_hub import HfApi, RepoFile
 
     tree = HfApi().list_repo_tree(repo_id, recursive=True, revision=commit, token=hub.token)
@@ -103,14 +103,15 @@ def _sizes(repo_id: str, commit: str, hub: HubOptions) -> dict[str, int]:
 
 @contextmanager
 def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
-    """A directory in which the headers of a hub's model stand in for its weights; what is here stays what it is.
+    """Yields a directory for planning: for a model on the hub, shards with headers and without weights.
 
-    Config and tokenizer files come into the hub's cache; of safetensors only the headers are asked for, and files as
-    long as the hub's, with nothing behind their headers, take no room. All of it goes when the block is left.
+    A local directory is yielded as it is. For a model on the hub, configuration and tokenizer come into the hub's
+    cache, and the headers of its shards into a temporary directory. Each shard there is a sparse file as long as the
+    hub's. The directory is deleted when the block is left.
 
     Raises:
         CheckpointError: As `download`.
-        UnsupportedModelError: The model is on the hub, but not as safetensors.
+        UnsupportedModelError: The model is on the hub, but not in safetensors.
     """
     if Path(source).exists() or not is_hub_id(source):
         yield source
@@ -127,7 +128,7 @@ def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
 
 
 def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path) -> None:
-    commit = snapshot.name  # the snapshot's, so that nothing is mixed
+    commit = snapshot.name  # one commit for all files
     sizes = _sizes(repo_id, commit, hub)
     for file in snapshot.rglob("*"):
         if file.is_file():
@@ -141,13 +142,13 @@ def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path)
         shard = directory / name
         if not shard.exists():
             shard.parent.mkdir(parents=True, exist_ok=True)
-            with shard.open("wb") as stand_in:
-                stand_in.write(_header(repo_id, name, commit, hub)[: sizes[name]])
-                stand_in.truncate(sizes[name])
+            with shard.open("wb") as sparse:
+                sparse.write(_header(repo_id, name, commit, hub)[: sizes[name]])
+                sparse.truncate(sizes[name])
 
 
 def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
-    """The first bytes of a shard on the hub: all of its header, and perhaps a little more."""
+    """The first bytes of a shard on the hub: at least its header."""
     from huggingface_hub import get_session, hf_hub_url, hf_raise_for_status
     from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]  # documented, not in its __all__
 
@@ -155,12 +156,12 @@ def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
     headers = build_hf_headers(token=hub.token)
 
     def read(first: int, last: int) -> bytes:
-        asked = {**headers, "Range": f"bytes={first}-{last}"}
-        with get_session().stream("GET", url, headers=asked, timeout=_TIMEOUT_S) as response:
+        with_range = {**headers, "Range": f"bytes={first}-{last}"}
+        with get_session().stream("GET", url, headers=with_range, timeout=_TIMEOUT_S) as response:
             if response.is_error:
                 response.read()
                 hf_raise_for_status(response)
-            if response.status_code != 206:  # all of the weights would come
+            if response.status_code != 206:  # it would send all weights
                 raise OSError(f"the hub does not send parts of {name}")
             return bytes(response.read())
 
@@ -174,14 +175,14 @@ def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
 
 
 def _is_complete(snapshot: Path) -> bool:
-    """Whether the cache holds the weights already."""
+    """Whether the weights are in the cache already."""
     if (snapshot / "model.safetensors").is_file():
         return True
     try:
         index = json.loads((snapshot / "model.safetensors.index.json").read_text(encoding="utf-8"))
         return all((snapshot / shard).is_file() for shard in set(index["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return False  # what is wrong with it is found where it is read
+        return False  # reading it reports the error
 
 
 @contextmanager
@@ -192,7 +193,7 @@ def _hub_errors(repo_id: str, hub: HubOptions) -> Iterator[None]:
         yield
     except HermesError:
         raise
-    # Every kind, since the hub's client lets the errors of its HTTP library through, and that has changed.
+    # All kinds, because the hub's client passes on errors of its HTTP library, which has changed before.
     except Exception as error:
         match error:
             case errors.GatedRepoError():
@@ -210,5 +211,5 @@ def _hub_errors(repo_id: str, hub: HubOptions) -> Iterator[None]:
                 reason = "is neither a directory here nor a hub id"
             case _:
                 reason = f"could not be downloaded from the hub ({type(error).__name__}: {error})"
-        asked = f"{repo_id!r}" + (f" at revision {hub.revision!r}" if hub.revision else "")
-        raise CheckpointError(f"{asked} {reason}") from error
+        source = f"{repo_id!r}" + (f" at revision {hub.revision!r}" if hub.revision else "")
+        raise CheckpointError(f"{source} {reason}") from error

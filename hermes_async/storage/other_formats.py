@@ -1,4 +1,4 @@
-"""Directories that are no checkpoint of transformers in safetensors: each is named for what it is."""
+"""Names what a directory is, if it is no checkpoint of transformers in safetensors."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ _FORMATS = {
     "*model*.bin": "PyTorch's pickles, or an older format of llama.cpp",
 }
 ONLY_SAFETENSORS = (
-    "hermes_async reads only safetensors (a pickle can run code when it is loaded); convert once with transformers: "
-    "load it with the class that config.json names, such as AutoModelForCausalLM.from_pretrained(...), and "
-    "save_pretrained(directory) writes safetensors"
+    "hermes_async reads only safetensors, because a pickle can run code when it is loaded; convert the checkpoint "
+    "once: load it with transformers' class for it, such as AutoModelForCausalLM.from_pretrained(...), and save it "
+    "with save_pretrained(directory)"
 )
 _FROM_LLAMA_CPP = (
-    "hermes_async reads only safetensors; take the model that this was made from, which its model card or its name "
-    "tells, in safetensors"
+    "hermes_async reads only safetensors; use the safetensors of the model that this was made from, which the model "
+    "card or the name tells"
 )
 _WRITERS = {
-    "mlx": "MLX, which changes some weights and quantizes others; take the model that it was converted from",
-    "tf": "TensorFlow, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
-    "flax": "Flax, whose tensors have other names and shapes; take the model's safetensors for PyTorch",
+    "mlx": "MLX, which changes some weights and quantizes others; use the model that it was converted from",
+    "tf": "TensorFlow, whose tensors have other names and shapes; use the model's safetensors for PyTorch",
+    "flax": "Flax, whose tensors have other names and shapes; use the model's safetensors for PyTorch",
 }
-_NAMED = 5  # files of a repository that a message names, at the most
+_MAX_NAMED_FILES = 5  # in a message
 _QUANTIZED_BY = {
     "hf_quant_config.json": "NVIDIA ModelOpt",
     "quantize_config.json": "GPTQ",
@@ -51,28 +51,27 @@ _QUANTIZED_BY = {
 
 
 def check_names(directory: Path, names: Collection[str]) -> None:
-    """Refuses what its file names tell to be no whole checkpoint of transformers.
+    """Refuses a directory whose file names show that it is no whole checkpoint of transformers.
 
     Raises:
-        UnsupportedModelError: By the name of what it is.
+        UnsupportedModelError: The message names what it is.
     """
     weights = [name for name in names if name.endswith(".safetensors")]
     if "adapter_config.json" in names or weights == ["adapter_model.safetensors"]:
         raise UnsupportedModelError(
-            f"{directory} is an adapter (LoRA or another of PEFT), which is not applied here; merge it into its base "
-            "model once with PEFT (merge_and_unload, then save_pretrained), and give that directory; if its weights "
-            "are whole, take the adapter's files out",
+            f"{directory} is an adapter (LoRA or another of PEFT), which hermes_async does not apply; merge it into "
+            "its base model once with PEFT (merge_and_unload, then save_pretrained), and give that directory; if the "
+            "directory also has a whole model, remove the adapter's files",
             path=directory,
         )
     if "model_index.json" in names and "config.json" not in names:
         raise UnsupportedModelError(
-            f"{directory} is a pipeline of diffusers; give the directory of one model of transformers in it, such as "
-            "text_encoder",
+            f"{directory} is a pipeline of diffusers; give the directory of one of its models, such as text_encoder",
             path=directory,
         )
     if weights and all(name.startswith("consolidated") for name in weights):
         raise UnsupportedModelError(
-            f"{directory} has its weights in {weights[0]!r} alone, Mistral's own layout; take the model's layout for "
+            f"{directory} has its weights in {weights[0]!r} alone, Mistral's own layout; use the files for "
             "transformers (config.json, and model.safetensors or its shards)",
             path=directory,
         )
@@ -84,17 +83,17 @@ def check_repository(repo_id: str, names: Collection[str]) -> None:
     """Refuses a repository of the hub that is no checkpoint of transformers in safetensors.
 
     Args:
-        names: Paths of all its files, in it.
+        names: The paths of all its files.
 
     Raises:
-        UnsupportedModelError: By the name of what it is.
+        UnsupportedModelError: The message names what it is.
     """
     check_names(Path(repo_id), [name for name in names if "/" not in name])
     if any(name.endswith(".safetensors") for name in names):
         return
     _check_formats(Path(repo_id), names)
-    held = ", ".join(repr(name) for name in sorted(names)[:_NAMED]) or "nothing"
-    more = f" and {len(names) - _NAMED} more files" if len(names) > _NAMED else ""
+    held = ", ".join(repr(name) for name in sorted(names)[:_MAX_NAMED_FILES]) or "nothing"
+    more = f" and {len(names) - _MAX_NAMED_FILES} more files" if len(names) > _MAX_NAMED_FILES else ""
     message = f"{repo_id} is on the hub but has no weights in safetensors: it holds {held}{more}; {ONLY_SAFETENSORS}"
     raise UnsupportedModelError(message, path=Path(repo_id))
 
@@ -109,10 +108,10 @@ def _check_formats(directory: Path, names: Collection[str]) -> None:
 
 
 def check_writer(path: Path, metadata: Mapping[str, str]) -> None:
-    """Refuses a shard whose header says that it was written for something else than PyTorch.
+    """Refuses a shard whose header says that it was not written for PyTorch.
 
     Raises:
-        UnsupportedModelError: By the name of the writer.
+        UnsupportedModelError: The message names the writer.
     """
     writer = _WRITERS.get(metadata.get("format", "").lower())
     if writer is not None:
@@ -120,10 +119,10 @@ def check_writer(path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint was quantized; None where it was not."""
+    """The method by which a checkpoint was quantized; None if it was not quantized."""
     for key, writer in (("quantization_config", "?"), ("quantization", "MLX"), ("compression_config", "?")):
-        told = config.get(key)
-        if told:
-            method = told.get("quant_method") if isinstance(told, dict) else None
+        settings = config.get(key)
+        if settings:
+            method = settings.get("quant_method") if isinstance(settings, dict) else None
             return str(method or writer)
     return next((method for name, method in _QUANTIZED_BY.items() if (directory / name).is_file()), None)

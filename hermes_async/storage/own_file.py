@@ -1,4 +1,4 @@
-"""Files that a user names for us to write: new ones, or ones that we made before; never anything else."""
+"""Output files that a user names: the package writes only new files, and overwrites only files that it made."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from typing import BinaryIO
 
 from hermes_async.errors import ConfigError
 
-_LOOKED_AT_BYTES = 65536
+_INSPECTED_BYTES = 65536  # at each end of an existing file
 _FLAGS = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 def open_own_file(path: Path, is_ours: Callable[[bytes], bool], what: str) -> BinaryIO:
-    """Opens a file for writing and empties it; it is new, or empty, or one that `is_ours`.
+    """Opens a file for writing and empties it. The file must be new, empty, or one that the package made.
 
-    Links are not followed, and nothing but a regular file is opened: a named pipe would wait for a reader.
+    Links are not followed. Only regular files are opened: opening a named pipe would wait for a reader.
 
     Args:
-        is_ours: Given the first and the last 64 KiB.
+        is_ours: Says whether the package made a file, from its first and last 64 KiB.
         what: What is written, such as "trace"; for messages.
 
     Raises:
-        ConfigError: It is something else, or cannot be opened.
+        ConfigError: The file is something else, or cannot be opened.
     """
     try:
         try:
@@ -38,15 +38,15 @@ def open_own_file(path: Path, is_ours: Callable[[bytes], bool], what: str) -> Bi
 
 
 def _open_existing(path: Path, is_ours: Callable[[bytes], bool], what: str) -> int:
-    # Asked before it is opened, since opening some devices does something.
+    # Checked before opening, because opening a device may have an effect.
     _check_regular(path, path.lstat(), what)
     fd = os.open(path, _FLAGS | os.O_NONBLOCK)
     try:
         status = os.fstat(fd)
         _check_regular(path, status, what)
-        behind = max(_LOOKED_AT_BYTES, status.st_size - _LOOKED_AT_BYTES)
-        known = os.pread(fd, _LOOKED_AT_BYTES, 0) + os.pread(fd, _LOOKED_AT_BYTES, behind)
-        if known and not is_ours(known):
+        tail_offset = max(_INSPECTED_BYTES, status.st_size - _INSPECTED_BYTES)
+        content = os.pread(fd, _INSPECTED_BYTES, 0) + os.pread(fd, _INSPECTED_BYTES, tail_offset)
+        if content and not is_ours(content):
             raise ConfigError(
                 f"the {what} {path} cannot be written: a file that is no {what} of hermes-async is there; "
                 "remove it, or give another name"

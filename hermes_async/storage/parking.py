@@ -1,6 +1,6 @@
-"""A private file on disk that idle KV waits in: blocks go out to it and come back bit for bit.
+"""A private file on disk for the KV of idle sessions: blocks are written to it and read back bit for bit.
 
-The only place that writes KV to disk, and turns an `OSError` of that into one of our errors.
+This is the only module that writes KV to disk. It turns an `OSError` of the file into a `ParkingError`.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from hermes_async.storage.threads import check_cancelled, run_in_thread
 
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 
-_ON_DISK = Path("/var/tmp")  # noqa: S108 - the file is unlinked and ours alone
+_DEFAULT_FOLDER = Path("/var/tmp")  # noqa: S108 - on disk; the file has no name and only this user can read it
 
-# Views of one system call: as many as every POSIX system takes, and few enough bytes that a cancelled call ends soon.
+# Limits of one system call: views that every POSIX system takes, and few enough bytes that a cancelled call ends soon.
 _MAX_VIEWS_PER_CALL = 1024
 _MAX_BYTES_PER_CALL = 32 * 2**20
 
@@ -42,18 +42,18 @@ _REASONS = {
 
 
 class ParkingFile:
-    """Slots of `slot_bytes` bytes in a temporary file that has no name, so that nothing is left even after a crash.
+    """Slots of `slot_bytes` bytes in a temporary file without a name, so that nothing is left even after a crash.
 
-    Owned with `async with`, or closed with `aclose`. The file is made with the first write, readable by this user
-    alone. It is written and read past the page cache where the file system allows it; elsewhere the cache is dropped
-    behind. One operation runs at a time, on a worker thread; others wait their turn. Event-loop side only.
+    Owned with `async with`, or closed with `aclose`. The first write makes the file, which only this user can read. I/O
+    bypasses the page cache where the file system allows it; elsewhere, the cache is dropped after each operation. One
+    operation runs at a time, on a worker thread. Event-loop side only.
 
-    The lowest free slots are used first. When all are free, the next write begins by giving the file's whole space
-    back to the disk; until then, and until `aclose`, the file keeps it.
+    The lowest free slots are used first. When all slots are free, the next write first gives the file's space back to
+    the disk. Until then, or until `aclose`, the file keeps it.
 
     Args:
-        folder: Where the file lies. None: /var/tmp, which is on disk where /tmp is often memory, or the system's
-            folder for temporary files where that cannot be written to.
+        folder: The folder for the file. None takes /var/tmp, because /tmp is often in memory, or the system's temporary
+            folder if /var/tmp cannot be written to.
         slot_bytes: A multiple of 4096 (`ALIGNMENT`).
         direct: Whether to try direct I/O.
 
@@ -66,14 +66,14 @@ class ParkingFile:
             raise ValueError(f"slot_bytes must be a multiple of {ALIGNMENT}, not {slot_bytes}")
         self._slot_bytes = slot_bytes
         self._limiter = anyio.CapacityLimiter(1)
-        # All mutable state. Event loop: every slot is in `_used` (also while it is being written) or in `_free` (a
-        # heap); `_closed` is set once. Worker thread: `_folder` is settled when the file is opened as `_fd`, and
-        # `_direct` is whether it is used past the page cache. `_stale` is set by the loop when all slots are free,
-        # and so no thread writes, and taken back by the thread that has emptied the file.
+        # All mutable state. Event loop: each slot is in `_used` (also while it is being written) or in `_free` (a
+        # heap); `_closed` is set once. Worker thread: `_folder` is final when the file is opened as `_fd`; `_direct`
+        # says whether I/O bypasses the page cache. `_stale` is set by the loop when all slots are free, so no thread
+        # writes then. The thread that has emptied the file clears it.
         self._used: set[int] = set()
         self._free: list[int] = []
         self._closed = False
-        self._folder = folder or _ON_DISK
+        self._folder = folder or _DEFAULT_FOLDER
         self._folder_is_default = folder is None
         self._fd: int | None = None
         self._direct = direct and bool(O_DIRECT)
@@ -89,7 +89,7 @@ class ParkingFile:
 
     @property
     def num_slots_used(self) -> int:
-        """Slots that hold something or are being written."""
+        """Slots that hold a block or are being written."""
         return len(self._used)
 
     @property
@@ -99,18 +99,16 @@ class ParkingFile:
     async def write(self, views: Sequence[memoryview]) -> list[int]:
         """Writes each view (`slot_bytes` bytes, page-aligned) into a slot of its own.
 
-        The views are only read, until the call returns.
-
         Returns:
             The slots' numbers, in the order of `views`. They are used until `free`.
 
         Raises:
-            ParkingError: The file could not be made or written, or is closed. No slot is used; what was written
-                before can still be read.
-            ValueError: A view of another size.
+            ParkingError: The file could not be made or written, or is closed. No slot is used. Earlier slots can still
+                be read.
+            ValueError: A view has another size.
 
-        Cancellation: the call returns when its thread is done with the views, after a few system calls at most, and
-        no slot is used.
+        Cancellation: the call returns when its thread has finished with the views, after a few system calls at most. No
+        slot is used.
         """
         self._check(views)
         if not views:
@@ -130,10 +128,10 @@ class ParkingFile:
         """Fills each view (`slot_bytes` bytes, page-aligned) from its slot; the slots stay used.
 
         Raises:
-            ParkingError: The file could not be read, or is closed. The views hold anything.
-            ValueError: A slot that is not in use, or a view of another size.
+            ParkingError: The file could not be read, or is closed. The content of the views is undefined.
+            ValueError: A slot is not in use, or a view has another size.
 
-        Cancellation: as `write`; the views hold anything, the slots what they held.
+        Cancellation: as `write`. The content of the views is undefined; the slots keep theirs.
         """
         self._check(views)
         if len(slots) != len(views) or not self._used.issuperset(slots):
@@ -143,12 +141,10 @@ class ParkingFile:
             await self._run(doing, partial(self._read, list(slots), list(views)))
 
     def free(self, slots: Sequence[int]) -> None:
-        """Gives slots back for later writes, without any I/O; no read of them may be on its way.
-
-        After `aclose`, when all slots are gone, it does nothing.
+        """Frees slots for later writes, without I/O. No read of them may be running. Does nothing after `aclose`.
 
         Raises:
-            ValueError: A slot that is not in use, or twice; nothing was given back.
+            ValueError: A slot is not in use, or is given twice. No slot was freed.
         """
         if self._closed:
             return
@@ -157,9 +153,9 @@ class ParkingFile:
         self._give_back(slots)
 
     async def aclose(self) -> None:
-        """Closes the file, and so deletes it. A second call does nothing.
+        """Closes the file, which deletes it. A second call does nothing.
 
-        Cancellation: the file is closed all the same, before the call returns.
+        Cancellation: the file is closed before the call returns.
         """
         self._closed = True
         self._used.clear()
@@ -188,7 +184,7 @@ class ParkingFile:
             self._stale = True
 
     async def _run(self, doing: str, call: Callable[[], None], *, shield: bool = False) -> None:
-        """Runs `call` on a worker thread, and returns when the thread is done, however the caller is cancelled."""
+        """Runs `call` on a worker thread. Returns when the thread has finished, even if the caller is cancelled."""
         errors: list[Exception] = []
 
         async def run() -> None:
@@ -198,7 +194,7 @@ class ParkingFile:
             except Exception as error:
                 errors.append(error)
 
-        # A task of its own, because a shield does not hold against asyncio's own `Task.cancel` of the caller; a task
+        # A separate task, because a shield does not protect from asyncio's own `Task.cancel` of the caller. A task
         # group does, and waits for the thread.
         async with anyio.create_task_group() as group:
             group.start_soon(run)
@@ -218,7 +214,7 @@ class ParkingFile:
     # From here on: worker thread, one at a time.
 
     def _write(self, slots: list[int], views: list[memoryview]) -> None:
-        self._check_open()  # it may have been closed while this waited
+        self._check_open()  # it may have been closed in the meantime
         fd = self._open()
         if self._stale:
             os.ftruncate(fd, 0)
@@ -229,7 +225,7 @@ class ParkingFile:
                 self._transfer(fd, offset, batch, writing=True)
         except BaseException:
             with suppress(OSError):
-                os.ftruncate(fd, size)  # others may need what a full disk gave us last
+                os.ftruncate(fd, size)  # on a full disk, other programs may need the space
             raise
 
     def _read(self, slots: list[int], views: list[memoryview]) -> None:
@@ -238,7 +234,7 @@ class ParkingFile:
             self._transfer(self._open(), offset, batch, writing=False)
 
     def _batches(self, slots: list[int], views: list[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
-        """Offset and views of each run of consecutive slots, cut where it is too long for one system call."""
+        """Offset and views of each run of consecutive slots, split where it is too long for one system call."""
         most = max(1, min(_MAX_VIEWS_PER_CALL, _MAX_BYTES_PER_CALL // self._slot_bytes))
         start = 0
         for end in range(1, len(slots) + 1):
@@ -247,7 +243,7 @@ class ParkingFile:
                 start = end
 
     def _transfer(self, fd: int, offset: int, views: list[memoryview], *, writing: bool) -> None:
-        """Writes or reads `views`, which is used up, one after another from `offset`."""
+        """Writes or reads `views` one after another from `offset`. Empties the list."""
         while views:
             check_cancelled()
             try:
@@ -263,7 +259,7 @@ class ParkingFile:
                 if writing:
                     os.fdatasync(fd)  # only pages that are on disk are dropped
                 drop_cache(fd, offset, count)
-            count = align_down(count) or count  # direct I/O goes on only from a block's beginning
+            count = align_down(count) or count  # direct I/O continues only at the beginning of a block
             offset += count
             num_done = 0
             while num_done < len(views) and count >= len(views[num_done]):
@@ -275,7 +271,7 @@ class ParkingFile:
 
     def _open(self) -> int:
         if self._fd is None:
-            if self._folder_is_default and not (_ON_DISK.is_dir() and os.access(_ON_DISK, os.W_OK | os.X_OK)):
+            if self._folder_is_default and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
                 self._folder = Path(tempfile.gettempdir())
             self._fd = _open_unnamed(self._folder)
             if self._direct:
@@ -283,7 +279,7 @@ class ParkingFile:
         return self._fd
 
     def _set_direct(self, fd: int, direct: bool) -> None:
-        """Turns direct I/O on, where the file system takes it, or off: a file without a name cannot be reopened."""
+        """Turns direct I/O on, if the file system allows it, or off. A file without a name cannot be reopened."""
         try:
             set_direct(fd, direct)
         except OSError as error:
@@ -295,14 +291,14 @@ class ParkingFile:
     def _close(self) -> None:
         fd, self._fd = self._fd, None
         if fd is not None:
-            with suppress(OSError):  # what could not be written is not wanted any more
+            with suppress(OSError):  # nobody needs what could not be written
                 os.close(fd)
 
 
 def _open_unnamed(folder: Path) -> int:
-    """Opens a new file in `folder`, for this user alone, that goes when it is closed."""
+    """Opens a new file in `folder`, which only this user can read. Closing it deletes it."""
     if _O_TMPFILE:
-        with suppress(OSError):  # where it is refused, for whatever reason, the way below says why
+        with suppress(OSError):  # if the system refuses this, `mkstemp` below reports the reason
             return os.open(folder, os.O_RDWR | os.O_EXCL | _O_TMPFILE, 0o600)
     fd, path = tempfile.mkstemp(prefix="hermes-async-", dir=folder)
     try:

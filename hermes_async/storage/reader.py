@@ -1,6 +1,7 @@
-"""Reads byte ranges of shards into buffers: aiofiles, direct I/O, a thread pool of its own.
+"""Reads byte ranges of shards into buffers, with aiofiles and direct I/O, on threads of their own.
 
-The only place that reads weights, imports aiofiles, and turns an `OSError` of a read into one of our errors.
+This is the only module that reads weights, and the only one that imports aiofiles. It turns an `OSError` of a read into
+a `ReadError`.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ from hermes_async.storage.tensor_spec import FileState
 
 @dataclass(frozen=True, slots=True)
 class ReadRange:
-    """`nbytes` bytes of `file` from `offset`, to be found at `position` of a buffer after the read.
+    """A read of `nbytes` bytes of `file` from `offset` on, to `position` in a buffer.
 
     Attributes:
-        scratch: None where whole blocks around the range may be written; `offset` and `position` are then equal modulo
-            4096 (`ALIGNMENT`), so a direct read can start at the block before. Else nothing is written beside the range
-            but these bytes of the buffer, from and to, two or more whole blocks; where `offset` and `position` are not
-            equal modulo 4096, all goes through them, and so in many small reads if they are few.
+        scratch: None if the read may also write the rest of the blocks around the range. `offset` and `position` must
+            then be equal modulo 4096 (`ALIGNMENT`), so that a direct read can begin at the block's beginning.
+            Otherwise, the start and end of two or more whole blocks of the buffer; beside the range, the read writes
+            only there. If `offset` and `position` are not equal modulo 4096, all bytes pass through the scratch
+            blocks, in many small reads if there are few of them.
     """
 
     file: Path
@@ -52,7 +54,7 @@ class ReadStatistics:
     """What the readers have read so far.
 
     Attributes:
-        seconds: The time of each call, added up; calls overlap.
+        seconds: The sum of the times of all calls, which overlap.
     """
 
     bytes_read: int = 0
@@ -61,16 +63,16 @@ class ReadStatistics:
 
 
 class Reader:
-    """Reads ranges of some shards; any number of calls may be under way at once, as many as the executor has threads.
+    """Reads ranges of shards. As many calls run at once as the executor has threads.
 
-    Owned with `async with`: entering opens every shard, so one that is renamed or removed later can still be read, and
-    leaving closes them. Where there are more shards than a quarter of the files that the process may open, so many are
-    open at once, and those that were not used for longest are closed for others. Reads bypass the page cache where the
-    file system allows it; elsewhere they are buffered and the cache is dropped behind them.
+    Owned with `async with`: entering opens all shards, so that they can be read even if they are renamed or removed
+    later. Leaving closes them. At most a quarter of the files that the process may open are open at once. If there are
+    more shards, the least recently used ones are closed for others. Reads bypass the page cache where the file system
+    allows it. Elsewhere they are buffered, and the cache is dropped after them.
 
     Args:
-        states: What files were when their headers were read. One that is not the same any more when it is opened, or
-            after a read, is an error: its bytes are not those that the header tells of.
+        states: The files as they were when their headers were read. A file that has changed when it is opened, or after
+            a read, is an error: its bytes may not be those that the header describes.
 
     Raises:
         ReadError: On entering: a shard cannot be opened, or has changed.
@@ -92,8 +94,8 @@ class Reader:
         self._executor = executor
         self._statistics = statistics
         self._direct = direct and bool(O_DIRECT)
-        # All mutable state, of the event loop: open shards, those that were used last behind the others. A thread only
-        # looks up shards that are held for it.
+        # All mutable state, changed on the event loop: the open shards, least recently used first. A thread only looks
+        # up shards that are held for it.
         self._shards: dict[Path, _Shard] = {}
         self._opening = anyio.Lock()
         self._read_in_thread = aiofiles.os.wrap(self._read)
@@ -119,22 +121,22 @@ class Reader:
         """Reads every range into `view`.
 
         Args:
-            view: Page-aligned, with room for whole blocks around each range, which are written too where the range has
-                no `scratch`.
-            on_read: Told by the executor's thread when it began and when it ended, on `time.perf_counter`'s clock; a
-                call that finds no thread free waits for one first.
+            view: Page-aligned, with room for whole blocks around each range. The read writes those too, unless the
+                range has `scratch`.
+            on_read: Called on the executor's thread with the beginning and the end of the reads, on the clock of
+                `time.perf_counter`. Waiting for a thread comes before the beginning.
 
         Raises:
-            ShortReadError: A shard ended before its header says.
-            ReadError: The operating system refused or broke off a read, or a shard has changed.
+            ShortReadError: A shard is shorter than its header says.
+            ReadError: A read failed, or a shard has changed.
 
-        Cancellation: shielded, because a thread goes on writing; after a cancelled call none writes to `view` any more.
+        Cancellation: shielded, because a thread cannot be stopped. After a cancelled call, no thread writes to `view`.
         """
         with anyio.CancelScope(shield=True):
             spent: list[float] = []
             try:
-                async with self._held({item.file for item in ranges}):
-                    await self._read_in_thread(ranges, view, spent, on_read, executor=self._executor)
+                async with self._held({item.file for item in ranges}) as shards:
+                    await self._read_in_thread(shards, ranges, view, spent, on_read, executor=self._executor)
             finally:
                 self._statistics.seconds += sum(spent)
         self._statistics.bytes_read += sum(item.nbytes for item in ranges)
@@ -142,7 +144,7 @@ class Reader:
         await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def read_many(self, ranges: Sequence[ReadRange], view: memoryview, at_once: int) -> None:
-        """As `read`, with so many calls at the same time: for many small ranges, each of which the disk begins anew."""
+        """As `read`, with `at_once` calls at the same time: for many small ranges, where the disk's latency counts."""
         reads = [self.read(ranges[start::at_once], view) for start in range(min(at_once, len(ranges)))]
         with anyio.CancelScope(shield=True):
             outcomes = await asyncio.gather(*reads, return_exceptions=True)
@@ -153,21 +155,22 @@ class Reader:
 
     def _read(
         self,
+        shards: Mapping[Path, _Shard],
         ranges: Sequence[ReadRange],
         view: memoryview,
         spent: list[float],
         on_read: Callable[[float, float], None] | None,
     ) -> None:
-        """On a thread of the executor: one hop for all ranges, for each hop stops what computes for a moment."""
+        """Runs on a thread of the executor. One call for all ranges: each switch of threads interrupts computation."""
         started = time.perf_counter()
         try:
             for item in ranges:
                 try:
-                    self._shards[item.file].read(item, view)
+                    shards[item.file].read(item, view)
                 except OSError as error:
                     raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
-            for path in {item.file for item in ranges}:
-                self._check_unchanged(path, self._shards[path])
+            for path, shard in shards.items():
+                self._check_unchanged(path, shard)
         finally:
             ended = time.perf_counter()
             spent.append(ended - started)
@@ -175,9 +178,9 @@ class Reader:
                 on_read(started, ended)
 
     @asynccontextmanager
-    async def _held(self, paths: Iterable[Path]) -> AsyncIterator[None]:
-        """Shards that are open and stay so within the block."""
-        held: list[_Shard] = []
+    async def _held(self, paths: Iterable[Path]) -> AsyncIterator[Mapping[Path, _Shard]]:
+        """Keeps shards open within the block. A thread looks at these alone: the loop changes the order of all."""
+        held: dict[Path, _Shard] = {}
         try:
             for path in paths:
                 if path not in self._shards:
@@ -187,14 +190,14 @@ class Reader:
                             await self._open(path)
                 shard = self._shards[path] = self._shards.pop(path)
                 shard.num_users += 1
-                held.append(shard)
-            yield
+                held[path] = shard
+            yield held
         finally:
-            for shard in held:
+            for shard in held.values():
                 shard.num_users -= 1
 
     async def _close_unused(self, num_left: int) -> None:
-        """Closes shards that nobody reads, those that were not used for longest first, until so many are left."""
+        """Closes shards that nobody reads, least recently used first, until `num_left` are open."""
         while len(self._shards) > num_left:
             path = next((path for path, shard in self._shards.items() if not shard.num_users), None)
             if path is None:
@@ -210,7 +213,7 @@ class Reader:
                 num_open = len(self._shards)
                 if error.errno not in (errno.EMFILE, errno.ENFILE):
                     raise _read_error("opening", path, 0, error) from error
-                # The process has other files open than was expected: these are left half of what there was.
+                # The process has more files open than expected. Leave half of ours to the others.
                 await self._close_unused(num_open // 2)
                 if len(self._shards) == num_open:
                     raise _read_error("opening", path, 0, error) from error
@@ -227,7 +230,7 @@ class Reader:
             return await self._open_shard(path, direct=False)
 
     def _check_unchanged(self, path: Path, shard: _Shard) -> None:
-        """On any thread; after a read, for a write may begin at any moment of it."""
+        """Runs on any thread. Comes after a read, because the file may be written to during the read."""
         before = self._states.get(path)
         if before is None:
             return
@@ -263,7 +266,7 @@ class Reader:
 
 
 class _Shard:
-    """One open file, read at any place by several threads at once."""
+    """An open file, which several threads read at once."""
 
     def __init__(self, file: Any, *, direct: bool) -> None:
         self.file = file
@@ -284,16 +287,16 @@ class _Shard:
             self._read_through(item, view, scratch)
 
     def _read_blocks(self, item: ReadRange, view: memoryview, first: int, last: int, scratch: memoryview) -> None:
-        """Whole blocks, `first` to `last`, to where they belong; what is before and behind goes through `scratch`."""
+        """Reads the whole blocks `first` to `last` to their place, and the parts around them through `scratch`."""
         head, tail = scratch[:ALIGNMENT], scratch[ALIGNMENT : 2 * ALIGNMENT]
-        num_before, num_behind = first - item.position, item.position + item.nbytes - last
-        before, behind = [head] if num_before else [], [tail] if num_behind else []
-        self._fill(item, item.offset, item.nbytes, [*before, view[first:last], *behind])
+        num_before, num_after = first - item.position, item.position + item.nbytes - last
+        before, after = [head] if num_before else [], [tail] if num_after else []
+        self._fill(item, item.offset, item.nbytes, [*before, view[first:last], *after])
         view[item.position : first] = head[ALIGNMENT - num_before :]
-        view[last : last + num_behind] = tail[:num_behind]
+        view[last : last + num_after] = tail[:num_after]
 
     def _read_through(self, item: ReadRange, view: memoryview, scratch: memoryview) -> None:
-        """As much at once as `scratch` holds."""
+        """Reads all bytes through `scratch`, as many at once as it holds."""
         done = 0
         while done < item.nbytes:
             offset = item.offset + done
@@ -304,19 +307,23 @@ class _Shard:
             done += count
 
     def _fill(self, item: ReadRange, offset: int, nbytes: int, targets: Sequence[memoryview]) -> None:
-        """Reads the blocks that hold `nbytes` bytes from `offset` on, a part of `item`, into `targets` in turn."""
+        """Reads the blocks with `nbytes` bytes from `offset` on into `targets`, one after another.
+
+        Raises:
+            ShortReadError: The file ends before that; the error names the whole of `item`.
+        """
         base = align_down(offset)
         wanted = offset - base + nbytes
         done = 0
         while True:
-            done_now = done + self._read_once(base + done, _behind(targets, done))
+            done_now = done + self._read_once(base + done, _rest(targets, done))
             if done_now >= wanted:
                 return
             if align_down(done_now) == done:
                 actual = max(0, base + done_now - item.offset)
                 raise ShortReadError(
                     f"{item.file} ended early: {item.nbytes} bytes were expected at offset {item.offset}, {actual} "
-                    "came; the file was cut short after it was opened",
+                    "came; the file was truncated after it was opened",
                     path=item.file,
                     offset=item.offset,
                     expected=item.nbytes,
@@ -325,7 +332,7 @@ class _Shard:
             done = align_down(done_now)
 
     def _read_once(self, offset: int, targets: Sequence[memoryview]) -> int:
-        """One system call at `offset`; where the file system refuses it as direct I/O, from now on without."""
+        """Makes one system call at `offset`. If the file system refuses direct I/O, all further reads are buffered."""
         fd = self.file.fileno()
         direct = self._direct
         try:
@@ -341,8 +348,8 @@ class _Shard:
         return count
 
 
-def _behind(targets: Sequence[memoryview], done: int) -> list[memoryview]:
-    """What is left of `targets` behind their first `done` bytes."""
+def _rest(targets: Sequence[memoryview], done: int) -> list[memoryview]:
+    """`targets` without their first `done` bytes."""
     left = []
     for target in targets:
         if done < len(target):

@@ -1,4 +1,4 @@
-"""Single rows of a matrix on disk, for an input embedding that is not loaded."""
+"""Reads single rows of a matrix on disk, for an input embedding that is not in memory."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from hermes_async.storage.reader import Reader, ReadRange
 from hermes_async.storage.tensor_spec import TensorSpec
 
 ROWS_AT_ONCE = 8
-"""Threads that a row reader's executor should have: a row is small, and a disk takes its time to begin a read."""
+"""Threads that a row reader's executor should have. A row is small, so the time to begin each read dominates."""
 
-# A gap of up to two blocks takes no more room than the blocks at the edges of two reads.
+# Reading a gap of up to two blocks takes no more memory than the partial blocks of two reads.
 _MAX_GAP_BYTES = 2 * ALIGNMENT
 
 
 @dataclass(eq=False, slots=True)
 class _Reading:
-    """A read that has a task of its own, and what came of it."""
+    """A read in a task of its own, and its outcome."""
 
     error: Exception | None = None
     ended: anyio.Event = field(default_factory=anyio.Event)
 
 
 class RowReader:
-    """Reads rows of `spec` (`[rows, columns]`) through a reader of its own; one call at a time.
+    """Reads rows of `spec` (`[rows, columns]`) with a reader of its own, one call at a time.
 
-    Owned with `async with`; leaving waits for a read that was left.
+    Owned with `async with`; leaving waits for a read whose call was cancelled.
 
     Args:
-        usual_rows: That its buffer has room for. A call with more takes a larger one, until the next call.
-        others_held_back: Entered while more rows are read than there are threads: each after the first ones would
-            otherwise wait for reads of many MiB that began in between.
+        usual_rows: The number of rows that the buffer has room for. A call with more rows makes a larger buffer, which
+            the next call replaces.
+        others_held_back: A context that holds other reads back. It is entered if there are more reads than threads:
+            later rows would otherwise wait for large reads that begin in between.
     """
 
     def __init__(
@@ -53,7 +54,7 @@ class RowReader:
         self._reader = reader
         self._others_held_back = others_held_back
         self._usual_rows = usual_rows
-        # All mutable state: what rows are read into; the last read, which may go on after its call was cancelled.
+        # All mutable state: the buffer for the rows; the last read, which may continue after its call was cancelled.
         self._buffer = Buffer(self.buffer_bytes(spec, usual_rows))
         self._last: _Reading | None = None
         self._tasks: anyio.abc.TaskGroup = anyio.create_task_group()
@@ -66,24 +67,24 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            await self._tasks.__aexit__(None, None, None)  # what the block raised comes out by itself
+            await self._tasks.__aexit__(None, None, None)  # an error of the block is raised without a group
         finally:
             self._buffer.close()
 
     @staticmethod
     def buffer_bytes(spec: TensorSpec, num_rows: int) -> int:
-        """Memory for so many rows, each with the blocks around it."""
+        """Bytes for `num_rows` rows, each with the blocks around it."""
         row_bytes = spec.nbytes // spec.shape[0]
         spread = num_rows * (align_up(row_bytes) + 2 * ALIGNMENT)
         return min(spread, align_up(spec.nbytes) + 2 * ALIGNMENT)
 
     async def read(self, rows: Sequence[int]) -> list[torch.Tensor]:
-        """Reads `rows` (sorted, each once); returns views `[columns]` that the next call overwrites.
+        """Reads `rows`, which must be sorted and distinct; returns views `[columns]` that the next call overwrites.
 
         Raises:
             ReadError: The shard could not be read.
 
-        Cancellation: at once. The read goes on, and the next call first waits for its end.
+        Cancellation: returns at once. The read continues, and the next call first waits for it.
         """
         if self._last is not None:
             await self._last.ended.wait()
@@ -114,13 +115,13 @@ class RowReader:
     async def _read(self, reading: _Reading, ranges: Sequence[ReadRange]) -> None:
         try:
             await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
-        except Exception as error:  # raised again where the rows are awaited
+        except Exception as error:  # `read` raises it
             reading.error = error
         finally:
             reading.ended.set()
 
     def _runs(self, rows: Sequence[int]) -> list[list[int]]:
-        """Rows that are read together, each run with the gaps in it."""
+        """Groups rows that are read together, including the gaps between them."""
         most = 1 + _MAX_GAP_BYTES // (self._spec.nbytes // self._spec.shape[0])
         runs: list[list[int]] = []
         for row in rows:

@@ -1,4 +1,4 @@
-"""Where tensors lie in files: in one piece or in several, whole or by rows, and which reads get many of them."""
+"""Where tensors lie in files, and which reads fetch them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True)
 class FileState:
-    """What tells that a file is still the one that was looked at, without reading it."""
+    """Identifies a file and its version without reading it."""
 
     nbytes: int
     modified_ns: int
@@ -30,13 +30,13 @@ class TensorSpec:
     """Where one tensor lies.
 
     Attributes:
-        name: As the file has it.
-        offset: Of its first byte, from the start of the file.
-        pieces: Where it is made of several of the checkpoint's tensors, by putting one behind the other: those, which
-            need not be neighbours. `file` and `offset` are the first one's.
-        packed: The format's name of its dtype, where a number takes less than a byte; `dtype` and `shape` are then of
-            bytes, and no model can use it.
-        file_states: Of its files, as they were when their headers were read.
+        name: Its name in the file.
+        offset: Its first byte, from the start of the file.
+        pieces: The extents that make up the tensor, in order, if it is joined from several tensors of the checkpoint.
+            `file` and `offset` are then those of the first extent.
+        packed: The format's name of its dtype, if a number takes less than a byte. `dtype` and `shape` are then those
+            of the bytes, and no model can use the tensor.
+        file_states: Its files, as they were when their headers were read.
     """
 
     name: str
@@ -51,7 +51,7 @@ class TensorSpec:
 
     @classmethod
     def joined(cls, specs: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
-        """One tensor of `shape` whose bytes are those of `specs`, of one dtype, one behind the other."""
+        """One tensor of `shape`, made of the bytes of `specs` in this order. All `specs` must have one dtype."""
         first, nbytes = specs[0], sum(spec.nbytes for spec in specs)
         name = f"{first.name} and {len(specs) - 1} more"
         pieces: list[Extent] = []
@@ -61,11 +61,19 @@ class TensorSpec:
                 pieces[-1] = Extent(last.file, last.offset, last.nbytes + spec.nbytes)
             else:
                 pieces.append(Extent(spec.file, spec.offset, spec.nbytes))
-        states = file_states(specs)
-        return cls(name, first.file, first.offset, nbytes, first.dtype, shape, tuple(pieces), file_states=states)
+        return cls(
+            name=name,
+            file=first.file,
+            offset=first.offset,
+            nbytes=nbytes,
+            dtype=first.dtype,
+            shape=shape,
+            pieces=tuple(pieces),
+            file_states=file_states(specs),
+        )
 
     def rows(self, start: int, stop: int) -> TensorSpec:
-        """Return the spec of the rows `start` to `stop` (exclusive) of the first dimension.
+        """The spec of the rows `start` to `stop` (exclusive) of the first dimension.
 
         Raises:
             ValueError: The tensor has no such rows.
@@ -87,7 +95,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class Extent:
-    """A byte range of one file that is read in one go."""
+    """A byte range of one file that is read at once."""
 
     file: Path
     offset: int
@@ -95,7 +103,7 @@ class Extent:
 
 
 def file_states(specs: Iterable[TensorSpec]) -> dict[Path, FileState]:
-    """Of all files of `specs`, as they were when their headers were read."""
+    """All files of `specs`, as they were when their headers were read."""
     states: dict[Path, FileState] = {}
     for spec in specs:
         states.update(spec.file_states)
@@ -103,7 +111,7 @@ def file_states(specs: Iterable[TensorSpec]) -> dict[Path, FileState]:
 
 
 def _within(pieces: Iterable[Extent], start: int, stop: int) -> Iterator[Extent]:
-    """Of the bytes that `pieces` are one behind the other, those from `start` to `stop`."""
+    """The bytes `start` to `stop` of the concatenation of `pieces`."""
     end = 0
     for piece in pieces:
         begin, end = end, end + piece.nbytes
@@ -113,13 +121,13 @@ def _within(pieces: Iterable[Extent], start: int, stop: int) -> Iterator[Extent]
 
 
 def merge_extents(specs: Iterable[TensorSpec], *, max_gap: int = 65536) -> list[Extent]:
-    """Merge the bytes of `specs` into few reads, sorted by file and offset.
+    """Merges the bytes of `specs` into few reads, sorted by file and offset.
 
-    Tensors of one file that lie at most `max_gap` bytes apart are read together, gap included. A tensor
-    without elements has nothing to read and adds no extent.
+    Tensors of one file that are at most `max_gap` bytes apart are read together, with the gap. A tensor without
+    elements adds no extent.
     """
     extents: list[Extent] = []
-    # By the text of its path, which takes a fraction of what comparing paths does.
+    # Comparing texts takes a fraction of the time of comparing paths.
     for spec in sorted((spec for spec in specs if spec.nbytes), key=lambda spec: (str(spec.file), spec.offset)):
         last = extents[-1] if extents else None
         if last and spec.offset - (last.offset + last.nbytes) <= max_gap and last.file == spec.file:

@@ -1,24 +1,18 @@
-"""Threads of our own: none keeps the interpreter from its exit, and none is in native code when it exits.
+"""Threads of our own, on which functions are called and files are read.
 
-A thread that is no daemon is waited for at exit, also where it waits for a disk that hangs, or for an event loop that
-does not run any more. A daemon is ended when it wants the interpreter's lock again, and where C++ or Rust code wants
-it (torch, tokenizers), that aborts the process. So all threads here are daemons, and the exit waits for those that may
-be in such code, until they are done or wait themselves.
+All are daemons; `storage/interpreter_exit.py` says why, and for which of them the interpreter's exit waits.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import ctypes
-import os
 import queue
 import threading
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -26,55 +20,13 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 import anyio
 import anyio.lowlevel
 
+from hermes_async.storage.interpreter_exit import native_code, no_native_code, when_interpreter_exits
+
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
-_SECONDS_IDLE = 10.0  # after which a thread that nothing was asked of ends
-
-
-class _InterpreterExit:
-    """Counts what the exit waits for, and ends it."""
-
-    def __init__(self) -> None:
-        # All mutable state: how many threads may be in native code; the exit has begun; what wakes threads that wait;
-        # who reads.
-        self._changed = threading.Condition()
-        self._num_inside = 0
-        self._begun = False
-        self.on_exit: weakref.WeakSet[Any] = weakref.WeakSet()
-
-    def enter(self) -> None:
-        """Called before native code; never returns once the exit has begun."""
-        with self._changed:
-            self._changed.wait_for(lambda: not self._begun)
-            self._num_inside += 1
-
-    def leave(self) -> None:
-        with self._changed:
-            self._num_inside -= 1
-            self._changed.notify_all()
-
-    def begin(self) -> None:
-        """Called at exit: returns when no thread is in native code, and none will be."""
-        self._begun = True
-        for each in list(self.on_exit):
-            each.interpreter_exits()
-        with self._changed:
-            self._changed.wait_for(lambda: not self._num_inside)
-
-    def forget(self) -> None:
-        """In a forked process, which has none of these threads."""
-        self.__init__()  # type: ignore[misc]
-
-
-_exit = _InterpreterExit()
-atexit.register(_exit.begin)
-os.register_at_fork(after_in_child=_exit.forget)
-
-
-def when_interpreter_exits(each: Any) -> None:
-    """`each.interpreter_exits()` is called at exit, if it still exists; it wakes threads that wait for something."""
-    _exit.on_exit.add(each)
+_SECONDS_IDLE = 10.0
+"""A worker thread that had no call for so long ends."""
 
 
 # --- calls on a thread ---
@@ -82,12 +34,12 @@ def when_interpreter_exits(each: Any) -> None:
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
 class _Call:
-    """A call on a worker thread, and then what came of it.
+    """A call on a worker thread, and then its result or error.
 
     Attributes:
         left_at_exit: The interpreter's exit does not wait for it.
-        limiter: Of which it has a place.
-        cancelled: Whoever waits for it was cancelled.
+        limiter: The call has one of its places until it ends.
+        cancelled: The task that waits for it was cancelled, or the interpreter exits.
     """
 
     function: Callable[[], Any]
@@ -100,20 +52,18 @@ class _Call:
     done: anyio.Event = field(default_factory=anyio.Event)
 
     def run(self) -> None:
-        if not self.left_at_exit:
-            _exit.enter()
-        _thread.call = self
-        try:
-            self.result = self.function()
-        except BaseException as error:  # raised again where the call is awaited
-            self.error = error
-        finally:
-            _thread.call = None
-            if not self.left_at_exit:
-                _exit.leave()
+        """Sets `result` or `error`; called by the worker thread."""
+        with nullcontext() if self.left_at_exit else native_code():
+            _thread.call = self
+            try:
+                self.result = self.function()
+            except BaseException as error:  # raised again where the call is awaited
+                self.error = error
+            finally:
+                _thread.call = None
 
     def end(self) -> None:
-        """Called on the event loop when it has run, or cannot."""
+        """Called on the event loop when the call has run, or no thread could be started for it."""
         if self.limiter is not None:
             self.limiter.release_on_behalf_of(self)
         self.done.set()
@@ -123,7 +73,7 @@ class _Call:
 
 
 class _Worker(threading.Thread):
-    """Runs one call after another, and ends when there was none for a while."""
+    """Runs one call after another; ends when there was none for a while."""
 
     def __init__(self) -> None:
         super().__init__(name="worker of hermes_async", daemon=True)
@@ -157,18 +107,18 @@ async def run_in_thread(
     left_at_exit: bool = False,
     limiter: anyio.CapacityLimiter | None = None,
 ) -> T:
-    """Calls `function` on a thread of our own, which the application's own calls cannot take from us.
+    """Calls `function` on a thread of our own, so that other calls of the application cannot occupy all threads.
 
     Args:
-        abandon_on_cancel: A cancelled call ends at once; the thread goes on, and what it returns is dropped.
-        left_at_exit: The interpreter's exit does not wait for the call: it waits for files and the like, and calls no
-            native code that takes the interpreter's lock by itself; or it may take minutes, as tokenizing does.
-        limiter: Bounds how many calls are under way, those that were abandoned too.
+        abandon_on_cancel: A cancelled call ends at once. Its thread goes on, and the result is dropped.
+        left_at_exit: The interpreter's exit does not wait for the call. For calls that wait for files and use no native
+            code that takes the interpreter's lock by itself, and for calls that may take minutes, such as tokenizing.
+        limiter: Bounds how many calls are under way; abandoned ones count until their threads are done.
 
     Raises:
         RuntimeError: No thread can be started; or what `function` raises.
 
-    Cancellation: waits for the call to end, which may use `check_cancelled`; what it returns is dropped.
+    Cancellation: waits for the call to end, and drops its result. The call may use `check_cancelled` to end early.
     """
     await anyio.lowlevel.checkpoint()
     call = _Call(partial(function, *args), asyncio.get_running_loop(), left_at_exit, limiter)
@@ -199,32 +149,24 @@ async def run_in_thread(
         result: T = call.result
         return result
     finally:
-        del call  # it has the error, which has this frame
+        del call  # else a cycle: the call has the error, and the error has this frame
 
 
 class CallCancelled(BaseException):
-    """Unwinds a thread from a call that nobody waits for any more; never leaves `run_in_thread`."""
+    """Unwinds a thread from a call that nobody waits for any more. It never leaves `run_in_thread`."""
 
 
 def check_cancelled() -> None:
-    """Raises `CallCancelled` where this thread's call was cancelled, or the interpreter exits; others go on."""
+    """Raises `CallCancelled` if this thread runs a call of `run_in_thread` that was cancelled, or at exit."""
     call: _Call | None = getattr(_thread, "call", None)
     if call is not None and call.cancelled:
         raise CallCancelled
 
 
-@contextmanager
-def only_waiting() -> Iterator[None]:
-    """Within the block, which calls no native code, the interpreter's exit does not wait for this thread."""
+def only_waiting() -> AbstractContextManager[None]:
+    """A block that waits and calls no native code: the interpreter's exit does not wait for this thread there."""
     call: _Call | None = getattr(_thread, "call", None)
-    if call is None or call.left_at_exit:
-        yield
-        return
-    _exit.leave()
-    try:
-        yield
-    finally:
-        _exit.enter()
+    return nullcontext() if call is None or call.left_at_exit else no_native_code()
 
 
 class LoopEvent:
@@ -250,17 +192,17 @@ class LoopEvent:
 class DaemonExecutor(Executor):
     """Threads for calls that only wait for files; the interpreter's exit waits for none of them.
 
-    A call whose future is cancelled while it is under way goes on, and its thread is given up: another takes its place.
-    Used by one thread.
+    If a future is cancelled while its call is under way, the call goes on, its thread is given up, and another thread
+    takes its place. An executor is used by one thread.
 
     Args:
-        max_workers: Most calls under way, those of threads that were given up not counted.
+        max_workers: The most calls under way, without those of threads that were given up.
     """
 
     def __init__(self, max_workers: int, name: str) -> None:
         self._max_workers = max_workers
         self._name = name
-        # All mutable state: what is to be called; the threads that are not given up.
+        # All mutable state: the calls that no thread has taken; the threads that are not given up; how many there were.
         self._works: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
         self._threads: list[_Reading] = []
         self._num_made = 0
@@ -273,7 +215,7 @@ class DaemonExecutor(Executor):
         return work
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Ends all threads but those that were given up, which end with their calls. No other call is under way."""
+        """Ends all threads; those that were given up end with their calls. No other call may be under way."""
         threads, self._threads, self._max_workers = self._threads, [], 0
         for _ in threads:
             self._works.put(None)
@@ -281,7 +223,7 @@ class DaemonExecutor(Executor):
             thread.join()
 
     def give_up(self, work: _Work) -> None:
-        """Nobody waits for `work`, which is under way, any more."""
+        """Replaces the thread that runs `work`, which nobody waits for any more."""
         for thread in self._threads:
             if thread.work is work:
                 thread.given_up = True
@@ -297,7 +239,7 @@ class DaemonExecutor(Executor):
 
 
 class _Work(Future[Any]):
-    """One call, for an executor."""
+    """One call of an executor."""
 
     def __init__(self, function: Callable[[], Any], executor: DaemonExecutor) -> None:
         super().__init__()
@@ -322,7 +264,7 @@ class _Work(Future[Any]):
 
 
 class _Reading(threading.Thread):
-    """A thread of an executor; `work` is under way."""
+    """A thread of an executor, which runs `work`."""
 
     def __init__(self, name: str, works: queue.SimpleQueue[_Work | None]) -> None:
         super().__init__(name=name, daemon=True)
@@ -332,7 +274,7 @@ class _Reading(threading.Thread):
         when_interpreter_exits(self)
 
     def interpreter_exits(self) -> None:
-        """The interpreter then frees what this thread refers to, while the thread may still write there."""
+        """Keeps the memory that this thread may still write to: the interpreter frees it at exit otherwise."""
         if self.work is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.work))
 
@@ -341,4 +283,4 @@ class _Reading(threading.Thread):
             self.work = work
             work.run()
             self.work = None
-            del work  # and with it the memory that it has read into
+            del work  # it refers to the memory that it has read into

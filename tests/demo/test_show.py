@@ -1,3 +1,7 @@
+"""What the demo shows while stories are written side by side."""
+
+from __future__ import annotations
+
 import io
 import json
 import os

@@ -6,12 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from transformers import LlamaConfig
 
+from hermes_async import EngineConfig
 from hermes_async.engine import opening
 from hermes_async.engine.opening import open_model
 
 
-def test_models_are_looked_at_one_at_a_time(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_models_are_looked_at_one_at_a_time(
+    random_model: Any, save_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Transformers sets torch's default dtype while it makes one: noise of another's self-check was rounded to it."""
     alone = []
 
@@ -20,18 +24,19 @@ def test_models_are_looked_at_one_at_a_time(tiny_model: Any, monkeypatch: pytest
 
         def noting(*args: Any) -> Any:
             with ThreadPoolExecutor(1) as other:
-                if other.submit(opening._LOOKING_AT.acquire, blocking=False).result():
-                    opening._LOOKING_AT.release()
-                    raise AssertionError(f"{name}: another engine could look at a model meanwhile")
+                if other.submit(opening._BUILDING.acquire, blocking=False).result():
+                    opening._BUILDING.release()
+                    raise AssertionError(f"{name}: another engine could build a model meanwhile")
             alone.append(name)
             return look(*args)
 
         monkeypatch.setattr(opening, name, noting)
 
-    names = ["build_skeleton", "check_packing", "probe"]
+    names = ["build_skeleton", "check_packing", "probe_packed"]
     for name in names:
         noted(name)
-    open_model(tiny_model.path, "8MiB", tiny_model.config).close()
+    path = save_model(random_model(LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)))
+    open_model(path, "1GiB", EngineConfig()).close()
     assert alone == names
-    assert opening._LOOKING_AT.acquire(blocking=False)
-    opening._LOOKING_AT.release()
+    assert opening._BUILDING.acquire(blocking=False)
+    opening._BUILDING.release()

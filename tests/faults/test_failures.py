@@ -15,20 +15,11 @@ import pytest
 
 from hermes_async import Engine, EngineClosedError, EngineFailedError, RequestEvent
 from hermes_async.engine.opening import OpenedModel
-from tests.engines import until
+from tests.engines import open_engine, until
 from tests.faults.test_leaving import Left
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-
-
-def open_engine(model: Any, on_event: Any = None) -> Engine:
-    return Engine(model.path, memory_budget="8MiB", config=model.config, on_event=on_event)
-
-
-def fail(engine: Engine, error: Exception) -> None:
-    """While nothing is under way."""
-    engine._serving._listener_error = error
-    engine._serving._work.set()
 
 
 async def test_a_body_under_way_is_told_where_no_call_is(tiny_model: Any, caplog: pytest.LogCaptureFixture) -> None:
@@ -36,7 +27,7 @@ async def test_a_body_under_way_is_told_where_no_call_is(tiny_model: Any, caplog
     failure = ZeroDivisionError("while nobody called")
     with anyio.fail_after(30), pytest.raises(EngineFailedError, match="while nobody called") as caught:
         async with open_engine(tiny_model) as engine:
-            fail(engine, failure)
+            inside(engine).fail(failure)
             await anyio.sleep_forever()
     assert caught.value.__cause__ is failure
     (record,) = [record for record in caplog.records if record.levelno == logging.ERROR]
@@ -51,7 +42,7 @@ async def test_a_body_under_way_is_told_where_no_call_is(tiny_model: Any, caplog
 async def test_a_body_that_was_cancelled_too_stays_cancelled(tiny_model: Any) -> None:
     with anyio.CancelScope() as scope:
         async with open_engine(tiny_model) as engine:
-            fail(engine, ZeroDivisionError("while nobody called"))
+            inside(engine).fail(ZeroDivisionError("while nobody called"))
             scope.cancel()
             await anyio.sleep_forever()
     assert scope.cancelled_caught
@@ -60,8 +51,8 @@ async def test_a_body_that_was_cancelled_too_stays_cancelled(tiny_model: Any) ->
 async def test_an_unseen_failure_comes_out_of_leaving_in_another_task(tiny_model: Any) -> None:
     engine = open_engine(tiny_model)
     await asyncio.create_task(engine.__aenter__())
-    fail(engine, ZeroDivisionError("while nobody called"))
-    await until(lambda: engine._task.done())
+    inside(engine).fail(ZeroDivisionError("while nobody called"))
+    await until(lambda: inside(engine).has_stopped)
     with pytest.raises(EngineFailedError, match="while nobody called"):
         await asyncio.create_task(engine.__aexit__(None, None, None))
 
@@ -76,8 +67,8 @@ async def test_a_failure_that_a_call_has_raised_is_not_raised_twice(tiny_model: 
             await engine.complete(tiny_model.prompts[1], tiny_model.params)
     engine = open_engine(tiny_model)
     await asyncio.create_task(engine.__aenter__())
-    fail(engine, ZeroDivisionError("while nobody called"))
-    await until(lambda: engine._task.done())
+    inside(engine).fail(ZeroDivisionError("while nobody called"))
+    await until(lambda: inside(engine).has_stopped)
     with pytest.raises(EngineFailedError, match="while nobody called"):
         await engine.resize("16MiB")
     await engine.__aexit__(None, None, None)
@@ -88,8 +79,8 @@ async def test_a_kept_iterator_that_nobody_reads_has_told_nobody(tiny_model: Any
     await asyncio.create_task(engine.__aenter__())
     chunks = engine.generate(tiny_model.prompts[1], tiny_model.params)
     await anext(chunks)
-    fail(engine, ZeroDivisionError("while nobody looked"))
-    await until(lambda: engine._task.done())
+    inside(engine).fail(ZeroDivisionError("while nobody looked"))
+    await until(lambda: inside(engine).has_stopped)
     with pytest.raises(EngineFailedError, match="while nobody looked"):
         await engine.__aexit__(None, None, None)
     with pytest.raises(EngineFailedError, match="while nobody looked"):
@@ -116,8 +107,8 @@ async def test_failures_while_closing_are_logged_and_raised(
     failure = ZeroDivisionError("while nobody called")
     engine = open_engine(tiny_model)
     await asyncio.create_task(engine.__aenter__())
-    fail(engine, failure)
-    await until(lambda: engine._task.done())
+    inside(engine).fail(failure)
+    await until(lambda: inside(engine).has_stopped)
     with pytest.raises(EngineFailedError, match="while nobody called") as caught:
         await engine.__aexit__(None, None, None)
     assert caught.value.__cause__ is failure
@@ -160,14 +151,14 @@ async def test_cancelled_while_it_is_entered_nothing_is_left(tiny_model: Any, na
     left = Left()
     turns, entered = 0, False
     while not entered:
-        engine, scope, inside = open_engine(tiny_model), anyio.CancelScope(), list[Engine]()
+        engine, scope, entered_engines = open_engine(tiny_model), anyio.CancelScope(), list[Engine]()
 
         async def enter(
-            engine: Engine = engine, scope: anyio.CancelScope = scope, inside: list[Engine] = inside
+            engine: Engine = engine, scope: anyio.CancelScope = scope, entered: list[Engine] = entered_engines
         ) -> None:
             with scope:
                 await engine.__aenter__()
-                inside.append(engine)
+                entered.append(engine)
 
         task = asyncio.create_task(enter())
         for _ in range(turns):
@@ -177,12 +168,12 @@ async def test_cancelled_while_it_is_entered_nothing_is_left(tiny_model: Any, na
         else:
             scope.cancel()
         await asyncio.wait([task])
-        entered = bool(inside)
+        entered = bool(entered_engines)
         if entered:
             await engine.__aexit__(None, None, None)
         else:
-            assert engine._task is None or engine._task.done()
-        del task, engine, enter, inside
+            assert inside(engine).task is None or inside(engine).has_stopped
+        del task, engine, enter, entered_engines
         left.check_nothing()
         turns += 1
     assert turns > 3
@@ -193,15 +184,16 @@ async def until_turn(engine: Engine) -> None:
     before = where(engine)
     await asyncio.sleep(0)
     with anyio.move_on_after(5):
-        while where(engine) == before and not (engine._task is not None and engine._task.done()):
+        while where(engine) == before and not inside(engine).has_stopped:
             await asyncio.sleep(0.001)
-            if engine._serving is not None:
+            if inside(engine).is_open:
                 return
 
 
 def where(engine: Engine) -> Any:
     """What the engine's task awaits."""
-    waits = None if engine._task is None else engine._task.get_coro()
+    task = inside(engine).task
+    waits: Any = None if task is None else task.get_coro()
     path = []
     while waits is not None:
         frame = getattr(waits, "cr_frame", None) or getattr(waits, "ag_frame", None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 
 from hermes_async import DeadlineExceededError, Engine, SamplingParams
 from tests.engines import until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -38,7 +39,7 @@ class Hanging:
 
     def rows(self, engine: Engine, token_id: int | None = None) -> None:
         """Of the input embedding: of one token's row, or of all."""
-        spec = engine._running.rows._spec
+        spec = inside(engine).embedding
         first, end = spec.offset, spec.offset + spec.nbytes
         if token_id is not None:
             row_bytes = spec.nbytes // spec.shape[0]
@@ -47,7 +48,7 @@ class Hanging:
 
     def weights(self, engine: Engine) -> None:
         """Of everything else."""
-        spec = engine._running.rows._spec
+        spec = inside(engine).embedding
         self.where = lambda offset: not spec.offset - 4096 < offset < spec.offset + spec.nbytes
 
 
@@ -69,7 +70,7 @@ class Calls:
     async def start(self, name: str, prompt: int = 2, num_tokens: int = 12) -> None:
         """Returns when the call has a request."""
         self._group.start_soon(self._run, name, prompt, dataclasses.replace(self._model.params, max_tokens=num_tokens))
-        await until(lambda: name in self._engine._serving.requests)
+        await until(lambda: name in inside(self._engine).request_ids)
 
     async def _run(self, name: str, prompt: int, params: SamplingParams) -> None:
         self.scopes[name] = anyio.CancelScope()
@@ -83,13 +84,12 @@ class Calls:
 
     async def end(self, name: str, how: str) -> None:
         """Ends a call; the engine's own clock is moved past the deadline, so that nothing waits for it."""
-        request = self._engine._serving.requests[name]
         if how == "abort":
             assert await self._engine.abort(name)
         elif how == "cancel":
             self.scopes[name].cancel()
         else:
-            await self._engine._serving._watch_deadline(request, anyio.current_time())
+            await inside(self._engine).pass_deadline(name)
         await until(lambda: name in self.ends)
 
     def check(self, name: str, how: str) -> None:
@@ -117,7 +117,7 @@ async def test_calls_end_while_a_read_hangs_and_others_go_on(
             for name in ("second", "first"):
                 await calls.end(name, how)
                 calls.check(name, how)
-            await until(lambda: engine._serving.requests == {})
+            await until(lambda: inside(engine).request_ids == set())
             statistics = engine.statistics()
             assert (statistics.num_running, statistics.num_waiting) == (0, 0)
             await calls.start("third")
@@ -136,22 +136,18 @@ async def test_one_call_of_a_sweep_ends_while_its_read_hangs(
     async with Engine(tiny_model.path, memory_budget="8MiB", config=tiny_model.config) as engine:
         async with anyio.create_task_group() as group:
             calls = Calls(engine, tiny_model, group)
-            schedule = engine._serving.scheduler.schedule
 
-            def hang_with_two() -> Any:
-                sweep = schedule()
+            def hang_with_two(sweep: Sequence[Any]) -> None:
                 if len(sweep) == 2:
                     getattr(hanging, what)(engine)
-                return sweep
 
-            engine._serving.scheduler.schedule = hang_with_two
+            inside(engine).on_scheduled(hang_with_two)
             await calls.start("first", prompt=1, num_tokens=100)
             await calls.start("second", prompt=5)
-            await until(lambda: hanging.num_hanging > 0 and len(engine._running.runner.sweep) == 2)
+            await until(lambda: hanging.num_hanging > 0 and len(inside(engine).sweep) == 2)
             await calls.end("first", how)
             calls.check("first", how)
             assert "second" not in calls.ends
-            engine._serving.scheduler.schedule = schedule
             hanging.where = lambda offset: False
             hanging.let_go.set()
         assert calls.ends["second"].token_ids == tiny_model.references[5]
@@ -173,7 +169,7 @@ async def test_a_cancelled_forward_pass_ends_while_rows_hang(tiny_model: Any, ha
             group.start_soon(lambda: engine.forward(input_ids=[[7, 8]]))
             await until(lambda: hanging.num_hanging > 0)
             group.cancel_scope.cancel()
-        assert engine.statistics().num_forwards == 0 or not engine._serving.forwarding._waiting
+        assert engine.statistics().num_forwards == 0 or not inside(engine).num_waiting_forwards
         hanging.let_go.set()
         completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
         assert completion.token_ids == tiny_model.references[1]

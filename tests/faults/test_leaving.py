@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from hermes_async import Engine, EngineClosedError, EngineConfig
 from hermes_async.pipeload.stage import StageState
 from tests.engines import until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -68,7 +69,7 @@ async def test_running_and_waiting_requests_are_told(tiny_model: Any) -> None:
         statistics = engine.statistics()
         assert (statistics.num_running, statistics.num_waiting, statistics.num_leases) == (0, 0, 0)
     assert errors == [EngineClosedError] * 5
-    assert all(stage.state is StageState.EMPTY and stage.buffer is None for stage in engine._running.pipeline.stages)
+    assert all(stage.state is StageState.EMPTY and stage.buffer is None for stage in inside(engine).stages)
     with pytest.raises(EngineClosedError, match="left"):
         await engine.complete([5])
     left.check_nothing()

@@ -18,6 +18,7 @@ import pytest
 
 from hermes_async import Engine, EngineClosedError
 from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
 
@@ -79,7 +80,7 @@ class Talk:
             assert completion.usage.cached_tokens == cached
 
     def is_parked(self) -> bool:
-        return self.chat._kv.slots is not None
+        return is_parked(self.chat)
 
 
 @pytest.fixture
@@ -134,15 +135,6 @@ def reading(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate.open()
 
 
-def kv_of(engine: Engine, chat: Any) -> list[tuple[Any, Any]]:
-    """The keys and values that an idle session has in memory, layer by layer."""
-    kv = chat._kv.reservation.kv
-    return [
-        tuple(part.clone() for part in kv.read(layer_idx, 0, kv.length))
-        for layer_idx in engine._running.blocks.pool.layout.layers
-    ]
-
-
 async def fill_memory(engine: Engine) -> None:
     """A request that leaves no room beside it: whoever is idle must go."""
     await engine.complete(tokens(99, 120), greedy_params(1))
@@ -174,14 +166,14 @@ async def test_the_longest_idle_session_goes_first_and_comes_back(
 async def test_keys_and_values_come_back_bit_for_bit(tiny_model: Any, folder: Path) -> None:
     async with parking_engine(tiny_model, folder, max_tokens_per_sweep=8) as engine, engine.session() as chat:
         await chat.complete(tokens(1, 45), greedy_params(5))
-        before = kv_of(engine, chat)
+        before = inside(engine).kv_of(chat)
         await fill_memory(engine)
         assert engine.statistics().num_parked == 1
         sweeps = engine.statistics().sweeps
         completion = await chat.complete([5], greedy_params(1))
         assert completion.usage.cached_tokens == 49
         assert engine.statistics().sweeps == sweeps + 1
-        after = kv_of(engine, chat)
+        after = inside(engine).kv_of(chat)
     for (keys, values), (keys_after, values_after) in zip(before, after, strict=True):
         assert keys.shape[2] == 49
         assert (keys == keys_after[:, :, :49]).all()
@@ -259,8 +251,8 @@ async def test_a_parked_session_is_closed(tiny_model: Any, folder: Path) -> None
         async with engine.session() as chat:
             await chat.complete(tokens(1, 40), greedy_params(6))
             await fill_memory(engine)
-            assert engine._running.parking.num_slots_used == 3
-        assert engine._running.parking.num_slots_used == 0
+            assert inside(engine).num_parking_slots == 3
+        assert inside(engine).num_parking_slots == 0
         await check_nothing_is_left(engine)
 
 
@@ -305,7 +297,7 @@ async def test_a_parked_session_is_edited(tiny_model: Any, folder: Path, answers
             chat.edit(token_ids=talk.history)
             assert talk.is_parked()
             await talk.turn([5], cached=min(num_kept, 45))
-            assert engine._running.parking.num_slots_used == 0
+            assert inside(engine).num_parking_slots == 0
             await talk.turn([6])
         await check_nothing_is_left(engine)
 
@@ -428,20 +420,19 @@ async def test_a_turn_ends_while_its_session_is_read_back(
             reading.shut()
             group.start_soon(turn)
             await reading.wait_for_a_call()
-            request = engine._serving.requests["turn"]
             if way == "abort":
                 group.start_soon(engine.abort, "turn")
             elif way == "cancel":
                 scope.cancel()
             elif way == "close":
                 group.start_soon(chat.aclose)
-            await until(lambda: request.aborted)
+            await until(lambda: inside(engine).is_aborted("turn"))
             for _ in range(20):
                 await anyio.lowlevel.checkpoint()
             assert engine.statistics().kv_bytes >= 3 * BLOCK_BYTES
-            assert "turn" in engine._serving.requests
+            assert "turn" in inside(engine).request_ids
             reading.open()
-            await until(lambda: "turn" not in engine._serving.requests)
+            await until(lambda: "turn" not in inside(engine).request_ids)
             await until(lambda: bool(ends) or scope.cancelled_caught)
             told = {"abort": ["abort"], "cancel": [], "close": ["abort"], "deadline": ["DeadlineExceededError"]}
             assert ends == told[way]
@@ -525,7 +516,7 @@ async def test_the_engine_is_left_while_a_session_is_read_back(
             await reading.wait_for_a_call()
             if closed:
                 group.start_soon(chat.aclose)
-                await until(lambda: engine._serving.requests["turn"].aborted)
+                await until(lambda: inside(engine).is_aborted("turn"))
             group.start_soon(open_soon, reading)
         statistics = engine.statistics()
     assert len(ends) == 1
@@ -580,7 +571,7 @@ async def test_a_disk_that_gives_nothing_back(
             await fill_memory(engine)
             reading.error = OSError(errno.EIO, "gone")
             await talk.turn([5], cached=0)
-            assert engine._running.parking.num_slots_used == 0
+            assert inside(engine).num_parking_slots == 0
             reading.error = None
             await fill_memory(engine)
             await talk.turn([5], cached=52)
@@ -613,7 +604,7 @@ async def test_a_read_that_fails_after_its_turn_was_cancelled(
                     scope.cancel()
             reading.error = OSError(errno.EIO, "gone")
             reading.open()
-            await until(lambda: not engine._serving.requests)
+            await until(lambda: not inside(engine).request_ids)
             await talk.turn([5], cached=0)
         await check_nothing_is_left(engine)
 

@@ -16,18 +16,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 from hermes_async import Engine, ReadError, RequestEvent, ShortReadError
-from hermes_async.pipeload.stage import StageState
-from tests.engines import until
+from tests.engines import settle, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-
-
-async def settle(engine: Engine) -> None:
-    busy = (StageState.LOADING, StageState.SPENT)
-    await anyio.wait_all_tasks_blocked()
-    while any(stage.state in busy for stage in engine._running.pipeline.stages):
-        await anyio.lowlevel.checkpoint()
-        await anyio.wait_all_tasks_blocked()
 
 
 async def check_answers(engine: Engine, model: Any) -> None:
@@ -149,7 +141,7 @@ async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it
     told = False
 
     def on_read(path: Path, offset: int, read: Callable[[], int]) -> int:
-        if engine._serving.statistics().sweeps == 1 and not told:
+        if inside(engine).num_sweeps == 1 and not told:
             raise OSError(errno.EIO, "Input/output error")
         return read()
 
@@ -169,7 +161,7 @@ async def test_after_an_io_error_its_prefix_goes_on_where_the_last_sweep_left_it
         disk.on_read = on_read
         async with anyio.create_task_group() as group:
             group.start_soon(user, "leader")
-            await until(lambda: "leader" in engine._serving.requests)
+            await until(lambda: "leader" in inside(engine).request_ids)
             group.start_soon(user, "follower")
         assert isinstance(ends["leader"], ReadError)
         assert ends["follower"].token_ids == tiny_model.references[4]

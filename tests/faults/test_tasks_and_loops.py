@@ -13,6 +13,7 @@ import pytest
 
 from hermes_async import Engine, EngineClosedError, EngineConfig, EngineError, Session, SessionClosedError
 from tests.engines import until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -109,7 +110,7 @@ async def test_an_iterator_refuses_another_loop_and_its_request_ends(tiny_model:
                 asyncio.run(anext(chunks))
 
         await anyio.to_thread.run_sync(elsewhere)
-        await until(lambda: not engine._serving.requests)
+        await until(lambda: not inside(engine).request_ids)
         await until(lambda: engine.statistics().num_running == 0)
 
 

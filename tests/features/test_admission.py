@@ -26,6 +26,7 @@ from hermes_async import (
     SamplingParams,
 )
 from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -56,7 +57,7 @@ class Users:
                 self.results[name] = error
 
         self._group.start_soon(ask)
-        await until(lambda: name in engine._serving.requests or name in self.results)
+        await until(lambda: name in inside(engine).request_ids or name in self.results)
 
 
 # First come, first served
@@ -127,7 +128,8 @@ async def test_memory_is_never_more_than_the_budget(long_model: Any, seed: int) 
         long_model, on_event, kv_budget=16 * BLOCK_BYTES, share_prefixes=bool(seed % 2), max_sequences=16
     ) as engine:
         # No slack elsewhere in the budget: what KV takes over its share would be noticed at once.
-        spare = engine._running.governor.acquire_nowait("spare", engine._running.governor.free_bytes - 16 * BLOCK_BYTES)
+        governor = inside(engine).governor
+        spare = governor.acquire_nowait("spare", governor.free_bytes - 16 * BLOCK_BYTES)
         async with anyio.create_task_group() as group:
             for prompt, num_tokens in requests:
                 group.start_soon(ask, prompt, num_tokens)
@@ -402,7 +404,7 @@ async def test_what_a_listener_raises_ends_the_engine(tiny_model: Any, kind: str
         with pytest.raises(EngineFailedError, match="in the listener"), anyio.fail_after(30):
             while True:
                 async for _ in engine.generate(tiny_model.prompts[1], tiny_model.params):
-                    await until(lambda: engine.statistics().num_paused == 1 or not engine._serving.requests)
+                    await until(lambda: engine.statistics().num_paused == 1 or not inside(engine).request_ids)
     assert engine.statistics().num_leases == 0
 
 

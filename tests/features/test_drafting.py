@@ -7,64 +7,23 @@ import math
 import random
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import anyio
 import anyio.lowlevel
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hermes_async import Engine, EngineConfig, RequestError, SamplingParams
 from hermes_async.modeling.sampling import Sampler
 from hermes_async.serving.speculation import PromptLookup
 from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop
+from tests.inside import inside
+from tests.models import CopyingModel, SmallVocabulary
 
 pytestmark = pytest.mark.anyio
 
 anyio_backend = one_loop(use_uvloop=True)
-
-
-class CopyingModel:
-    """A Llama whose next token depends most on the last one, so that its texts come back to themselves now and then.
-
-    Words are `w2` to `w39`.
-    """
-
-    def __init__(self, path: Path, vocab_size: int = 40) -> None:
-        self.path = path
-        torch.manual_seed(3)
-        config = LlamaConfig(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-            vocab_size=vocab_size, max_position_embeddings=512, initializer_range=0.3, tie_word_embeddings=False,
-            bos_token_id=0, eos_token_id=1, pad_token_id=0,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config).eval()
-        with torch.no_grad():
-            for layer in self.model.model.layers:
-                layer.self_attn.o_proj.weight *= 0.02
-        self.model.save_pretrained(path)
-        words = ["<s>", "</s>", *(f"w{idx}" for idx in range(2, vocab_size))]
-        tokenizer = Tokenizer(models.WordLevel({word: idx for idx, word in enumerate(words)}, unk_token="w2"))
-        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-        PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(path)
-        chosen = random.Random(2)
-        noise = [chosen.randrange(2, vocab_size) for _ in range(40)]
-        self.prompts = [[5], [5, 6, 7], [7, 8, 9, 10, 11, 12] * 4, [2] * 10, noise]
-        self.prompts.append([*noise, *self.greedy(noise, 40), *noise])
-        self.num_tokens = 50
-        self.references = [self.greedy(prompt, self.num_tokens) for prompt in self.prompts]
-        self.params = SamplingParams(max_tokens=self.num_tokens, temperature=0, ignore_eos=True)
-
-    def greedy(self, prompt: list[int], num_tokens: int) -> tuple[int, ...]:
-        with torch.inference_mode():
-            output = self.model.generate(
-                torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=num_tokens,
-                do_sample=False, eos_token_id=-1, pad_token_id=0,
-            )  # fmt: skip
-        return tuple(output[0, len(prompt) :].tolist())
 
 
 @pytest.fixture(scope="session")
@@ -192,8 +151,7 @@ async def test_nothing_is_drafted_where_that_is_switched_off(model: Any) -> None
 async def test_nothing_is_drafted_while_sweeps_are_not_known_to_be_faster(model: Any) -> None:
     config = EngineConfig(num_loading_agents=1, max_resident_layers=2)
     async with Engine(model.path, memory_budget="16MiB", config=config) as engine:
-        times = engine._serving.running.times
-        times.record = times.record_read = times.record_stalls = lambda *args: None
+        inside(engine).freeze_sweep_times()
         assert (await engine.complete(model.prompts[3], model.params)).token_ids == model.references[3]
         assert engine.statistics().drafted_tokens == 0
 
@@ -201,16 +159,24 @@ async def test_nothing_is_drafted_while_sweeps_are_not_known_to_be_faster(model:
 # The same ends
 
 
+async def answers_to_one(model: Any, prompt: Any, all_params: Sequence[SamplingParams], **config: Any) -> list[Any]:
+    """With each of the parameters, one after the other."""
+    async with drafting_engine(model, share_prefixes=False, **config) as engine:
+        completions = [await engine.complete(prompt, params) for params in all_params]
+        await check_nothing_is_left(engine)
+        return completions
+
+
 async def test_stop_tokens_within_accepted_runs(model: Any) -> None:
-    ends = []
-    for stop in sorted(set(model.references[2])):
-        params = dataclasses.replace(model.params, stop_token_ids=[stop])
-        *plain, _ = await answers(model, [model.prompts[2]], params, prompt_lookup=False)
-        *drafted, _ = await answers(model, [model.prompts[2]], params)
-        assert (drafted[0].token_ids, drafted[0].finish_reason) == (plain[0].token_ids, "stop")
-        assert drafted[0].usage == plain[0].usage
-        ends.append(len(drafted[0].token_ids))
-    assert len(set(ends)) > 10
+    stops = sorted(set(model.references[2]))
+    all_params = [dataclasses.replace(model.params, stop_token_ids=[stop]) for stop in stops]
+    all_plain = await answers_to_one(model, model.prompts[2], all_params, prompt_lookup=False)
+    all_drafted = await answers_to_one(model, model.prompts[2], all_params)
+    for plain, drafted in zip(all_plain, all_drafted, strict=True):
+        assert (drafted.token_ids, drafted.finish_reason) == (plain.token_ids, "stop")
+        assert drafted.usage == plain.usage
+    assert len({len(drafted.token_ids) for drafted in all_drafted}) > 10
+    assert sum(drafted.timings.accepted_tokens for drafted in all_drafted) > 0
 
 
 async def test_stop_texts_within_accepted_runs(model: Any) -> None:
@@ -218,13 +184,14 @@ async def test_stop_texts_within_accepted_runs(model: Any) -> None:
     reference = model.references[2]
     words = [f"w{token_id}" for token_id in reference]
     stops = [*(" ".join(words[idx : idx + 2]) for idx in range(20, 48, 3)), "w99", words[40][:2]]
-    for stop in stops:
-        params = dataclasses.replace(model.params, stop=stop)
-        *plain, _ = await answers(model, [model.prompts[2]], params, prompt_lookup=False)
-        *drafted, _ = await answers(model, [model.prompts[2]], params)
-        assert drafted[0].token_ids == plain[0].token_ids == reference[: len(drafted[0].token_ids)]
-        assert (drafted[0].text, drafted[0].finish_reason) == (plain[0].text, plain[0].finish_reason)
-        assert stop not in drafted[0].text
+    all_params = [dataclasses.replace(model.params, stop=stop) for stop in stops]
+    all_plain = await answers_to_one(model, model.prompts[2], all_params, prompt_lookup=False)
+    all_drafted = await answers_to_one(model, model.prompts[2], all_params)
+    for stop, plain, drafted in zip(stops, all_plain, all_drafted, strict=True):
+        assert drafted.token_ids == plain.token_ids == reference[: len(drafted.token_ids)]
+        assert (drafted.text, drafted.finish_reason) == (plain.text, plain.finish_reason)
+        assert stop not in drafted.text
+    assert sum(drafted.timings.accepted_tokens for drafted in all_drafted) > 0
 
 
 async def test_the_end_of_sequence_within_an_accepted_run(model: Any) -> None:
@@ -261,14 +228,18 @@ async def test_the_context_s_end(model: Any) -> None:
 async def test_a_token_that_cannot_be_chosen_ends_one_request_after_those_before_it(
     model: Any, monkeypatch: pytest.MonkeyPatch, num_chosen: int
 ) -> None:
-    sample = Sampler.sample
+    class FailingLate(Sampler):
+        def __init__(self, params: SamplingParams, *args: Any, **kwargs: Any) -> None:
+            super().__init__(params, *args, **kwargs)
+            self.num_left = num_chosen if params.max_tokens == 51 else 1000
 
-    def fail_late(self: Sampler, logits: torch.Tensor) -> Any:
-        if self._num_output_tokens == num_chosen and self._params.max_tokens == 51:
-            raise RequestError("no token can be chosen")
-        return sample(self, logits)
+        def sample(self, logits: torch.Tensor) -> Any:
+            if self.num_left == 0:
+                raise RequestError("no token can be chosen")
+            self.num_left -= 1
+            return super().sample(logits)
 
-    monkeypatch.setattr(Sampler, "sample", fail_late)
+    monkeypatch.setattr("hermes_async.modeling.sampling.Sampler", FailingLate)
     results: list[Any] = []
 
     async def other() -> None:
@@ -346,8 +317,8 @@ async def test_requests_that_leave_while_drafts_are_verified(model: Any) -> None
 
 
 @pytest.fixture(scope="session")
-def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> CopyingModel:
-    return CopyingModel(tmp_path_factory.mktemp("small"), vocab_size=13)
+def small_vocabulary(tmp_path_factory: pytest.TempPathFactory) -> SmallVocabulary:
+    return SmallVocabulary(tmp_path_factory.mktemp("small"))
 
 
 async def test_samples_have_the_model_s_distribution(small_vocabulary: Any) -> None:

@@ -23,6 +23,7 @@ from hermes_async import (
     SamplingParams,
 )
 from tests.engines import greedy_params, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -170,7 +171,7 @@ async def test_abort_a_waiting_request(tiny_model: Any) -> None:
 
         async with anyio.create_task_group() as group:
             async for _ in engine.generate(tiny_model.prompts[1], tiny_model.params):
-                if "waiting" not in engine._serving.requests and not completions:
+                if "waiting" not in inside(engine).request_ids and not completions:
                     group.start_soon(user)
                     await until(lambda: engine.statistics().num_waiting > 0)
                     assert await engine.abort("waiting")
@@ -341,14 +342,14 @@ async def test_an_error_in_the_loop_over_chunks_comes_out_as_itself(tiny_model: 
                 raise ZeroDivisionError
 
 
-async def test_a_failed_engine_says_why(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_failed_engine_says_why(tiny_model: Any) -> None:
     async with open_engine(tiny_model) as engine:
         failure = ZeroDivisionError("in the model")
 
-        def fail(batch: Any) -> Any:
+        def fail() -> None:
             raise failure
 
-        monkeypatch.setattr(engine._running.runner._model, "forward", fail)
+        inside(engine).on_stage(fail)
         for _ in range(2):
             with pytest.raises(EngineFailedError, match="in the model") as caught:
                 await engine.complete(tiny_model.prompts[1], tiny_model.params)

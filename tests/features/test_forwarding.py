@@ -25,6 +25,7 @@ from hermes_async import (
     RequestError,
 )
 from tests.engines import check_nothing_is_left, greedy_params, open_engine, tokens, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -82,8 +83,26 @@ async def test_more_than_there_is_room_for_goes_in_several_sweeps(encoder: Encod
         assert engine.statistics().num_forwards == 0
 
 
+async def test_a_pass_and_a_request_share_a_sweep(tiny_model: Any) -> None:
+    """Where there is room for both, the pass needs no sweep of its own."""
+    num_tokens = tiny_model.num_tokens
+    model = LlamaForCausalLM.from_pretrained(tiny_model.path).eval()
+    input_ids = torch.tensor([tokens(1, 4)])
+    with torch.inference_mode():
+        expected = model(input_ids=input_ids).logits
+    async with open_engine(tiny_model, max_tokens_per_sweep=64) as engine:
+        chunks = engine.generate(tiny_model.prompts[1], tiny_model.params)
+        answer = list((await anext(chunks)).token_ids)
+        for _ in range(3):
+            torch.testing.assert_close((await engine.forward(input_ids=input_ids)).logits, expected)
+        answer += [token_id async for chunk in chunks for token_id in chunk.token_ids]
+        assert tuple(answer) == tiny_model.references[1]
+        assert engine.statistics().sweeps == num_tokens  # the first one computes the prompt
+        await check_nothing_is_left(engine)
+
+
 async def test_passes_beside_requests_that_generate(tiny_model: Any) -> None:
-    """They take turns, and neither changes what the other gets."""
+    """They share sweeps or take turns, and neither changes what the other gets."""
     model = LlamaForCausalLM.from_pretrained(tiny_model.path).eval()
     answers: list[Any] = []
     async with open_engine(tiny_model, max_tokens_per_sweep=32) as engine:
@@ -167,18 +186,13 @@ async def test_leaving_the_engine_ends_passes(encoder: Encoder, num_passes: int,
             errors.append(error)
 
     async with anyio.create_task_group() as group, open_engine(encoder) as engine:
-        reader, token = engine._running.pipeline.enter, anyio.lowlevel.current_token()
-
-        def enter(*args: Any) -> Any:
-            anyio.from_thread.run(anyio.sleep, 0.02, token=token)
-            return reader(*args)
-
-        engine._running.pipeline.enter = enter
+        token = anyio.lowlevel.current_token()
+        inside(engine).on_stage(lambda: anyio.from_thread.run(anyio.sleep, 0.02, token=token))
         for length in range(num_passes):
             group.start_soon(run, engine, 3 + length)
         await until(lambda: engine.statistics().num_forwards == num_passes)
         if running:
-            await until(lambda: len(engine._serving.forwarding._running) == num_passes)
+            await until(lambda: inside(engine).num_forwards_in_sweep == num_passes)
     assert len(errors) == num_passes
     with pytest.raises(EngineClosedError):
         await engine.forward(input_ids=[[1]])

@@ -12,9 +12,9 @@ import torch
 
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.modeling import streamed
+from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile, Profile
 from hermes_async.planning.profile_store import profile_file, save_profile
-from hermes_async.planning.speeds import DiskSpeed
 from hermes_async.storage.checkpoint import Checkpoint
 from tests.engines import one_loop
 
@@ -37,7 +37,7 @@ def profile(native: dict[int, float]) -> Profile:
         head_s={1: 1e-9, 4: 2e-9},
         sweep_s={1: 1e-3},
         handover_s=None,
-        disk=(DiskSpeed(1, 1 << 20, 1e9), DiskSpeed(2, 1 << 20, 1e9)),
+        disk=(DiskRate(1, 1 << 20, 1e9), DiskRate(2, 1 << 20, 1e9)),
         read_share=1.0,
         kernels=(
             KernelProfile("float32", "oneDNN", dict.fromkeys(native, 1e9)),
@@ -88,7 +88,7 @@ async def test_sweeps_of_few_tokens(
     )
     expected = tiny_model.greedy(PROMPT, 6)
     async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
-        (line,) = [reason for reason in engine.plan.reasons if reason.startswith("kernels: ")]
+        (line,) = [reason for reason in engine.plan.explanation if reason.startswith("kernels: ")]
         assert ("in sweeps of up to" in line) is bool(without)
         completion = await engine.complete(PROMPT, PARAMS)
     assert completion.token_ids == expected
@@ -102,6 +102,6 @@ async def test_without_a_profile_nothing_is_known_to_be_faster(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     async with Engine(tiny_model.path, memory_budget="8MiB", config=EngineConfig(kernels="fastest")) as engine:
-        assert "kernels: torch's default, as nothing was measured here" in engine.plan.reasons
+        assert "kernels: torch's default, as nothing was measured here" in engine.plan.explanation
         await engine.complete(PROMPT, PARAMS)
     assert all(on for _, on in seen)

@@ -14,6 +14,7 @@ import pytest
 
 from hermes_async import DeadlineExceededError, Engine, EngineClosedError, RequestEvent, SamplingParams
 from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop, open_engine, until
+from tests.inside import inside, num_untaken_chunks
 
 pytestmark = pytest.mark.anyio
 
@@ -130,19 +131,16 @@ async def test_a_prompt_is_computed_whoever_takes_it(long_model: Any) -> None:
 async def test_a_chunk_taken_while_the_last_one_that_fits_is_made(tiny_model: Any, max_buffered_chunks: int) -> None:
     """The user begins to take one just before a sweep pauses the request, and has it just after."""
     async with open_engine(tiny_model, max_buffered_chunks=max_buffered_chunks) as engine:
-        run = engine._serving.running.runner.run
         begun = anyio.Event()
 
-        async def run_then_take(sweep: Any) -> Any:
-            outcomes = await run(sweep)
+        async def take(sweep: Any) -> None:
             request = sweep[0].request
-            buffered = request.send.statistics().current_buffer_used
-            if buffered == max_buffered_chunks - 1 and request.num_output_tokens > 0 and not begun.is_set():
+            untaken = num_untaken_chunks(request)
+            if untaken == max_buffered_chunks - 1 and request.num_output_tokens > 0 and not begun.is_set():
                 begun.set()
                 await anyio.lowlevel.checkpoint()  # so that the user's task is in the middle of `receive`
-            return outcomes
 
-        engine._serving.running.runner.run = run_then_take
+        inside(engine).on_swept(take)
         async with aclosing(engine.generate(tiny_model.prompts[1], tiny_model.params)) as chunks:
             token_ids = list((await anext(chunks)).token_ids)
             await begun.wait()
@@ -190,7 +188,7 @@ async def test_drafts_make_larger_chunks_and_the_same_tokens(long_model: Any) ->
                     break
                 token_ids += chunk.token_ids
                 if chunk.finish_reason is None:
-                    await until(lambda: engine.statistics().num_paused == 1 or not engine._serving.requests)
+                    await until(lambda: engine.statistics().num_paused == 1 or not inside(engine).request_ids)
         assert tuple(token_ids) == long_model.greedy(prompt, 60)
         assert engine.statistics().drafted_tokens > 0
         await check_nothing_is_left(engine)
@@ -240,7 +238,7 @@ async def test_a_deadline_passes_while_paused(tiny_model: Any) -> None:
         deadline = anyio.current_time() + 1
         async with aclosing(engine.generate(tiny_model.prompts[1], tiny_model.params, deadline=deadline)) as chunks:
             token_ids = await pause(engine, chunks)
-            await until(lambda: not engine._serving.requests)
+            await until(lambda: not inside(engine).request_ids)
             with pytest.raises(DeadlineExceededError, match="3 tokens"):
                 async for chunk in chunks:
                     token_ids += chunk.token_ids
@@ -264,7 +262,7 @@ async def test_a_request_that_ends_with_the_chunk_that_would_pause_it(tiny_model
     async with open_engine(tiny_model) as engine:
         async with aclosing(engine.generate(tiny_model.prompts[1], params)) as chunks:
             token_ids = list((await anext(chunks)).token_ids)
-            await until(lambda: not engine._serving.requests)  # ended, with two chunks untaken
+            await until(lambda: not inside(engine).request_ids)  # ended, with two chunks untaken
             token_ids += await rest_of(chunks)
         assert tuple(token_ids) == tiny_model.references[1][:3]
         await check_nothing_is_left(engine)

@@ -21,8 +21,8 @@ from hermes_async import (
     RequestEvent,
 )
 from hermes_async.engine import engine as engine_module
-from hermes_async.serving import preparations
 from tests.engines import check_nothing_is_left, one_loop, open_engine, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=False)
@@ -175,11 +175,9 @@ async def test_leaving_the_engine_ends_what_is_prepared(tiny_model: Any, held: t
     assert not held.is_set()
 
 
-async def test_preparations_that_were_left_keep_their_places(
-    tiny_model: Any, held: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(preparations, "_MAX_THREADS", 2)
+async def test_preparations_that_were_left_keep_their_places(tiny_model: Any, held: threading.Event) -> None:
     async with open_engine(tiny_model) as engine:
+        inside(engine).limit_preparations(2)
         with anyio.fail_after(60):
             for _ in range(2):
                 async with anyio.create_task_group() as group:
@@ -189,11 +187,11 @@ async def test_preparations_that_were_left_keep_their_places(
             # Both threads are still at work: another prompt waits for one of them, and its deadline holds.
             with pytest.raises(DeadlineExceededError):
                 await engine.complete(tiny_model.prompts[1], tiny_model.params, deadline=anyio.current_time() + 0.05)
-            assert engine._serving.preparations._threads.borrowed_tokens == 2
+            assert inside(engine).num_preparing == 2
             held.set()
             completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
         assert completion.token_ids == tiny_model.references[1]
-        await until(lambda: engine._serving.preparations._threads.borrowed_tokens == 0)
+        await until(lambda: inside(engine).num_preparing == 0)
 
 
 def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: Any) -> None:

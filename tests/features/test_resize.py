@@ -16,9 +16,10 @@ import torch
 from transformers import GPT2Config, LlamaConfig
 
 from hermes_async import ConfigError, Engine, EngineClosedError, EngineConfig, MemoryBudgetError, ReadError
+from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import StageState
-from hermes_async.serving.loaded_model import LoadedModel
 from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, tokens, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -40,11 +41,10 @@ def check(engine: Engine) -> None:
     assert statistics.bytes_in_use <= statistics.memory_budget == plan.memory_budget
     assert statistics.holders["resident weights"] == plan.resident_bytes == statistics.bytes_resident
     assert statistics.holders["ring buffers"] == plan.ring_bytes
-    pipeline = engine._running.pipeline
-    resident = [stage for stage in pipeline.stages if stage.resident]
+    resident = [stage for stage in inside(engine).stages if stage.resident]
     assert sum(stage.layout.slot_bytes for stage in resident) == plan.resident_bytes
     assert all(stage.error is None for stage in resident)
-    assert not set(pipeline.load_order.cycle) & set(resident)
+    assert not set(inside(engine).streamed_stages) & set(resident)
 
 
 async def test_it_grows_and_shrinks_between_requests(tiny_model: Any, no_blocking: Any) -> None:
@@ -97,7 +97,7 @@ async def test_bytes_read_follow_the_plan(tiny_model: Any) -> None:
         for budget in (least + 60_000, least):
             plan = await engine.resize(budget)
             await engine.complete(tiny_model.prompts[1], greedy_params(2))  # the ring is full again after it
-            await until(lambda: all(s.state is StageState.READY for s in engine._running.pipeline.load_order.cycle[:3]))
+            await until(lambda: all(s.state is StageState.READY for s in inside(engine).streamed_stages[:3]))
             before = engine.statistics()
             await engine.complete(tiny_model.prompts[1], greedy_params(20))
             after = engine.statistics()
@@ -307,18 +307,18 @@ async def test_a_resize_that_is_cancelled(tiny_model: Any) -> None:
 async def test_requests_take_nothing_of_what_is_given_back(tiny_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that came while stages were given back took what was free by the old budget, and the engine ended."""
     least = await smallest(tiny_model)
-    set_resident = LoadedModel._set_resident
+    set_resident = Pipeline.set_resident
     granted = []
 
-    async def asking(self: LoadedModel, resident: Any) -> None:
+    async def asking(self: Pipeline, *args: Any) -> None:
         try:
-            self.governor.acquire_nowait("a request", 1).release()
+            inside(engine).governor.acquire_nowait("a request", 1).release()
             granted.append(True)
         except anyio.WouldBlock:
             granted.append(False)
-        await set_resident(self, resident)
+        await set_resident(self, *args)
 
-    monkeypatch.setattr(LoadedModel, "_set_resident", asking)
+    monkeypatch.setattr(Pipeline, "set_resident", asking)
     async with engine_of(tiny_model, "8MiB") as engine:
         await engine.resize(least + 30_000)
         assert granted[0] is False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import shutil
 import time
-from contextlib import aclosing
+from contextlib import ExitStack, aclosing
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from hermes_async import (
     SessionClosedError,
 )
 from hermes_async.engine.prompt import prepare
-from tests.engines import check_nothing_is_left, greedy_params, one_loop, open_engine, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -463,17 +464,12 @@ async def leave_by_abort(engine: Engine, chat: Any, prompt: list[int], params: S
 
 async def leave_by_failure(engine: Engine, chat: Any, prompt: list[int], params: SamplingParams) -> list[int]:
     token_ids: list[int] = []
-    sweep = engine._running.pipeline.sweep
-
-    async def fail(compute: Any) -> Any:
-        raise ReadError("the disk is gone", path=Path("shard"), offset=0)
-
-    with pytest.raises(ReadError, match="gone"):
+    gone = ReadError("the disk is gone", path=Path("shard"), offset=0)
+    with ExitStack() as failing, pytest.raises(ReadError, match="gone"):
         async for chunk in chat.generate(prompt, params):
             token_ids += chunk.token_ids
             if len(token_ids) >= 4:
-                engine._running.pipeline.sweep = fail
-    engine._running.pipeline.sweep = sweep
+                failing.enter_context(inside(engine).failing_sweeps(gone))
     return token_ids
 
 
@@ -662,7 +658,7 @@ async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, m
         chat = engine.session()
         async with anyio.create_task_group() as group:
             group.start_soon(take_turn)
-            await until(lambda: bool(engine._serving.preparations.num_requests))
+            await until(lambda: engine.statistics().num_waiting == 1)
             await chat.aclose()
         assert ends[0] in ("abort", "closed")
         assert engine.statistics().tokens_generated == 0
@@ -723,7 +719,7 @@ async def test_closing_a_session_frees_its_memory_at_once(long_model: Any) -> No
     async with open_engine(long_model, share_prefixes=False) as engine:
         async with engine.session() as chat:
             await chat.complete(long_model.prompts[4], long_model.params)
-            assert engine.statistics().kv_bytes == 3 * engine._running.blocks.pool.layout.block_bytes
+            assert engine.statistics().kv_bytes == 3 * BLOCK_BYTES
             assert "KV of session 1" in engine.statistics().holders
         assert engine.statistics().kv_bytes == 0
 
@@ -733,7 +729,7 @@ async def test_a_turn_that_ends_early_gives_back_what_it_did_not_need(long_model
     async with open_engine(long_model, share_prefixes=False) as engine, engine.session() as chat:
         completion = await chat.complete(long_model.prompts[4], stop)
         assert completion.finish_reason == "stop"
-        assert engine.statistics().kv_bytes == 3 * engine._running.blocks.pool.layout.block_bytes  # of fifteen
+        assert engine.statistics().kv_bytes == 3 * BLOCK_BYTES  # of fifteen
 
 
 async def test_nothing_of_a_session_blocks_the_event_loop(chat_model: Any, no_blocking: Any) -> None:

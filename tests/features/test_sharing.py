@@ -15,6 +15,7 @@ import pytest
 
 from hermes_async import Engine, SamplingParams
 from tests.engines import BLOCK_BYTES, greedy_params, one_loop, open_engine, tokens, until
+from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
@@ -247,7 +248,7 @@ async def test_followers_compute_what_an_aborted_leader_left(long_model: Any) ->
                 for idx, prompt in enumerate(prompts):
                     group.start_soon(users.ask, idx, prompt)
                 await until(lambda: engine.statistics().num_running == 4)
-                leader = next(iter(engine._serving.scheduler.running)).request_id
+                leader = inside(engine).admitted_ids[0]
                 await until(lambda: engine.statistics().sweeps >= num_sweeps)  # noqa: B023
                 assert await engine.abort(leader)
             assert users.completions.pop(int(leader)).finish_reason == "abort"
@@ -265,7 +266,7 @@ async def test_all_leave_but_the_last_one(long_model: Any) -> None:
             for idx in range(6):
                 group.start_soon(users.ask, idx, prompt)
             await until(lambda: engine.statistics().num_running == 6)
-            order = [request.request_id for request in engine._serving.scheduler.running]
+            order = inside(engine).admitted_ids
             for num_sweeps, name in enumerate(order[:5], start=1):
                 await until(lambda num_sweeps=num_sweeps: engine.statistics().sweeps >= num_sweeps)
                 assert await engine.abort(name)
@@ -280,21 +281,19 @@ async def test_a_leader_is_aborted_in_the_sweep_in_which_others_need_it(long_mod
     prompts = [[*prefix, *tokens(seed, 5)] for seed in range(2, 5)]
     async with open_engine(long_model, max_tokens_per_sweep=128) as engine:
         users = Users(engine, long_model.params)
-        runner = engine._serving.running.runner
-        drop_aborted = runner.drop_aborted
         leaders: list[str] = []
         num_calls = 0
 
-        def abort_the_leader(batch: Any) -> None:
+        def abort_the_leader() -> None:
             nonlocal num_calls
             num_calls += 1
             if num_calls == num_stages:
-                assert [item.past for item in runner.sweep] == [0, 32, 32]
-                leaders.append(runner.sweep[0].request.request_id)
-                engine._running.pipeline.call_on_loop(engine._serving.abort, runner.sweep[0].request)
-            drop_aborted(batch)
+                sweep = inside(engine).sweep
+                assert [item.past for item in sweep] == [0, 32, 32]
+                leaders.append(sweep[0].request.request_id)
+                inside(engine).abort_from_thread(leaders[0])
 
-        runner.drop_aborted = abort_the_leader
+        inside(engine).on_stage(abort_the_leader)
         await users.ask_all(prompts)
         assert users.completions.pop(int(leaders[0])).token_ids == ()
         assert len(users.completions) == 2

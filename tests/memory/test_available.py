@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 
 from hermes_async.errors import ConfigError
-from hermes_async.memory.available import automatic_budget, headroom, process_peak_rss_bytes, process_rss_bytes
+from hermes_async.memory.available import (
+    automatic_budget,
+    free_bytes,
+    headroom,
+    process_peak_rss_bytes,
+    process_rss_bytes,
+    stalled_share,
+)
 
 MIB = 2**20
 
@@ -177,3 +184,17 @@ def test_this_machine() -> None:
     assert automatic_budget() >= 0
     assert process_rss_bytes() > 0
     assert process_peak_rss_bytes() > 0
+
+
+def test_pressure_as_the_kernel_tells_it(tmp_path: Path) -> None:
+    assert stalled_share(tmp_path) == 0.0
+    (tmp_path / "proc" / "pressure").mkdir(parents=True)
+    file = tmp_path / "proc" / "pressure" / "memory"
+    file.write_text("some avg10=12.50 avg60=1.00 avg300=0.10 total=123\nfull avg10=3.00 avg60=0 avg300=0 total=1\n")
+    assert stalled_share(tmp_path) == 0.125
+    file.write_text("nonsense")
+    assert stalled_share(tmp_path) == 0.0
+
+
+def test_the_room_of_this_machine() -> None:
+    assert free_bytes() > 0

@@ -14,11 +14,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from hermes_async import EngineConfig
 from hermes_async.engine.opening import OpenedModel, open_model
-from hermes_async.modeling.activations import forward_bytes, workspace_bytes
 from hermes_async.modeling.inputs import count_tokens
-from hermes_async.modeling.kv_cache import KVPool, Segment, SequenceKV, num_blocks
+from hermes_async.modeling.kv_cache import KVPool, SequenceKV, num_blocks
 from hermes_async.modeling.module_tensors import replaced_tensors
-from hermes_async.modeling.packed import PackedBatch, forward_packed
+from hermes_async.modeling.packed import PackedBatch, PackedSequence, forward_packed
 from hermes_async.modeling.transformers_api import plain_attention
 
 NUM_TOKENS = 192
@@ -90,25 +89,20 @@ def most_bytes(compute: Callable[[], object]) -> int:
 def test_a_sweep_takes_no_more_than_the_bound(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     opened, values = open_random(CONFIGS[name](), dtype, tmp_path)
     model = opened.skeleton.model
-    pool = KVPool(opened.seen.kv, opened.seen.kv.nbytes(NUM_TOKENS))
+    pool = KVPool(opened.probe.kv, opened.probe.kv.nbytes(NUM_TOKENS))
     sequence = SequenceKV(pool, pool.allocate(num_blocks(NUM_TOKENS)))
     token_ids = torch.arange(NUM_TOKENS)[None] % 90
-    batch = PackedBatch(
-        input_ids=token_ids,
-        position_ids=torch.arange(NUM_TOKENS)[None],
-        segments=[Segment(0, NUM_TOKENS, sequence, past=0)],
-        logits_positions=torch.tensor([NUM_TOKENS - 1]),
-    )
+    batch = PackedBatch.of([PackedSequence(sequence, past=0, token_ids=token_ids[0].tolist(), num_outputs=1)])
     with replaced_tensors(model, values), torch.inference_mode():
         taken = most_bytes(lambda: forward_packed(model, opened.attention, batch))
         model.set_attn_implementation(plain_attention(model))
         alone = most_bytes(lambda: opened.skeleton.named_model(input_ids=token_ids, use_cache=False))
     pool.close()
     opened.close()
-    kv_bytes = opened.seen.kv.nbytes(NUM_TOKENS)
-    bound = workspace_bytes(opened.skeleton, opened.seen, opened.attention)(NUM_TOKENS, 1, kv_bytes)
+    kv_bytes = opened.probe.kv.nbytes(NUM_TOKENS)
+    bound = opened.bounds.packed(tokens=NUM_TOKENS, outputs=1, kv_bytes=kv_bytes)
     assert bound / 4 < taken <= bound
-    assert alone <= forward_bytes(opened.skeleton, opened.seen)(1, NUM_TOKENS)
+    assert alone <= opened.bounds.plain(sequences=1, tokens=NUM_TOKENS)
 
 
 @pytest.mark.parametrize("name", FORWARD)
@@ -118,4 +112,5 @@ def test_a_forward_pass_takes_no_more_than_the_bound(name: str, tmp_path: Path) 
     with replaced_tensors(opened.skeleton.model, values), torch.inference_mode():
         taken = most_bytes(lambda: opened.skeleton.named_model(**inputs))
     opened.close()
-    assert taken <= forward_bytes(opened.skeleton, opened.seen)(*count_tokens(inputs, opened.seen)) < 8 * taken
+    sequences, tokens = count_tokens(inputs, opened.probe)
+    assert taken <= opened.bounds.plain(sequences=sequences, tokens=tokens) < 8 * taken

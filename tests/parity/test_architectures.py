@@ -27,8 +27,11 @@ from transformers import (
 )
 
 import hermes_async
+from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
+
+anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-4  # of log-probabilities in float32
 WINDOW = 8  # shorter than most prompts
@@ -112,11 +115,6 @@ def subject(
     minimum = minimum_budget(path)
     budgets = {"smallest": minimum, "middle": middle_budget(path, minimum), "resident": 64 * 1024 * 1024}
     return Subject(path, greedy_reference(path, prompts), budgets)
-
-
-@pytest.fixture
-def anyio_backend() -> Any:
-    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.mark.parametrize("budget", ["smallest", "middle", "resident"])

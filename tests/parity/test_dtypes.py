@@ -12,8 +12,11 @@ import torch
 from transformers import Gemma3TextConfig, GPT2Config, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 
 import hermes_async
+from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
+
+anyio_backend = one_loop(use_uvloop=True)
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = TOKENS | {
@@ -46,11 +49,6 @@ ATOL = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.03}
 # What two tokens may be apart and still count as equally likely: a few steps of numbers of that size.
 TIES = {torch.float32: 0.0, torch.bfloat16: 0.1, torch.float16: 0.01}
 NUM_TOKENS = 12
-
-
-@pytest.fixture
-def anyio_backend() -> Any:
-    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.mark.parametrize("dtype", ATOL, ids=lambda dtype: str(dtype).removeprefix("torch."))

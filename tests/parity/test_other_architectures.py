@@ -14,8 +14,11 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 import hermes_async
 from hermes_async.engine.opening import open_model
+from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
+
+anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 5e-4  # of log-probabilities in float32; routers and scaled residuals make noise louder
 WINDOW = 8  # shorter than most prompts
@@ -352,11 +355,6 @@ NEVER_REFUSED = {
     *("olmoe", "phimoe", "qwen2-moe", "qwen3-moe"),
 }
 NUM_TOKENS = 10
-
-
-@pytest.fixture
-def anyio_backend() -> Any:
-    return "asyncio", {"use_uvloop": True}
 
 
 # transformers up to 5.22 compiles functions of GPT-BigCode with what torch 2.13 deprecates.

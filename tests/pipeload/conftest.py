@@ -16,17 +16,14 @@ import pytest
 import torch
 from anyio.lowlevel import checkpoint
 
+from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage, StageLayout, StageState
+from hermes_async.pipeload.trace import Trace
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.reader import ReadStatistics
 from hermes_async.storage.tensor_spec import TensorSpec
 from tests.disks import Disk
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
 class Rig:
@@ -40,7 +37,7 @@ class Rig:
         resident: Sequence[int],
         agents: int,
         num_buffers: int,
-        pinned: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         path = directory / "weights"
         generator = random.Random(0)
@@ -55,10 +52,18 @@ class Rig:
         self.expected = [bytes(data[spec.offset : spec.offset + spec.nbytes]) for spec in specs]
         layouts = [StageLayout.of(spec.name, [("weight", spec)]) for spec in specs]
         self.stages = [Stage(idx, layout, resident=idx in resident) for idx, layout in enumerate(layouts)]
-        self.ring = BufferPool(num_buffers, max(layout.slot_bytes for layout in layouts), pinned=pinned)
-        self.buffers = tuple(self.ring._free)
+        slot_bytes = max(layout.slot_bytes for layout in layouts)
+        self.governor = MemoryGovernor(num_buffers * slot_bytes)
+        self.ring = self.governor.part("ring buffers", num_buffers * slot_bytes, max_leases=num_buffers)
+        self.pool = BufferPool(num_buffers, slot_bytes)
+        self.buffers = tuple(self.pool._free)
         self.pipeline = Pipeline(
-            self.stages, num_loading_agents=agents, ring=self.ring, statistics=ReadStatistics(), pinned=pinned
+            self.stages,
+            num_loading_agents=agents,
+            ring=self.ring,
+            buffers=self.pool,
+            statistics=ReadStatistics(),
+            trace=trace,
         )
 
     def compute(
@@ -71,6 +76,7 @@ class Rig:
             for idx in range(len(self.stages)) if order is None else order:
                 stage = self.stages[idx]
                 buffer = self.pipeline.enter(stage)
+                assert buffer is not None
                 on_stage(idx)
                 (placement,) = stage.layout.placements
                 view = buffer.tensor(placement.position, placement.dtype, placement.shape)
@@ -93,12 +99,19 @@ class Rig:
         return [stage.state.value for stage in self.stages]
 
     def check_integrity(self) -> None:
-        """Every buffer of the ring is free or in a READY stage, once the agents are idle."""
+        """Every buffer of the ring is free or in a READY stage, once the agents are idle, and so is every lease."""
         held = [stage.buffer for stage in self.stages if not stage.resident and stage.buffer is not None]
         assert all(stage.state is StageState.READY for stage in self.stages if stage.buffer is not None)
-        everything = [*held, *self.ring._free]
+        everything = [*held, *self.pool._free]
         assert len(set(map(id, everything))) == len(everything)
         assert set(map(id, everything)) <= set(map(id, self.buffers))
+        streamed = [stage for stage in self.stages if stage.lease is not None]
+        assert streamed == [stage for stage in self.stages if not stage.resident and stage.buffer is not None]
+        statistics = self.ring.statistics()
+        assert statistics.holders == {stage.name: stage.layout.slot_bytes for stage in streamed}
+        assert statistics.num_leases == len(streamed) <= len(self.buffers)
+        assert statistics.num_waiting <= 1
+        assert self.governor.statistics().num_leases == 1
 
 
 @pytest.fixture
@@ -111,7 +124,7 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
         resident: Sequence[int] = (),
         agents: int = 1,
         num_buffers: int | None = None,
-        pinned: bool = False,
+        trace: Trace | None = None,
     ) -> Rig:
         directory = tmp_path / f"rig{next(numbers)}"
         directory.mkdir()
@@ -121,7 +134,7 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
             resident=resident,
             agents=agents,
             num_buffers=agents + 1 if num_buffers is None else num_buffers,
-            pinned=pinned,
+            trace=trace,
         )
 
     return make

@@ -219,3 +219,85 @@ async def test_a_cancelled_call_takes_nothing() -> None:
     assert scope.cancelled_caught
     assert governor.statistics().num_waiting == 0
     assert governor.statistics().num_leases == 1
+
+
+# Parts
+
+
+async def test_a_part_is_one_lease_of_the_governor_and_grants_its_own() -> None:
+    governor = MemoryGovernor(100)
+    with governor.part("ring", 60) as part:
+        for name in ("a", "b"):
+            part.acquire_nowait(name, 20)
+        assert part.statistics().holders == {"a": 20, "b": 20}
+        assert (part.free_bytes, governor.free_bytes) == (20, 40)
+        statistics = governor.statistics()
+        assert (statistics.holders, statistics.num_leases) == ({"ring": 60}, 1)
+    assert governor.statistics().num_leases == 0
+    with pytest.raises(MemoryBudgetError, match="ring"):
+        governor.part("ring", 101)
+
+
+async def test_a_part_grants_no_more_leases_than_it_may() -> None:
+    part = MemoryGovernor(100).part("ring", 100, max_leases=2)
+    first, _ = part.acquire_nowait("a", 1), part.acquire_nowait("b", 1)
+    with pytest.raises(anyio.WouldBlock):
+        part.acquire_nowait("c", 1)
+    async with anyio.create_task_group() as group:
+        queue = Queue(part, group)
+        await queue.add("c", 1)
+        await queue.add("d", 0)
+        assert queue.served == []
+        first.release()
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["c"]
+        part.resize(100, max_leases=3)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["c", "d"]
+
+
+async def test_the_lease_of_a_part_grows_and_shrinks_with_it() -> None:
+    governor = MemoryGovernor(100)
+    part = governor.part("ring", 10)
+    other = governor.acquire_nowait("other", 50)
+    part.resize(50)
+    assert governor.statistics().holders == {"ring": 50, "other": 50}
+    with pytest.raises(anyio.WouldBlock):
+        part.resize(51)
+    assert (part.budget_bytes, governor.free_bytes) == (50, 0)
+    part.resize(20)
+    assert (part.budget_bytes, governor.free_bytes) == (20, 30)
+    other.release()
+    part.release()
+    assert governor.free_bytes == 100
+
+
+async def test_who_waits_for_more_than_a_part_has_is_served_when_it_grows() -> None:
+    part = MemoryGovernor(100).part("ring", 0, max_leases=0)
+    async with anyio.create_task_group() as group:
+        queue = Queue(part, group)
+        await queue.add("a", 30)
+        part.resize(20, max_leases=1)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == []
+        part.resize(30, max_leases=1)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["a"]
+
+
+async def test_several_waiters_are_served_by_one_release_and_the_last_may_leave_in_that_moment() -> None:
+    governor = MemoryGovernor(100)
+    first = governor.acquire_nowait("x", 100)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        for name in ("a", "b", "c"):
+            await queue.add(name, 30)
+        first.release()
+        assert governor.statistics().holders == {"a": 30, "b": 30, "c": 30}  # before any of them has run
+        with governor.closed():
+            queue.scopes["c"].cancel()
+            await anyio.wait_all_tasks_blocked()
+        assert queue.served[:2] == ["a", "b"]
+    for lease in queue.leases.values():
+        lease.release()
+    assert (governor.free_bytes, governor.statistics().num_leases) == (100, 0)

@@ -18,17 +18,21 @@ class Governed(RuleBasedStateMachine):
     """The model: `held`, the bytes leased; `queue`, who waits for how many, in order."""
 
     waiters = Bundle("waiters")
+    max_leases: int | None = None
 
     def __init__(self) -> None:
         super().__init__()
         self._starting = start_blocking_portal()
         self._portal: BlockingPortal = self._starting.__enter__()
-        self.governor = self._portal.call(_new_governor)
+        self.governor = self._portal.call(self._new_governor)
         self.num_waiters = 0
         self.held: dict[str, int] = {}
         self.queue: list[tuple[str, int]] = []
         self.granted: dict[str, Lease] = {}
         self.scopes: dict[str, anyio.CancelScope] = {}
+
+    async def _new_governor(self) -> MemoryGovernor:
+        return MemoryGovernor(BUDGET)
 
     def teardown(self) -> None:
         self._portal.call(self._cancel_all)
@@ -44,9 +48,16 @@ class Governed(RuleBasedStateMachine):
         assert (statistics.num_waiting, statistics.num_leases, statistics.bytes_in_use) == (0, 0, 0)
 
     def _serve_model(self) -> None:
-        while self.queue and self.queue[0][1] <= BUDGET - sum(self.held.values()):
+        while self.queue and self._has_room(self.queue[0][1]):
             name, nbytes = self.queue.pop(0)
             self.held[name] = nbytes
+
+    def _has_room(self, nbytes: int) -> bool:
+        one_more = self.max_leases is None or len(self.held) < self.max_leases
+        return one_more and nbytes <= BUDGET - sum(self.held.values())
+
+    def _is_granted_at_once(self, nbytes: int) -> bool:
+        return not self.queue and self._has_room(nbytes)
 
     async def _wait(self, name: str, nbytes: int) -> None:
         with anyio.CancelScope() as self.scopes[name]:
@@ -58,8 +69,10 @@ class Governed(RuleBasedStateMachine):
         self.num_waiters += 1
         self._portal.start_task_soon(self._wait, name, nbytes)
         self._portal.call(_settle)
-        self.queue.append((name, nbytes))
-        self._serve_model()
+        if self._is_granted_at_once(nbytes):
+            self.held[name] = nbytes
+        else:
+            self.queue.append((name, nbytes))
         return name
 
     @rule(nbytes=st.integers(0, BUDGET))
@@ -74,8 +87,7 @@ class Governed(RuleBasedStateMachine):
                 return None
 
         lease = self._portal.call(attempt)
-        possible = not self.queue and nbytes <= BUDGET - sum(self.held.values())
-        assert (lease is not None) == possible
+        assert (lease is not None) == self._is_granted_at_once(nbytes)
         if lease is not None:
             self.granted[name] = lease
             self.held[name] = nbytes
@@ -152,12 +164,26 @@ class Governed(RuleBasedStateMachine):
         assert statistics.peak_bytes_in_use <= BUDGET
         assert statistics.num_leases == len(self.held) == len(self.granted)
         assert statistics.num_waiting == len(self.queue)
+        lacking = self.queue[0][1] - (BUDGET - sum(self.held.values())) if self.queue else 0
+        assert self.governor.shortfall_bytes == max(0, lacking)
         assert statistics.holders == self.held
         assert self.granted.keys() == self.held.keys()
 
 
-async def _new_governor() -> MemoryGovernor:
-    return MemoryGovernor(BUDGET)
+class GovernedPart(Governed):
+    """The same for a part of another governor, with a limit on the number of leases too."""
+
+    max_leases = 3
+
+    async def _new_governor(self) -> MemoryGovernor:
+        self.outer = MemoryGovernor(2 * BUDGET)
+        self.outer.acquire_nowait("others", BUDGET)
+        return self.outer.part("part", BUDGET, max_leases=self.max_leases)
+
+    @invariant()
+    def the_outer_governor_has_one_lease_of_it(self) -> None:
+        assert self.outer.statistics().holders == {"others": BUDGET, "part": BUDGET}
+        assert self.outer.statistics().num_leases == 2
 
 
 async def _settle() -> None:
@@ -166,4 +192,6 @@ async def _settle() -> None:
 
 
 Governed.TestCase.settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
+GovernedPart.TestCase.settings = Governed.TestCase.settings
 test_governor = Governed.TestCase
+test_part = GovernedPart.TestCase

@@ -6,6 +6,7 @@ import errno
 import gc
 import threading
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ import pytest
 import torch
 
 from hermes_async.errors import ReadError, ShortReadError
-from hermes_async.pipeload.pipeline import SweepAbandoned
+from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import StageState
+from hermes_async.pipeload.trace import Timeline, Trace
 from hermes_async.storage.buffers import Buffer
 from tests.engines import until
 
@@ -32,11 +34,6 @@ CONFIGURATIONS = [
     pytest.param({"agents": 2, "resident": (0, 3)}, id="2 of 6 resident"),
     pytest.param({"agents": 1, "resident": range(6), "num_buffers": 0}, id="all resident"),
     pytest.param({"agents": 4, "num_stages": 2}, id="more buffers than stages"),
-    pytest.param(
-        {"agents": 2, "resident": (0, 3), "pinned": True},
-        id="2 of 6 resident, pinned",
-        marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-    ),
 ]
 
 
@@ -64,7 +61,8 @@ async def test_the_ring_is_full_while_idle_and_goes_on_into_the_next_sweep(make_
             assert all(await rig.pipeline.sweep(rig.compute()))
             await rig.settle()
             assert rig.states() == ["ready"] * 3 + ["empty"] * 3
-            assert rig.ring.statistics().num_free == 0
+            assert repr(rig.pipeline) == f"<Pipeline of 6 stages: {{'ready': 3, 'empty': 3}}, {sweeps} sweeps>"
+            assert rig.pool.statistics().num_free == 0
             assert statistics.num_reads == 3 + 6 * sweeps  # nothing is read twice
             assert statistics.bytes_read == sum(map(len, rig.expected * sweeps + rig.expected[:3]))
 
@@ -87,6 +85,50 @@ async def test_what_is_needed_first_is_read_first_and_a_full_ring_holds_up_only_
         assert all(await rig.pipeline.sweep(rig.compute()))
         await rig.settle()
         assert read_at[5:] == [offsets[idx] for idx in (3, 5, 6, 0, 2)]
+
+
+async def test_a_full_ring_is_waited_for_and_what_becomes_resident_is_loaded_all_the_same(
+    make_rig: Callable[..., Any],
+) -> None:
+    trace = Trace()
+    rig = make_rig(agents=2, trace=trace)
+    async with rig.pipeline.running():
+        await rig.settle()
+        rig.check_integrity()
+        statistics = rig.ring.statistics()
+        assert (sorted(statistics.holders), statistics.num_waiting) == (["0", "1", "2"], 1)
+        await rig.pipeline.set_resident([rig.stages[5]])
+        await rig.pipeline.wait_resident()
+        assert rig.stages[5].lease is None
+        assert all(await rig.pipeline.sweep(rig.compute()))
+        await rig.settle()
+        rig.check_integrity()
+    waits = Timeline.of(trace.drain()).rows["waits for memory"]
+    assert waits[0].name == "3"
+    assert all(one.end <= other.start for one, other in pairwise(waits))
+
+
+async def test_a_look_ends_the_wait_for_a_stage(
+    make_rig: Callable[..., Any], gate: Callable[..., Any], sweeping: Callable[..., Any]
+) -> None:
+    rig = make_rig(agents=1)
+    held = gate(rig.stages[0])
+    looks: list[None] = []
+    enter = rig.pipeline.enter
+
+    def entering(stage: Any) -> Buffer:
+        while (buffer := enter(stage)) is None:
+            looks.append(None)
+        return buffer
+
+    rig.pipeline.enter = entering
+    async with rig.pipeline.running(), sweeping(rig) as result:
+        for num_looks in range(1, 4):
+            rig.pipeline.look()
+            await until(lambda num_looks=num_looks: len(looks) == num_looks)
+        held.may_pass.set()
+    assert result == [[True] * 6]
+    assert len(looks) == 3
 
 
 async def test_loads_held_back_do_not_begin_and_go_on_behind(make_rig: Callable[..., Any]) -> None:
@@ -262,17 +304,18 @@ async def test_a_resident_stage_that_fails_is_tried_again_by_the_next_sweep(
 
 async def test_another_choice_of_what_stays(make_rig: Callable[..., Any], gate: Callable[..., Any]) -> None:
     rig = make_rig(agents=2, resident=(0, 3))
-    unbound: list[int] = []
     held = gate(rig.stages[3])
     async with rig.pipeline.running():
         await held.wait_entered()
+        await until(lambda: rig.stages[0].state is StageState.READY)
         async with anyio.create_task_group() as group:
             # One that is being read leaves, one that was not comes; nothing is waited for but the read.
-            args = ([rig.stages[1], rig.stages[5]], lambda stage: unbound.append(stage.idx))
-            group.start_soon(rig.pipeline.set_resident, *args)
+            leaving = [(rig.stages[idx], rig.stages[idx].loaded) for idx in (0, 3)]
+            group.start_soon(rig.pipeline.set_resident, [rig.stages[1], rig.stages[5]])
             await anyio.wait_all_tasks_blocked()
+            assert [stage.buffer is buffer for stage, buffer in leaving] == [False, True]
             held.may_pass.set()
-        assert unbound == [0, 3]
+        assert [set(bytes(buffer.view)) for _, buffer in leaving] == [{0}, {0}]
         assert [stage.idx for stage in rig.stages if stage.resident] == [1, 5]
         for _ in range(2):
             assert all(await rig.pipeline.sweep(rig.compute()))
@@ -293,7 +336,7 @@ async def test_stages_that_stay_share_their_memory_and_one_that_leaves_gives_bac
         leaving, staying = (rig.stages[idx].loaded for idx in (1, 4))
         first, second = (buffer.tensor(0, torch.uint8, (1,)).data_ptr() for buffer in (leaving, staying))
         assert second == first + leaving.nbytes
-        await rig.pipeline.set_resident([rig.stages[4]], lambda stage: None)
+        await rig.pipeline.set_resident([rig.stages[4]])
         assert set(bytes(leaving.view)) == {0}
         assert rig.stages[4].loaded is staying
         assert all(await rig.pipeline.sweep(rig.compute()))
@@ -441,7 +484,7 @@ async def test_abandoned_while_it_computes(make_rig: Callable[..., Any], abandon
     def on_stage(idx: int) -> None:
         entered.append(idx)
         if idx == abandoned_at:
-            rig.pipeline.call_on_loop(rig.pipeline.abandon)
+            rig.pipeline.abandon()
 
     async with rig.pipeline.running():
         for _ in range(3):
@@ -471,6 +514,7 @@ async def test_a_cancelled_sweep_ends_within_a_stage(
     abandoned = threading.Event()
     abandon = rig.pipeline.abandon
     monkeypatch.setattr(rig.pipeline, "abandon", lambda: (abandon(), abandoned.set()))
+    token = anyio.lowlevel.current_token()
     async with rig.pipeline.running():
         for cancelled_at in range(5):
             entered: list[int] = []
@@ -481,7 +525,7 @@ async def test_a_cancelled_sweep_ends_within_a_stage(
                 ) -> None:
                     entered.append(idx)
                     if idx == at:
-                        rig.pipeline.call_on_loop(scope.cancel)
+                        anyio.from_thread.run_sync(scope.cancel, token=token)
                         assert abandoned.wait(30)  # the loop cancels the task a moment later
                         abandoned.clear()
 
@@ -552,6 +596,10 @@ async def test_cancelled_at_each_event_nothing_is_lost(
         assert rig.states() == ["empty"] * 4
         assert all(stage.buffer is None for stage in rig.stages)
         assert {id(buffer) for buffer in rig.buffers} <= closed
+        ring = rig.ring.statistics()
+        assert (ring.num_leases, ring.num_waiting, ring.bytes_in_use) == (0, 0, 0)
+        rig.ring.release()
+        assert rig.governor.statistics().num_leases == 0
         assert disk.num_open == 0
         assert not [thread for thread in threading.enumerate() if thread.name.startswith("hermes")]
         cancel_at += 1

@@ -158,15 +158,15 @@ async def test_a_stage_goes_through_its_states() -> None:
     buffer = Buffer(10)
     for _ in range(2):
         emptied = stage.emptied
-        stage.start_loading()
+        stage.start_loading(buffer, None)
         assert stage.state is StageState.LOADING
         assert stage.emptied is not emptied
         ready = stage.ready
-        stage.set_ready(buffer, None)
+        stage.set_ready(None)
         await _woken(ready)
         assert stage.state is StageState.READY
         emptied = stage.emptied
-        assert stage.clear() is buffer
+        assert stage.clear() == (buffer, None)
         await _woken(emptied)
         assert stage.state is StageState.EMPTY
         assert stage.ready is not ready

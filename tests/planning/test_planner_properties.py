@@ -16,15 +16,16 @@ from hypothesis import strategies as st
 from hermes_async.config import EngineConfig
 from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.stage import StageLayout
+from hermes_async.planning.cost_model import predict, steady_seconds, sweep_seconds
+from hermes_async.planning.machine_speeds import DiskRate, MachineSpeeds, estimated
 from hermes_async.planning.model_sizes import ModelSizes
 from hermes_async.planning.plan import Plan
 from hermes_async.planning.planner import plan, spread
-from hermes_async.planning.prediction import predict, steady_seconds, sweeps_of
-from hermes_async.planning.speeds import DiskSpeed, Speeds, estimated
 from hermes_async.storage.buffers import align_up
 from hermes_async.storage.tensor_spec import TensorSpec
 
 KIB = 1024
+SLOW = estimated(500 << 20, 1e-3)
 relaxed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
@@ -71,7 +72,7 @@ class FakeModel:
             draft_bytes=self.draft_bytes,
         )
 
-    def cut(self, limit: int | None) -> FakePartition:
+    def partition(self, limit: int | None) -> FakePartition:
         stages = []
         offset = 100
         for idx, nbytes in enumerate((*self.layers, self.head)):
@@ -83,9 +84,9 @@ class FakeModel:
                 offset += size
         return FakePartition(layout("", self.base), tuple(stages), 0)
 
-    def plan(self, budget: int, config: EngineConfig | None = None, speeds: Speeds | None = None) -> Plan:
-        cut = lru_cache(maxsize=None)(self.cut)
-        return plan(budget, cut, self.sizes, config or EngineConfig(), speeds or estimated())
+    def plan(self, budget: int, config: EngineConfig | None = None, machine: MachineSpeeds | None = None) -> Plan:
+        cut = lru_cache(maxsize=None)(self.partition)
+        return plan(budget, cut, self.sizes, config or EngineConfig(), machine or estimated())
 
     def minimum(self, config: EngineConfig | None = None) -> int:
         config = config or EngineConfig()
@@ -262,7 +263,7 @@ def test_where_a_module_cannot_be_cut_the_others_are_cut_no_smaller() -> None:
     def cut(limit: int | None) -> FakePartition:
         """Of each layer 700 KiB are a module that cannot be cut."""
         if limit is None or limit >= model.layers[0]:
-            return model.cut(limit)
+            return model.partition(limit)
         sizes = [(700 * KIB, 1)] * 4 + [(1100 * KIB, -(-1100 * KIB // limit))] * 4
         sizes.append((model.head, -(-model.head // limit)))
         parts = [nbytes // count for nbytes, count in sizes for _ in range(count)]
@@ -280,9 +281,9 @@ def test_where_a_module_cannot_be_cut_the_others_are_cut_no_smaller() -> None:
 def test_passes_that_share_a_sweep_are_handed_each_stage_once() -> None:
     model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 0, 0, 128, 64, 64, 0)
     chosen = model.plan(5000 * KIB)
-    quick = replace(estimated(), disk=(DiskSpeed(1, KIB, 1e15),), handover_seconds=0.01)
+    quick = replace(estimated(), disk=(DiskRate(1, KIB, 1e15),), handover_seconds=0.01)
     one, four = (
-        steady_seconds(replace(chosen, speeds=quick), num_tokens=16, num_outputs=0, num_passes=count)
+        steady_seconds(replace(chosen, machine=quick), num_tokens=16, num_outputs=0, num_passes=count)
         for count in (1, 4)
     )
     layers = [stage for idx, stage in enumerate(chosen.stages) if idx not in chosen.head]
@@ -296,12 +297,12 @@ def test_texts_are_short_and_long_where_nothing_is_generated() -> None:
     model = FakeModel((48 * KIB * KIB,) * 24, KIB, KIB, 0, 512, KIB, 64, 0)
     budget = model.sizes.weight_bytes // 5
     by_tokens = {tokens: tokens * 5e-12 for tokens in (64, 512)}
-    disk = tuple(DiskSpeed(agents, KIB * KIB, 2.1e9) for agents in (1, 2))
-    speeds = replace(estimated(), disk=disk, layer_seconds=by_tokens, handover_seconds=0.2e-3, others=())
+    disk = tuple(DiskRate(agents, KIB * KIB, 2.1e9) for agents in (1, 2))
+    speeds = replace(estimated(), disk=disk, layer_seconds=by_tokens, handover_seconds=0.2e-3)
 
     def chosen_by(long_text_tokens: int) -> Plan:
         sizes = replace(model.sizes, least_sweep_tokens=64, long_text_tokens=long_text_tokens)
-        return plan(budget, lru_cache(maxsize=None)(model.cut), sizes, EngineConfig(), speeds)
+        return plan(budget, lru_cache(maxsize=None)(model.partition), sizes, EngineConfig(), speeds)
 
     def seconds(chosen: Plan, tokens: int) -> float:
         return steady_seconds(chosen, num_tokens=tokens, num_outputs=0)
@@ -320,14 +321,14 @@ large_enough = models.filter(lambda model: min(model.layers) >= 16 * KIB)  # for
 @example(FakeModel((32669,), 110592, 1, 12, None, 16, 269, 0), 110591, 2)  # more sequences were worth a stage
 def test_a_plan_is_not_worse_than_the_paper_s_modes(model: FakeModel, more: int, agents: int) -> None:
     budget = model.minimum() + more
-    known = replace(estimated(), others=())
+    known = SLOW
     try:
         fixed = model.plan(budget, EngineConfig(num_loading_agents=agents, max_resident_layers=agents + 1), known)
     except MemoryBudgetError:
         return
     if not fixed.num_buffers:
         return  # all layers are held, which is no mode of the paper's, with less KV than smaller budgets have
-    chosen = model.plan(budget, speeds=known)
+    chosen = model.plan(budget, machine=known)
     assert seconds_of_all(chosen, model) <= 1.03 * seconds_of_all(fixed, model)
 
 
@@ -335,12 +336,12 @@ def test_a_plan_is_not_worse_than_the_paper_s_modes(model: FakeModel, more: int,
 def test_where_nothing_was_measured_a_plan_does_well_on_a_slow_disk_and_on_a_fast_one(share: float) -> None:
     model = FakeModel((48 * KIB * KIB,) * 24, KIB, KIB, 0, 512, 64 * KIB, 64, 0)
     budget = int(share * model.sizes.weight_bytes)
-    slow, fast = replace(estimated(), others=()), estimated().others[0]
+    slow, fast = SLOW, estimated(3 << 30, 0.5e-3)
 
-    def seconds(chosen: Plan, speeds: Speeds) -> float:
-        return steady_seconds(replace(chosen, speeds=speeds), num_tokens=1, num_outputs=0)
+    def seconds(chosen: Plan, speeds: MachineSpeeds) -> float:
+        return steady_seconds(replace(chosen, machine=speeds), num_tokens=1, num_outputs=0)
 
-    chosen, for_slow, for_fast = (model.plan(budget, speeds=speeds) for speeds in (None, slow, fast))
+    chosen, for_slow, for_fast = (model.plan(budget, machine=machine) for machine in (None, slow, fast))
     assert seconds(chosen, slow) <= 1.03 * seconds(for_slow, slow)
     assert seconds(chosen, fast) <= 1.03 * seconds(for_fast, fast)
     assert seconds(chosen, fast) < seconds(for_slow, fast)
@@ -351,7 +352,7 @@ def seconds_of(plan: Plan, num_sessions: int, prompt_tokens: int) -> float:
     whole, rest = divmod(num_sessions * prompt_tokens, plan.max_tokens_per_sweep)
     chunks = [(plan.max_tokens_per_sweep, whole), (rest, 1)]
     prompts = [
-        sum(sweeps_of(plan, num_tokens=tokens, num_outputs=min(tokens, num_sessions), num_sweeps=count))
+        sum(sweep_seconds(plan, num_tokens=tokens, num_outputs=min(tokens, num_sessions), num_sweeps=count))
         for tokens, count in chunks
         if tokens and count
     ]
@@ -368,13 +369,13 @@ def seconds_of_all(plan: Plan, model: FakeModel) -> float:
 
 def test_reasons_tell_of_what_was_left_out() -> None:
     model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
-    reasons = model.plan(5000 * KIB).reasons
+    reasons = model.plan(5000 * KIB).explanation
     assert any(reason.startswith("stages of up to ") for reason in reasons)
     assert any("longer, and cost" in reason and "left out" in reason for reason in reasons)
     assert any(reason.startswith("KV caches: a tenth") for reason in reasons)
     asked = model.plan(
         4000 * KIB, EngineConfig(num_loading_agents=1, kv_budget="64KiB", max_tokens_per_sweep=32)
-    ).reasons
+    ).explanation
     assert "1 loading agent, as asked for" in asked
     assert "32 tokens a sweep, as asked for" in asked
     assert "KV caches: as kv_budget asks for" in asked
@@ -402,7 +403,7 @@ def test_more_memory_never_takes_shorter_texts_where_nothing_is_generated(
     model: FakeModel, long_text_tokens: int, first: int, more: int
 ) -> None:
     sizes = replace(model.sizes, kv_bytes_per_token=0, least_sweep_tokens=64, long_text_tokens=long_text_tokens)
-    cut = lru_cache(maxsize=None)(model.cut)
+    cut = lru_cache(maxsize=None)(model.partition)
     with pytest.raises(MemoryBudgetError) as refused:
         plan(model.draft_bytes, cut, sizes, EngineConfig(), estimated())
     assert refused.value.minimum_bytes is not None
@@ -415,9 +416,9 @@ def test_more_memory_never_takes_shorter_texts_where_nothing_is_generated(
 @relaxed
 @given(large_enough, st.integers(0, 8000 * KIB), st.integers(0, 8000 * KIB))
 def test_more_memory_never_takes_longer(model: FakeModel, first: int, more: int) -> None:
-    known = replace(estimated(), others=())
+    known = SLOW
     less = model.minimum() + first
-    poor, rich = (seconds_of_all(model.plan(budget, speeds=known), model) for budget in (less, less + more))
+    poor, rich = (seconds_of_all(model.plan(budget, machine=known), model) for budget in (less, less + more))
     assert rich <= 1.03 * poor  # simulated sweeps are never quite even
 
 
@@ -446,12 +447,14 @@ def test_models_of_true_shapes_gain_from_every_step_of_memory(model: FakeModel) 
 def test_rows_of_an_embedding_are_looked_up_and_not_multiplied(tied: bool) -> None:
     model = FakeModel((900 * KIB,) * 2, 2000 * KIB, KIB, 64, 512, 64, 64, 0)
     sizes = replace(model.sizes, head_name="2.0", embedding_name="embedding")
-    stages = model.cut(None).stages
+    stages = model.partition(None).stages
     names = ["embedding.weight", "2.0.weight"] if tied else ["embedding.weight"]
     specs = [(name, TensorSpec(name, Path("w"), 0, 2000 * KIB, torch.uint8, (2000 * KIB,))) for name in names]
     kept = stages[:-1] if tied else stages
     whole = FakePartition(layout("", KIB), (StageLayout.of("embedding", specs), *kept), 0)
-    chosen = plan(10**9, lambda limit: whole if limit is None else model.cut(limit), sizes, EngineConfig(), estimated())
+    chosen = plan(
+        10**9, lambda limit: whole if limit is None else model.partition(limit), sizes, EngineConfig(), estimated()
+    )
     assert (chosen.head, chosen.looked_up) == (
         (frozenset([0]), frozenset()) if tied else (frozenset([3]), frozenset([0]))
     )

@@ -17,9 +17,9 @@ from typer.testing import CliRunner
 from hermes_async import EngineConfig, MemoryBudgetError
 from hermes_async.cli import app
 from hermes_async.cli.timeline import read
+from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile, Profile, StageProfile
 from hermes_async.planning.profile_store import MAX_AGE_S, load_profile, profile_file, save_profile
-from hermes_async.planning.speeds import DiskSpeed
 from hermes_async.profiler import machine, profiler
 from hermes_async.profiler.profiler import measure
 from hermes_async.storage.checkpoint import Checkpoint
@@ -41,7 +41,7 @@ PROFILE = Profile(
     head_s={1: 1e-4},
     sweep_s={1: 0.01},
     handover_s=0.001,
-    disk=(DiskSpeed(2, 1 << 20, 1e9),),
+    disk=(DiskRate(2, 1 << 20, 1e9),),
     read_share=0.9,
     kernels=(KernelProfile("float32", "oneDNN", {1: 1e9}),),
 )
@@ -125,13 +125,17 @@ async def test_a_model_that_does_not_run_on_few_tokens(tmp_path: Path) -> None:
 
 
 def test_what_the_planner_makes_of_a_profile() -> None:
-    speeds = PROFILE.speeds()
+    speeds = PROFILE.machine_speeds()
     assert speeds.measured
     assert speeds.source == "measured here today, in a budget of 8.00 MiB"
     assert (speeds.layer_seconds, speeds.head_seconds) == (PROFILE.layer_s, PROFILE.head_s)
     assert (speeds.sweep_seconds, speeds.handover_seconds) == ({1: 0.01}, 0.001)
-    assert speeds.disk == (DiskSpeed(2, 1 << 20, 0.9e9),)
-    assert replace(PROFILE, created_at=time.time() - 3 * 86400).speeds().source.startswith("measured here 3 days ago")
+    assert speeds.disk == (DiskRate(2, 1 << 20, 0.9e9),)
+    assert (
+        replace(PROFILE, created_at=time.time() - 3 * 86400)
+        .machine_speeds()
+        .source.startswith("measured here 3 days ago")
+    )
 
 
 @pytest.mark.parametrize(
@@ -162,7 +166,7 @@ def test_kernels_are_told_of(native: float, bfloat16: float, notes: list[str]) -
         KernelProfile("float32", "native", {1: native}),
         KernelProfile("bfloat16", "oneDNN", {1: bfloat16}),
     )
-    assert list(replace(PROFILE, kernels=kernels).speeds().reasons) == notes
+    assert list(replace(PROFILE, kernels=kernels).machine_speeds().explanation) == notes
 
 
 async def test_a_budget_that_is_too_small(tiny_model: Any) -> None:

@@ -21,8 +21,13 @@ NUM_BLOCKS = 12
 
 
 @pytest.fixture
-def blocks() -> Iterator[KVBlocks]:
-    with closing(KVBlocks(KVPool(LAYOUT, NUM_BLOCKS * BLOCK), MemoryGovernor(NUM_BLOCKS * BLOCK))) as blocks:
+def governor() -> MemoryGovernor:
+    return MemoryGovernor(NUM_BLOCKS * BLOCK)
+
+
+@pytest.fixture
+def blocks(governor: MemoryGovernor) -> Iterator[KVBlocks]:
+    with closing(KVBlocks(KVPool(LAYOUT, NUM_BLOCKS * BLOCK), governor)) as blocks:
         yield blocks
 
 
@@ -43,9 +48,9 @@ def compute(blocks: KVBlocks, reservation: Reservation, token_ids: list[int]) ->
     blocks.commit(reservation, token_ids)
 
 
-def leased(blocks: KVBlocks) -> dict[str, int]:
+def leased(governor: MemoryGovernor) -> dict[str, int]:
     """By holder, in blocks."""
-    return {holder: nbytes // BLOCK for holder, nbytes in blocks._governor.statistics().holders.items()}
+    return {holder: nbytes // BLOCK for holder, nbytes in governor.statistics().holders.items()}
 
 
 # Prompts with a common beginning
@@ -70,7 +75,7 @@ def test_two_that_come_together_compute_it_once(blocks: KVBlocks) -> None:
     assert second.kv.blocks[:2] == first.kv.blocks[:2]
     assert (second.num_reused, second.kv.length) == (32, 0)
     compute(blocks, first, token_ids)
-    blocks.skip_computed(second, len(token_ids) - 1)
+    second.skip_computed(len(token_ids) - 1)
     assert second.kv.length == 32
 
 
@@ -86,11 +91,11 @@ def test_the_last_token_is_left_even_where_another_computes_its_block(blocks: KV
     ours = prompt("a", "b", rest=0)
     first, second = reserved(blocks, ours), reserved(blocks, prompt("a", "b"))
     compute(blocks, second, prompt("a", "b"))
-    blocks.skip_computed(first, len(ours) - 1)
+    first.skip_computed(len(ours) - 1)
     assert first.kv.length == 16
 
 
-def test_a_twin_block_stays_private(blocks: KVBlocks) -> None:
+def test_a_twin_block_stays_private(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     """Two sequences come to the same blocks by themselves: the tree has room for those of one of them."""
     first, second = reserved(blocks, prompt("a"), 48), reserved(blocks, prompt("a"), 48)
     token_ids = prompt("a", "b", "c", rest=0)
@@ -98,7 +103,7 @@ def test_a_twin_block_stays_private(blocks: KVBlocks) -> None:
     compute(blocks, second, token_ids)
     assert (len(first.shared), len(second.shared)) == (3, 1)
     assert not set(second.kv.blocks[1:]) & set(first.kv.blocks)
-    assert leased(blocks) == {"shared prefixes": 3, "KV of someone": 2}
+    assert leased(governor) == {"shared prefixes": 3, "KV of someone": 2}
     blocks.release(first)
     blocks.drop_unused()
     blocks.commit(second, token_ids)  # now there is
@@ -116,14 +121,15 @@ def test_blocks_that_fill_up_later_are_shared_then(blocks: KVBlocks) -> None:
 
 
 def test_sharing_can_be_switched_off() -> None:
-    with closing(KVBlocks(KVPool(LAYOUT, 8 * BLOCK), MemoryGovernor(8 * BLOCK), share=False)) as blocks:
+    governor = MemoryGovernor(8 * BLOCK)
+    with closing(KVBlocks(KVPool(LAYOUT, 8 * BLOCK), governor, share=False)) as blocks:
         token_ids = prompt("a", "b")
         first = reserved(blocks, token_ids)
         compute(blocks, first, token_ids)
         second = reserved(blocks, token_ids)
         assert not set(first.kv.blocks) & set(second.kv.blocks)
         assert (second.num_reused, blocks.num_hits) == (0, 0)
-        assert leased(blocks) == {"KV of someone": 6, "shared prefixes": 0}
+        assert leased(governor) == {"KV of someone": 6, "shared prefixes": 0}
         blocks.release(first)
         blocks.release(second)
         assert blocks.kv_bytes == 0
@@ -132,13 +138,13 @@ def test_sharing_can_be_switched_off() -> None:
 # Prefixes that nobody uses
 
 
-def test_a_prefix_outlives_the_sequences_that_used_it(blocks: KVBlocks) -> None:
+def test_a_prefix_outlives_the_sequences_that_used_it(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b")
     first = reserved(blocks, token_ids)
     compute(blocks, first, token_ids)
     blocks.release(first)
     assert (blocks.unused_prefix_bytes, blocks.kv_bytes) == (2 * BLOCK, 2 * BLOCK)
-    assert leased(blocks) == {"shared prefixes": 2}
+    assert leased(governor) == {"shared prefixes": 2}
     assert reserved(blocks, token_ids).kv.length == 32
     assert blocks.unused_prefix_bytes == 0
 
@@ -171,7 +177,7 @@ def test_for_a_new_sequence_the_longest_unused_prefix_is_dropped_first(blocks: K
         blocks.release(sequence)
     blocks.release(reserved(blocks, prompt("a", "A")))  # used again
     reserved(blocks, prompt("x"), (NUM_BLOCKS - 5) * BLOCK_TOKENS)  # one block more than is free
-    assert [len(blocks._match(prompt(letter, letter.upper()))) for letter in "abc"] == [2, 1, 2]
+    assert [blocks.num_shared(prompt(letter, letter.upper())) for letter in "abc"] == [32, 16, 32]
 
 
 def test_a_prefix_is_not_dropped_for_the_sequence_that_needs_it(blocks: KVBlocks) -> None:
@@ -184,16 +190,16 @@ def test_a_prefix_is_not_dropped_for_the_sequence_that_needs_it(blocks: KVBlocks
     assert len(reserved(blocks, token_ids, NUM_BLOCKS * BLOCK_TOKENS).shared) == 2
 
 
-def test_what_does_not_fit_changes_nothing(blocks: KVBlocks) -> None:
+def test_what_does_not_fit_changes_nothing(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     reserved(blocks, prompt("a"), 8 * BLOCK_TOKENS)
-    before = leased(blocks)
+    before = leased(governor)
     assert blocks.reserve("another", prompt("b"), 5 * BLOCK_TOKENS) is None
-    assert leased(blocks) == before
+    assert leased(governor) == before
     assert blocks.pool.num_used == 8
 
 
-def test_memory_of_others_is_respected(blocks: KVBlocks) -> None:
-    with blocks._governor.acquire_nowait("others", 10 * BLOCK):
+def test_memory_of_others_is_respected(blocks: KVBlocks, governor: MemoryGovernor) -> None:
+    with governor.acquire_nowait("others", 10 * BLOCK):
         assert blocks.reserve("KV", prompt("a"), 3 * BLOCK_TOKENS) is None
         reserved(blocks, prompt("a"), 2 * BLOCK_TOKENS)
     reserved(blocks, prompt("b"), 3 * BLOCK_TOKENS)
@@ -202,14 +208,14 @@ def test_memory_of_others_is_respected(blocks: KVBlocks) -> None:
 # Sequences that go on: sessions
 
 
-def test_trimmed_a_sequence_keeps_what_it_has_computed(blocks: KVBlocks) -> None:
+def test_trimmed_a_sequence_keeps_what_it_has_computed(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b")
     turn = reserved(blocks, token_ids, 100)
     assert turn.num_own == 5
     compute(blocks, turn, token_ids)
     blocks.trim(turn)
     assert (len(turn.kv.blocks), turn.num_own) == (3, 1)
-    assert leased(blocks) == {"shared prefixes": 2, "KV of someone": 1}
+    assert leased(governor) == {"shared prefixes": 2, "KV of someone": 1}
 
 
 def test_trimmed_it_leaves_alone_what_it_has_not(blocks: KVBlocks) -> None:
@@ -222,7 +228,7 @@ def test_trimmed_it_leaves_alone_what_it_has_not(blocks: KVBlocks) -> None:
     assert blocks.kv_bytes == 2 * BLOCK
 
 
-def test_extended_it_keeps_its_beginning_and_grows(blocks: KVBlocks) -> None:
+def test_extended_it_keeps_its_beginning_and_grows(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b", rest=5)
     turn = reserved(blocks, token_ids)
     compute(blocks, turn, token_ids)
@@ -231,12 +237,12 @@ def test_extended_it_keeps_its_beginning_and_grows(blocks: KVBlocks) -> None:
     assert blocks.extend(turn, 35, 80)  # two of the five tokens were edited
     assert turn.kv.blocks[:3] == table
     assert (turn.kv.length, turn.num_reused, turn.kv.capacity) == (35, 35, 80)
-    assert leased(blocks) == {"shared prefixes": 2, "KV of someone": 3}
+    assert leased(governor) == {"shared prefixes": 2, "KV of someone": 3}
     assert not blocks.extend(turn, 35, (NUM_BLOCKS + 1) * BLOCK_TOKENS)
     assert turn.kv.capacity == 80
 
 
-def test_a_fork_takes_no_memory(blocks: KVBlocks) -> None:
+def test_a_fork_takes_no_memory(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b", rest=5)
     trunk = reserved(blocks, token_ids)
     compute(blocks, trunk, token_ids)
@@ -246,7 +252,7 @@ def test_a_fork_takes_no_memory(blocks: KVBlocks) -> None:
     blocks.release(trunk)
     assert blocks.unused_prefix_bytes == 0
     assert blocks.extend(branch, 32, 60)
-    assert leased(blocks) == {"shared prefixes": 2, "KV of a branch": 2}
+    assert leased(governor) == {"shared prefixes": 2, "KV of a branch": 2}
 
 
 def test_for_what_comes_back_from_disk_only_computed_blocks_are_taken_over(blocks: KVBlocks) -> None:
@@ -261,14 +267,14 @@ def test_for_what_comes_back_from_disk_only_computed_blocks_are_taken_over(block
     assert not set(parked.kv.blocks[1:]) & set(first.kv.blocks)
 
 
-def test_closed_nothing_is_left(blocks: KVBlocks) -> None:
+def test_closed_nothing_is_left(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b")
     first = reserved(blocks, token_ids)
     compute(blocks, first, token_ids)
     blocks.release(first)
     blocks.close()
     assert blocks.pool.num_used == 0
-    assert blocks._governor.statistics().num_leases == 0
+    assert governor.statistics().num_leases == 0
 
 
 # Whatever happens, in any order
@@ -416,7 +422,7 @@ class Blocks(RuleBasedStateMachine):
         if sequence is None or len(sequence.token_ids) >= sequence.capacity:
             return
         reservation, kv = sequence.reservation, sequence.reservation.kv
-        self.blocks.skip_computed(reservation, len(sequence.token_ids) - 1)
+        reservation.skip_computed(len(sequence.token_ids) - 1)
         assert kv.length < len(sequence.token_ids)
         computed = sequence.token_ids[kv.length : kv.length + num_tokens]
         end = kv.length + len(computed)

@@ -15,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hermes_async import Chunk, SamplingParams
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVLayout, KVPool, KVShape
 from hermes_async.pipeload.governor import MemoryGovernor
+from hermes_async.serving.jobs import GenerationJob
 from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.request import PreparedPrompt, Request
-from hermes_async.serving.scheduler import Scheduled, Scheduler
+from hermes_async.serving.scheduler import Scheduler
 from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
 from hermes_async.serving.sweep_times import SweepTimes
 
@@ -53,7 +54,7 @@ class Sweeps:
             times.record_read(read_seconds)
         self.blocks = KVBlocks(KVPool(LAYOUT, 1024 * LAYOUT.block_bytes), MemoryGovernor(2048 * LAYOUT.block_bytes))
         most_tokens = [max_tokens + more_tokens * less for less in reversed(range(max_outputs))]
-        self.scheduler = Scheduler(most_tokens, max_sequences, times, self.blocks.skip_computed)
+        self.scheduler = Scheduler(most_tokens, max_sequences, times)
         self.requests: list[Request] = []
 
     def add(self, prompt: int | list[int], *, drafts: bool = False, max_tokens: int = 50) -> Request:
@@ -86,23 +87,23 @@ class Sweeps:
             self.blocks.release(request.reservation)
             request.reservation = None
 
-    def run(self) -> list[Scheduled]:
+    def run(self) -> list[GenerationJob]:
         """Schedules a sweep and does it; no draft is right."""
         sweep = self.scheduler.schedule()
-        for item in sweep:
-            request = item.request
+        for job in sweep:
+            request = job.request
             assert request.reservation is not None
-            if item.samples:
+            if job.samples:
                 request.token_ids.append(NEW)
                 if request.prepared.lookup is not None:
                     request.prepared.lookup.extend([NEW])
-            request.kv.length = item.past + len(item.token_ids) - item.num_drafted
+            request.kv.length = job.past + len(job.token_ids) - job.num_drafted
             self.blocks.commit(request.reservation, request.token_ids)
         return sweep
 
     def shares(self) -> list[tuple[Request, int, bool]]:
         """Who takes part in the next sweep, with how many tokens, and whether a token can be chosen after them."""
-        return [(item.request, len(item.token_ids), item.samples) for item in self.scheduler.schedule()]
+        return [(job.request, len(job.token_ids), job.samples) for job in self.scheduler.schedule()]
 
     def close(self) -> None:
         for request in self.requests:
@@ -141,10 +142,10 @@ def test_a_long_prompt_goes_in_chunks_and_samples_with_the_last() -> None:
         request = sweeps.add(20)
         seen: list[int] = []
         for past, num_tokens, samples in ((0, 8, False), (8, 8, False), (16, 4, True), (20, 1, True)):
-            (item,) = sweeps.run()
-            assert (item.past, len(item.token_ids), item.samples) == (past, num_tokens, samples)
-            assert item.num_outputs == samples
-            seen += item.token_ids
+            (job,) = sweeps.run()
+            assert (job.past, len(job.token_ids), job.samples) == (past, num_tokens, samples)
+            assert job.num_outputs == samples
+            seen += job.token_ids
         assert seen == [*request.prepared.token_ids, NEW]
 
 
@@ -254,8 +255,8 @@ def test_a_follower_starts_behind_what_another_computes_in_the_same_sweep(sweeps
     sweeps.add(common(2, 101, 102))
     sweeps.add(common(2, 103))
     leader, follower = sweeps.scheduler.schedule()
-    assert (leader.past, len(leader.token_ids), leader.needed) == (0, 34, True)
-    assert (follower.past, follower.token_ids, follower.samples, follower.needed) == (32, [103], True, False)
+    assert (leader.past, len(leader.token_ids), leader.shares_blocks) == (0, 34, True)
+    assert (follower.past, follower.token_ids, follower.samples, follower.shares_blocks) == (32, [103], True, False)
 
 
 def test_a_follower_of_a_follower(sweeps: Sweeps) -> None:
@@ -263,8 +264,8 @@ def test_a_follower_of_a_follower(sweeps: Sweeps) -> None:
     sweeps.add(common(3, 102))
     sweeps.add(common(3, 103))
     first, second, third = sweeps.scheduler.schedule()
-    assert [item.past for item in (first, second, third)] == [0, 16, 48]
-    assert [item.needed for item in (first, second, third)] == [True, True, False]
+    assert [job.past for job in (first, second, third)] == [0, 16, 48]
+    assert [job.shares_blocks for job in (first, second, third)] == [True, True, False]
 
 
 def test_what_does_not_come_into_this_sweep_is_not_waited_for() -> None:
@@ -272,10 +273,10 @@ def test_what_does_not_come_into_this_sweep_is_not_waited_for() -> None:
     with closing(Sweeps(40)) as sweeps:
         leader, follower = sweeps.add(common(4, 101)), sweeps.add(common(4, 102))
         (chunk,) = sweeps.run()
-        assert (chunk.request, len(chunk.token_ids), chunk.needed) == (leader, 40, False)
+        assert (chunk.request, len(chunk.token_ids), chunk.shares_blocks) == (leader, 40, False)
         assert follower.kv.length == 0
         rest, behind = sweeps.run()
-        assert (rest.past, len(rest.token_ids), rest.needed) == (40, 25, True)
+        assert (rest.past, len(rest.token_ids), rest.shares_blocks) == (40, 25, True)
         assert (behind.past, behind.token_ids) == (64, [102])
         assert follower.kv.length == 65
 
@@ -283,19 +284,19 @@ def test_what_does_not_come_into_this_sweep_is_not_waited_for() -> None:
 def test_a_follower_computes_what_its_leader_left(sweeps: Sweeps) -> None:
     leader, follower = sweeps.add(common(2, 101)), sweeps.add(common(2, 102))
     sweeps.remove(leader)
-    (item,) = sweeps.scheduler.schedule()
-    assert (item.request, item.past, len(item.token_ids)) == (follower, 0, 33)
+    (job,) = sweeps.scheduler.schedule()
+    assert (job.request, job.past, len(job.token_ids)) == (follower, 0, 33)
 
 
 def test_a_follower_does_not_wait_for_one_that_is_left_out() -> None:
     with closing(Sweeps(max_sequences=1)) as sweeps:
         leader, follower = sweeps.add(common(2, 101)), sweeps.add(common(2, 102))
         pause(leader)
-        (item,) = sweeps.run()
-        assert (item.request, item.past, len(item.token_ids)) == (follower, 0, 33)
+        (job,) = sweeps.run()
+        assert (job.request, job.past, len(job.token_ids)) == (follower, 0, 33)
         leader.receive.receive_nowait()
-        (item,) = sweeps.scheduler.schedule()
-        assert (item.request, item.past, item.token_ids) == (leader, 32, [101])
+        (job,) = sweeps.scheduler.schedule()
+        assert (job.request, job.past, job.token_ids) == (leader, 32, [101])
 
 
 def test_the_last_token_is_computed_even_where_another_computes_it_too(sweeps: Sweeps) -> None:
@@ -303,7 +304,7 @@ def test_the_last_token_is_computed_even_where_another_computes_it_too(sweeps: S
     sweeps.add(common(2))
     leader, follower = sweeps.scheduler.schedule()
     assert (follower.past, len(follower.token_ids), follower.samples) == (16, 16, True)
-    assert leader.needed
+    assert leader.shares_blocks
 
 
 # Drafts
@@ -322,24 +323,24 @@ def test_drafts_come_behind_the_last_token_where_they_cost_no_time() -> None:
     """Reading takes as long as computing five tokens."""
     with closing(Sweeps(read_seconds=5.0)) as sweeps:
         add_drafting(sweeps)
-        (item,) = sweeps.scheduler.schedule()
-        assert item.token_ids == [11, 12, 13, 14, 11]
-        assert (item.num_drafted, item.match_length, item.num_outputs) == (4, 5, 5)
+        (job,) = sweeps.scheduler.schedule()
+        assert job.token_ids == [11, 12, 13, 14, 11]
+        assert (job.num_drafted, job.match_length, job.num_outputs) == (4, 5, 5)
 
 
 def test_where_every_token_costs_its_time_nothing_is_drafted() -> None:
     with closing(Sweeps(read_seconds=0.0)) as sweeps:
         request = add_drafting(sweeps)
         before = request.prepared.acceptance.rate(5)
-        (item,) = sweeps.scheduler.schedule()
-        assert (item.token_ids, item.num_drafted) == ([11], 0)
+        (job,) = sweeps.scheduler.schedule()
+        assert (job.token_ids, job.num_drafted) == ([11], 0)
         assert request.prepared.acceptance.rate(5) > before  # by and by it is tried again
 
 
 def test_before_anything_was_measured_nothing_is_drafted(sweeps: Sweeps) -> None:
     add_drafting(sweeps)
-    (item,) = sweeps.scheduler.schedule()
-    assert item.token_ids == [11]
+    (job,) = sweeps.scheduler.schedule()
+    assert job.token_ids == [11]
 
 
 @pytest.mark.parametrize(("max_tokens", "max_outputs"), [(6, 100), (100, 6)])
@@ -348,9 +349,9 @@ def test_drafts_get_the_room_that_is_left(max_tokens: int, max_outputs: int) -> 
         for _ in range(3):
             add_drafting(sweeps)
         sweep = sweeps.scheduler.schedule()
-        assert sum(len(item.token_ids) for item in sweep) == 6
-        assert sum(item.num_outputs for item in sweep) == 6
-        assert sum(item.num_drafted for item in sweep) == 3
+        assert sum(len(job.token_ids) for job in sweep) == 6
+        assert sum(job.num_outputs for job in sweep) == 6
+        assert sum(job.num_drafted for job in sweep) == 3
 
 
 def test_with_few_outputs_there_is_room_for_more_of_a_prompt() -> None:
@@ -392,8 +393,8 @@ def test_with_the_last_chunk_of_its_prompt_a_request_drafts_nothing() -> None:
 def test_no_more_is_drafted_than_a_request_may_still_generate(max_tokens: int, num_drafted: int) -> None:
     with closing(Sweeps(read_seconds=1000.0)) as sweeps:
         add_drafting(sweeps, max_tokens=max_tokens)
-        (item,) = sweeps.scheduler.schedule()
-        assert item.num_drafted == num_drafted
+        (job,) = sweeps.scheduler.schedule()
+        assert job.num_drafted == num_drafted
 
 
 def test_rejected_drafts_are_computed_again(sweeps: Sweeps) -> None:
@@ -401,8 +402,8 @@ def test_rejected_drafts_are_computed_again(sweeps: Sweeps) -> None:
         request = add_drafting(sweeps)
         sweeps.run()
         assert request.kv.length == len(REPEATING)
-        (item,) = sweeps.scheduler.schedule()
-        assert (item.past, item.token_ids) == (len(REPEATING), [NEW])
+        (job,) = sweeps.scheduler.schedule()
+        assert (job.past, job.token_ids) == (len(REPEATING), [NEW])
 
 
 # Whatever comes, pauses and goes
@@ -465,28 +466,28 @@ class Scheduling(RuleBasedStateMachine):
         lengths = {request: (request.kv.length, list(request.token_ids)) for request in self.running}
         sweep = self.sweeps.run()
         runnable = [request for request in self.running if not request.paused][: scheduler.max_sequences]
-        assert len({item.request for item in sweep}) == len(sweep)
-        assert {item.request for item in sweep} <= set(runnable)
+        assert len({job.request for job in sweep}) == len(sweep)
+        assert {job.request for job in sweep} <= set(runnable)
         assert bool(sweep) == bool(runnable)
-        num_outputs = sum(max(1, item.num_outputs) for item in sweep)
+        num_outputs = sum(max(1, job.num_outputs) for job in sweep)
         assert num_outputs <= len(scheduler.tokens_by_outputs)
         if sweep:
-            assert sum(len(item.token_ids) for item in sweep) <= scheduler.tokens_by_outputs[num_outputs - 1]
+            assert sum(len(job.token_ids) for job in sweep) <= scheduler.tokens_by_outputs[num_outputs - 1]
         computed: set[int] = set()
-        for item in sweep:
-            length, token_ids = lengths[item.request]
-            end = item.past + len(item.token_ids) - item.num_drafted
-            assert item.token_ids[: end - item.past] == token_ids[item.past : end]
-            assert item.past < end <= len(token_ids)
-            assert item.samples == (end == len(token_ids))
-            assert item.num_drafted == 0 or item.samples
+        for job in sweep:
+            length, token_ids = lengths[job.request]
+            end = job.past + len(job.token_ids) - job.num_drafted
+            assert job.token_ids[: end - job.past] == token_ids[job.past : end]
+            assert job.past < end <= len(token_ids)
+            assert job.samples == (end == len(token_ids))
+            assert job.num_drafted == 0 or job.samples
             # What lies between was there, or others of this sweep have computed it.
-            assert item.request.reservation is not None
-            for idx in range(length // BLOCK_TOKENS, item.past // BLOCK_TOKENS):
-                assert item.request.reservation.shared[idx].idx in computed | self.computed_before
-            computed |= set(item.request.kv.blocks[item.past // BLOCK_TOKENS : end // BLOCK_TOKENS])
+            assert job.request.reservation is not None
+            for idx in range(length // BLOCK_TOKENS, job.past // BLOCK_TOKENS):
+                assert job.request.reservation.shared[idx].idx in computed | self.computed_before
+            computed |= set(job.request.kv.blocks[job.past // BLOCK_TOKENS : end // BLOCK_TOKENS])
         decoding = [request for request in runnable if len(lengths[request][1]) - lengths[request][0] == 1]
-        assert {item.request for item in sweep} >= set(decoding)
+        assert {job.request for job in sweep} >= set(decoding)
 
     @invariant()
     def remember_what_is_computed(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import mmap
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import anyio
 import pytest
@@ -14,11 +13,6 @@ import torch
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferPool, align_down, align_up
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
 @pytest.mark.parametrize(("number", "up", "down"), [(0, 0, 0), (1, 4096, 0), (4096, 4096, 4096), (4097, 8192, 4096)])

@@ -21,6 +21,7 @@ from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.hub import HubOptions, without_weights
 from tests.engines import one_loop
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
+from tests.inside import inside
 
 anyio_backend = one_loop(use_uvloop=False)
 
@@ -170,7 +171,7 @@ async def test_an_engine_takes_a_revision_a_token_and_a_folder(
     async with Engine(
         "org/name", memory_budget="8MiB", revision="main", token="hf_secret", cache_dir=cache, draft_model="org/name"
     ) as engine:
-        assert engine._model().running.opened.checkpoint.path.name == commit
+        assert inside(engine).checkpoint_path.name == commit
     assert (cache / "models--org--name" / "snapshots" / commit / "model.safetensors").is_file()
     assert hub.authorizations == {"Bearer hf_secret"}
     with pytest.raises(CheckpointError, match="'org/name' at revision 'v9' is not on the hub, though"):

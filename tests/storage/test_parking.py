@@ -29,11 +29,6 @@ MODULE = "hermes_async.storage.parking"
 SHARED_MEMORY = Path("/dev/shm")
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
 Call = Callable[[Sequence[memoryview]], int]
 
 
@@ -267,7 +262,7 @@ async def test_direct_or_not(disk: Disk, tmp_path: Path) -> None:
 async def test_where_nothing_is_said_it_lies_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     fallback, on_disk = tmp_path / "fallback", tmp_path / "disk"
     fallback.mkdir()
-    monkeypatch.setattr(f"{MODULE}._ON_DISK", on_disk)
+    monkeypatch.setattr(f"{MODULE}._DEFAULT_FOLDER", on_disk)
     monkeypatch.setattr(f"{MODULE}._O_TMPFILE", 0)
     monkeypatch.setattr(f"{MODULE}.tempfile.gettempdir", lambda: str(fallback))
     folders = []

@@ -27,11 +27,6 @@ SIZE = 3 * ALIGNMENT + 1234
 DATA = random.Random(0).randbytes(SIZE)
 
 
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
-
-
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
     path = tmp_path / "shard"
@@ -133,7 +128,7 @@ async def test_direct_reads_are_direct_and_the_others_are_not(disk: Disk, file: 
 
 @pytest.mark.parametrize("most", [ALIGNMENT, ALIGNMENT + 100, 2 * ALIGNMENT + 1])
 async def test_short_reads_go_on(reading: Reading, disk: Disk, file: Path, most: int) -> None:
-    if reading.reader._direct:
+    if any(disk.opened_directly):
         most -= most % ALIGNMENT
     disk.on_read = lambda path, offset, read: read(most)
     assert await reading.read((file, 77, SIZE - 77)) == [DATA[77:]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,17 +18,11 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from hermes_async.errors import ShortReadError
-from hermes_async.storage.checkpoint import _read_header
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import TensorSpec
 
 pytestmark = pytest.mark.anyio
-
-
-@pytest.fixture(params=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
-    return "asyncio", {"use_uvloop": request.param == "uvloop"}
 
 
 def matrix(
@@ -36,7 +31,10 @@ def matrix(
     tensor = torch.arange(rows * columns, dtype=torch.float32).view(rows, columns).to(dtype)
     path = directory / "rows.safetensors"
     save_file({"before": torch.zeros(13, dtype=torch.uint8), "weight": tensor}, path)
-    return tensor, _read_header(path)["weight"]
+    with path.open("rb") as file:
+        header_bytes = int.from_bytes(file.read(8), "little")
+        begin, end = json.loads(file.read(header_bytes))["weight"]["data_offsets"]
+    return tensor, TensorSpec("weight", path, 8 + header_bytes + begin, end - begin, dtype, (rows, columns))
 
 
 async def read_rows(spec: TensorSpec, rows: list[int], max_rows: int, statistics: ReadStatistics | None = None) -> Any:

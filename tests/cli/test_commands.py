@@ -1,6 +1,11 @@
+"""The commands: what they print, how they refuse, and what Ctrl-C ends."""
+
+from __future__ import annotations
+
 import json
 import os
 import re
+import select
 import signal
 import subprocess
 import sys
@@ -25,8 +30,8 @@ from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
-from hermes_async.serving.loop import Serving
 from hermes_async.serving.preparations import Preparations
+from tests.inside import on_delivery
 
 BUDGET = "6MiB"
 
@@ -63,8 +68,18 @@ def bare_model(random_model: Callable[..., Any], save_model: Callable[..., Path]
 def written(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pieces of text as `generate` streams them."""
     pieces: list[str] = []
-    monkeypatch.setattr(generate_module, "_write", pieces.append)
+    stream_to(monkeypatch, pieces.append)
     return pieces
+
+
+def stream_to(monkeypatch: pytest.MonkeyPatch, write: Callable[[str], None]) -> None:
+    """Gives what `generate` would write to standard output as it comes to `write`."""
+    stream_answer = generate_module.stream_answer
+
+    async def elsewhere(engine: Engine, prompt: Any, params: Any, interrupts: Any, _: Any) -> Any:
+        return await stream_answer(engine, prompt, params, interrupts, write)
+
+    monkeypatch.setattr(generate_module, "stream_answer", elsewhere)
 
 
 def interrupt(*_: object) -> None:
@@ -354,12 +369,14 @@ def test_a_plot_is_of_a_sweep(tmp_path: Path) -> None:
 # --- Ctrl-C ---
 
 
-def test_ctrl_c_keeps_what_was_generated(monkeypatch: pytest.MonkeyPatch, written: list[str]) -> None:
+def test_ctrl_c_keeps_what_was_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[str] = []
+
     def write(text: str) -> None:
         written.append(text)
         interrupt()
 
-    monkeypatch.setattr(generate_module, "_write", write)
+    stream_to(monkeypatch, write)
     result = hermes("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos")
     assert result.exit_code == 130
     assert written
@@ -381,17 +398,15 @@ def test_ctrl_c_with_json_is_an_abort(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def interrupt_every(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     """Presses Ctrl-C after every so many tokens."""
-    deliver = Serving._deliver
     num_delivered = 0
 
-    def deliver_then_interrupt(serving: Serving, *args: Any) -> None:
+    def count() -> None:
         nonlocal num_delivered
-        deliver(serving, *args)
         num_delivered += 1
         if num_delivered % number == 0:
             interrupt()
 
-    monkeypatch.setattr(Serving, "_deliver", deliver_then_interrupt)
+    on_delivery(monkeypatch, count)
 
 
 @pytest.mark.parametrize("flags", [(), ("--json",)])
@@ -532,13 +547,13 @@ def test_ctrl_c_stops_only_the_answer(keyboard: int, prompts: list[Any], monkeyp
 
 
 def test_ctrl_c_at_the_prompt_ends(keyboard: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    wait_and_read = LineReader._wait_and_read
+    wait = select.select
 
-    def interrupted(reader: LineReader, wake: int) -> bytes | None:
+    def interrupted(*args: Any) -> Any:
         interrupt()
-        return wait_and_read(reader, wake)
+        return wait(*args)
 
-    monkeypatch.setattr(LineReader, "_wait_and_read", interrupted)
+    monkeypatch.setattr("hermes_async.cli.lines.select.select", interrupted)
     assert not chat()
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from rich.table import Table
 import hermes_async
 from hermes_async.cli.tables import print_table
 from hermes_async.demo import MODEL_PATH
-from tests.test_cli import hermes
+from tests.cli.test_commands import hermes
 
 COMMANDS = ("generate", "chat", "embed", "classify", "plan", "profile", "timeline", "demo")
 HEAVY = "[name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules]"
@@ -30,6 +32,15 @@ def command(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
     arguments = [arg if isinstance(arg, bytes) else str(arg) for arg in args]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
     return subprocess.run([sys.executable, "-m", "hermes_async", *arguments], check=False, **kwargs)
+
+
+@pytest.fixture(scope="module")
+def forked() -> Iterator[subprocess.Popen[str]]:
+    """Runs commands in processes that have imported everything."""
+    arguments = [sys.executable, "-m", "tests.cli.forked"]
+    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        yield process
+        process.communicate()
 
 
 # --- what is imported ---
@@ -76,12 +87,18 @@ def test_every_public_name_is_where_the_package_looks_for_it() -> None:
         ("embed", MODEL_PATH, "A", "--memory", "16MiB"),
     ],
 )
-def test_a_full_disk_is_one_line(args: tuple[object, ...]) -> None:
-    with Path("/dev/full").open("wb") as full:
-        ended = command(*args, stdout=full)
-        assert (ended.returncode, ended.stderr.count(b"\n")) == (1, 1)
-        assert b"No space left" in ended.stderr
-        assert command(*args, stdout=full, stderr=full).returncode == 1
+def test_a_full_disk_is_one_line(args: tuple[object, ...], forked: subprocess.Popen[str], tmp_path: Path) -> None:
+    def run(stderr: Path) -> int:
+        assert forked.stdin is not None and forked.stdout is not None
+        forked.stdin.write(json.dumps(["/dev/full", str(stderr), *map(str, args)]) + "\n")
+        forked.stdin.flush()
+        return int(forked.stdout.readline())
+
+    errors = tmp_path / "errors"
+    errors.touch()
+    assert (run(errors), errors.read_text().count("\n")) == (1, 1)
+    assert "No space left" in errors.read_text()
+    assert run(Path("/dev/full")) == 1
 
 
 @pytest.mark.parametrize("args", [("--help",), ("plan", MODEL_PATH, "--memory", "6MiB")])

@@ -1,26 +1,26 @@
-"""Simulated sweeps, against what can be reckoned by hand, and against limits that hold for any."""
+"""Seconds of simulated sweeps, against figures by hand, and against limits that hold for any pipeline."""
 
 from __future__ import annotations
 
 from itertools import accumulate
+from typing import NamedTuple
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hermes_async.planning.simulation import StageCost, sweep_seconds
-from hermes_async.planning.speeds import DiskSpeed, Speeds
+from hermes_async.planning.cost_model import pipeline_seconds
 
-MB = 10**6
-# 1 byte a microsecond, shared by all agents, and nothing to start a read.
-DISK = tuple(DiskSpeed(agents, size, 1e6) for agents in (1, 2, 8) for size in (1, MB))
-SPEEDS = Speeds(DISK, {}, {}, {}, 0.0, "of a test", measured=True)
+READ_S = 1.0  # of the largest stages
+
+
+class StageCost(NamedTuple):
+    read_seconds: float
+    compute_seconds: float
 
 
 def sweeps(stages: list[StageCost], agents: int, buffers: int, num_sweeps: int = 5, rest_s: float = 0.0) -> list[float]:
-    return sweep_seconds(
-        stages, num_agents=agents, num_buffers=buffers, speeds=SPEEDS, num_sweeps=num_sweeps, rest_s=rest_s
-    )
+    return pipeline_seconds(stages, num_agents=agents, num_buffers=buffers, num_sweeps=num_sweeps, rest_s=rest_s)
 
 
 def test_all_resident_is_computing_alone() -> None:
@@ -28,36 +28,38 @@ def test_all_resident_is_computing_alone() -> None:
 
 
 def test_the_disk_is_the_limit() -> None:
-    stages = [StageCost(MB, 0.25)] * 8  # a second to read, a quarter to compute
+    stages = [StageCost(READ_S, 0.25)] * 8  # a second to read, a quarter to compute
     first, *others = sweeps(stages, 1, 2)
     assert others == pytest.approx([8.0] * 4)
     assert first == pytest.approx(0.25 + 6 + 0.25)  # two were there; the first buffer is free after a quarter
 
 
 def test_computing_is_the_limit() -> None:
-    assert sweeps([StageCost(MB, 2.0)] * 4, 1, 2) == pytest.approx([8.0] * 5)
+    assert sweeps([StageCost(READ_S, 2.0)] * 4, 1, 2) == pytest.approx([8.0] * 5)
 
 
 def test_with_one_buffer_nothing_overlaps() -> None:
-    assert sweeps([StageCost(MB, 0.5)] * 4, 1, 1)[-1] == pytest.approx(4 * 1.5)
+    assert sweeps([StageCost(READ_S, 0.5)] * 4, 1, 1)[-1] == pytest.approx(4 * 1.5)
 
 
 def test_a_second_agent_does_not_make_the_disk_faster() -> None:
-    stages = [StageCost(MB, 0.1)] * 10
+    stages = [StageCost(READ_S, 0.1)] * 10
     assert sweeps(stages, 2, 3)[-1] == pytest.approx(sweeps(stages, 1, 2)[-1])
 
 
 def test_resident_stages_hide_reads() -> None:
-    stages = [StageCost(MB, 0.1), StageCost(0, 0.9)] * 4
+    stages = [StageCost(READ_S, 0.1), StageCost(0, 0.9)] * 4
     assert sweeps(stages, 1, 2)[-1] == pytest.approx(4.0)
 
 
 def test_a_ring_larger_than_what_is_streamed() -> None:
-    assert sweeps([StageCost(MB, 0.5), StageCost(0, 0.2)], 4, 5)[-1] == pytest.approx(1.5)
+    assert sweeps([StageCost(READ_S, 0.5), StageCost(0, 0.2)], 4, 5)[-1] == pytest.approx(1.5)
 
 
 stages_of = st.lists(
-    st.builds(StageCost, st.sampled_from([0, MB // 4, MB]), st.sampled_from([0.05, 0.5, 2.0])), min_size=1, max_size=12
+    st.builds(StageCost, st.sampled_from([0, READ_S / 4, READ_S]), st.sampled_from([0.05, 0.5, 2.0])),
+    min_size=1,
+    max_size=12,
 )
 
 
@@ -68,12 +70,12 @@ def test_never_faster_than_the_limits_nor_slower_than_one_after_another(
 ) -> None:
     buffers = agents + more - 1
     seconds = sweeps(stages, agents, max(1, buffers))
-    read_s = sum(stage.read_bytes for stage in stages) / 1e6
+    read_s = sum(stage.read_seconds for stage in stages)
     compute_s = sum(stage.compute_seconds for stage in stages)
     assert all(sweep_s >= compute_s - 1e-6 for sweep_s in seconds)
     # Of one sweep alone this would not hold: what is read for the next one shares the disk with it.
     for num_sweeps, passed_s in enumerate(accumulate(seconds), start=1):
         assert passed_s <= num_sweeps * (read_s + compute_s) + 1e-6
     # Over all sweeps no more can come than was in the ring and is read since.
-    in_ring = max(1, buffers) * MB / 1e6
+    in_ring = max(1, buffers) * READ_S
     assert sum(seconds) >= len(seconds) * read_s - in_ring - 1e-6

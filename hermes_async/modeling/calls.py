@@ -1,0 +1,223 @@
+"""Model calls that share a sweep: each goes through a stage while the stage's weights are in memory.
+
+A call is one run of the model on inputs of its own: a packed row of sequences, or a plain forward pass. The calls of a
+sweep run on one thread, each on a greenlet, so each has a stack of its own. A call runs until it comes to a stage, and
+rests there until the stage's weights are bound. Each call computes exactly what it would compute alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import getcurrent, greenlet
+
+from hermes_async.errors import EngineError
+from hermes_async.modeling.packed import PackedBatch
+from hermes_async.modeling.transformers_api import exchange_function_modes, function_modes
+from hermes_async.pipeload.stage import Stage
+
+
+class CallDropped(BaseException):
+    """Unwinds a call that is not to go on."""
+
+
+class NotLoadedError(EngineError):
+    """The model needed weights that no stage had loaded."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingRows:
+    """Rows of an input embedding that is not loaded.
+
+    Attributes:
+        rows: [rows, hidden].
+        token_ids: The token of each row, sorted; [rows] int64.
+    """
+
+    rows: torch.Tensor
+    token_ids: torch.Tensor
+
+    def index_of(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """The row of each token; of the shape of `input_ids`.
+
+        Raises:
+            NotLoadedError: The row of a token is not here.
+        """
+        input_ids = input_ids.long()
+        index = torch.searchsorted(self.token_ids, input_ids).clamp(max=len(self.token_ids) - 1)
+        if not torch.equal(self.token_ids[index], input_ids):
+            raise NotLoadedError("token ids were to be embedded whose rows are not loaded")
+        return index
+
+
+@dataclass(eq=False)
+class ModelCall:
+    """One call of the model, with transformers' own attention.
+
+    Attributes:
+        compute: Calls the model and makes the result from its output; runs on the inference thread. Function modes of
+            torch that it enters hold for this call alone; whatever else it sets for its thread, the other calls of the
+            sweep feel too.
+        embedding: The rows of the input embedding that it needs; None where the embedding is loaded or not used.
+        dropped: Set by the event loop when nobody wants the result any more. The call then ends before its next stage.
+        completed: `compute` has returned.
+        result: What `compute` returned.
+        error: What `compute` raised.
+    """
+
+    compute: Callable[[], Any]
+    embedding: EmbeddingRows | None = None
+    dropped: bool = False
+    completed: bool = False
+    result: Any = None
+    error: Exception | None = None
+
+    def run(self) -> None:
+        """Sets `result` or `error`, unless the call is dropped."""
+        try:
+            self.result = self.compute()
+            self.completed = True
+        except CallDropped:
+            pass
+        except Exception as error:
+            self.error = error
+
+    def look(self) -> None:
+        """Called by the inference thread before each stage, and while it waits for one, to notice who was aborted."""
+
+
+@dataclass(eq=False)
+class PackedCall(ModelCall):
+    """A call on a packed row of sequences, with `PackedAttention`; made by `StreamedModel.packed_call`.
+
+    The call is dropped when all segments of its batch are dropped.
+    """
+
+    batch: PackedBatch = field(kw_only=True)
+
+    def look(self) -> None:
+        """Drops the segments that were abandoned, and tells those who wait for that."""
+        for segment in self.batch.segments:
+            if segment.abandoned and not segment.dropped:
+                segment.dropped = True
+                if segment.left is not None:
+                    segment.left.set()
+        self.dropped = self.dropped or all(segment.dropped for segment in self.batch.segments)
+
+
+class Turn(greenlet):
+    """A call on a greenlet. It rests before each stage, and behind each streamed one.
+
+    Attributes:
+        at: The stage that the call is about to enter, or has just left; None where it waits for no stage.
+        entering: Whether it is about to enter that stage.
+        ended: It will never run again.
+    """
+
+    def __init__(self, call: ModelCall, first: Stage | None) -> None:
+        super().__init__()
+        self.call = call
+        self.at = first
+        self.entering = True
+        self.ended = False
+        self._unwinding = False
+
+    @staticmethod
+    def current() -> Turn:
+        """The turn that the caller is part of."""
+        turn = getcurrent()
+        assert isinstance(turn, Turn)
+        return turn
+
+    def resume(self) -> None:
+        """Lets the call run up to its next stage or its end.
+
+        Raises:
+            BaseException: The call raised something that is no `Exception`.
+        """
+        self.switch()
+
+    def unwind(self) -> None:
+        """Ends the call where it rests."""
+        self._unwinding = True
+        while not self.ended:  # code of the model may come to further stages while it is unwound
+            self.switch()
+
+    def rest(self, stage: Stage, *, entering: bool) -> None:
+        """Called by the call itself: gives the thread to the others.
+
+        Raises:
+            CallDropped: The call is not to go on.
+        """
+        self.at, self.entering = stage, entering
+        assert self.parent is not None
+        own_modes = exchange_function_modes(self._outer_modes)
+        self.parent.switch()
+        exchange_function_modes(own_modes)
+        if self._unwinding or self.call.dropped:
+            raise CallDropped
+
+    def run(self) -> None:
+        """The greenlet's body; what it raises comes out of `resume`."""
+        self._outer_modes = function_modes()
+        try:
+            if not (self._unwinding or self.call.dropped):
+                self.call.run()
+        finally:
+            self.ended = True
+
+
+def run_calls(
+    calls: Sequence[ModelCall],
+    *,
+    first: Stage | None,
+    enter: Callable[[Stage], bool],
+    leave: Callable[[Stage], None],
+    switch_to: Callable[[ModelCall], None],
+) -> None:
+    """Runs all calls through one sweep, and returns when all have ended.
+
+    Args:
+        first: The stage that every call needs from its beginning to its end, so it is not left; None if there is none.
+        enter: Waits for a stage and binds its weights. False: somebody was aborted meanwhile, and nothing is bound.
+        leave: Unbinds the stage's weights, unless it is resident.
+        switch_to: Called before a call runs; sets what the model and the process must have for it.
+
+    Raises:
+        BaseException: What `enter` raised, or a call that ended by something that is no `Exception`. All calls end.
+    """
+    turns = [Turn(call, first) for call in calls]
+
+    def resume(turns: Sequence[Turn]) -> None:
+        for turn in turns:
+            switch_to(turn.call)
+            turn.resume()
+
+    try:
+        if first is None:
+            resume(turns)
+        while waiting := [turn for turn in turns if not turn.ended]:
+            for turn in waiting:
+                turn.call.look()
+            dropped = [turn for turn in waiting if turn.call.dropped]
+            if dropped:
+                resume(dropped)
+                continue
+            # Where calls are at different stages, the first stage in the model's order is next.
+            stage = min((turn.at for turn in waiting if turn.at is not None), key=lambda at: at.idx)
+            if not enter(stage):
+                continue
+            here = [turn for turn in waiting if turn.at is stage]
+            resume(here)
+            if stage is not first:
+                leave(stage)
+            resume([turn for turn in here if not turn.ended and not turn.entering])
+    except BaseException:
+        for turn in turns:
+            if not turn.ended:
+                switch_to(turn.call)
+                turn.unwind()
+        raise
