@@ -12,7 +12,7 @@ from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.run import errors_in_one_line
 from hermes_async.config import format_bytes, format_count
 from hermes_async.errors import ConfigError
-from hermes_async.pipeload.trace import WAITS_FOR_MEMORY, Span, Timeline
+from hermes_async.pipeload.trace import WAITS_FOR_KV, WAITS_FOR_MEMORY, Span, Timeline
 
 _MAX_SPANS = 20_000
 _MAX_NAMES = 60  # a row with more bars has no names in them
@@ -143,4 +143,4 @@ def _short(name: str) -> str:
 def _kind(row: str, span: Span) -> str:
     if row.startswith("inference"):
         return "wait" if span.name.startswith("wait for ") else "compute"
-    return {"sweeps": "sweep", "daemon agent": "free", WAITS_FOR_MEMORY: "wait"}.get(row, "load")
+    return {"sweeps": "sweep", "daemon agent": "free", WAITS_FOR_MEMORY: "wait", WAITS_FOR_KV: "wait"}.get(row, "load")

@@ -18,15 +18,18 @@ Event = dict[str, Any]
 WAITS_FOR_MEMORY = "waits for memory"
 """The row of the waits of loading agents for the governor."""
 
-_ROWS = ("loading agent", WAITS_FOR_MEMORY, "inference agent", "daemon agent", "sweeps")
+WAITS_FOR_KV = "waits for KV memory"
+"""The row of the waits of requests for the governor."""
+
+_ROWS = ("loading agent", WAITS_FOR_MEMORY, "inference agent", "daemon agent", WAITS_FOR_KV, "sweeps")
 """What rows begin with, in the order in which they are drawn."""
 
 
 class Trace:
     """Collects events; any thread may add some, and one drains them now and then.
 
-    A row is a line of the picture: one for each loading agent, one for their waits for memory, and one each for the
-    inference agent, the daemon agent and the sweeps.
+    A row is a line of the picture: one for each loading agent, one for what they wait for and one for what requests wait
+    for, and one each for the inference agent, the daemon agent and the sweeps.
     Times are seconds on `time.perf_counter`'s clock; events have microseconds since the trace began.
     """
 

@@ -14,7 +14,7 @@ import anyio.lowlevel
 from hermes_async.config import format_bytes
 from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks, num_kept
-from hermes_async.pipeload.trace import Trace
+from hermes_async.pipeload.trace import WAITS_FOR_KV, Trace
 from hermes_async.serving.kv_blocks import KVBlocks, Reservation
 from hermes_async.serving.request import Request, RequestState
 from hermes_async.serving.scheduler import Scheduler
@@ -165,7 +165,7 @@ class Admission:
         started = time.perf_counter()
         await self.blocks.wait_for_room(_holder(request), request.token_ids, request.prepared.capacity)
         if self._trace is not None:
-            self._trace.span("admission", f"{_holder(request)} waits for memory", started, time.perf_counter())
+            self._trace.span(WAITS_FOR_KV, _holder(request), started, time.perf_counter())
 
     @property
     def _num_free_places(self) -> int:

@@ -5,18 +5,21 @@ from __future__ import annotations
 import json
 import os
 import re
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import anyio
 import pytest
 from typer.testing import CliRunner
 
 from hermes_async import ConfigError, Engine
 from hermes_async.cli import app
 from hermes_async.cli.timeline import read
-from hermes_async.pipeload.trace import Span, Timeline
-from tests.engines import one_loop
+from hermes_async.pipeload.trace import WAITS_FOR_KV, WAITS_FOR_MEMORY, Span, Timeline, Trace
+from tests.engines import BLOCK_BYTES, greedy_params, one_loop, tokens
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
@@ -56,6 +59,18 @@ async def test_what_a_trace_holds(tiny_model: Any, file: Path) -> None:
     weights = [value for _, value in timeline.counters["weights"]]
     assert max(weights) <= plan.resident_bytes + plan.ring_bytes
     assert weights[-1] == 0 <= min(weights)
+
+
+async def test_a_trace_shows_who_waits_for_memory(tiny_model: Any) -> None:
+    trace = Trace()
+    config = replace(tiny_model.config, kv_budget=4 * BLOCK_BYTES, share_prefixes=False)  # one long sequence at a time
+    async with Engine(tiny_model.path, memory_budget="8MiB", config=config, trace=trace) as engine:
+        async with anyio.create_task_group() as group:
+            for name in ("first", "second"):
+                group.start_soon(partial(engine.complete, tokens(1, 45), greedy_params(10), request_id=name))
+        rows = Timeline.of(trace.drain()).rows
+    assert [span.name for span in rows[WAITS_FOR_KV]] == ["KV of request second"]
+    assert {span.name for span in rows[WAITS_FOR_MEMORY]} <= {span.name for span in rows["inference agent"]}
 
 
 async def test_without_a_file_nothing_is_traced(tiny_model: Any) -> None:
