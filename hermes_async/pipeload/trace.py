@@ -28,8 +28,8 @@ _ROWS = ("loading agent", WAITS_FOR_MEMORY, "inference agent", "daemon agent", W
 class Trace:
     """Collects events; any thread may add some, and one drains them now and then.
 
-    A row is a line of the picture: one for each loading agent, one each for the waits of loading agents and of requests,
-    and one each for the inference agent, the daemon agent and the sweeps.
+    A row is a line of the picture: one for each loading agent, one each for the waits of loading agents and of
+    requests, and one each for the inference agent, the daemon agent and the sweeps.
     Times are seconds on `time.perf_counter`'s clock; events have microseconds since the trace began.
     """
 
