@@ -122,9 +122,8 @@ class LoadOrder:
     # --- starting over ---
 
     def stream(self, stages: Iterable[Stage]) -> list[Stage]:
-        """Makes these the streamed stages, and looks for resident stages that are to be loaded."""
+        """Makes these the streamed stages."""
         self.cycle = list(stages)
-        self.find_missing()
         return self.rewind(0)
 
     def rewind(self, position: int) -> list[Stage]:

@@ -160,20 +160,28 @@ class Pipeline:
         coming = [stage for stage in self.stages if not stage.resident and stage in resident]
         self._stream(stage for stage in self.stages if not stage.resident and stage not in coming)
         try:
-            # What is not being read goes at once: so no agent takes a stage that is about to leave.
-            for stage in sorted(leaving, key=lambda stage: stage.state is StageState.LOADING):
+            # What is not being read goes at once, so no agent takes a stage that is about to leave.
+            loading = [stage for stage in leaving if stage.state is StageState.LOADING]
+            for stage in leaving:
+                if stage not in loading:
+                    self._release_resident(stage)
+            self.load_order.find_missing()
+            for stage in loading:
                 while stage.state is StageState.LOADING:
                     await stage.ready.wait()
-                if stage.state is StageState.READY:
-                    self._daemon_agent.free(stage)
-                stage.resident = False
-                self.load_order.find_missing()
+                self._release_resident(stage)
             for stage in coming:
                 while stage.state is not StageState.EMPTY:  # an agent still reads it, or the daemon has not freed it
                     await stage.emptied.wait()
                 stage.resident = True
         finally:
             self._stream(stage for stage in self.stages if not stage.resident)
+            self.load_order.find_missing()
+
+    def _release_resident(self, stage: Stage) -> None:
+        if stage.state is StageState.READY:
+            self._daemon_agent.free(stage)
+        stage.resident = False
 
     def _stream(self, stages: Iterable[Stage]) -> None:
         self._daemon_agent.free_all(self.load_order.stream(stages))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import random
 import shutil
+from collections.abc import Sequence
 from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +20,7 @@ from transformers import GPT2Config, LlamaConfig
 from hermes_async import ConfigError, Engine, EngineClosedError, EngineConfig, MemoryBudgetError, ReadError
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import StageState
+from hermes_async.storage.buffers import Buffer
 from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, tokens, until
 from tests.inside import inside
 
@@ -146,6 +149,34 @@ async def test_requests_and_passes_go_on(tiny_model: Any, seed: int) -> None:
         await engine.resize("8MiB")
         check(engine)
         assert engine.plan.bytes_per_sweep == 0
+
+
+async def test_where_the_system_gives_no_memory_all_is_as_before(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    least = await smallest(tiny_model)
+    async with engine_of(tiny_model, least) as engine:
+        before = engine.plan
+        make_buffers = Buffer.side_by_side
+
+        def refuse(sizes: Sequence[int]) -> list[Buffer]:
+            if sizes:
+                raise OSError(errno.ENOMEM, "cannot allocate memory")
+            return make_buffers(sizes)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Buffer, "side_by_side", refuse)
+            with pytest.raises(MemoryBudgetError, match="the system does not give"):
+                await engine.resize("8MiB")
+            assert engine.plan == before
+            check(engine)
+            completion = await engine.complete(tiny_model.prompts[1], tiny_model.params)
+        assert completion.token_ids == tiny_model.references[1]
+        assert (await engine.resize("8MiB")).bytes_per_sweep == 0
+        completion = await engine.complete(tiny_model.prompts[2], tiny_model.params)
+        assert completion.token_ids == tiny_model.references[2]
+        await check_nothing_is_left(engine)
+        check(engine)
 
 
 async def test_several_at_once_are_done_in_turn(tiny_model: Any) -> None:
