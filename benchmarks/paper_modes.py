@@ -313,7 +313,7 @@ async def _hermes(path: Path, inputs: Inputs, new_tokens: int, kind: str, option
 
 async def _run_engine(engine: Engine, inputs: Inputs, new_tokens: int, started: float) -> Record:
     record: Record
-    if engine._model().running.opened.skeleton.generates:
+    if engine.plan.kv_bytes_per_token:
         params = SamplingParams(max_tokens=new_tokens, temperature=0, ignore_eos=True)
         moments, new, sweeps = [], [], []
         async for chunk in engine.generate(inputs["input_ids"][0].tolist(), params):
