@@ -38,7 +38,7 @@ class SweepOutcomes:
 class Sweep:
     """One pass over the stages. All generation jobs are one packed call, and each forward job is a call of its own.
 
-    Made for one `run`. Event-loop side only, but `_choose_tokens` runs on the compute thread.
+    Made for one `run`. Event-loop side only, but `_compute` runs on the compute thread.
     """
 
     def __init__(
@@ -81,21 +81,11 @@ class Sweep:
             await loaded.draft_model.draft(drafting)
         self._check_dropped()
         rows = await self._read_rows()
-        packed = self._packed_call(rows)
-        calls: list[ModelCall] = [] if packed is None else [packed]
-        calls += [self._forward_call(job, rows) for job in self.forwards]
         before, loads_resident = replace(loaded.pipeline.statistics), loaded.pipeline.loads_resident
-        try:
-            await loaded.pipeline.sweep(partial(loaded.model.run, calls))
-        except SweepAbandoned:
-            if packed is not None and packed.error is not None:
-                raise packed.error from None
-            raise
-        if packed is not None and packed.error is not None:
-            raise packed.error
+        outcomes = await loaded.pipeline.sweep(partial(self._compute, rows))
         if not self.forwards:
             self._record_times(before, loads_resident)
-        return SweepOutcomes(packed.result if packed is not None and packed.completed else [])
+        return SweepOutcomes(outcomes)
 
     # --- aborted requests ---
 
@@ -109,11 +99,15 @@ class Sweep:
             self._reading_rows.cancel()  # the other jobs take part in the next sweep
             return False
         if self._batch is not None:
-            for job, segment in zip(self.generation, self._batch.segments, strict=True):
-                if job.request is request and not job.shares_blocks:
-                    segment.abandoned = True
+            self._mark_aborted(self._batch)
             self._loaded.pipeline.look()
         return True
+
+    def _mark_aborted(self, batch: PackedBatch) -> None:
+        """Marks the segments of aborted requests, unless another job uses the blocks that they compute."""
+        for job, segment in zip(self.generation, batch.segments, strict=True):
+            if job.request.aborted and not job.shares_blocks:
+                segment.abandoned = True
 
     def drop_forward(self, job: ForwardJob) -> None:
         """Ends the call of a cancelled forward job, at the next stage."""
@@ -159,7 +153,23 @@ class Sweep:
             return None
         return EmbeddingRows(torch.stack([rows[token_id] for token_id in token_ids]), torch.tensor(token_ids))
 
-    # --- the calls ---
+    # --- the calls, on the compute thread: the event loop makes no tensors ---
+
+    def _compute(self, rows: dict[int, torch.Tensor]) -> list[Outcome]:
+        """Runs all calls; returns the outcomes of the packed one."""
+        packed = self._packed_call(rows)
+        calls: list[ModelCall] = [] if packed is None else [packed]
+        calls += [self._forward_call(job, rows) for job in self.forwards]
+        try:
+            self._loaded.model.run(calls)
+        except SweepAbandoned:
+            if packed is None or packed.error is None:
+                raise
+        if packed is None:
+            return []
+        if packed.error is not None:
+            raise packed.error
+        return packed.result if packed.completed else []
 
     def _forward_call(self, job: ForwardJob, rows: dict[int, torch.Tensor]) -> ModelCall:
         job.call.embedding = self._embedding(job.token_ids, rows)
@@ -172,6 +182,7 @@ class Sweep:
             PackedSequence(job.request.kv, job.past, job.token_ids, job.num_outputs, left=self._left[job.request])
             for job in self.generation
         )
+        self._mark_aborted(self._batch)  # those that `drop` came too early for
         token_ids = sorted({token_id for job in self.generation for token_id in job.token_ids})
         return self._loaded.model.packed_call(self._batch, self._choose_tokens, self._embedding(token_ids, rows))
 
