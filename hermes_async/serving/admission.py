@@ -163,7 +163,7 @@ class Admission:
         self._short_of_kv = request
         self._park_longest_idle(request)
         started = time.perf_counter()
-        await self.blocks.wait_for_room(_holder(request), request.token_ids, request.prepared.capacity)
+        await self.blocks.wait_for_room(_holder(request), self._num_missing(request))
         if self._trace is not None:
             self._trace.span(WAITS_FOR_KV, _holder(request), started, time.perf_counter())
 
@@ -248,6 +248,14 @@ class Admission:
             self.blocks.release(kept)
             session.enter(SessionState.EMPTY)
         return self.blocks.reserve(_holder(request), token_ids, capacity)
+
+    def _num_missing(self, request: Request) -> int:
+        """The blocks that `_reserve` found no room for. A session's own blocks are there already."""
+        session, num_wanted = request.session, num_blocks(request.prepared.capacity)
+        if session is not None and session.reservation is not None:
+            return num_wanted - len(session.reservation.kv.blocks)
+        parked = session is not None and session.state is SessionState.PARKED
+        return num_wanted - self.blocks.num_shared(request.token_ids, computed=parked) // BLOCK_TOKENS
 
     async def restore(self, request: Request) -> None:
         """Reads the KV of a RESTORING request's session from disk. If that fails, the prompt is computed again.

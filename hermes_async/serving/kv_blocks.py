@@ -99,9 +99,9 @@ class KVBlocks:
         """Whether a sequence waits for room."""
         return self._governor.shortfall_bytes > 0
 
-    def num_shared(self, token_ids: Sequence[int]) -> int:
-        """How many of these first tokens of a sequence are in shared blocks."""
-        return len(self._match(token_ids)) * BLOCK_TOKENS
+    def num_shared(self, token_ids: Sequence[int], *, computed: bool = False) -> int:
+        """How many of these first tokens of a sequence are in shared blocks, or in computed ones."""
+        return len(self._match(token_ids, computed=computed)) * BLOCK_TOKENS
 
     def reserve(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
         """Reserves memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
@@ -126,25 +126,23 @@ class KVBlocks:
 
     def reserve_own(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
         """As `reserve`, but takes only computed blocks and adds none: the caller fills the others."""
-        shared = self._match(token_ids)
-        computed = next((idx for idx, block in enumerate(shared) if not block.computed), len(shared))
-        reservation = self._make(holder, shared[:computed], capacity)
+        shared = self._match(token_ids, computed=True)
+        reservation = self._make(holder, shared, capacity)
         if reservation is not None:
-            reservation.num_reused = reservation.kv.length = computed * BLOCK_TOKENS
+            reservation.num_reused = reservation.kv.length = len(shared) * BLOCK_TOKENS
         return reservation
 
-    async def wait_for_room(self, holder: str, token_ids: Sequence[int], capacity: int) -> None:
-        """Waits at the governor until a sequence's blocks are free. Prefixes that become unused meanwhile are dropped.
+    async def wait_for_room(self, holder: str, num_missing: int) -> None:
+        """Waits at the governor until `num_missing` blocks are free. Prefixes that become unused are dropped for it.
 
         Raises:
-            MemoryBudgetError: The sequence needs more than all KV memory.
+            MemoryBudgetError: More than all KV memory.
 
-        Cancellation: the governor's queue is left, and nothing is held.
+        Cancellation: the wait leaves the governor's queue and holds nothing.
         """
-        missing = num_blocks(capacity) - len(self._match(token_ids))
-        self.drop_unused(max(0, missing - self._num_free()))
-        lease = await self._governor.acquire(holder, missing * self.pool.layout.block_bytes)
-        lease.release()  # `reserve` leases the bytes again at once, together with the blocks
+        self.drop_unused(max(0, num_missing - self._num_free()))
+        lease = await self._governor.acquire(holder, num_missing * self.pool.layout.block_bytes)
+        lease.release()  # `reserve` or `extend` takes it again at once, together with the blocks
 
     def extend(self, reservation: Reservation, length: int, capacity: int) -> bool:
         """Keeps the first `length` tokens, all shared ones among them, and makes room for `capacity` tokens in all.
@@ -217,13 +215,14 @@ class KVBlocks:
 
     # --- the tree ---
 
-    def _match(self, token_ids: Sequence[int]) -> list[SharedBlock]:
+    def _match(self, token_ids: Sequence[int], *, computed: bool = False) -> list[SharedBlock]:
         """The longest chain of blocks that matches these tokens without the last one, which must be computed."""
         chain: list[SharedBlock] = []
         block = self._root
         for idx in range((len(token_ids) - 1) // BLOCK_TOKENS if self.share else 0):
             tokens = tuple(token_ids[idx * BLOCK_TOKENS : (idx + 1) * BLOCK_TOKENS])
-            if (child := block.children.get(tokens)) is None:
+            child = block.children.get(tokens)
+            if child is None or (computed and not child.computed):
                 break
             chain.append(child)
             block = child
@@ -246,7 +245,7 @@ class KVBlocks:
         if missing > len(self._unused):
             return False
         self.drop_unused(max(0, missing))
-        return True
+        return self._governor.can_grant(count * self.pool.layout.block_bytes)
 
     def _free_own(self, reservation: Reservation, kept: int) -> None:
         """Frees all blocks after the first `kept`. They are the sequence's own."""

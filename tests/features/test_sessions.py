@@ -25,7 +25,7 @@ from hermes_async import (
     SessionClosedError,
 )
 from hermes_async.engine.prompt import prepare
-from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
@@ -662,6 +662,22 @@ async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, m
             await chat.aclose()
         assert ends[0] in ("abort", "closed")
         assert engine.statistics().tokens_generated == 0
+        await check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("share_prefixes", [True, False])
+async def test_a_turn_that_waits_for_memory_keeps_what_its_session_has(long_model: Any, share_prefixes: bool) -> None:
+    """The turn needs all KV memory there is: nine blocks that its session holds, and seven of another request."""
+    async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES, share_prefixes=share_prefixes) as engine:
+        async with engine.session() as chat, anyio.create_task_group() as group:
+            await chat.complete(tokens(1, 138), greedy_params(5))
+            other = engine.generate(tokens(2, 60), greedy_params(50))
+            await anext(other)
+            group.start_soon(chat.complete, [5], greedy_params(256 - 144))
+            await until(lambda: len(inside(engine).request_ids) == 2 and engine.statistics().num_waiting == 1)
+            await other.aclose()
+            with anyio.fail_after(30):
+                await until(lambda: engine.statistics().num_waiting == 0)
         await check_nothing_is_left(engine)
 
 
