@@ -21,7 +21,6 @@ class PlanChange:
         leaving: Indices of the stages that are resident only before.
         coming: Indices of the stages that are resident only afterwards.
         num_added_buffers: Buffers of `slot_bytes` that the ring gets, or loses if negative.
-        kv_bytes: Bytes that KV caches get, or lose if negative.
     """
 
     leaving: frozenset[int]
@@ -30,7 +29,6 @@ class PlanChange:
     coming_bytes: int
     num_added_buffers: int
     slot_bytes: int
-    kv_bytes: int
 
     @classmethod
     def between(cls, before: Plan, after: Plan) -> PlanChange:
@@ -42,7 +40,6 @@ class PlanChange:
             coming_bytes=sum(after.stages[idx].slot_bytes for idx in coming),
             num_added_buffers=after.num_buffers - before.num_buffers,
             slot_bytes=max(before.slot_bytes, after.slot_bytes),
-            kv_bytes=after.kv_bytes - before.kv_bytes,
         )
 
 
