@@ -1,6 +1,6 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-oldest test-newest outdated coverage lint bench
+.PHONY: help setup environments demo test test-oldest test-newest test-optimized test-wheel outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -13,11 +13,18 @@ help:
 	@echo "make test    run the tests; make coverage also measures their coverage, and takes longer"
 	@echo "make test-oldest, make test-newest"
 	@echo "             run the tests that depend on other libraries with the oldest and the newest tested versions"
+	@echo "make test-optimized"
+	@echo "             run the tests of the server and a sample of the others under python -O"
+	@echo "make test-wheel"
+	@echo "             install the wheel into an empty environment, with and without extras"
 	@echo "make outdated"
 	@echo "             list the libraries that have a newer release than the tested one"
 	@echo "make lint    check style and types"
+	@echo "make docs    build the documentation site into build/site"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only create the virtual environment and install the dependencies for development"
+	@echo "make environments"
+	@echo "             create this environment and those of test-oldest and test-newest; make -j3 does all at once"
 
 setup: $(INSTALLED)
 
@@ -33,34 +40,65 @@ demo: $(INSTALLED)
 	$(VENV)/bin/hermes-async demo
 
 test: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup
 
-# What depends on the versions of transformers and torch: parity, checkpoints, forward passes, tokenizers. `make test`
-# runs all tests on both event loops; to stay short, these run on one, and leave out features that are the engine's own.
-OWN_FEATURES := admission automatic_budget budgets drafting foreign_errors memory_of_many_lengths pausing preparation \
-	resize sessions sharing tracing
-VERSION_TESTS := tests/parity tests/modeling tests/faults/test_checkpoints.py tests/storage/test_checkpoint.py tests/engine \
-	tests/features $(OWN_FEATURES:%=--ignore=tests/features/test_%.py) tests/serving/test_text_stream.py -k "not uvloop"
+# What depends on the versions of other libraries: parity, checkpoints, forward passes, tokenizers, the server's own
+# application. `make test` runs all tests on both event loops; to stay short, these run on one, and leave out features that
+# are the engine's own.
+VERSION_FEATURES := classification context_length embedding forwarding kernels prompt sampling_params sentences \
+	structured_outputs text_length tokenizer
+VERSION_TESTS := tests/parity tests/modeling tests/engine tests/faults/test_checkpoints.py tests/serving/test_text_stream.py \
+	$(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py) tests/server/test_app.py) -k "not uvloop"
 
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	@echo "installing into .venv-$*; this takes some minutes the first time"
-	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-$*.txt -e ".[dev]"
+	.venv-$*/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-$*.txt -e ".[test]"
 	@touch $@
 
+environments: $(INSTALLED) .venv-newest/.installed .venv-oldest/.installed
+
 test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -q -n auto $(VERSION_TESTS)
+	.venv-$*/bin/python -m pytest -q -n auto --dist loadgroup $(VERSION_TESTS)
+
+# The server and a sample of the rest under `python -O`. pytest's own asserts hold there too. Bytecode is kept, because no
+# other run has compiled the libraries so.
+OPTIMIZED_TESTS := tests/server tests/packaging tests/pipeload tests/memory tests/storage tests/serving \
+	tests/faults/test_cancellation.py tests/faults/test_checkpoints.py tests/faults/test_failures.py \
+	tests/features/test_admission.py tests/features/test_budgets.py tests/features/test_engine.py \
+	tests/features/test_sessions.py tests/parity/test_checkpoints.py
+
+test-optimized: $(INSTALLED)
+	PYTHONOPTIMIZE=1 PYTHONDONTWRITEBYTECODE= $(VENV)/bin/python -m pytest -q -n auto $(OPTIMIZED_TESTS) -k "not uvloop"
+
+# The wheel in an empty environment, first without extras. It takes minutes, so it is no part of `make test`.
+test-wheel: $(INSTALLED)
+	rm -rf build/wheel .venv-wheel
+	$(VENV)/bin/python -m hatchling build --target wheel --directory build/wheel
+	$(PYTHON) -m venv .venv-wheel
+	.venv-wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt build/wheel/*.whl
+	.venv-wheel/bin/python -I tests/packaging/installed.py
+	.venv-wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt \
+		"$$(echo build/wheel/*.whl)[serve,structured]"
+	.venv-wheel/bin/python -I tests/packaging/installed.py serve structured
 
 outdated: $(INSTALLED)
 	$(VENV)/bin/python tests/outdated.py
 
 coverage: $(INSTALLED)
-	$(VENV)/bin/python -m pytest -q -n auto --cov --cov-fail-under=90
+	$(VENV)/bin/python -m pytest -q -n auto --dist loadgroup --cov --cov-fail-under=90
 
 lint: $(INSTALLED)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/hadolint Dockerfile
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.$(BENCH) $(ARGS)
+
+# The last check: no page loads anything from another host.
+.PHONY: docs
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	! grep -rnE '<(script|link|img|iframe)[^>]+(src|href)="?(https?:)?//' build/site --include='*.html'

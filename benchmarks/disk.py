@@ -53,15 +53,19 @@ def read_directly(groups: Sequence[Sequence[ReadRange]], num_threads: int) -> fl
 
 
 @contextlib.contextmanager
-def limited_disk(path: Path, bytes_per_second: int | None) -> Iterator[str | None]:
-    """Holds this process's reads from the disk under `path` to a rate, by a cgroup (v1 or v2; needs root).
+def limited_disk(path: Path, bytes_per_second: int | None, process_id: int | None = None) -> Iterator[str | None]:
+    """Holds a process's reads from the disk under `path` to a rate, by a cgroup (v1 or v2; needs root).
+
+    Args:
+        process_id: None takes this process.
 
     Yields None, or the reason why there is no limit.
     """
     if bytes_per_second is None:
         yield "not asked for"
         return
-    name = f"hermes-benchmark-{os.getpid()}"
+    held = os.getpid() if process_id is None else process_id
+    name = f"hermes-benchmark-{held}"
     device = _block_device(path)
     v1, v2 = _CGROUPS / "blkio", _CGROUPS
     try:
@@ -80,11 +84,11 @@ def limited_disk(path: Path, bytes_per_second: int | None) -> Iterator[str | Non
     except OSError as error:
         yield f"cgroup limits are not to be had: {error}"
         return
-    (group / "cgroup.procs").write_text(str(os.getpid()))
+    (group / "cgroup.procs").write_text(str(held))
     try:
         yield None
     finally:
-        (home / "cgroup.procs").write_text(str(os.getpid()))
+        (home / "cgroup.procs").write_text(str(held))
         group.rmdir()
 
 

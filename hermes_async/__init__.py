@@ -3,14 +3,16 @@
 torch and transformers are imported when the first engine opens, not with this package.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from hermes_async.memory import library_caches as library_caches  # before torch computes anything
 
 if TYPE_CHECKING:
-    from hermes_async.config import EngineConfig, SamplingParams, format_bytes, parse_bytes
+    from hermes_async.config import EngineConfig, SamplingParams, StructuredOutputs, format_bytes, parse_bytes
     from hermes_async.engine.engine import Engine
+    from hermes_async.engine.response import ResponseStream
     from hermes_async.engine.session import Session
     from hermes_async.errors import (
         CheckpointError,
@@ -38,13 +40,23 @@ if TYPE_CHECKING:
     from hermes_async.results import (
         Chunk,
         Completion,
+        Embeddings,
+        EngineSnapshot,
         EngineStatistics,
         Label,
+        MemorySnapshot,
+        MessageDelta,
+        RankedDocument,
         RequestEvent,
+        RequestSnapshot,
         SampledToken,
+        StageSnapshot,
         Timings,
+        ToolCall,
         Usage,
     )
+
+logging.getLogger("hermes_async").addHandler(logging.NullHandler())  # the application decides where log lines go
 
 __version__ = "0.1.0"
 
@@ -56,30 +68,40 @@ __all__ = [
     "ContextLengthError",
     "CorruptShardError",
     "DeadlineExceededError",
+    "Embeddings",
     "Engine",
     "EngineClosedError",
     "EngineConfig",
     "EngineError",
     "EngineFailedError",
+    "EngineSnapshot",
     "EngineStatistics",
     "HermesError",
     "IncompatibleVersionError",
     "Label",
     "MemoryBudgetError",
+    "MemorySnapshot",
+    "MessageDelta",
     "MissingTensorError",
     "ParkingError",
     "Plan",
     "Prediction",
     "QueueFullError",
+    "RankedDocument",
     "ReadError",
     "RequestError",
     "RequestEvent",
+    "RequestSnapshot",
+    "ResponseStream",
     "SampledToken",
     "SamplingParams",
     "Session",
     "SessionClosedError",
     "ShortReadError",
+    "StageSnapshot",
+    "StructuredOutputs",
     "Timings",
+    "ToolCall",
     "UnsupportedModelError",
     "Usage",
     "format_bytes",
@@ -91,16 +113,26 @@ _MODULES = {
     "Chunk": "results",
     "Completion": "results",
     "Engine": "engine.engine",
+    "Embeddings": "results",
     "EngineConfig": "config",
+    "EngineSnapshot": "results",
     "EngineStatistics": "results",
     "Label": "results",
+    "MemorySnapshot": "results",
+    "MessageDelta": "results",
     "Plan": "planning.plan",
     "Prediction": "planning.cost_model",
+    "RankedDocument": "results",
     "RequestEvent": "results",
+    "RequestSnapshot": "results",
+    "ResponseStream": "engine.response",
     "SampledToken": "results",
     "SamplingParams": "config",
     "Session": "engine.session",
+    "StageSnapshot": "results",
+    "StructuredOutputs": "config",
     "Timings": "results",
+    "ToolCall": "results",
     "Usage": "results",
     "format_bytes": "config",
     "parse_bytes": "config",

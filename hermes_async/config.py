@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import re
@@ -26,6 +27,8 @@ for _power, _letter in enumerate("KMGT", start=1):
 # Logits are float32. These bounds on bias, penalty and temperature keep them in its range.
 _LARGEST = 1e6
 _LARGEST_BIAS = 1e9
+_LARGEST_STRUCTURE_BYTES = 64 * 1024
+_LARGEST_REGEX_BYTES = 8 * 1024
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
 _NOT_OPTIONAL = ("max_tokens", "min_tokens", *_FLAGS)
 """Fields of `SamplingParams` for which None does not mean the default. For `max_tokens`, it means no limit."""
@@ -69,6 +72,54 @@ def format_count(count: int, noun: str) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StructuredOutputs:
+    """What the text of an answer must match. Exactly one field is set. Needs the extra `structured`.
+
+    Attributes:
+        json: A JSON schema, as a mapping or as its text. It is kept as text.
+        json_object: Any JSON object.
+        regex: A regular expression in the syntax of Rust's `regex` crate. The whole text matches it.
+        choice: The text is one of these.
+
+    Raises:
+        RequestError: Not exactly one field is set, or a value has the wrong type or is too large.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    json_object: bool = False
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.json_object, bool):
+            raise RequestError(f"structured_outputs.json_object must be True or False, not {self.json_object!r}")
+        texts = (self.json, self.regex, self.choice)
+        if sum(value is not None for value in texts) + self.json_object != 1:
+            raise RequestError("structured_outputs needs exactly one of json, json_object, regex and choice")
+        if isinstance(self.json, Mapping):
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            choice = (self.choice,) if isinstance(self.choice, str) else self.choice
+            object.__setattr__(self, "choice", _tuple_of("structured_outputs.choice", choice, str))
+            if not self.choice or not all(self.choice):
+                raise RequestError("structured_outputs.choice needs at least one text, and none may be empty")
+        self._check_text("json", self.json, _LARGEST_STRUCTURE_BYTES)
+        self._check_text("regex", self.regex, _LARGEST_REGEX_BYTES)
+        self._check_text("choice", None if self.choice is None else "".join(self.choice), _LARGEST_STRUCTURE_BYTES)
+
+    @staticmethod
+    def _check_text(field: str, text: object, most: int) -> None:
+        name = f"structured_outputs.{field}"
+        if text is None:
+            return
+        if not isinstance(text, str):
+            raise RequestError(f"{name} must be a text, not {type(text).__name__}")
+        check_text(name, text)
+        if len(text) > most or len(text.encode()) > most:
+            raise RequestError(f"{name} has more than {most} bytes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How the tokens of one request are chosen. Names and meanings are vLLM's.
 
@@ -96,6 +147,9 @@ class SamplingParams:
             None for none.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
         skip_special_tokens: Leaves special tokens out of the text.
+        structured_outputs: What the text must match, as `StructuredOutputs` or a mapping of its fields. It does not go
+            with `ignore_eos` and `include_stop_str_in_output`. A stop text ends the answer only after a text that
+            matches, and `min_tokens` yields where nothing but the end can follow.
 
     Raises:
         RequestError: A value is out of its range; the message names it.
@@ -118,6 +172,7 @@ class SamplingParams:
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
+    structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -125,6 +180,8 @@ class SamplingParams:
         self._check_ranges()
         if self.logit_bias is not None:
             self._check_logit_bias(self.logit_bias)
+        if self.structured_outputs is not None:
+            self._check_structured_outputs(self.structured_outputs)
 
     def _normalize(self) -> None:
         # As in vLLM and its server, None is the default, and -1 is no seed.
@@ -186,6 +243,31 @@ class SamplingParams:
             if abs(bias) > _LARGEST_BIAS:
                 allowed = f"from -{_LARGEST_BIAS:g} to {_LARGEST_BIAS:g}"
                 raise RequestError(f"logit_bias must be {allowed}, not {bias!r} for {token_id}")
+
+    def _check_structured_outputs(self, asked: object) -> None:
+        if isinstance(asked, Mapping):
+            unknown = [name for name in asked if name not in StructuredOutputs.__dataclass_fields__]
+            if unknown:
+                raise RequestError(f"structured_outputs has no field {unknown[0]!r:.100}")
+            asked = StructuredOutputs(**asked)
+            object.__setattr__(self, "structured_outputs", asked)
+        if not isinstance(asked, StructuredOutputs):
+            raise RequestError(
+                f"structured_outputs must be StructuredOutputs, a mapping or None, not {type(asked).__name__}"
+            )
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if getattr(self, name):
+                raise RequestError(
+                    f"{name} does not go with structured_outputs: nothing may follow an answer that is complete"
+                )
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(dict(schema), allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"structured_outputs.json is no JSON schema: {reason:.200}") from error
 
 
 def _is_finite_number(value: object) -> bool:

@@ -5,9 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterable
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from hermes_async.errors import HermesError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -102,6 +106,30 @@ class Completion:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call of a tool that the model has written.
+
+    Attributes:
+        index: Its place among the calls of the answer.
+        name: The function's name, as the model wrote it. It may not be one of the request's tools.
+        arguments: A JSON object, as text. It may not follow the tool's schema.
+    """
+
+    index: int
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class MessageDelta:
+    """New parts of an answer's message: a piece of its content, a piece of its reasoning, or a whole call of a tool."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_call: ToolCall | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class SampledToken:
     """One chosen token.
 
@@ -155,6 +183,33 @@ class Label:
 
     label: str
     score: float
+
+
+@dataclass(frozen=True, slots=True)
+class RankedDocument:
+    """A document's score for a query.
+
+    Attributes:
+        index: The document's place in the list that was given.
+        num_tokens: Tokens of the query and the document, as the model saw them.
+    """
+
+    index: int
+    score: float
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """Sentence vectors.
+
+    Attributes:
+        vectors: [texts, out].
+        num_tokens: Tokens of each text, as the model saw them, with its prompt and special tokens.
+    """
+
+    vectors: npt.NDArray[np.float32]
+    num_tokens: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +278,139 @@ class EngineStatistics:
     num_leases: int
     num_free_buffers: int
     holders: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+StageActivity = Literal["empty", "loading", "ready", "computing", "computed", "failed"]
+
+
+@dataclass(frozen=True, slots=True)
+class StageSnapshot:
+    """One stage of the model at one moment.
+
+    Attributes:
+        label: The module's name in the model; "base" for the weights outside of all other stages.
+        activity: "empty", "loading" (it is being read), "ready" (it is in memory), "computing", "computed" (it is about
+            to be freed) or "failed" (it could not be read; the next sweep reads it again).
+        resident: It stays in memory. Other stages are read again for every sweep.
+        nbytes: The memory that it takes while it is not empty.
+    """
+
+    label: str
+    activity: StageActivity
+    resident: bool
+    nbytes: int
+
+    @property
+    def in_memory(self) -> bool:
+        """All of its weights are in memory."""
+        return self.activity in ("ready", "computing", "computed")
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySnapshot:
+    """Who has the bytes of the budget at one moment. All kinds and `free_bytes` together are `budget_bytes`.
+
+    Attributes:
+        weights_bytes: Leased for weights that stay in memory, whether they are loaded yet or not.
+        ring_bytes: The buffers that the other weights stream through.
+        kv_bytes: Keys and values of requests and sessions, kept prefixes included.
+        workspace_bytes: Activations of a sweep.
+        other_bytes: A draft model with its keys and values.
+        free_bytes: Not leased.
+        kv_budget_bytes: The most that `kv_bytes` may become. What is unused of it counts as free.
+    """
+
+    budget_bytes: int
+    weights_bytes: int
+    ring_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+    other_bytes: int
+    free_bytes: int
+    kv_budget_bytes: int
+
+
+RequestActivity = Literal["preparing", "waiting", "restoring", "prefilling", "generating", "paused", "ending"]
+
+
+@dataclass(frozen=True, slots=True)
+class RequestSnapshot:
+    """One request at one moment.
+
+    Attributes:
+        activity: "preparing" (its prompt is being tokenized), "waiting" (for memory or a place), "restoring" (the KV of
+            its session is read from disk), "prefilling", "generating", "paused" (its user does not take the chunks) or
+            "ending" (it was aborted, and leaves at the next stage).
+        prompt_tokens: 0 while it is being prepared.
+        computed_tokens: Tokens of the prompt whose keys and values are there, those from other requests included.
+        output_tokens: Tokens that were generated.
+        max_output_tokens: The most that may be generated.
+        in_session: It is a turn of a chat session.
+    """
+
+    request_id: str
+    activity: RequestActivity
+    prompt_tokens: int
+    computed_tokens: int
+    output_tokens: int
+    max_output_tokens: int
+    in_session: bool
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """What an engine does at one moment, for progress and live views. Rates are differences of two snapshots.
+
+    Attributes:
+        at: Seconds on the clock of `time.perf_counter`.
+        engine: "open", "closed" or "failed".
+        sweeping: A sweep is under way.
+        sweep: The number of that sweep, or of the next one; the first has number 0.
+        stage_idx: Index of the stage that the sweep has entered last; None before the first one.
+        stages: All stages, in the order in which they are computed.
+        requests: All requests that have not ended, in order of arrival; those that are being prepared come last.
+        num_forwards: Plain forward passes that wait or run.
+        num_sessions: Open chat sessions.
+        tokens_generated: Tokens of all requests so far.
+        prompt_tokens_computed: Prompt tokens that sweeps have computed so far.
+        bytes_read: Read from disk so far.
+        read_seconds: The sum over all loading agents, whose reads overlap.
+        compute_seconds: Time in sweeps so far, without stalls.
+        stall_seconds: Time that sweeps waited for a stage.
+        bytes_per_sweep: Bytes that a sweep reads from disk, without embedding rows.
+        disk_sweep_seconds: The time that the disk takes for these bytes, at the speed that the plan was made for. No
+            sweep can be shorter in the long run.
+        disk_measured: That speed was measured on this machine; otherwise it is an estimate.
+    """
+
+    at: float
+    engine: Literal["open", "closed", "failed"]
+    sweeping: bool
+    sweep: int
+    stage_idx: int | None
+    stages: tuple[StageSnapshot, ...]
+    memory: MemorySnapshot
+    requests: tuple[RequestSnapshot, ...]
+    num_forwards: int
+    num_sessions: int
+    tokens_generated: int
+    prompt_tokens_computed: int
+    bytes_read: int
+    read_seconds: float
+    compute_seconds: float
+    stall_seconds: float
+    bytes_per_sweep: int
+    disk_sweep_seconds: float
+    disk_measured: bool
+
+    @property
+    def resident_bytes(self) -> tuple[int, int]:
+        """Bytes of the weights that stay in memory: those that are loaded, and all."""
+        resident = [stage for stage in self.stages if stage.resident]
+        return sum(stage.nbytes for stage in resident if stage.in_memory), sum(stage.nbytes for stage in resident)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -19,6 +19,9 @@ from hermes_async.modeling.skeleton import token_embedding
 from tests.disks import Disk
 from tests.models import LongModel, TinyModel
 
+# Their asserts must also hold under `python -O`, which leaves out those that pytest has not rewritten.
+pytest.register_assert_rewrite("tests.engines", "tests.inside", "tests.server")
+
 # How long an example takes says nothing of its result, and machines differ.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

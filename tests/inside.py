@@ -170,6 +170,17 @@ class EngineInside:
 
         pipeline.enter = call_and_enter
 
+    def on_stage_computed(self, call: Callable[[], None]) -> None:
+        """From now on calls `call` on the event loop after each streamed stage, which is not left yet."""
+        pipeline = self._loaded.pipeline
+        leave = pipeline.leave
+
+        def call_and_leave(stage: Stage) -> None:
+            pipeline._inference_agent.call_on_loop(call)
+            leave(stage)
+
+        pipeline.leave = call_and_leave  # type: ignore[method-assign]
+
     @contextmanager
     def failing_sweeps(self, error: Exception) -> Iterator[None]:
         """Every sweep raises `error` before it begins."""

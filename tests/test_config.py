@@ -118,6 +118,7 @@ def test_defaults_are_vllms() -> None:
         "logprobs": None,
         "logit_bias": None,
         "skip_special_tokens": True,
+        "structured_outputs": None,
     }
 
 

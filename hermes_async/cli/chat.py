@@ -10,6 +10,7 @@ import typer
 from hermes_async.cli import options
 from hermes_async.cli.answer import Answer, stream_answer
 from hermes_async.cli.lines import LineReader
+from hermes_async.cli.progress import EngineProgress, with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, print_error, run
 from hermes_async.config import SamplingParams
 from hermes_async.errors import ContextLengthError, MemoryBudgetError
@@ -37,6 +38,7 @@ def chat(
     kernels: options.Kernels = "default",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
@@ -54,12 +56,12 @@ def chat(
             from hermes_async import Engine
 
             engine = Engine(path, memory_budget=memory, config=config, draft_model=draft, trace=trace)
-            await _converse(engine, params, interrupts)
+            await with_progress(engine, lambda progress: _converse(engine, params, interrupts, progress))
 
         run(work)
 
 
-async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrupts) -> None:
+async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrupts, progress: EngineProgress) -> None:
     from rich.console import Console
 
     at_terminal = sys.stdin.isatty()
@@ -67,6 +69,7 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
     lines = LineReader(sys.stdin.fileno())
     answered, failed = False, False
     async with engine, engine.session() as chat:
+        progress.hide()
         if at_terminal:
             console.print(_HELP, style="dim")
         while True:
@@ -82,14 +85,21 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
             if line.strip() == "/reset":
                 chat.edit(messages=[])
             elif line.strip():
-                done = await _take_turn(chat, line, params, interrupts, at_terminal=at_terminal)
+                turn = _take_turn(chat, line, params, interrupts, progress=progress, at_terminal=at_terminal)
+                done = await turn
                 answered, failed = answered or done, failed or not done
     if failed and not answered:
         raise typer.Exit(1)
 
 
 async def _take_turn(
-    chat: Session, line: str, params: SamplingParams, interrupts: Interrupts, *, at_terminal: bool
+    chat: Session,
+    line: str,
+    params: SamplingParams,
+    interrupts: Interrupts,
+    *,
+    progress: EngineProgress,
+    at_terminal: bool,
 ) -> bool:
     """Sends a line and prints the answer. Both become part of the conversation, even if the answer was stopped.
 
@@ -97,11 +107,17 @@ async def _take_turn(
         Whether there was an answer.
     """
     message = {"role": "user", "content": line}
+
+    def write(text: str) -> None:
+        progress.hide()
+        print(text, end="", flush=True)
+
+    progress.show()
     try:
-        answer: Answer = await stream_answer(
-            chat, [message], params, interrupts, lambda text: print(text, end="", flush=True)
-        )
+        answer: Answer = await stream_answer(chat, [message], params, interrupts, write)
+        progress.hide()
     except (ContextLengthError, MemoryBudgetError) as error:
+        progress.hide()
         print_error(error)
         if chat.messages or chat.token_ids:
             print("/reset forgets the conversation and frees its memory", file=sys.stderr)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from hermes_async.cli import options
+from hermes_async.cli.progress import EngineProgress, with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.storage.hub import HubOptions
+
+if TYPE_CHECKING:
+    from hermes_async import Label
 
 
 def classify(
@@ -20,6 +25,7 @@ def classify(
     top: Annotated[int, typer.Option(help="How many labels to print.", min=1)] = 5,
     truncate: options.Truncate = False,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
@@ -32,9 +38,14 @@ def classify(
         async def work(interrupts: Interrupts) -> None:
             from hermes_async import Engine
 
-            async with Engine(path, memory_budget=memory, trace=trace) as engine:
-                labels = (await engine.classify(item, truncate=truncate))[:top]
-                plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
+            engine = Engine(path, memory_budget=memory, trace=trace)
+
+            async def classify_item(_: EngineProgress) -> tuple[Sequence[Label], dict[str, Any], dict[str, Any]]:
+                async with engine:
+                    labels = await engine.classify(item, truncate=truncate)
+                    return labels[:top], engine.plan.as_dict(), engine.statistics().as_dict()
+
+            labels, plan, statistics = await with_progress(engine, classify_item)
             if json_output:
                 print(
                     json.dumps({"labels": [asdict(label) for label in labels], "plan": plan, "statistics": statistics})

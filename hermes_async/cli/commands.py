@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperCommand
 
 from hermes_async import __version__
-from hermes_async.cli import chat, classify, demo, embed, generate, plan, profile, timeline
+from hermes_async.cli import chat, classify, demo, doctor, embed, generate, logs, plan, profile, serve, timeline
 
 
 class _Command(TyperCommand):
@@ -31,7 +31,6 @@ class _Command(TyperCommand):
 app = typer.Typer(
     name="hermes-async",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # errors in plain lines
 )
@@ -43,7 +42,9 @@ for _command in (
     plan.plan,
     profile.profile,
     timeline.timeline,
+    serve.serve,
     demo.demo,
+    doctor.doctor,
 ):
     app.command(cls=_Command)(_command)
 
@@ -61,3 +62,4 @@ def _common(
     ] = False,
 ) -> None:
     """Run Transformer models larger than the memory they are given."""
+    logs.use_level(None)

@@ -44,6 +44,7 @@ def demo(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     json_output: options.Json = False,
     model: Annotated[Path, typer.Option(hidden=True)] = MODEL_PATH,
 ) -> None:

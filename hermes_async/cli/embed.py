@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hermes_async.cli import options
+from hermes_async.cli.progress import EngineProgress, with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import Pooling
 from hermes_async.storage.hub import HubOptions
@@ -43,6 +44,7 @@ def embed(
         int | None, typer.Option(help="Keep only the first N numbers of each vector.", metavar="N", show_default=False)
     ] = None,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
@@ -56,17 +58,22 @@ def embed(
         async def work(interrupts: Interrupts) -> None:
             from hermes_async import Engine
 
-            async with Engine(path, memory_budget=memory, trace=trace) as engine:
-                vectors = await engine.embed(
-                    texts,
-                    pooling=pooling,
-                    normalize=normalize,
-                    truncate=truncate,
-                    prompt_name=prompt_name,
-                    prompt=prompt,
-                    truncate_dim=truncate_dim,
-                )
-                plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
+            engine = Engine(path, memory_budget=memory, trace=trace)
+
+            async def embed_all(_: EngineProgress) -> tuple[Any, dict[str, Any], dict[str, Any]]:
+                async with engine:
+                    vectors = await engine.embed(
+                        texts,
+                        pooling=pooling,
+                        normalize=normalize,
+                        truncate=truncate,
+                        prompt_name=prompt_name,
+                        prompt=prompt,
+                        truncate_dim=truncate_dim,
+                    )
+                    return vectors, engine.plan.as_dict(), engine.statistics().as_dict()
+
+            vectors, plan, statistics = await with_progress(engine, embed_all)
             if json_output:
                 print(json.dumps({"vectors": vectors.tolist(), "plan": plan, "statistics": statistics}))
                 return

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from hermes_async.cli import INTERRUPTED, options
-from hermes_async.cli.answer import statistics_line, stream_answer
+from hermes_async.cli.answer import Answer, statistics_line, stream_answer
+from hermes_async.cli.progress import EngineProgress, with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.config import SamplingParams
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
-    from hermes_async import Completion, Engine
+    from hermes_async import Completion, Engine, EngineStatistics
     from hermes_async.engine.prompt import Prompt
 
 _REQUEST_ID = "generate"
@@ -49,6 +50,7 @@ def generate(
     kernels: options.Kernels = "default",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,
@@ -107,9 +109,16 @@ async def _to_terminal(
     params: SamplingParams,
     interrupts: Interrupts,
 ) -> None:
-    async with engine:
-        answer = await stream_answer(engine, prompt, params, interrupts, _write)
-        statistics = engine.statistics()
+    async def work(progress: EngineProgress) -> tuple[Answer, EngineStatistics]:
+        def write(text: str) -> None:
+            progress.hide()
+            print(text, end="", flush=True)
+
+        async with engine:
+            answer = await stream_answer(engine, prompt, params, interrupts, write)
+            return answer, engine.statistics()
+
+    answer, statistics = await with_progress(engine, work)
     # Without a tokenizer there is no text; then the token ids are the answer.
     print("" if answer.text else " ".join(map(str, answer.token_ids)), flush=True)
     print(f"{answer}; {statistics_line(statistics)}", file=sys.stderr)
@@ -123,9 +132,12 @@ async def _to_json(
     params: SamplingParams,
     interrupts: Interrupts,
 ) -> None:
-    async with engine:
-        completion = await _complete(engine, prompt, params, interrupts)
-        plan, statistics = engine.plan.as_dict(), engine.statistics().as_dict()
+    async def work(_: EngineProgress) -> tuple[Completion, dict[str, Any], dict[str, Any]]:
+        async with engine:
+            completion = await _complete(engine, prompt, params, interrupts)
+            return completion, engine.plan.as_dict(), engine.statistics().as_dict()
+
+    completion, plan, statistics = await with_progress(engine, work)
     record: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
@@ -161,7 +173,3 @@ async def _complete(engine: Engine, prompt: Prompt, params: SamplingParams, inte
         with interrupts.calling(stop):
             completion = await engine.complete(prompt, params, request_id=_REQUEST_ID)
     return completion
-
-
-def _write(text: str) -> None:
-    print(text, end="", flush=True)

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from hermes_async.cli import logs
 from hermes_async.config import EngineConfig
 
 Model = Annotated[
@@ -72,6 +73,16 @@ Trace = Annotated[
     ),
 ]
 Truncate = Annotated[bool, typer.Option("--truncate", help="Truncate texts that are longer than the model's context.")]
+LogLevel = Annotated[
+    logs.Level | None,
+    typer.Option(
+        envvar="HERMES_ASYNC_LOG_LEVEL",
+        case_sensitive=False,
+        callback=logs.use_level,
+        help="Print log lines from this level on; info has a line for each request.",
+    ),
+]
+"""Takes effect when the command line is read, so commands need not use it."""
 Revision = Annotated[
     str | None,
     typer.Option(help="A branch, tag or commit of a model on the hub.", show_default=False),
@@ -117,9 +128,11 @@ def engine_config(
     kv_budget: int | None = None,
     kernels: str = "default",
     context_length: int | None = None,
+    max_waiting: int | None = 1024,
 ) -> EngineConfig:
     """The engine's options, from the command's."""
     return EngineConfig(
+        max_waiting=max_waiting,
         num_loading_agents=loading_agents,
         max_resident_layers=max_resident_layers,
         kv_budget=kv_budget,

@@ -34,6 +34,7 @@ def profile(
     max_resident_layers: options.MaxResidentLayers = None,
     refresh: Annotated[bool, typer.Option("--refresh", help="Measure again, even where there is a profile.")] = False,
     trace: options.Trace = None,
+    log_level: options.LogLevel = None,
     revision: options.Revision = None,
     token: options.Token = None,
     cache_dir: options.CacheDir = None,

@@ -58,8 +58,22 @@ def run(work: Callable[[Interrupts], Awaitable[None]]) -> None:
     """
     from hermes_async.engine.lifetime import import_torch
 
-    import_torch()  # here, Ctrl-C can end it at once; on the engine's worker thread, it could not
+    with _notice("importing torch and transformers"):
+        import_torch()  # here, Ctrl-C can end it at once; on the engine's worker thread, it could not
     anyio.run(_interruptible, work, backend_options={"use_uvloop": find_spec("uvloop") is not None})
+
+
+@contextmanager
+def _notice(text: str) -> Iterator[None]:
+    """Shows a line within the block, if standard error is a terminal. A spinner's thread would wait for the import."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    print(f"{text} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 async def _interruptible(work: Callable[[Interrupts], Awaitable[None]]) -> None:

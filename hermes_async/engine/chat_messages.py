@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from hermes_async.config import check_text
+from hermes_async.engine.chat_tools import (
+    check_nested,
+    check_tool_calls,
+    checked_tools,
+    checked_variables,
+    with_named_reasoning,
+    with_parsed_arguments,
+)
 from hermes_async.errors import RequestError
 from hermes_async.foreign_errors import one_request
 
@@ -35,22 +42,42 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
             raise RequestError(
                 f"{where} has {f'the role {role!r}' if 'role' in message else 'no role'}; a role is a text"
             )
+        check_nested(where, message)
+        check_tool_calls(f"{where}, of role {role!r},", message)
         _check_content(f"{where}, of role {role!r},", message, role)
-        _check_texts(where, message)
     return [dict(message) for message in messages]
 
 
-def render(tokenizer: SharedTokenizer, messages: Sequence[Any]) -> str:
-    """Renders messages as a text, including the beginning of an answer.
+def render(
+    tokenizer: SharedTokenizer,
+    messages: Sequence[Any],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_generation_prompt: bool = True,
+) -> str:
+    """Renders messages as a text.
+
+    Args:
+        tools: Functions that the model may call, as in OpenAI's API.
+        chat_template_kwargs: Other variables of the template, such as `enable_thinking`.
+        add_generation_prompt: Include the beginning of an answer.
 
     Raises:
-        RequestError: A message is invalid, or the template refuses the messages or gives no text.
+        RequestError: A message, a tool or a variable is not valid, or the template refuses them or gives no text.
     """
-    conversation = checked_messages(messages)
-    if any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer):
+    conversation = [
+        with_parsed_arguments(f"message {idx}", message) for idx, message in enumerate(checked_messages(messages))
+    ]
+    response_template = getattr(tokenizer, "response_template", None)
+    conversation = [with_named_reasoning(message, response_template) for message in conversation]
+    variables = {**checked_variables(chat_template_kwargs), "tools": checked_tools(tools)}
+    if any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer, variables):
         conversation = [_with_parts_joined(message) for message in conversation]
     with one_request("the checkpoint's chat template"):
-        rendered = tokenizer.apply_chat_template(conversation, add_generation_prompt=True, tokenize=False)
+        rendered = tokenizer.apply_chat_template(
+            conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
+        )
     if not isinstance(rendered, str) or not rendered:
         raise RequestError("the checkpoint's chat template gives no text for these messages")
     return rendered
@@ -59,8 +86,12 @@ def render(tokenizer: SharedTokenizer, messages: Sequence[Any]) -> str:
 def _check_content(where: str, message: Mapping[Any, Any], role: str) -> None:
     content = message.get("content")
     if content is None:
-        if role != "assistant" or not (message.get("tool_calls") or message.get("function_call")):
-            raise RequestError(f"{where} has no content; only one of role 'assistant' with 'tool_calls' may have none")
+        instead = ("tool_calls", "function_call", "reasoning_content")
+        if role != "assistant" or not any(message.get(name) for name in instead):
+            raise RequestError(
+                f"{where} has no content; only one of role 'assistant' with 'tool_calls' or 'reasoning_content' may "
+                "have none"
+            )
     elif isinstance(content, (list, tuple)) and role not in _TOOL_ROLES:
         if not content:
             raise RequestError(f"{where} has an empty list as content")
@@ -84,12 +115,12 @@ def _is_parts(content: Any) -> bool:
     return isinstance(content, (list, tuple)) and len(content) > 0 and all(_is_text_part(part) for part in content)
 
 
-def _takes_parts(tokenizer: SharedTokenizer) -> bool:
+def _takes_parts(tokenizer: SharedTokenizer, variables: Mapping[str, Any]) -> bool:
     """Whether the template renders a text part as it renders the text."""
     contents: tuple[Any, Any] = ("a", [{"type": "text", "text": "a"}])
     try:
         of_text, of_part = (
-            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False)
+            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, **variables)
             for content in contents
         )
     except Exception:  # a template may raise anything for content that it does not support
@@ -103,15 +134,3 @@ def _with_parts_joined(message: dict[str, Any]) -> dict[str, Any]:
     if not _is_parts(content):
         return message
     return {**message, "content": "\n".join(part["text"] for part in content)}
-
-
-def _check_texts(where: str, value: Any) -> None:
-    if isinstance(value, str):
-        check_text(where, value)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            _check_texts(where, key)
-            _check_texts(where, item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            _check_texts(where, item)

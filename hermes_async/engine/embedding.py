@@ -37,10 +37,12 @@ class TextBatch:
 
     Attributes:
         indices: The texts' indices.
-        request: Its result is float32 [texts, out].
+        lengths: Their numbers of tokens.
+        job: Its result is a float32 tensor: a row for each text.
     """
 
     indices: list[int]
+    lengths: list[int]
     job: ForwardJob
 
 
@@ -55,6 +57,7 @@ class EmbeddingOptions:
         prompt_name: One of the checkpoint's prompts; None takes its default.
         prompt: A prompt's text, instead of `prompt_name`.
         truncate_dim: The length of the vectors; None takes the checkpoint's.
+        dimensions: As `truncate_dim`, but only where the checkpoint allows it, and for vectors of length 1.
     """
 
     pooling: Pooling | None = None
@@ -63,6 +66,7 @@ class EmbeddingOptions:
     prompt_name: str | None = None
     prompt: str | None = None
     truncate_dim: int | None = None
+    dimensions: int | None = None
 
     def check(self) -> None:
         """Checks the options.
@@ -96,8 +100,13 @@ class _TokenLimit:
     source: str
 
 
-def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: EmbeddingOptions) -> list[TextBatch]:
+def prepare_embedding(
+    opened: OpenedModel, texts: Sequence[str] | Sequence[Sequence[int]], options: EmbeddingOptions
+) -> list[TextBatch]:
     """Tokenizes texts, and puts texts of about the same length into one batch; for a worker thread.
+
+    Args:
+        texts: Texts, or token ids.
 
     Raises:
         RequestError: An item is no text, or the model takes no texts or gives no hidden states.
@@ -109,17 +118,20 @@ def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: Embedd
     if tokenizer is None:
         raise RequestError(f"texts need a tokenizer: {opened.tokenizer_error}")
     options.check()
-    for idx, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise RequestError(f"text {idx} is no text but {type(text).__name__}")
+    token_ids = _as_token_ids(texts)
     if isinstance(opened.sentences, CheckpointError):
         raise opened.sentences.with_traceback(None)
     pooling = _pooling_config(opened, options)
     prompt = opened.sentences.prompt(options.prompt_name) if options.prompt is None else options.prompt
+    shortens = options.dimensions is not None and _shortens(opened, opened.sentences, pooling, options.dimensions)
     if not texts:
         return []
     limit = _token_limit(opened, opened.sentences, tokenizer, options.truncate)
-    encoded = _encode(tokenizer, [prompt + text for text in texts], limit)
+    if token_ids is None:
+        encoded = _encode(tokenizer, [f"{prompt}{text}" for text in texts], limit)
+    else:
+        prompt, encoded = "", [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in token_ids]
+        _check_lengths(encoded, limit)
     pool_output = partial(
         _pool,
         model=opened.skeleton.model,
@@ -127,18 +139,19 @@ def prepare_embedding(opened: OpenedModel, texts: Sequence[str], options: Embedd
         num_prompt_tokens=(
             count_prompt_tokens(tokenizer, prompt, limit.truncate_to) if prompt and not pooling.include_prompt else 0
         ),
-        truncate_dim=opened.sentences.truncate_dim if options.truncate_dim is None else options.truncate_dim,
-        normalize=options.normalize is True,
+        truncate_dim=options.dimensions or options.truncate_dim or opened.sentences.truncate_dim,
+        normalize=options.normalize is True or shortens,
     )
     names = input_names(opened.skeleton.text_encoder)
     batches = []
     lengths = [len(item["input_ids"]) for item in encoded]
     can_pad = tokenizer.pad_token_id is not None
-    for indices in _length_groups(lengths, opened.plan.max_tokens_per_sweep, can_pad=can_pad):
-        inputs = _batch_inputs(tokenizer, [encoded[idx] for idx in indices])
+    for indices in length_groups(lengths, opened.plan.max_tokens_per_sweep, can_pad=can_pad):
+        inputs = batch_inputs(tokenizer, [encoded[idx] for idx in indices])
         then = partial(pool_output, attention_mask=inputs["attention_mask"])
         inputs = {name: inputs[name] for name in inputs if name in names}  # some tokenizers give more
-        batches.append(TextBatch(indices, prepare_forward(opened, inputs, then, base=True)))
+        job = prepare_forward(opened, inputs, then, base=True)
+        batches.append(TextBatch(indices, [lengths[idx] for idx in indices], job))
     return batches
 
 
@@ -176,6 +189,11 @@ def _encode(tokenizer: SharedTokenizer, texts: Sequence[str], limit: _TokenLimit
     encoded = encode_texts(tokenizer, texts)
     if limit.truncate_to is not None:
         encoded = [truncated(tokenizer, item, limit.truncate_to) for item in encoded]
+    _check_lengths(encoded, limit)
+    return encoded
+
+
+def _check_lengths(encoded: Sequence[Encoded], limit: _TokenLimit) -> None:
     for idx, item in enumerate(encoded):
         length = len(item["input_ids"])
         if not length:
@@ -187,10 +205,47 @@ def _encode(tokenizer: SharedTokenizer, texts: Sequence[str], limit: _TokenLimit
                 context_length=limit.max_tokens,
                 num_tokens=length,
             )
-    return encoded
 
 
-def _batch_inputs(tokenizer: SharedTokenizer, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
+def _as_token_ids(texts: Sequence[str] | Sequence[Sequence[int]]) -> list[list[int]] | None:
+    """The token ids; None for texts."""
+    kind = str if not texts or isinstance(texts[0], str) else list
+    for idx, text in enumerate(texts):
+        if not isinstance(text, kind):
+            raise RequestError(f"text {idx} is no {'text' if kind is str else 'list'} but {type(text).__name__}")
+        if kind is list and not all(type(token_id) is int for token_id in text):
+            raise RequestError(f"text {idx} is a list, but not of token ids")
+    return None if kind is str else [list(text) for text in texts]  # type: ignore[arg-type]
+
+
+def _shortens(opened: OpenedModel, settings: SentenceSettings, pooling: PoolingConfig, dimensions: int) -> bool:
+    """Whether vectors of `dimensions` numbers are shorter than the checkpoint's own.
+
+    Raises:
+        RequestError: The checkpoint does not say that its vectors may have this length.
+    """
+    config = opened.skeleton.model.config
+    hidden_size = getattr(config.get_text_config(), "hidden_size", None)
+    whole = None if hidden_size is None else int(hidden_size) * len(pooling.poolings)
+    whole = int(pooling.dense[-1].weight.shape[0]) if pooling.dense else whole
+    own = settings.truncate_dim or whole
+    if dimensions == own:
+        return False
+    trained = getattr(config, "matryoshka_dimensions", None)
+    if isinstance(trained, Sequence) and trained:
+        allowed, what = dimensions in trained, f"one of {', '.join(map(str, trained))}"
+    else:
+        shortened = settings.truncate_dim is not None or getattr(config, "is_matryoshka", None) is True
+        allowed = shortened and own is not None and 1 <= dimensions < own
+        what = (
+            f"at most {own}" if shortened else "left out: the checkpoint does not say that shorter vectors are useful"
+        )
+    if not allowed:
+        raise RequestError(f"dimensions must be {what}, not {dimensions}")
+    return True
+
+
+def batch_inputs(tokenizer: SharedTokenizer, encoded: Sequence[Encoded]) -> dict[str, torch.Tensor]:
     """Tensors [texts, tokens] by name. Texts of different length are padded."""
     inputs = [model_inputs(item) for item in encoded]
     if tokenizer.pad_token_id is None:
@@ -220,7 +275,7 @@ async def embed_batches(serving: ServingLoop, batches: Sequence[TextBatch]) -> n
     return np.array([vectors[idx] for idx in sorted(vectors)], np.float32)
 
 
-def _length_groups(lengths: Sequence[int], max_tokens: int, *, can_pad: bool) -> Iterator[list[int]]:
+def length_groups(lengths: Sequence[int], max_tokens: int, *, can_pad: bool) -> Iterator[list[int]]:
     """Indices of texts for one pass each: of similar length, or equal length without padding.
 
     Each group has at most `max_tokens`, including padding. A longer text is a group of its own.

@@ -3,45 +3,39 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import time
-import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+import logging
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from hermes_async.config import Pooling, SamplingParams, parse_bytes
+from hermes_async.config import SamplingParams, format_bytes, parse_bytes
 from hermes_async.engine.chat_messages import checked_messages
-from hermes_async.engine.lifetime import EngineLifetime
-from hermes_async.engine.prompt import Prompt, encode, prepare
+from hermes_async.engine.forwarding import Forwarding
+from hermes_async.engine.lifetime import EngineState
+from hermes_async.engine.prompt import Prompt, encode
 from hermes_async.engine.session import Session
-from hermes_async.errors import EngineClosedError, EngineError, RequestError, SessionClosedError
+from hermes_async.errors import EngineClosedError
 from hermes_async.foreign_errors import one_request
 from hermes_async.planning.plan import Plan
-from hermes_async.results import Chunk, Completion, EngineStatistics, aborted_chunk
-from hermes_async.serving.preparations import PreparationAbortedError
-from hermes_async.serving.request import Request, check_deadline
+from hermes_async.results import Chunk, Completion, EngineSnapshot, EngineStatistics
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
-    import numpy as np
-    import numpy.typing as npt
-
-    from hermes_async.engine.opening import OpenedModel
-    from hermes_async.results import Label
     from hermes_async.serving.session_kv import SessionKV
 
-T = TypeVar("T")
+_log = logging.getLogger("hermes_async")
 
 
-class Engine(EngineLifetime):
+class Engine(Forwarding):
     """Runs one causal language model in a memory budget, for any number of requests at once.
 
         async with Engine("path or hub id", memory_budget="3GiB") as engine:
             async for chunk in engine.generate("Once upon a time"):
                 print(chunk.text, end="", flush=True)
 
-    Entering opens the checkpoint and begins to load it; the first sweep computes each stage as soon as it is loaded.
-    Leaving ends every request: an iterator that is still in use raises `EngineClosedError`. Use an engine from one
-    event loop (asyncio or uvloop); it is not thread-safe.
+    Entering opens the checkpoint and begins to load it. It raises the errors below. The first sweep computes each
+    stage as soon as it is loaded. Leaving ends every request: an iterator that is still in use raises
+    `EngineClosedError`. Use an engine from one event loop (asyncio or uvloop); it is not thread-safe.
 
     Args:
         source: A checkpoint's directory, or an id on the Hugging Face hub.
@@ -59,7 +53,7 @@ class Engine(EngineLifetime):
         token: Token for the hub instead of the one that is logged in; False sends none.
         cache_dir: Directory for downloads instead of the hub's cache.
 
-    Raises (on entering):
+    Raises:
         ConfigError: An option is not valid.
         CheckpointError: The checkpoint cannot be used.
         UnsupportedModelError: The results of this architecture would be wrong.
@@ -70,10 +64,47 @@ class Engine(EngineLifetime):
     # --- what users call ---
 
     @property
+    def model_name(self) -> str:
+        """The model's id on the hub, or the name of its directory."""
+        source = Path(self._source)
+        return source.resolve().name if source.exists() else str(self._source)
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the engine was entered, and neither left nor stopped by an error."""
+        self._check_loop()
+        return self._state is EngineState.OPEN
+
+    @property
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
         with self._call():
             return self._model().loaded.planned.plan
+
+    @property
+    def ready(self) -> bool:
+        """Whether the engine is open and has all weights in memory that stay there. It serves requests before, too."""
+        self._check_loop()
+        return self._state is EngineState.OPEN and self._model().loaded.pipeline.holds_resident
+
+    async def wait_ready(self) -> None:
+        """Waits until all weights that stay are in memory. They are loaded without a request, from entering on.
+
+        Weights that could not be read before are read again. The next request does that, too.
+
+        Raises:
+            ReadError: Weights could not be read; the engine goes on.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
+
+        Cancellation: at once; the loading goes on.
+        """
+        with self._call():
+            pipeline = self._model().loaded.pipeline
+            try:
+                await pipeline.wait_resident()
+            except EngineClosedError:
+                self._model()  # raises the failure, if there was one
+                raise
 
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened, also after it was closed."""
@@ -84,11 +115,25 @@ class Engine(EngineLifetime):
 
         return engine_statistics(self._serving)
 
+    def snapshot(self) -> EngineSnapshot:
+        """What the engine does at this moment: stages, memory and requests. Also after it was closed.
+
+        It reads no file and waits for nothing, so it may be called several times a second while sweeps run.
+        """
+        self._check_loop()
+        if self._serving is None:
+            raise EngineClosedError("the engine was never entered")
+        from hermes_async.serving.snapshot import engine_snapshot
+
+        return engine_snapshot(self._serving, "failed" if self._failure else "closed" if self._closed else "open")
+
     def generate(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
@@ -101,11 +146,13 @@ class Engine(EngineLifetime):
             prompt: Text, token ids, or chat messages (`[{"role": "user", "content": "..."}]`), which go through the
                 checkpoint's chat template.
             params: How tokens are chosen.
+            tools: Functions that the model may call, for the chat template: mappings as in OpenAI's API.
+            chat_template_kwargs: Other variables of the chat template, such as `enable_thinking`.
             request_id: For `abort`. No other request may use it. None makes one.
             deadline: When the request must have ended, on the event loop's clock (`anyio.current_time() + seconds`).
 
         Raises:
-            RequestError: The prompt or a parameter cannot be used.
+            RequestError: The prompt, a tool or a parameter cannot be used.
             ContextLengthError: The prompt leaves no room in the context.
             MemoryBudgetError: The request needs more than all memory for KV caches.
             QueueFullError: `EngineConfig.max_waiting` requests wait already.
@@ -116,118 +163,71 @@ class Engine(EngineLifetime):
         Cancellation: leaving the iteration, or cancelling its task, ends the request within one stage and frees its
         memory. After `break`, a request ends when its iterator is closed: use `contextlib.aclosing`.
         """
+        return self._generate(
+            self.stream(
+                prompt,
+                params,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                request_id=request_id,
+                deadline=deadline,
+            )
+        )
+
+    def stream(
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        request_id: str | None = None,
+        deadline: float | None = None,
+    ) -> AbstractAsyncContextManager[AsyncIterator[Chunk]]:
+        """As `generate`, but in two steps, for callers that must know first whether a request is accepted.
+
+            async with engine.stream("Once upon a time") as chunks:  # the request is accepted, and waits for its turn
+                async for chunk in chunks:
+                    print(chunk.text, end="", flush=True)
+
+        Entering prepares the request and puts it into the queue, and raises the errors below. Leaving ends the request
+        if it has not ended.
+
+        Raises:
+            RequestError: As `generate`, for the prompt, the parameters and a full queue.
+
+        Cancellation: as `generate`.
+        """
         request_id = self._request_id(request_id)
-        return self._stream(lambda opened: encode(opened, prompt), params, request_id, deadline, None)
+        return self._open_stream(
+            lambda opened: encode(opened, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs),
+            params,
+            request_id,
+            deadline,
+            None,
+        )
 
     async def complete(
         self,
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> Completion:
         """As `generate`, but returns the whole answer at its end."""
-        chunks = self.generate(prompt, params, request_id=request_id, deadline=deadline)
+        chunks = self.generate(
+            prompt,
+            params,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            request_id=request_id,
+            deadline=deadline,
+        )
         async with contextlib.aclosing(chunks):
             return await Completion.collect(chunks)
-
-    async def forward(self, **inputs: Any) -> Any:
-        """Runs the model's own `forward`, and returns transformers' output object.
-
-        Forward passes that wait at the same time share a sweep, if there is memory for their activations. Each is
-        computed as if it were alone.
-
-        Args:
-            inputs: Arguments of the model's class: tensors, arrays or lists, such as `input_ids=[[1, 2]]` or
-                `pixel_values=` [images, channels, height, width]; flags such as `output_hidden_states=True`.
-
-        Raises:
-            RequestError: The model's forward does not take an input, or does not run on it.
-            ContextLengthError: More tokens than the model has positions.
-            MemoryBudgetError: The activations may take more memory than the plan's workspace.
-            ReadError: Weights could not be read; the engine goes on.
-            EngineClosedError, EngineFailedError: The engine was closed, or failed.
-
-        Cancellation: the pass ends before its next stage.
-        """
-        from hermes_async.serving.forward_passes import prepare_forward
-
-        with self._call():
-            job = await self._prepare(lambda opened: prepare_forward(opened, inputs))
-            return await self._model().forward(job)
-
-    async def embed(
-        self,
-        texts: str | Sequence[str],
-        *,
-        pooling: Pooling | None = None,
-        normalize: bool | None = None,
-        truncate: bool | None = None,
-        prompt_name: str | None = None,
-        prompt: str | None = None,
-        truncate_dim: int | None = None,
-    ) -> npt.NDArray[np.float32]:
-        """Sentence vectors, float32 [texts, out], or [out] for one text. They equal those of sentence-transformers.
-
-        `out` is the hidden size, or the size after the checkpoint's Dense layers.
-        Texts of similar length share a forward pass, and passes share sweeps, also with other calls.
-
-        Args:
-            pooling: "mean", "cls", "max", "last", "weightedmean" or "mean_sqrt_len". None takes that of the checkpoint
-                (sentence-transformers' files), else "last" for a causal language model, else "mean".
-            normalize: Scale vectors to length 1. None takes the checkpoint's setting if `pooling` is None too.
-            truncate: Cut texts that are longer than the checkpoint allows, or refuse them. None cuts them if the
-                checkpoint has sentence-transformers' files.
-            prompt_name: One of the checkpoint's prompts, put before each text; None takes its default, if any.
-            prompt: A text to put before each text.
-            truncate_dim: The length to which each vector is cut; None takes the checkpoint's setting.
-
-        Raises:
-            RequestError: An item is not a text, or the model does not take texts, or has no hidden states.
-            ContextLengthError: A text is too long.
-            MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
-
-        Cancellation: as `forward`.
-        """
-        from hermes_async.engine.embedding import EmbeddingOptions, embed_batches, prepare_embedding
-
-        with one_request("the reading of the texts"):
-            several = [texts] if isinstance(texts, str) else list(texts)
-        options = EmbeddingOptions(
-            pooling=pooling,
-            normalize=normalize,
-            truncate=truncate,
-            prompt_name=prompt_name,
-            prompt=prompt,
-            truncate_dim=truncate_dim,
-        )
-        with self._call():
-            batches = await self._prepare(lambda opened: prepare_embedding(opened, several, options))
-            vectors = await embed_batches(self._model(), batches)
-        return vectors[0] if isinstance(texts, str) else vectors
-
-    async def classify(
-        self, item: str | os.PathLike[str] | Sequence[str], *, truncate: bool = False
-    ) -> Sequence[Label]:
-        """All labels of a text, or of an image file if the model takes images, the most likely first.
-
-        A pair of texts works too, for cross-encoders: `classify((query, document))`.
-
-        Raises:
-            RequestError: The model does not classify texts or images, or the file is not an image.
-            ContextLengthError: The text is too long; `truncate` cuts it.
-            CheckpointError: The checkpoint does not say how images are prepared.
-            MemoryBudgetError, ReadError, EngineClosedError, EngineFailedError: As `forward`.
-
-        Cancellation: as `forward`.
-        """
-        from hermes_async.engine.classification import prepare_classification
-
-        with self._call():
-            job = await self._prepare(lambda opened: prepare_classification(opened, item, truncate=truncate))
-            labels: Sequence[Label] = await self._model().forward(job)
-        return labels
 
     def session(self, messages: Sequence[Mapping[str, Any]] = ()) -> Session:
         """A conversation that keeps its keys and values between turns. Use it with `async with`.
@@ -283,7 +283,9 @@ class Engine(EngineLifetime):
         """
         budget = parse_bytes(memory_budget)
         with self._call():
+            before = self.plan.memory_budget
             await self._model().resize(budget)
+            _log.info("the memory budget is %s now, after %s", format_bytes(budget), format_bytes(before))
             return self.plan
 
     def drop_prefixes(self) -> None:
@@ -303,78 +305,3 @@ class Engine(EngineLifetime):
         if self._serving is not None and not self._closed:  # a closed engine has closed all sessions
             self._serving.admission.close_session(kv)
         kv.closed = True
-
-    # --- requests: prepare, submit, take chunks ---
-
-    @staticmethod
-    def _request_id(request_id: str | None) -> str:
-        if request_id is not None and not isinstance(request_id, str):
-            raise RequestError(f"request_id must be a text or None, not {type(request_id).__name__}")
-        return request_id or uuid.uuid4().hex
-
-    async def _stream(
-        self,
-        tokenize: Callable[[OpenedModel], list[int]],
-        params: SamplingParams | None,
-        request_id: str,
-        deadline: float | None,
-        session: SessionKV | None,
-    ) -> AsyncGenerator[Chunk, None]:
-        with self._call():
-            serving = self._model()
-            params = SamplingParams() if params is None else params
-            if not isinstance(params, SamplingParams):
-                raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
-            check_deadline(deadline)
-            created_at = time.perf_counter()
-            serving.check_new(request_id)
-            prompt, opened = None, self._opened_model()
-            with contextlib.suppress(PreparationAbortedError):
-                prompt = await serving.preparations.run(
-                    lambda: prepare(
-                        opened,
-                        tokenize(opened),
-                        params,
-                        prompt_lookup=self._config.prompt_lookup,
-                        prior=serving.acceptance,
-                    ),
-                    request_id,
-                    deadline,
-                )
-            if prompt is None:
-                yield aborted_chunk(request_id, created_at)
-                return
-            self._model()  # raises if the engine was closed or failed meanwhile
-            if session is not None and session.closed:
-                raise SessionClosedError(f"{session.name} was closed")
-            request = Request(
-                request_id,
-                prompt,
-                params,
-                max_buffered=self._config.max_buffered_chunks,
-                created_at=created_at,
-                session=session,
-            )
-            try:
-                serving.submit(request, deadline)
-                while (chunk := await serving.next_chunk(request)) is not None:
-                    yield chunk
-                    self._check_loop()
-            finally:
-                self._on_own_loop(serving.leave, request)
-
-    def _on_own_loop(self, function: Callable[[Request], None], request: Request) -> None:
-        """Calls `function` at once, or on the engine's loop if the iterator is closed on another loop or thread."""
-        try:
-            self._check_loop()
-        except EngineError:
-            assert self._loop is not None
-            self._loop.call_soon_threadsafe(function, request)
-        else:
-            function(request)
-
-    async def _prepare(self, check: Callable[[OpenedModel], T]) -> T:
-        """As `Preparations.run`, for calls that do not generate."""
-        serving = self._model()
-        opened = self._opened_model()
-        return await serving.preparations.run(lambda: check(opened))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import enum
 import logging
 import os
 import threading
+import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import anyio
 
-from hermes_async.config import EngineConfig, parse_bytes
+from hermes_async.config import EngineConfig, format_bytes, parse_bytes
 from hermes_async.engine.trace_file import tracing
 from hermes_async.errors import ConfigError, EngineClosedError, EngineError, EngineFailedError
 from hermes_async.foreign_errors import all_errors, first_error, one_checkpoint
@@ -122,12 +124,14 @@ class EngineLifetime:
         self._on_event = on_event
         self._trace = trace
         self._hub = HubOptions(revision, token, cache_dir)
-        # All mutable state. `_task` runs the engine in `_scope`, on `_loop` and `_thread`. `_opened` and `_serving` are
-        # set once the engine is open, and stay for statistics. `_body` is the task that entered the engine, and
-        # `_body_cancelled` says that a failure has cancelled it. `_num_calls` users' calls are under way.
+        # All mutable state. `_task` runs the engine in `_scope`, on `_loop` and `_thread`. `_context` is a copy of the
+        # context of the task that entered; that of another thread may not know which event loop library runs. `_opened`
+        # and `_serving` are set once the engine is open, and stay for statistics. `_body` is the task that entered the
+        # engine, and `_body_cancelled` says that a failure has cancelled it. `_num_calls` users' calls are under way.
         self._state = EngineState.NEW
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = 0
+        self._context = contextvars.Context()
         self._body: asyncio.Task[Any] | None = None
         self._body_cancelled = False
         self._task: asyncio.Task[None] | None = None
@@ -150,6 +154,7 @@ class EngineLifetime:
             raise EngineClosedError("an engine can be entered once; make another one")
         self._enter(EngineState.OPENING)
         self._loop, self._thread = asyncio.get_running_loop(), threading.get_ident()
+        self._context = contextvars.copy_context()
         self._scope, ready = anyio.CancelScope(), anyio.Event()
         self._task = asyncio.create_task(self._own(self._scope, ready), name="hermes engine")
         try:
@@ -207,11 +212,15 @@ class EngineLifetime:
                 await self._serve(ready)
         finally:
             ready.set()
+            if self._serving is not None:
+                num_sweeps, num_tokens = self._serving.loaded.pipeline.statistics.sweeps, self._serving.num_tokens
+                _log.info("engine closed after %d sweeps, in which it generated %d tokens", num_sweeps, num_tokens)
 
     # --- the engine's own task ---
 
     async def _serve(self, ready: anyio.Event) -> None:
         """Opens the model, then runs sweeps until it is cancelled or fails. In the end it ends every request."""
+        started_at = time.perf_counter()
         try:
             async with _closed_in_thread() as exits:
                 opened = self._opened = await run_in_thread(self._open, exits)
@@ -219,7 +228,7 @@ class EngineLifetime:
 
                 async with tracing(self._trace) as trace, loaded_model(opened, self._config, trace) as loaded:
                     try:
-                        await self._run(loaded, ready)
+                        await self._run(loaded, ready, started_at)
                     except Exception as error:
                         self._fail(error, "the engine stopped")
                     finally:
@@ -241,7 +250,7 @@ class EngineLifetime:
         exits.callback(opened.close)
         return opened
 
-    async def _run(self, loaded: LoadedModel, ready: anyio.Event) -> None:
+    async def _run(self, loaded: LoadedModel, ready: anyio.Event, started_at: float) -> None:
         """Serves requests until the task is cancelled or fails."""
         from hermes_async.serving.loop import ServingLoop
 
@@ -250,6 +259,19 @@ class EngineLifetime:
             if self._state is EngineState.OPENING:  # else the user has left it meanwhile
                 self._enter(EngineState.OPEN)
             ready.set()
+            plan = loaded.planned.plan
+            _log.info(
+                "engine opened in %(seconds).2f s: %(source)s, %(weights)s of weights in %(stages)d stages, "
+                "%(resident)d of them resident, in a budget of %(budget)s",
+                {
+                    "seconds": time.perf_counter() - started_at,
+                    "source": self._source,
+                    "weights": format_bytes(plan.weight_bytes),
+                    "stages": len(plan.stages),
+                    "resident": len(plan.resident),
+                    "budget": format_bytes(plan.memory_budget),
+                },
+            )
             if self._memory_budget == "auto":
                 planned = loaded.planned
                 budget, most = planned.plan.memory_budget, loaded.bytes_for_everything

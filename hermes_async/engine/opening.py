@@ -31,6 +31,7 @@ from hermes_async.modeling.probe import Probe, probe_forward, probe_packed
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
+from hermes_async.modeling.structured_outputs import GrammarCompiler
 from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.planning.machine_speeds import MachineSpeeds, estimated
 from hermes_async.planning.model_sizes import ModelSizes
@@ -70,6 +71,7 @@ class OpenedModel(PlannedModel):
         pooling: How the checkpoint makes sentence vectors, or the error that `embed` raises.
         sentences: How the checkpoint tokenizes texts for sentence vectors, or the error that `embed` raises.
         sentence_tokenizer: The tokenizer for sentence vectors.
+        grammars: Makes grammars for structured answers.
         budgets_for_kv: From KV bytes to the smallest `kv_budget` and `memory_budget` that leave them to KV caches.
     """
 
@@ -78,6 +80,7 @@ class OpenedModel(PlannedModel):
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
     sentence_tokenizer: SharedTokenizer | None
+    grammars: GrammarCompiler
     budgets_for_kv: Callable[[int], tuple[int, int]]
 
 
@@ -142,6 +145,7 @@ def open_model(
         pooling=pooling,
         sentences=sentences,
         sentence_tokenizer=lower_casing_tokenizer or shared_tokenizer,
+        grammars=GrammarCompiler(tokenizer, model.skeleton.vocab_size if model.skeleton.generates else 0),
         budgets_for_kv=planner.budgets_for_kv,
     )
 
@@ -180,13 +184,13 @@ def _find_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpo
 def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The checkpoint's tokenizer, or the reason why there is none. Without one, prompts are token ids."""
     if not any((path / name).is_file() for name in _TOKENIZER_FILES):
-        return None, f"{path} has no tokenizer; give the prompt as token ids"
+        return None, "the checkpoint has no tokenizer; give the prompt as token ids"
     try:
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
     except BaseException as error:
         if not is_foreign(error):
             raise
-        return None, f"the tokenizer in {path} cannot be loaded ({reason_of(error)}); give the prompt as token ids"
+        return None, f"the checkpoint's tokenizer cannot be loaded ({reason_of(error)}); give the prompt as token ids"
 
 
 @dataclass(frozen=True, slots=True)

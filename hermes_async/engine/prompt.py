@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hermes_async.config import SamplingParams, check_text, format_bytes
+from hermes_async.config import SamplingParams, StructuredOutputs, check_text, format_bytes
 from hermes_async.engine.chat_messages import render
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
@@ -17,6 +17,8 @@ from hermes_async.serving.text_stream import TextStream
 
 if TYPE_CHECKING:  # imports torch
     from hermes_async.engine.opening import OpenedModel
+    from hermes_async.modeling.sampling import Sampler
+    from hermes_async.serving.tokenizer import SharedTokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """Text, token ids, or chat messages."""
@@ -39,11 +41,7 @@ def prepare(
     if not opened.skeleton.generates:
         name = type(opened.skeleton.model).__name__
         raise RequestError(f"{name} is no causal language model and does not generate; forward and embed run it")
-    from hermes_async.modeling.sampling import Sampler
-
-    sampler = Sampler(
-        params, token_ids, eos_token_ids=opened.skeleton.eos_token_ids, vocab_size=opened.skeleton.vocab_size
-    )
+    sampler, may_stop_after = _sampler(opened, token_ids, params)
     text_stream = None
     if opened.tokenizer is not None:
         text_stream = TextStream(
@@ -53,6 +51,7 @@ def prepare(
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
             min_tokens=params.min_tokens,
+            may_stop_after=may_stop_after,
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
@@ -66,26 +65,148 @@ def prepare(
     )
 
 
-def encode(opened: OpenedModel, prompt: Prompt) -> list[int]:
+def _sampler(
+    opened: OpenedModel, token_ids: list[int], params: SamplingParams
+) -> tuple[Sampler, Callable[[str], bool] | None]:
+    """The request's sampler, and for structured answers what says whether a stop text may follow a text."""
+    from hermes_async.modeling.sampling import Sampler, end_token_ids
+
+    eos_token_ids, vocab_size = opened.skeleton.eos_token_ids, opened.skeleton.vocab_size
+    asked = params.structured_outputs
+    if asked is None:
+        return Sampler(params, token_ids, eos_token_ids=eos_token_ids, vocab_size=vocab_size), None
+    assert isinstance(asked, StructuredOutputs)
+    if opened.tokenizer is None:
+        raise RequestError(f"structured_outputs needs a tokenizer: {opened.tokenizer_error}")
+    grammar = opened.grammars.compile(asked, end_token_ids(params, eos_token_ids, vocab_size))
+    sampler = Sampler(params, token_ids, eos_token_ids=eos_token_ids, vocab_size=vocab_size, grammar=grammar)
+    return sampler, opened.grammars.whole_text(asked) if params.stop else None
+
+
+def encode(
+    opened: OpenedModel,
+    prompt: Prompt,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> list[int]:
     """The prompt's token ids, at least one.
+
+    Args:
+        tools: For the chat template: functions that the model may call.
+        chat_template_kwargs: Other variables of the chat template.
 
     Raises:
         RequestError: The prompt has no tokens or the wrong type, or needs a tokenizer or chat template that the
-            checkpoint lacks.
+            checkpoint lacks; or tools or variables are not valid, or the prompt is not chat messages.
     """
+    prompt = _as_list(prompt)
+    if not _are_messages(prompt):
+        check_no_template_input(tools, chat_template_kwargs)
     if isinstance(prompt, str):
         return _tokenize(opened, prompt, add_special_tokens=True)
-    if isinstance(prompt, np.ndarray) or hasattr(prompt, "tolist"):
-        prompt = prompt.tolist()
-    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
-        raise RequestError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
     if not prompt:
         raise RequestError("the prompt is empty")
-    if all(isinstance(message, Mapping) for message in prompt):
-        return _tokenize(opened, _render_chat(opened, prompt), add_special_tokens=False)
-    if all(isinstance(token_id, (int, np.integer)) and not isinstance(token_id, bool) for token_id in prompt):
-        return [int(token_id) for token_id in prompt]  # type: ignore[arg-type]
+    if _are_messages(prompt):
+        rendered = _render_chat(opened, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
+        return _tokenize(opened, rendered, add_special_tokens=False)
+    if (token_ids := _as_token_ids(prompt)) is not None:
+        return token_ids
     raise RequestError("a prompt is text, a sequence of int token ids, or a sequence of chat messages")
+
+
+def check_no_template_input(
+    tools: Sequence[Mapping[str, Any]] | None, chat_template_kwargs: Mapping[str, Any] | None
+) -> None:
+    """Raises `RequestError` if there is input for a chat template, which a text or token ids do not go through."""
+    if tools or chat_template_kwargs:
+        name = "tools" if tools else "chat_template_kwargs"
+        raise RequestError(f"{name} need a prompt of chat messages; other prompts do not go through a chat template")
+
+
+def prompt_text(
+    opened: OpenedModel,
+    prompt: Prompt,
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+) -> str:
+    """The text that a prompt stands for, special tokens included; arguments and errors as those of `encode`."""
+    prompt = _as_list(prompt)
+    if isinstance(prompt, str):
+        return prompt
+    if _are_messages(prompt):
+        return _render_chat(opened, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
+    return detokenize(opened, prompt)  # type: ignore[arg-type]
+
+
+def tokenize(
+    opened: OpenedModel,
+    prompt: str | Sequence[Mapping[str, Any]],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    add_special_tokens: bool = True,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """The token ids of a text, or of chat messages; a text may have none. `Engine.tokenize` documents the arguments.
+
+    Raises:
+        RequestError: As `encode`.
+        ContextLengthError: The text is far longer than the model's context.
+    """
+    for name, flag in (("add_special_tokens", add_special_tokens), ("add_generation_prompt", add_generation_prompt)):
+        if not isinstance(flag, bool):
+            raise RequestError(f"{name} must be True or False, not {flag!r}")
+    if isinstance(prompt, str):
+        check_no_template_input(tools, chat_template_kwargs)
+        return _token_ids_of(opened, prompt, add_special_tokens=add_special_tokens)
+    messages = _as_list(prompt)
+    if not _are_messages(messages):
+        raise RequestError("tokenize takes a text, or chat messages")
+    rendered = _render_chat(
+        opened,
+        messages,
+        tools=tools,
+        chat_template_kwargs=chat_template_kwargs,
+        add_generation_prompt=add_generation_prompt,
+    )
+    return _token_ids_of(opened, rendered, add_special_tokens=False)
+
+
+def detokenize(opened: OpenedModel, token_ids: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of token ids.
+
+    Raises:
+        RequestError: A token id is not in the vocabulary, or there is no tokenizer.
+    """
+    if not isinstance(skip_special_tokens, bool):
+        raise RequestError(f"skip_special_tokens must be True or False, not {skip_special_tokens!r}")
+    tokenizer, checked = _tokenizer_of(opened, token_ids)
+    return tokenizer.decode(checked, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
+
+
+def token_strings(opened: OpenedModel, token_ids: Sequence[int]) -> list[str]:
+    """The vocabulary's own strings of token ids; "" for a token id that has none.
+
+    Raises:
+        RequestError: A token id is not in the vocabulary, or there is no tokenizer.
+    """
+    tokenizer, checked = _tokenizer_of(opened, token_ids)
+    return [string or "" for string in tokenizer.convert_ids_to_tokens(checked)]
+
+
+def _tokenizer_of(opened: OpenedModel, token_ids: Sequence[int]) -> tuple[SharedTokenizer, list[int]]:
+    """The tokenizer, and token ids of its vocabulary."""
+    if opened.tokenizer is None:
+        raise RequestError(f"to decode token ids, the engine needs a tokenizer: {opened.tokenizer_error}")
+    checked = None if isinstance(token_ids, str) else _as_token_ids(_as_list(token_ids))
+    if checked is None:
+        raise RequestError("token ids are a sequence of int")
+    for token_id in checked:
+        if not 0 <= token_id < opened.skeleton.vocab_size:
+            raise RequestError(f"token id {token_id} is not one of the {opened.skeleton.vocab_size} tokens")
+    return opened.tokenizer, checked
 
 
 def continue_text(opened: OpenedModel, text: str) -> list[int]:
@@ -104,25 +225,51 @@ def has_chat_template(opened: OpenedModel) -> bool:
     return bool(getattr(opened.tokenizer, "chat_template", None))
 
 
+def _as_list(prompt: Any) -> Any:
+    """Arrays and tensors as lists; raises `RequestError` for what is no sequence."""
+    if isinstance(prompt, np.ndarray) or hasattr(prompt, "tolist"):
+        prompt = prompt.tolist()
+    if not isinstance(prompt, Sequence) or isinstance(prompt, (bytes, bytearray)):
+        raise RequestError(f"a prompt is text, token ids or chat messages, not {type(prompt).__name__}")
+    return prompt
+
+
+def _are_messages(prompt: Sequence[Any]) -> bool:
+    return len(prompt) > 0 and all(isinstance(message, Mapping) for message in prompt)
+
+
+def _as_token_ids(prompt: Sequence[Any]) -> list[int] | None:
+    """The items as ints; None if one is no int."""
+    if all(isinstance(token_id, (int, np.integer)) and not isinstance(token_id, bool) for token_id in prompt):
+        return [int(token_id) for token_id in prompt]
+    return None
+
+
 def _tokenize(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
-    if opened.tokenizer is None:
-        raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
-    check_text("the prompt", text)
-    check_could_fit(opened.tokenizer, text, opened.skeleton.context_length)
-    token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    token_ids = _token_ids_of(opened, text, add_special_tokens=add_special_tokens)
     if not token_ids:
         what = "has no tokens" if text else "is empty"
         raise RequestError(f"the prompt {what}, and the tokenizer adds none; give at least one token")
     return token_ids
 
 
-def _render_chat(opened: OpenedModel, messages: Sequence[Any]) -> str:
+def _token_ids_of(opened: OpenedModel, text: str, *, add_special_tokens: bool) -> list[int]:
+    if opened.tokenizer is None:
+        raise RequestError(f"a text prompt needs a tokenizer: {opened.tokenizer_error}")
+    check_text("the prompt", text)
+    check_could_fit(opened.tokenizer, text, opened.skeleton.context_length)
+    token_ids: list[int] = opened.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"]
+    return token_ids
+
+
+def _render_chat(opened: OpenedModel, messages: Sequence[Any], **template_input: Any) -> str:
+    """Renders messages; `template_input` are the keywords of `render`."""
     tokenizer = opened.tokenizer
     if tokenizer is None:
         raise RequestError(f"chat messages need a tokenizer: {opened.tokenizer_error}")
     if not has_chat_template(opened):
         raise RequestError("chat messages need a chat template, and the checkpoint's tokenizer has none; give text")
-    return render(tokenizer, messages)
+    return render(tokenizer, messages, **template_input)
 
 
 def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:

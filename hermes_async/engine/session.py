@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any, Self
 
 from hermes_async.config import SamplingParams, check_text
 from hermes_async.engine.chat_messages import checked_messages
-from hermes_async.engine.prompt import Prompt, continue_text, encode, has_chat_template
+from hermes_async.engine.prompt import (
+    Prompt,
+    check_no_template_input,
+    continue_text,
+    encode,
+    has_chat_template,
+)
 from hermes_async.errors import RequestError, SessionClosedError
 from hermes_async.foreign_errors import one_request
 from hermes_async.results import Chunk, Completion
@@ -90,6 +96,8 @@ class Session:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> AsyncGenerator[Chunk, None]:
@@ -107,13 +115,16 @@ class Session:
         def tokenize(opened: OpenedModel) -> list[int]:
             nonlocal asked
             asked = self._asked(opened, prompt)
-            prompt_ids[:] = encode(opened, asked) if asked else self._continued(opened, prompt)
+            if asked:
+                prompt_ids[:] = encode(opened, asked, tools=tools, chat_template_kwargs=chat_template_kwargs)
+            else:
+                check_no_template_input(tools, chat_template_kwargs)
+                prompt_ids[:] = self._continued(opened, prompt)
             return prompt_ids
 
         self._turn = request_id = self._engine._request_id(request_id)
         try:
-            stream = self._engine._stream(tokenize, params, request_id, deadline, self._kv)
-            async with aclosing(stream) as chunks:
+            async with self._engine._open_stream(tokenize, params, request_id, deadline, self._kv) as chunks:
                 async for chunk in chunks:
                     taken.append(chunk)
                     yield chunk
@@ -131,11 +142,20 @@ class Session:
         prompt: Prompt,
         params: SamplingParams | None = None,
         *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> Completion:
         """As `generate`, but returns the whole answer at its end."""
-        chunks = self.generate(prompt, params, request_id=request_id, deadline=deadline)
+        chunks = self.generate(
+            prompt,
+            params,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            request_id=request_id,
+            deadline=deadline,
+        )
         async with aclosing(chunks):
             return await Completion.collect(chunks)
 

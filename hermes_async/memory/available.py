@@ -25,11 +25,13 @@ class MemoryLimit:
         free: Bytes that this process may still take.
         hierarchy: The cgroup's hierarchy: "memory", or "" for version 2 and for the machine.
         group: The cgroup's path in it; "" is the root, and the machine.
+        total: All bytes that the limit allows, used ones too; 0 if the system does not tell.
     """
 
     free: int
     hierarchy: str = ""
     group: str = ""
+    total: int = 0
 
 
 # --- this process ---
@@ -94,9 +96,9 @@ def memory_limits(root: Path = Path("/")) -> list[MemoryLimit]:
     Raises:
         ConfigError: The system does not tell.
     """
-    available = _available(root)
-    machine = [] if available is None else [MemoryLimit(available)]
-    limits = [*machine, *_cgroup_limits(root)]
+    counts = memory_counts(root)
+    machine = [MemoryLimit(counts["MemAvailable"], total=counts.get("MemTotal", 0))] if "MemAvailable" in counts else []
+    limits = [*machine, *cgroup_limits(root)]
     if not limits:
         raise ConfigError("memory_budget='auto' works only on Linux; give a size such as '3GiB'")
     return limits
@@ -111,15 +113,17 @@ def stalled_share(root: Path = Path("/")) -> float:
         return 0.0
 
 
-def _available(root: Path) -> int | None:
+def memory_counts(root: Path = Path("/")) -> dict[str, int]:
+    """The kernel's own counts (`/proc/meminfo`), in bytes, by name; empty where the system does not tell."""
     try:
         lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+        return {}
+    counts = (line.split() for line in lines)
+    return {count[0].rstrip(":"): int(count[1]) * 1024 for count in counts if len(count) == 3 and count[2] == "kB"}
 
 
-def _cgroup_limits(root: Path) -> list[MemoryLimit]:
+def cgroup_limits(root: Path) -> list[MemoryLimit]:
     """The limits of this process's cgroup and of each one above it."""
     try:
         groups = memory_cgroups((root / "proc/self/cgroup").read_text())
@@ -131,14 +135,16 @@ def _cgroup_limits(root: Path) -> list[MemoryLimit]:
         # A container sees its own group at the root of the mount, under any path that the host has for it.
         for depth in range(len(parts) + 1):
             folder = (root / "sys/fs/cgroup" / hierarchy).joinpath(*parts[:depth])
-            free = _free_in_cgroup(folder, is_version_1=bool(hierarchy))
-            if free is not None:
-                limits.append(MemoryLimit(max(0, free), hierarchy, "".join(f"/{part}" for part in parts[:depth])))
+            found = _total_and_free(folder, is_version_1=bool(hierarchy))
+            if found is not None:
+                total, free = found
+                group = "".join(f"/{part}" for part in parts[:depth])
+                limits.append(MemoryLimit(max(0, free), hierarchy, group, total))
     return limits
 
 
-def _free_in_cgroup(folder: Path, *, is_version_1: bool) -> int | None:
-    """The cgroup's limit less its use; None if it has no limit."""
+def _total_and_free(folder: Path, *, is_version_1: bool) -> tuple[int, int] | None:
+    """The cgroup's limit, and what its use leaves of it; None if it has no limit."""
     limit_file, use_file, prefix = "memory.max", "memory.current", ""
     if is_version_1:
         limit_file, use_file, prefix = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"
@@ -151,6 +157,6 @@ def _free_in_cgroup(folder: Path, *, is_version_1: bool) -> int | None:
         # The kernel would give up page cache, even if it was used twice. It would not give up the code that runs.
         cache = counts.get("inactive_file", 0) + counts.get("active_file", 0)
         mapped = counts.get("file_mapped", counts.get("mapped_file", 0))
-        return int(text) - int((folder / use_file).read_text()) + max(0, cache - mapped)
+        return int(text), int(text) - int((folder / use_file).read_text()) + max(0, cache - mapped)
     except (OSError, ValueError):
         return None

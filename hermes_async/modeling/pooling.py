@@ -23,7 +23,7 @@ from hermes_async.storage.tensor_spec import TensorSpec
 DENSE = "sentence_dense"
 """The name of the module that holds a model's Dense layers; transformers does not know it."""
 
-_ACTIVATIONS: Mapping[str, type[nn.Module]] = {
+ACTIVATIONS: Mapping[str, type[nn.Module]] = {
     kind.__name__: kind for kind in (nn.Identity, nn.Tanh, nn.Sigmoid, nn.ReLU, nn.GELU, nn.SiLU)
 }
 
@@ -216,9 +216,9 @@ def _dense(folder: Path) -> Dense:
     config = read_config(file, dict)
     activation = str(config.get("activation_function", "torch.nn.modules.activation.Tanh"))
     package, _, name = activation.rpartition(".")
-    if not package.startswith("torch.nn") or name not in _ACTIVATIONS:
+    if not package.startswith("torch.nn") or name not in ACTIVATIONS:
         raise CheckpointError(
-            f"{file} asks for the activation {activation!r}; one of {', '.join(_ACTIVATIONS)} of torch.nn is supported",
+            f"{file} asks for the activation {activation!r}; one of {', '.join(ACTIVATIONS)} of torch.nn is supported",
             path=file,
         )
     _check_names(file, config)
@@ -234,7 +234,7 @@ def _dense(folder: Path) -> Dense:
     for spec in (weight, bias):
         if spec is not None and not spec.dtype.is_floating_point:
             raise CheckpointError(f"{spec.file}: {spec.name} is in {spec.dtype}", path=spec.file)
-    return Dense(weight, bias, _ACTIVATIONS[name])
+    return Dense(weight, bias, ACTIVATIONS[name])
 
 
 def _inside(path: Path, module: Mapping[str, Any]) -> Path:

@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLog
 
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
+from hermes_async.modeling.structured_outputs import Grammar
 from hermes_async.results import SampledToken
 
 # As in vLLM: dividing logits by less than this would only lose precision against argmax.
@@ -19,8 +20,8 @@ _GREEDY_BELOW = 1e-5
 class Sampler:
     """Chooses one request's tokens.
 
-    The order is vLLM's: logit_bias, min_tokens, repetition, frequency and presence penalties; then argmax, or
-    temperature, min_p, top_k, top_p and a draw. Math is float32 on the CPU. A sampler is plain state:
+    The order is vLLM's: logit_bias, min_tokens, repetition, frequency and presence penalties; the grammar; then argmax,
+    or temperature, min_p, top_k, top_p and a draw. Math is float32 on the CPU. A sampler is plain state:
     `copy.deepcopy` gives one that continues from the same state and draws the same tokens.
 
     Args:
@@ -28,6 +29,7 @@ class Sampler:
         prompt_ids: The prompt; the repetition penalty counts its tokens too.
         eos_token_ids: The model's end-of-sequence tokens, which are suppressed for `min_tokens` tokens.
         vocab_size: The number of logits of a position.
+        grammar: What the answer must match; None allows all tokens. It belongs to this object from here on.
 
     Raises:
         RequestError: A token id, or `params.logprobs`, is out of the vocabulary's range.
@@ -40,16 +42,16 @@ class Sampler:
         *,
         eos_token_ids: frozenset[int],
         vocab_size: int,
+        grammar: Grammar | None = None,
     ) -> None:
         _check_vocabulary(params, prompt_ids, vocab_size)
         self._params = params
         self._num_output_tokens = 0
+        self._grammar = grammar
         bias = params.logit_bias or {}
         self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
         self._biases = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
-        # A configuration may name an end-of-sequence token that is not in the vocabulary.
-        end_ids = {*params.stop_token_ids, *(eos_id for eos_id in eos_token_ids if 0 <= eos_id < vocab_size)}
-        self._end_ids = torch.tensor(sorted(end_ids), dtype=torch.long)
+        self._end_ids = torch.tensor(sorted(end_token_ids(params, eos_token_ids, vocab_size)), dtype=torch.long)
 
         self._repetition: LogitsProcessor | None = None
         if params.repetition_penalty != 1:
@@ -76,20 +78,25 @@ class Sampler:
             logits: `[vocab_size]`, any float dtype, on the CPU; not changed.
 
         Raises:
-            RequestError: No token can be chosen: logits are not numbers, or all tokens are suppressed.
+            RequestError: No token can be chosen: logits are not numbers, all tokens are suppressed, or the grammar
+                exceeded a limit.
         """
-        scores = self._penalize(logits)
+        keep_going = self._num_output_tokens < self._params.min_tokens
+        scores = self._penalize(logits, suppress=keep_going and self._grammar is None)
+        if self._grammar is not None:
+            scores = self._grammar.constrain(scores, keep_going=keep_going)
         if not scores.max() > -math.inf:  # also true of NaN
             raise RequestError("no token can be chosen: logits are not numbers, or every token is suppressed")
         token_id = int(scores.argmax()) if self._generator is None else self._draw(scores, self._generator)
         self._num_output_tokens += 1
+        if self._grammar is not None:
+            self._grammar.advance(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
         return self._report(logits, token_id)
 
-    def _penalize(self, logits: torch.Tensor) -> torch.Tensor:
+    def _penalize(self, logits: torch.Tensor, *, suppress: bool) -> torch.Tensor:
         """Returns `logits` itself where there is no penalty, so that plain greedy sampling is `logits.argmax()`."""
-        suppress = self._num_output_tokens < self._params.min_tokens
         if not (len(self._biases) or suppress or self._counts is not None):
             return logits
         scores = logits.to(torch.float32, copy=True)
@@ -170,6 +177,12 @@ class _TokenCounts:
     def view(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns token ids and output counts, both `[num_distinct]`."""
         return self._token_ids[: len(self._slots)], self._output_counts[: len(self._slots)]
+
+
+def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int], vocab_size: int) -> frozenset[int]:
+    """The tokens that end a request, or would without `ignore_eos`."""
+    # A configuration may name an end-of-sequence token that is not in the vocabulary.
+    return frozenset(params.stop_token_ids) | {eos_id for eos_id in eos_token_ids if 0 <= eos_id < vocab_size}
 
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:

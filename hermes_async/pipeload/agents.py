@@ -102,6 +102,7 @@ class InferenceAgent:
         self._trace = trace
         # All mutable state. The compute thread waits on `_changed` for all that it waits for: the next sweep or the
         # end, a stage that is READY, `_abandoned` or `_look`. `_loop` and `_token` are the event loop, once it runs.
+        # `computing` is the stage that is computed now, for snapshots; the compute thread sets it.
         self._changed = threading.Condition()
         self._sweep: Sweep | None = None
         self._is_closed = False
@@ -109,6 +110,7 @@ class InferenceAgent:
         self._look = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._token: EventLoopToken | None = None
+        self.computing: Stage | None = None
 
     # --- on the event loop ---
 
@@ -128,6 +130,11 @@ class InferenceAgent:
         """Lets the compute thread see what has changed. May be called by any thread."""
         with self._changed:
             self._changed.notify_all()
+
+    def end_sweep(self) -> None:
+        """The sweep has ended, so no stage is computed. Only `leave` knows of the end of a stage, and not of all."""
+        self.computing = None
+        self._trace.end_computing()
 
     def abandon(self) -> None:
         """Ends the running sweep at its next stage. May be called by any thread."""
@@ -160,6 +167,7 @@ class InferenceAgent:
 
     def enter(self, stage: Stage) -> Buffer | None:
         """See `Pipeline.enter`."""
+        self.computing = None
         self._trace.end_computing()
         self._check_abandoned()
         if stage.state is not StageState.READY or not self._order.is_next(stage):
@@ -174,10 +182,12 @@ class InferenceAgent:
         if stage.error is not None:
             raise stage.error
         self._trace.begin_computing(stage.label)
+        self.computing = stage
         return stage.loaded
 
     def leave(self, stage: Stage) -> None:
         """See `Pipeline.leave`. Tells the daemon agent, and does not wait for it."""
+        self.computing = None
         self._trace.end_computing()
         if not stage.resident:
             stage.spend()

@@ -42,18 +42,33 @@ class Lease:
         self._open()._grow(self, nbytes)
 
     def shrink(self, nbytes: int) -> None:
-        """Gives back `nbytes` of the lease."""
+        """Gives back `nbytes` of the lease.
+
+        Raises:
+            RuntimeError: The lease has fewer bytes, or was released.
+        """
         self._open()._shrink(self, nbytes)
 
     def give(self, nbytes: int, other: Lease) -> None:
-        """Moves `nbytes` of this lease to `other`, a lease of the same governor."""
-        assert self._open() is other._open() and nbytes <= self.nbytes
+        """Moves `nbytes` of this lease to `other`, a lease of the same governor.
+
+        Raises:
+            RuntimeError: The lease has fewer bytes, or one of the two was released.
+        """
+        ours, others = self._open(), other._open()
+        assert ours is others
+        self._check_has(nbytes)
         self.nbytes -= nbytes
         other.nbytes += nbytes
 
     def _open(self) -> MemoryGovernor:
-        assert self._governor is not None, f"{self!r} was used after its release"
+        if self._governor is None:  # no assert: the budget depends on it
+            raise RuntimeError(f"{self!r} was used after its release")
         return self._governor
+
+    def _check_has(self, nbytes: int) -> None:
+        if nbytes > self.nbytes:
+            raise RuntimeError(f"{self!r} does not have {nbytes} bytes to give")
 
     def __enter__(self) -> Lease:
         return self
@@ -258,7 +273,7 @@ class MemoryGovernor:
         self._count(nbytes)
 
     def _shrink(self, lease: Lease, nbytes: int) -> None:
-        assert nbytes <= lease.nbytes
+        lease._check_has(nbytes)
         lease.nbytes -= nbytes
         self._count(-nbytes)
         self._grant_waiters()

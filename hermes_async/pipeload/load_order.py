@@ -96,6 +96,11 @@ class LoadOrder:
             return True
         return self._next_compute < len(self.cycle) and self.cycle[self._next_compute] is stage
 
+    @property
+    def entered_idx(self) -> int | None:
+        """Index of the stage that the running sweep has entered last; None before the first one."""
+        return None if self._entered < 0 else self._entered
+
     def enter(self, stage: Stage) -> None:
         """It is computed next."""
         self._entered = stage.idx

@@ -15,6 +15,7 @@ from typing import TypeVar
 
 import anyio
 
+from hermes_async.errors import EngineClosedError
 from hermes_async.foreign_errors import ungrouped
 from hermes_async.pipeload.agents import DaemonAgent, InferenceAgent, LoadingAgents, PipelineStatistics, Sweep
 from hermes_async.pipeload.governor import MemoryGovernor
@@ -66,8 +67,10 @@ class Pipeline:
         self._direct = direct
         self._file_states = file_states or {}
         # All mutable state is in the stages (`StageState`), the order of loads, the ring (who has a place, who waits
-        # for one) and the inference agent (the running sweep); beside them, counts, and what ended an agent that should
-        # have gone on.
+        # for one) and the inference agent (the running sweep); beside them, whether a sweep is under way, whether the
+        # agents have stopped, counts, and what ended an agent that should have gone on.
+        self._is_sweeping = False
+        self._has_stopped = False
         self.statistics = PipelineStatistics()
         self.failure: Exception | None = None
         self._trace = AgentTrace(trace)
@@ -122,7 +125,10 @@ class Pipeline:
             raise
 
     def _free_everything(self) -> None:
+        self._has_stopped = True
         self._daemon_agent.free_all(stage for stage in self.stages if stage.state is not StageState.EMPTY)
+        for stage in self.stages:
+            stage.ready.set()  # nobody loads it any more; `wait_resident` raises
 
     # --- what is resident ---
 
@@ -136,17 +142,33 @@ class Pipeline:
         """Whether a sweep reads any stage from disk."""
         return any(not stage.resident for stage in self.stages)
 
+    @property
+    def computing(self) -> Stage | None:
+        """The stage that is computed now; None between stages and between sweeps."""
+        return self._inference_agent.computing
+
+    @property
+    def holds_resident(self) -> bool:
+        """Whether every resident stage is in memory, without an error."""
+        return all(stage.state is StageState.READY and stage.error is None for stage in self.stages if stage.resident)
+
     async def wait_resident(self) -> None:
-        """Waits until every resident stage is in memory.
+        """Waits until every resident stage is in memory. One that could not be read before is read again.
 
         Raises:
             ReadError: One could not be read.
+            EngineClosedError: The agents have stopped.
         """
-        for stage in self.stages:
-            while stage.resident and stage.state is not StageState.READY:
-                await stage.ready.wait()
-            if stage.resident and stage.error is not None:
-                raise stage.error
+        if not self._is_sweeping:  # a sweep raises the error, and the next one reads the stage again
+            self._load_again(stage for stage in self.stages if stage.resident and stage.error is not None)
+        while not self.holds_resident:
+            for stage in self.stages:
+                while stage.resident and stage.state is not StageState.READY:
+                    if self._has_stopped:
+                        raise EngineClosedError("the engine was left while its weights were loaded")
+                    await stage.ready.wait()
+                if stage.resident and stage.error is not None:
+                    raise stage.error
 
     async def set_resident(self, resident: Collection[Stage]) -> None:
         """Makes these stages the resident ones, and streams all others; between sweeps only.
@@ -199,14 +221,16 @@ class Pipeline:
 
         Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
         """
-        self._load_again()
+        self._load_again(stage for stage in self.stages if stage.error is not None)
+        self._is_sweeping = True
         started, stalled_before = time.perf_counter(), self.statistics.stall_seconds
         complete = False
         try:
             result = await self._compute(compute)
             complete = True
         finally:
-            self._trace.end_computing()
+            self._is_sweeping = False
+            self._inference_agent.end_sweep()
             self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started)
             stalled = self.statistics.stall_seconds - stalled_before
             self.statistics.compute_seconds += time.perf_counter() - started - stalled
@@ -229,9 +253,9 @@ class Pipeline:
         result: T = sweep.result
         return result
 
-    def _load_again(self) -> None:
-        """What could not be read is read again."""
-        failed = [stage for stage in self.stages if stage.error is not None]
+    def _load_again(self, failed: Iterable[Stage]) -> None:
+        """Has stages read again that could not be read. No sweep may be under way."""
+        failed = list(failed)
         if any(not stage.resident for stage in failed):
             self._daemon_agent.free_all(self.load_order.rewind(0))
         self._daemon_agent.free_all(stage for stage in failed if stage.resident)

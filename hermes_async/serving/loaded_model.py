@@ -30,6 +30,9 @@ from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import file_states
 from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
+WEIGHTS_HOLDER = "resident weights"
+RING_HOLDER = "ring buffers"
+WORKSPACE_HOLDER = "workspace"
 _KV = "KV"
 
 
@@ -188,9 +191,9 @@ async def loaded_model(
     plan, partition = planned.plan, planned.partition
     governor = MemoryGovernor(plan.memory_budget)
     async with AsyncExitStack() as exits:
-        weights = exits.enter_context(governor.acquire_nowait("resident weights", plan.resident_bytes))
-        ring = exits.enter_context(governor.part("ring buffers", plan.ring_bytes, max_leases=plan.num_buffers))
-        exits.enter_context(governor.acquire_nowait("workspace", plan.workspace_bytes))
+        weights = exits.enter_context(governor.acquire_nowait(WEIGHTS_HOLDER, plan.resident_bytes))
+        ring = exits.enter_context(governor.part(RING_HOLDER, plan.ring_bytes, max_leases=plan.num_buffers))
+        exits.enter_context(governor.acquire_nowait(WORKSPACE_HOLDER, plan.workspace_bytes))
         kv_memory = exits.enter_context(governor.part(_KV, plan.kv_bytes))
         planned.claim.leased = lambda: governor.budget_bytes - governor.free_bytes - kv_memory.free_bytes
         blocks = KVBlocks(KVPool(planned.probe.kv, plan.kv_bytes), kv_memory, share=config.share_prefixes)

@@ -23,6 +23,7 @@ from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
 from hermes_async.serving.loaded_model import LoadedModel
 from hermes_async.serving.preparations import Preparations
 from hermes_async.serving.request import Request, RequestState
+from hermes_async.serving.request_log import log_finished
 from hermes_async.serving.scheduler import Scheduler
 from hermes_async.serving.speculation import AcceptanceRates
 from hermes_async.serving.sweep import Sweep, SweepOutcomes
@@ -88,6 +89,7 @@ class ServingLoop:
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
         self.num_tokens = 0
+        self.num_prompt_tokens = 0
         self.num_drafted = 0
         self.num_accepted = 0
 
@@ -282,6 +284,7 @@ class ServingLoop:
         if request.finish_reason is None and request.error is None:
             self._send(request, Chunk("", (), "abort"))
         self._tell("finished", request)
+        log_finished(request)
         request.send.close()
         request.released.set()
 
@@ -291,6 +294,7 @@ class ServingLoop:
             return
         tokens = tuple(sampled.token_id for sampled in outcome.sampled)
         request.num_sweeps += 1
+        self.num_prompt_tokens += max(0, min(outcome.length, len(request.prepared.token_ids)) - job.past)
         request.token_ids += tokens
         request.kv.length = outcome.length
         assert request.reservation is not None

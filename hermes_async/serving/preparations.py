@@ -58,7 +58,12 @@ class Preparations:
     @property
     def num_requests(self) -> int:
         """Requests that are being prepared; other calls do not count."""
-        return sum(preparation.request_id is not None for preparation in self._under_way)
+        return len(self.request_ids)
+
+    @property
+    def request_ids(self) -> tuple[str, ...]:
+        """Ids of the requests that are being prepared, in no order."""
+        return tuple(each.request_id for each in self._under_way if each.request_id is not None)
 
     def is_under_way(self, request_id: str) -> bool:
         return any(preparation.request_id == request_id for preparation in self._under_way)

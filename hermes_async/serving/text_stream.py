@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -47,6 +47,8 @@ class TextStream:
         include_stop: Whether the output includes the stop text that ends it.
         skip_special_tokens: Leave special tokens out.
         min_tokens: Stop texts that are complete within this number of tokens are ignored.
+        may_stop_after: Whether the output may end with a text; a stop text after any other one is ignored. None allows
+            all.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class TextStream:
         include_stop: bool = False,
         skip_special_tokens: bool = True,
         min_tokens: int = 0,
+        may_stop_after: Callable[[str], bool] | None = None,
     ) -> None:
         self._decoder = _Decoder(tokenizer, prompt_ids, skip_special_tokens)
         # The character that stands in `_held` for each special token that is left out and is part of a stop text.
@@ -67,6 +70,7 @@ class TextStream:
             self._mark_special_tokens(tokenizer)
         self._include_stop = include_stop
         self._num_before_stop = min_tokens
+        self._may_stop_after = may_stop_after
         self._held = ""
         self._deltas: list[str] = []
         self._stopped = False
@@ -89,7 +93,7 @@ class TextStream:
         mark = self._marks.get(token_id)
         if mark is not None:
             before = self._held + decoded + self._decoder.pending
-            if may_stop and _first_stop(before + mark, self._stop, len(self._held)):
+            if may_stop and self._find_stop(before + mark):
                 decoded += self._decoder.flush()  # the output ends here, so no token completes a character any more
             decoded += mark
         return self._advance(decoded, final, may_stop)
@@ -114,7 +118,7 @@ class TextStream:
         if self._stopped:
             return TextDelta("", stopped=True)
         text = self._held + decoded + (self._decoder.flush() if final else "")
-        stop = _first_stop(text, self._stop, len(self._held)) if may_stop else None
+        stop = self._find_stop(text) if may_stop else None
         if stop is not None:
             self._stopped = True
             end = stop.stop if self._include_stop else stop.start
@@ -123,11 +127,24 @@ class TextStream:
         else:
             end = len(text) - _num_held(text, self._stop)
         self._held = "" if self._stopped else text[end:]
-        shown = text[:end]
-        for mark in self._marks.values():
-            shown = shown.replace(mark, "")
+        shown = self._shown(text[:end])
         self._deltas.append(shown)
         return TextDelta(shown, self._stopped)
+
+    def _find_stop(self, text: str) -> range | None:
+        """The position of the stop text in `text` that ends the output, or None. `text` begins with `_held`."""
+        stop = _first_stop(text, self._stop, len(self._held))
+        while stop is not None and self._may_stop_after is not None:
+            if self._may_stop_after(self._shown(self.text + text[: stop.start])):
+                break
+            stop = _first_stop(text, self._stop, stop.stop)
+        return stop
+
+    def _shown(self, text: str) -> str:
+        """Without the marks of special tokens."""
+        for mark in self._marks.values():
+            text = text.replace(mark, "")
+        return text
 
 
 class _Decoder:

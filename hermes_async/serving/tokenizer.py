@@ -65,6 +65,10 @@ class SharedTokenizer:
         with self._taken(self._decoders) as tokenizer:
             return cast(str, tokenizer.decode(list(token_ids), **options))
 
+    def convert_ids_to_tokens(self, token_ids: Sequence[int]) -> list[str | None]:
+        with self._taken(self._decoders) as tokenizer:
+            return list(tokenizer.convert_ids_to_tokens(list(token_ids)))
+
     def pad(self, encoded: Sequence[dict[str, list[int]]], **options: Any) -> BatchEncoding:
         with self._taken(self._encoders) as tokenizer:
             return tokenizer.pad(list(encoded), **options)
@@ -78,6 +82,18 @@ class SharedTokenizer:
     @property
     def chat_template(self) -> Any:
         return getattr(self._tokenizer, "chat_template", None)
+
+    @property
+    def response_template(self) -> Any:
+        """How an answer is divided into content, reasoning and calls of tools; None if the checkpoint does not say."""
+        return getattr(self._tokenizer, "response_template", None)
+
+    @property
+    def special_texts(self) -> tuple[str, ...]:
+        """The texts of all special tokens, the longest first."""
+        added = [str(token) for token in self.added_tokens_decoder.values() if token.special]
+        texts = {*self.all_special_tokens, *added} - {""}
+        return tuple(sorted(texts, key=lambda text: (-len(text), text)))
 
     @property
     def model_max_length(self) -> int:

@@ -20,7 +20,7 @@ from hermes_async.cli.tables import print_table
 from hermes_async.demo import MODEL_PATH
 from tests.cli.test_commands import hermes
 
-COMMANDS = ("generate", "chat", "embed", "classify", "plan", "profile", "timeline", "demo")
+COMMANDS = ("generate", "chat", "embed", "classify", "plan", "profile", "timeline", "demo", "doctor")
 HEAVY = "[name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules]"
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from typing import Any
 
 import anyio
@@ -38,8 +38,8 @@ async def test_another_loop_is_refused(tiny_model: Any) -> None:
 
 
 def users_calls(kind: type) -> list[str]:
-    """The names of what users call or look at, as the class itself has them."""
-    names = {name for base in kind.__mro__[:-1] for name in vars(base)}
+    """The names of what users call or look at, as the class itself has them, but for what never changes."""
+    names = {name for base in kind.__mro__[:-1] for name in vars(base)} - {"model_name"}
     return sorted(name for name in names if not name.startswith("_") or name == "__aexit__")
 
 
@@ -48,9 +48,16 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "abort": ("no request",),
     "classify": ("text",),
     "complete": ([5],),
+    "detokenize": ([5],),
     "embed": ("text",),
+    "embed_counted": (["text"],),
     "generate": ([5],),
+    "rank": ("text", ["text"]),
     "resize": ("16MiB",),
+    "response_stream": ([5],),
+    "stream": ([5],),
+    "token_strings": ([5],),
+    "tokenize": ("text",),
 }
 KEYWORDS: dict[str, dict[str, Any]] = {"forward": {"input_ids": [[5]]}, "edit": {"token_ids": [5]}}
 
@@ -63,6 +70,9 @@ async def use(target: Any, name: str) -> None:
     if inspect.isasyncgen(value):
         async with aclosing(value):
             await anext(value)
+    elif isinstance(value, AbstractAsyncContextManager) and value is not target:
+        async with value:
+            pass
     elif inspect.isawaitable(value):
         await value
 

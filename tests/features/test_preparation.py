@@ -20,7 +20,7 @@ from hermes_async import (
     RequestError,
     RequestEvent,
 )
-from hermes_async.engine import engine as engine_module
+from hermes_async.engine import streaming
 from tests.engines import check_nothing_is_left, one_loop, open_engine, until
 from tests.inside import inside
 
@@ -33,14 +33,14 @@ PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_r
 @pytest.fixture
 def held(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> Iterator[threading.Event]:
     """Prompts of 12 tokens are not prepared before the event is set."""
-    let_go, works = threading.Event(), engine_module.prepare
+    let_go, works = threading.Event(), streaming.prepare
 
     def prepare(opened: Any, token_ids: list[int], *args: Any, **options: Any) -> Any:
         if len(token_ids) == 12:
             assert let_go.wait(60)
         return works(opened, token_ids, *args, **options)
 
-    monkeypatch.setattr(engine_module, "prepare", prepare)
+    monkeypatch.setattr(streaming, "prepare", prepare)
     yield let_go
     let_go.set()
 
@@ -96,7 +96,7 @@ async def test_a_panic_of_the_tokenizer_is_an_error_of_its_request(
 
     async with open_engine(tiny_model) as engine:
         with monkeypatch.context() as patch:
-            patch.setattr(engine_module, "prepare", panics)
+            patch.setattr(streaming, "prepare", panics)
             with pytest.raises(RequestError, match="retry limit in match over"):
                 await engine.complete("w5", tiny_model.params)
         assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
@@ -198,7 +198,7 @@ def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: A
     program = f"""
 import anyio, threading
 from hermes_async import Engine
-from hermes_async.engine import engine as engine_module
+from hermes_async.engine import streaming
 
 never = threading.Event()
 begun = threading.Event()
@@ -207,7 +207,7 @@ def prepare(*args, **options):
     begun.set()
     never.wait()
 
-engine_module.prepare = prepare
+streaming.prepare = prepare
 
 async def main():
     async with Engine({str(tiny_model.path)!r}, memory_budget="8MiB") as engine:

@@ -646,7 +646,7 @@ async def test_closing_a_session_while_its_prompt_is_prepared(long_model: Any, m
         time.sleep(0.1)
         return prepare(*args, **kwargs)
 
-    monkeypatch.setattr("hermes_async.engine.engine.prepare", prepare_slowly)
+    monkeypatch.setattr("hermes_async.engine.streaming.prepare", prepare_slowly)
 
     async def take_turn() -> None:
         try:

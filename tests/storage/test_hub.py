@@ -18,7 +18,7 @@ from hermes_async.cli import app
 from hermes_async.config import EngineConfig
 from hermes_async.engine.opening import plans_by_budget
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.hub import HubOptions, without_weights
+from hermes_async.storage.hub import HubOptions, download, without_weights
 from tests.engines import one_loop
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 from tests.inside import inside
@@ -185,3 +185,11 @@ def test_commands_take_a_revision(hub: Hub, saved: dict[str, Path], tmp_path: Pa
         told = hermes(command[0], "org/name", *command[1:], "--revision", "v9", "--cache-dir", tmp_path / "cache")
         assert told.exit_code == 1
         assert "'org/name' at revision 'v9' is not on the hub, though" in told.output, command
+
+
+def test_a_download_prints_nothing_unless_at_a_terminal(
+    hub: Hub, saved: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    hub.files["org/name"] = files_of(saved["sharded"])
+    download("org/name", HubOptions(cache_dir=tmp_path / "cache"))
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,206 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+
+from hermes_async import Chunk, SampledToken, SamplingParams, StructuredOutputs
+from hermes_async.server.answers import Answer, collect, each_at_once, open_answers, stream
+from hermes_async.server.chat_fields import (
+    ChatChoice,
+    ChatCompletion,
+    ChatRequest,
+    ChoiceLogprobs,
+    NamedTool,
+    TokenLogprob,
+    TopLogprob,
+)
+from hermes_async.server.chat_message import ForcedCall, MessageReader
+from hermes_async.server.errors import ERRORS
+from hermes_async.server.fields import ClientId, new_id, of_choice
+from hermes_async.server.model_server import ModelServer, Server, Stack, usage_of
+from hermes_async.server.streams import Events, event
+
+router = APIRouter(responses=ERRORS)
+
+
+@router.post(
+    "/v1/chat/completions",
+    response_model=ChatCompletion,
+    responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+)
+async def chat_completions(
+    body: ChatRequest, request: Request, server: Server, stack: Stack, client_id: ClientId = None
+) -> Response | ChatCompletion:
+    """The next message of a conversation, streamed or whole."""
+    server.check_model(body.model)
+    server.check_choices(1, body.n or 1)
+    answer_id, created = new_id("chatcmpl", client_id), int(time.time())
+    tools = tools_for_template(body)
+    prompt_ids = await server.engine.tokenize(
+        [message.for_template() for message in body.messages],
+        tools=tools,
+        chat_template_kwargs=body.chat_template_kwargs,
+    )
+    readers = [await message_reader(server, body, prompt_ids, tools) for _ in range(body.n or 1)]
+    params = chat_params(server, body, len(prompt_ids), keeps_special_tokens=readers[0].parses)
+    choices = [of_choice(params, index) for index in range(body.n or 1)]
+    answers = await open_answers(server, stack, [prompt_ids], choices, answer_id)
+    if body.stream:
+        chat_stream = _ChatStream(server, body, answer_id, created)
+        return stream(server, lambda events: chat_stream.send_all(events, answers, readers))
+    completions = await collect(server, request, answers)
+    result = []
+    for index, (completion, reader) in enumerate(zip(completions, readers, strict=True)):
+        message, reason = reader.read_all(completion.text, completion.finish_reason)
+        logprobs = await _logprobs(server, body, completion.logprobs) if body.logprobs else None
+        result.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason))
+    usage = usage_of(completions, len(prompt_ids))
+    return ChatCompletion(id=answer_id, created=created, model=server.model_name, choices=result, usage=usage)
+
+
+# --- what the engine is asked for ---
+
+
+def tools_for_template(body: ChatRequest) -> list[dict[str, Any]] | None:
+    """The tools that the chat template shows to the model."""
+    if not body.tools or body.tool_choice == "none":
+        return None
+    return [tool.model_dump(exclude_none=True) for tool in body.tools]
+
+
+def _forced_call(body: ChatRequest) -> ForcedCall | None:
+    """The call that `tool_choice` asks for, with the JSON schema of its text."""
+    if isinstance(body.tool_choice, NamedTool):
+        name = body.tool_choice.function.name
+        schema = next(tool.function.parameters for tool in body.tools or () if tool.function.name == name)
+        return ForcedCall(name, schema or {"type": "object"})
+    if body.tool_choice == "required":
+        calls = [
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool.function.name},
+                    "arguments": tool.function.parameters or {"type": "object"},
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+            for tool in body.tools or ()
+        ]
+        return ForcedCall(None, {"anyOf": calls})
+    return None
+
+
+async def message_reader(
+    server: ModelServer, body: ChatRequest, prompt_ids: Sequence[int], tools: list[dict[str, Any]] | None
+) -> MessageReader:
+    """What reads one answer to the prompt."""
+    forced = _forced_call(body)
+    structured = forced is not None or body.response_structure() is not None
+    parser = None if structured else await server.engine.response_stream(prompt_ids, tools)
+    return MessageReader(parser, forced, parallel_calls=body.parallel_tool_calls is not False)
+
+
+def chat_params(
+    server: ModelServer, body: ChatRequest, num_prompt_tokens: int, *, keeps_special_tokens: bool
+) -> SamplingParams:
+    """The engine's parameters for each answer."""
+    max_tokens = body.max_completion_tokens or body.max_tokens or server.default_max_tokens(num_prompt_tokens)
+    forced, structure = _forced_call(body), body.response_structure()
+    asked = body.model_copy(update={"structured_outputs": structure})
+    if keeps_special_tokens:  # the parser needs them
+        asked = asked.model_copy(update={"skip_special_tokens": False})
+    params = asked.sampling_params(max_tokens, body.num_logprobs)
+    return params if forced is None else replace(params, structured_outputs=StructuredOutputs(json=forced.schema))
+
+
+# --- streams ---
+
+
+class _ChatStream:
+    """Sends one request's answers as OpenAI's chunks."""
+
+    def __init__(self, server: ModelServer, body: ChatRequest, answer_id: str, created: int) -> None:
+        self._server = server
+        self._body = body
+        self._fields = {
+            "id": answer_id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": server.model_name,
+        }
+        options = body.stream_options
+        self._include_usage = options is not None and bool(options.include_usage)
+        # All mutable state: tokens of all answers, and the fewest of the prompt that came from a cache.
+        self._num_completion_tokens = 0
+        self._cached_tokens: list[int] = []
+
+    async def send_all(self, events: Events, answers: Sequence[Answer], readers: Sequence[MessageReader]) -> None:
+        """Sends all answers at the same time, then the token counts."""
+        for answer in answers:
+            await events.send(self._event(answer.index, {"role": "assistant", "content": ""}))
+
+        async def take(answer: Answer) -> None:
+            async for chunk in answer.chunks:
+                await self._send(events, answer.index, readers[answer.index], chunk)
+
+        await each_at_once(answers, take)
+        if self._include_usage:
+            prompt_tokens = len(answers[0].prompt_ids)
+            usage = {
+                "prompt_tokens": prompt_tokens,
+                "completion_tokens": self._num_completion_tokens,
+                "total_tokens": prompt_tokens + self._num_completion_tokens,
+                "prompt_tokens_details": {"cached_tokens": min(self._cached_tokens, default=0)},
+            }
+            await events.send(event({**self._fields, "choices": [], "usage": usage}))
+
+    async def _send(self, events: Events, index: int, reader: MessageReader, chunk: Chunk) -> None:
+        deltas = reader.read(chunk.text, chunk.finish_reason)
+        logprobs = None
+        if chunk.logprobs and self._body.logprobs:
+            logprobs = (await _logprobs(self._server, self._body, chunk.logprobs)).model_dump()
+            deltas = deltas or [{"content": ""}]
+        for delta in deltas:
+            await events.send(self._event(index, delta, logprobs))
+            logprobs = None
+        if chunk.finish_reason is not None:
+            assert chunk.usage is not None and chunk.timings is not None
+            self._server.metrics.count_answer(chunk.finish_reason, chunk.usage, chunk.timings)
+            self._num_completion_tokens += chunk.usage.completion_tokens
+            self._cached_tokens.append(chunk.usage.cached_tokens)
+            await events.send(self._event(index, {}, reason=reader.finish_reason(chunk.finish_reason)))
+
+    def _event(
+        self, index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None, reason: str | None = None
+    ) -> bytes:
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        usage = {"usage": None} if self._include_usage else {}
+        return event({**self._fields, "choices": [choice], **usage})
+
+
+# --- log-probabilities ---
+
+
+async def _logprobs(server: ModelServer, body: ChatRequest, sampled: Sequence[SampledToken]) -> ChoiceLogprobs:
+    named = {token_id for token in sampled for token_id in (token.token_id, *(token.top_logprobs or ()))}
+    texts = await server.token_texts(tuple(named))
+    most = body.top_logprobs or 0
+    return ChoiceLogprobs(content=[_token_logprob(token, texts.__getitem__, most) for token in sampled])
+
+
+def _token_logprob(token: SampledToken, text_of: Callable[[int], str], most: int) -> TokenLogprob:
+    def top(token_id: int, logprob: float) -> TopLogprob:
+        # JSON has no infinity; a suppressed token has no probability at all.
+        text = text_of(token_id)
+        return TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(text.encode()))
+
+    own = top(token.token_id, token.logprob or 0.0)
+    likeliest = [top(token_id, logprob) for token_id, logprob in [*(token.top_logprobs or {}).items()][:most]]
+    return TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=likeliest)

@@ -1,0 +1,113 @@
+"""Metrics in Prometheus' text format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from hermes_async import Engine, Timings, Usage
+from hermes_async.errors import EngineError
+
+_SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536)
+
+_COUNTERS = {
+    "bytes_read": "Bytes of weights that were read from disk.",
+    "sweeps": "Passes over the weights.",
+    "tokens_generated": "Tokens of all answers.",
+    "drafted_tokens": "Tokens that were drafted and verified.",
+    "accepted_tokens": "Drafted tokens that were right.",
+    "read_seconds": "Seconds of reading, summed over the loading agents.",
+    "compute_seconds": "Seconds of computing.",
+    "stall_seconds": "Seconds that computing waited for weights.",
+    "prefix_hits": "Requests that found the beginning of their prompt in memory.",
+    "prefix_tokens": "Prompt tokens that were not computed for that reason.",
+    "num_parkings": "Times that a session's KV was written to disk.",
+}
+_GAUGES = {
+    "bytes_resident": "Bytes of weights that stay in memory.",
+    "bytes_in_use": "Bytes that are leased from the budget.",
+    "peak_bytes_in_use": "The most bytes that were leased at once.",
+    "memory_budget": "Bytes that may be leased.",
+    "kv_bytes": "Bytes of keys and values.",
+    "prefix_bytes": "Bytes of kept prefixes that nobody uses now.",
+    "num_running": "Requests that generate, or whose prompts are computed.",
+    "num_paused": "Running requests whose client does not read.",
+    "num_waiting": "Requests that wait.",
+    "num_sessions": "Open sessions.",
+    "num_forwards": "Forward passes that wait or run.",
+    "process_peak_rss_bytes": "The most resident memory that the process had.",
+}
+
+
+class RequestMetrics:
+    """Counts of the server's requests, and the engine's statistics, which are read when metrics are asked for."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(_EngineCollector(engine))
+        self._answers = Counter(
+            "hermes_async_answers", "Answers that have ended.", ["finish_reason"], registry=self._registry
+        )
+        self._first_token = Histogram(
+            "hermes_async_time_to_first_token_seconds",
+            "Seconds from a request to its first token.",
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._queued = Histogram(
+            "hermes_async_queue_seconds",
+            "Seconds from a request to its admission.",
+            registry=self._registry,
+            buckets=_SECONDS,
+        )
+        self._total = Histogram(
+            "hermes_async_request_seconds", "Seconds of a request.", registry=self._registry, buckets=_SECONDS
+        )
+        self._prompt_tokens = Histogram(
+            "hermes_async_prompt_tokens", "Tokens of a prompt.", registry=self._registry, buckets=_TOKENS
+        )
+        self._completion_tokens = Histogram(
+            "hermes_async_completion_tokens", "Tokens of an answer.", registry=self._registry, buckets=_TOKENS
+        )
+
+    def count_answer(self, finish_reason: str, usage: Usage, timings: Timings) -> None:
+        """Counts an answer that has ended without an error."""
+        self._answers.labels(finish_reason).inc()
+        self._first_token.observe(timings.first_token_s)
+        self._queued.observe(timings.queued_s)
+        self._total.observe(timings.total_s)
+        self._prompt_tokens.observe(usage.prompt_tokens)
+        self._completion_tokens.observe(usage.completion_tokens)
+
+    def text(self) -> bytes:
+        """All metrics, in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class _EngineCollector(Collector):
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        try:
+            statistics = self._engine.statistics()
+        except EngineError:  # not opened yet
+            return
+        for name, text in _COUNTERS.items():
+            yield CounterMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
+        for name, text in _GAUGES.items():
+            yield GaugeMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
+        holders = GaugeMetricFamily("hermes_async_held_bytes", "Leased bytes, by holder.", labels=["holder"])
+        kv_bytes = 0
+        for holder, nbytes in statistics.holders.items():
+            if holder.startswith("KV of "):  # one for each request: too many series, and they hold ids
+                kv_bytes += nbytes
+            else:
+                holders.add_metric([holder], nbytes)
+        holders.add_metric(["KV of requests"], kv_bytes)
+        yield holders
