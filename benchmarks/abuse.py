@@ -51,6 +51,7 @@ def abuse() -> dict[str, Any]:
 @contextlib.contextmanager
 def _server() -> Iterator[tuple[subprocess.Popen[str], int]]:
     command = [sys.executable, "-m", "hermes_async", "serve", str(MODEL_PATH), "--memory", "16MiB", "--port", "0"]
+    command += ["--log-level", "error"]  # nobody reads its lines
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         line = process.stderr.readline()
