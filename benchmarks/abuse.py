@@ -200,8 +200,9 @@ async def _disconnects(port: int) -> Counter[str]:
     for num_events in range(1, 27):
         async with _connection(port) as (reader, writer):
             writer.write(whole)
-            for _ in range(num_events):
-                await reader.readuntil(b"\n\n")
+            with contextlib.suppress(asyncio.IncompleteReadError):  # drafts make an answer shorter
+                for _ in range(num_events):
+                    await reader.readuntil(b"\n\n")
         counts["after an event"] += 1
     for num_bytes in range(1, 400, 29):
         async with _connection(port) as (reader, writer):

@@ -125,6 +125,7 @@ async def serve_until_stopped(
 
             await tasks.start(_call_on_sigterm, stop)
             with interrupts.calling(stop):
+                sock.listen(_NUM_PENDING_CONNECTIONS)  # uvicorn does it too, but later
                 started(_address(sock))
                 await server.serve(sockets=[sock])
             tasks.cancel_scope.cancel()
