@@ -69,7 +69,8 @@ async def test_a_trace_shows_who_waits_for_memory(tiny_model: Any) -> None:
             for name in ("first", "second"):
                 group.start_soon(partial(engine.complete, tokens(1, 45), greedy_params(10), request_id=name))
         rows = Timeline.of(trace.drain()).rows
-    assert [span.name for span in rows[WAITS_FOR_KV]] == ["KV of request second"]
+    (wait,) = rows[WAITS_FOR_KV]  # of the request whose prompt was prepared last
+    assert wait.name in ("KV of request first", "KV of request second")
     assert {span.name for span in rows[WAITS_FOR_MEMORY]} <= {span.name for span in rows["inference agent"]}
 
 
