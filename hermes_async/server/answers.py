@@ -78,7 +78,7 @@ async def collect(server: ModelServer, request: Request, answers: Sequence[Answe
 
     async def take(answer: Answer) -> None:
         completion = await Completion.collect(answer.chunks)
-        server.metrics.count_answer(completion.finish_reason, completion.usage, completion.timings)
+        server.metrics.count_answer(completion)
         completions[answer.index] = completion
 
     await unless_left(request, lambda: each_at_once(answers, take))

@@ -9,7 +9,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from hermes_async import Chunk, SampledToken, SamplingParams, StructuredOutputs
+from hermes_async import Chunk, SampledToken, SamplingParams, StructuredOutputs, Usage
 from hermes_async.server.answers import Answer, collect, each_at_once, open_answers, stream
 from hermes_async.server.chat_fields import (
     ChatChoice,
@@ -22,7 +22,7 @@ from hermes_async.server.chat_fields import (
 )
 from hermes_async.server.chat_message import ForcedCall, MessageReader
 from hermes_async.server.errors import ERRORS
-from hermes_async.server.fields import ClientId, new_id, of_choice
+from hermes_async.server.fields import ClientId, json_logprob, new_id, of_choice
 from hermes_async.server.model_server import ModelServer, Server, Stack, usage_of
 from hermes_async.server.streams import Events, event
 
@@ -60,7 +60,7 @@ async def chat_completions(
         message, reason = reader.read_all(completion.text, completion.finish_reason)
         logprobs = await _logprobs(server, body, completion.logprobs) if body.logprobs else None
         result.append(ChatChoice(index=index, message=message, logprobs=logprobs, finish_reason=reason))
-    usage = usage_of(completions, len(prompt_ids))
+    usage = usage_of([completion.usage for completion in completions], len(prompt_ids))
     return ChatCompletion(id=answer_id, created=created, model=server.model_name, choices=result, usage=usage)
 
 
@@ -112,11 +112,11 @@ def chat_params(
 ) -> SamplingParams:
     """The engine's parameters for each answer."""
     max_tokens = body.max_completion_tokens or body.max_tokens or server.default_max_tokens(num_prompt_tokens)
-    forced, structure = _forced_call(body), body.response_structure()
-    asked = body.model_copy(update={"structured_outputs": structure})
+    forced = _forced_call(body)
+    changes: dict[str, Any] = {"structured_outputs": body.response_structure()}
     if keeps_special_tokens:  # the parser needs them
-        asked = asked.model_copy(update={"skip_special_tokens": False})
-    params = asked.sampling_params(max_tokens, body.num_logprobs)
+        changes["skip_special_tokens"] = False
+    params = body.model_copy(update=changes).sampling_params(max_tokens, body.num_logprobs)
     return params if forced is None else replace(params, structured_outputs=StructuredOutputs(json=forced.schema))
 
 
@@ -137,9 +137,8 @@ class _ChatStream:
         }
         options = body.stream_options
         self._include_usage = options is not None and bool(options.include_usage)
-        # All mutable state: tokens of all answers, and the fewest of the prompt that came from a cache.
-        self._num_completion_tokens = 0
-        self._cached_tokens: list[int] = []
+        # All mutable state: token counts of the answers that have ended.
+        self._usages: list[Usage] = []
 
     async def send_all(self, events: Events, answers: Sequence[Answer], readers: Sequence[MessageReader]) -> None:
         """Sends all answers at the same time, then the token counts."""
@@ -152,14 +151,8 @@ class _ChatStream:
 
         await each_at_once(answers, take)
         if self._include_usage:
-            prompt_tokens = len(answers[0].prompt_ids)
-            usage = {
-                "prompt_tokens": prompt_tokens,
-                "completion_tokens": self._num_completion_tokens,
-                "total_tokens": prompt_tokens + self._num_completion_tokens,
-                "prompt_tokens_details": {"cached_tokens": min(self._cached_tokens, default=0)},
-            }
-            await events.send(event({**self._fields, "choices": [], "usage": usage}))
+            usage = usage_of(self._usages, len(answers[0].prompt_ids))
+            await events.send(event({**self._fields, "choices": [], "usage": usage.model_dump()}))
 
     async def _send(self, events: Events, index: int, reader: MessageReader, chunk: Chunk) -> None:
         deltas = reader.read(chunk.text, chunk.finish_reason)
@@ -171,10 +164,9 @@ class _ChatStream:
             await events.send(self._event(index, delta, logprobs))
             logprobs = None
         if chunk.finish_reason is not None:
-            assert chunk.usage is not None and chunk.timings is not None
-            self._server.metrics.count_answer(chunk.finish_reason, chunk.usage, chunk.timings)
-            self._num_completion_tokens += chunk.usage.completion_tokens
-            self._cached_tokens.append(chunk.usage.cached_tokens)
+            assert chunk.usage is not None
+            self._server.metrics.count_answer(chunk)
+            self._usages.append(chunk.usage)
             await events.send(self._event(index, {}, reason=reader.finish_reason(chunk.finish_reason)))
 
     def _event(
@@ -189,18 +181,16 @@ class _ChatStream:
 
 
 async def _logprobs(server: ModelServer, body: ChatRequest, sampled: Sequence[SampledToken]) -> ChoiceLogprobs:
-    named = {token_id for token in sampled for token_id in (token.token_id, *(token.top_logprobs or ()))}
-    texts = await server.token_texts(tuple(named))
+    texts = await server.token_texts(sampled)
     most = body.top_logprobs or 0
     return ChoiceLogprobs(content=[_token_logprob(token, texts.__getitem__, most) for token in sampled])
 
 
 def _token_logprob(token: SampledToken, text_of: Callable[[int], str], most: int) -> TokenLogprob:
-    def top(token_id: int, logprob: float) -> TopLogprob:
-        # JSON has no infinity; a suppressed token has no probability at all.
+    def top(token_id: int, logprob: float | None) -> TopLogprob:
         text = text_of(token_id)
-        return TopLogprob(token=text, logprob=max(logprob, -9999.0), bytes=list(text.encode()))
+        return TopLogprob(token=text, logprob=json_logprob(logprob), bytes=list(text.encode()))
 
-    own = top(token.token_id, token.logprob or 0.0)
+    own = top(token.token_id, token.logprob)
     likeliest = [top(token_id, logprob) for token_id, logprob in [*(token.top_logprobs or {}).items()][:most]]
     return TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=likeliest)

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field, StringConstraints, model_validator
 
-from hermes_async import Chunk, SampledToken
+from hermes_async import Chunk, SampledToken, Usage
 from hermes_async.server.answers import Answer, collect, each_at_once, open_answers, stream
 from hermes_async.server.errors import ERRORS
 from hermes_async.server.fields import (
@@ -23,6 +23,7 @@ from hermes_async.server.fields import (
     TokenIds,
     UsageBody,
     User,
+    json_logprob,
     new_id,
     of_choice,
 )
@@ -129,7 +130,7 @@ async def completions(
                 index=index, text=completion.text, logprobs=logprobs, finish_reason=completion.finish_reason
             )
         )
-    usage = usage_of(answered, num_prompt_tokens)
+    usage = usage_of([completion.usage for completion in answered], num_prompt_tokens)
     return TextCompletion(id=answer_id, created=created, model=server.model_name, choices=result, usage=usage)
 
 
@@ -146,8 +147,8 @@ class _CompletionStream:
             "model": server.model_name,
         }
         self._include_usage = body.stream_options is not None and bool(body.stream_options.include_usage)
-        # All mutable state: tokens of all answers, and the length of each answer's text.
-        self._num_completion_tokens = 0
+        # All mutable state: token counts of the answers that have ended, and the length of each answer's text.
+        self._usages: list[Usage] = []
         self._offsets: dict[int, int] = {}
 
     async def send_all(self, events: Events, answers: Sequence[Answer], num_prompt_tokens: int) -> None:
@@ -159,11 +160,7 @@ class _CompletionStream:
 
         await each_at_once(answers, take)
         if self._include_usage:
-            usage = {
-                "prompt_tokens": num_prompt_tokens,
-                "completion_tokens": self._num_completion_tokens,
-                "total_tokens": num_prompt_tokens + self._num_completion_tokens,
-            }
+            usage = usage_of(self._usages, num_prompt_tokens).model_dump(exclude={"prompt_tokens_details"})
             await events.send(event({**self._fields, "choices": [], "usage": usage}))
 
     async def _send(self, events: Events, index: int, chunk: Chunk) -> None:
@@ -171,9 +168,9 @@ class _CompletionStream:
         logprobs = await _logprobs(self._server, self._body, chunk.logprobs, offset)
         self._offsets[index] = offset + sum(map(len, logprobs.tokens)) if logprobs else 0
         if chunk.finish_reason is not None:
-            assert chunk.usage is not None and chunk.timings is not None
-            self._server.metrics.count_answer(chunk.finish_reason, chunk.usage, chunk.timings)
-            self._num_completion_tokens += chunk.usage.completion_tokens
+            assert chunk.usage is not None
+            self._server.metrics.count_answer(chunk)
+            self._usages.append(chunk.usage)
         elif not chunk.text and not logprobs:
             return
         choice = {
@@ -191,14 +188,13 @@ async def _logprobs(
 ) -> CompletionLogprobs | None:
     if body.logprobs is None or not sampled:
         return None
-    named = {token_id for token in sampled for token_id in (token.token_id, *(token.top_logprobs or ()))}
-    texts = await server.token_texts(tuple(named))
+    texts = await server.token_texts(sampled)
     result: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     for token in sampled:
         text = texts[token.token_id]
-        top = {texts[token_id]: max(value, -9999.0) for token_id, value in (token.top_logprobs or {}).items()}
+        top = {texts[token_id]: json_logprob(value) for token_id, value in (token.top_logprobs or {}).items()}
         result["tokens"].append(text)
-        result["token_logprobs"].append(max(token.logprob or 0.0, -9999.0))
+        result["token_logprobs"].append(json_logprob(token.logprob))
         result["top_logprobs"].append(top)
         result["text_offset"].append(offset)
         offset += len(text)

@@ -125,6 +125,11 @@ def of_choice(params: SamplingParams, choice: int) -> SamplingParams:
     return params if params.seed is None else replace(params, seed=(params.seed + choice) % 2**64)
 
 
+def json_logprob(logprob: float | None) -> float:
+    """A log-probability for JSON, which has no infinity. A token that cannot come has -9999, as in OpenAI's API."""
+    return max(logprob or 0.0, -9999.0)
+
+
 class UsageBody(BaseModel):
     """Token counts, as OpenAI's API sends them."""
 

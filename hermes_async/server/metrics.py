@@ -9,7 +9,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
-from hermes_async import Engine, Timings, Usage
+from hermes_async import Chunk, Completion, Engine
 from hermes_async.errors import EngineError
 
 _SECONDS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0)
@@ -75,9 +75,11 @@ class RequestMetrics:
             "hermes_async_completion_tokens", "Tokens of an answer.", registry=self._registry, buckets=_TOKENS
         )
 
-    def count_answer(self, finish_reason: str, usage: Usage, timings: Timings) -> None:
-        """Counts an answer that has ended without an error."""
-        self._answers.labels(finish_reason).inc()
+    def count_answer(self, ended: Completion | Chunk) -> None:
+        """Counts an answer that has ended without an error, by the whole of it or its last chunk."""
+        usage, timings = ended.usage, ended.timings
+        assert usage is not None and timings is not None
+        self._answers.labels(ended.finish_reason).inc()
         self._first_token.observe(timings.first_token_s)
         self._queued.observe(timings.queued_s)
         self._total.observe(timings.total_s)

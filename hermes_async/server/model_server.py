@@ -11,7 +11,7 @@ from typing import Annotated, TypeVar
 import anyio
 from fastapi import Depends, FastAPI, Request
 
-from hermes_async import Chunk, Completion, Engine, SamplingParams
+from hermes_async import Chunk, Engine, SampledToken, SamplingParams, Usage
 from hermes_async.errors import DeadlineExceededError, EngineClosedError
 from hermes_async.server.errors import FieldError
 from hermes_async.server.fields import UsageBody, new_id
@@ -171,10 +171,10 @@ class ModelServer:
 
     # --- texts of tokens ---
 
-    async def token_texts(self, token_ids: Sequence[int]) -> dict[int, str]:
-        """The text of each token by itself."""
+    async def token_texts(self, sampled: Sequence[SampledToken]) -> dict[int, str]:
+        """The text of each token by itself, of the chosen ones and of the likeliest."""
         texts: dict[int, str] = {}
-        for token_id in set(token_ids):
+        for token_id in {token_id for token in sampled for token_id in (token.token_id, *(token.top_logprobs or ()))}:
             text = self._token_texts.get(token_id)
             if text is None:
                 text = await self.engine.detokenize([token_id])
@@ -185,10 +185,10 @@ class ModelServer:
         return texts
 
 
-def usage_of(completions: Sequence[Completion], num_prompt_tokens: int) -> UsageBody:
+def usage_of(usages: Sequence[Usage], num_prompt_tokens: int) -> UsageBody:
     """Token counts of several answers, in which each prompt counts once."""
-    completion_tokens = sum(completion.usage.completion_tokens for completion in completions)
-    cached = min((completion.usage.cached_tokens for completion in completions), default=0)
+    completion_tokens = sum(usage.completion_tokens for usage in usages)
+    cached = min((usage.cached_tokens for usage in usages), default=0)
     return UsageBody(
         prompt_tokens=num_prompt_tokens,
         completion_tokens=completion_tokens,

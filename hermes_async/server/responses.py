@@ -148,8 +148,8 @@ class _ResponseStream:
             for delta in reader.read(chunk.text, chunk.finish_reason):
                 for kind, fields in self._output.add(delta):
                     await self._send(events, kind, fields)
-        assert chunk.finish_reason is not None and chunk.usage is not None and chunk.timings is not None
-        self._server.metrics.count_answer(chunk.finish_reason, chunk.usage, chunk.timings)
+        self._server.metrics.count_answer(chunk)
+        assert chunk.finish_reason is not None and chunk.usage is not None
         for kind, fields in self._output.end(complete=chunk.finish_reason == "stop"):
             await self._send(events, kind, fields)
         items = self._output.items
