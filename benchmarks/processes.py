@@ -45,6 +45,27 @@ def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, A
     return record
 
 
+def run_within(limit_s: float, function: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Returns what `function(*args)` returns in a process of its own, which is killed after `limit_s`.
+
+    Raises:
+        TimeoutError: It took longer.
+        EOFError: The process ended without a result.
+    """
+    receive, send = _CONTEXT.Pipe(duplex=False)
+    process = _CONTEXT.Process(target=_send, args=(send, function, args))
+    process.start()
+    send.close()
+    try:
+        if not receive.poll(limit_s):
+            raise TimeoutError
+        record: dict[str, Any] = receive.recv()
+        return record
+    finally:
+        process.kill()
+        process.join()
+
+
 def _send(send: Connection, measure: Callable[..., dict[str, Any]], args: tuple[Any, ...]) -> None:
     # What is imported is shared with the process this one was forked from: a garbage collection would write to, and so
     # copy, every page of it, which took 0.3 s of whatever was measured when it came.

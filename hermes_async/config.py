@@ -6,10 +6,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from hermes_async.errors import ConfigError, RequestError
 
@@ -25,13 +25,16 @@ for _power, _letter in enumerate("KMGT", start=1):
 
 
 # Logits are float32. These bounds on bias, penalty and temperature keep them in its range.
-_LARGEST = 1e6
+LARGEST_NUMBER = 1e6
 _LARGEST_BIAS = 1e9
 _LARGEST_STRUCTURE_BYTES = 64 * 1024
 _LARGEST_REGEX_BYTES = 8 * 1024
 _FLAGS = ("include_stop_str_in_output", "ignore_eos", "skip_special_tokens")
-_NOT_OPTIONAL = ("max_tokens", "min_tokens", *_FLAGS)
-"""Fields of `SamplingParams` for which None does not mean the default. For `max_tokens`, it means no limit."""
+_NOT_OPTIONAL = ("max_tokens", "model_defaults", *_FLAGS)
+"""Fields of `SamplingParams` for which None does not mean the default. For `max_tokens`, it means the longest."""
+
+MODEL_FIELDS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+"""Fields of `SamplingParams` that `SamplingParams.from_model` leaves to the checkpoint."""
 
 
 def parse_bytes(size: int | str) -> int:
@@ -64,6 +67,11 @@ def format_bytes(num_bytes: int) -> str:
         value, unit = value / 1024, larger_unit
     decimals = 2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0
     return f"{value:.{decimals}f} {unit}"
+
+
+def format_sampling(params: SamplingParams, names: Sequence[str] = MODEL_FIELDS) -> str:
+    """Formats fields of sampling parameters, such as "temperature 0.6, top_p 0.95"."""
+    return ", ".join(f"{name} {getattr(params, name):g}" for name in names)
 
 
 def format_count(count: int, noun: str) -> str:
@@ -123,10 +131,11 @@ class StructuredOutputs:
 class SamplingParams:
     """How the tokens of one request are chosen. Names and meanings are vLLM's.
 
-    As in vLLM, None means the default, for all fields but `max_tokens`, `min_tokens` and the flags.
+    As in vLLM, None means the default, for all fields but `max_tokens` and the flags.
 
     Attributes:
-        max_tokens: The most tokens to generate; None generates until the context is full.
+        max_tokens: The most tokens to generate. None takes the checkpoint's `max_new_tokens` or `max_length`; without
+            these it generates until the context is full.
         temperature: 0.0 is greedy. Otherwise logits are divided by it. At most 1e6.
         top_p: Keeps the smallest set of likeliest tokens whose probabilities sum to at least this, in (0, 1].
         top_k: Keeps the k likeliest tokens; 0 or -1 keeps all.
@@ -142,7 +151,8 @@ class SamplingParams:
             `token_ids` always contain that token.
         ignore_eos: Continues after the model's end-of-sequence tokens.
         min_tokens: The number of tokens before which neither an end-of-sequence or stop token nor a stop text ends the
-            generation.
+            generation. None takes the checkpoint's `min_new_tokens` or `min_length`, which only delay end-of-sequence
+            tokens.
         logprobs: The number of likeliest tokens whose log-probabilities are reported at each position; -1 for all,
             None for none.
         logit_bias: Added to the logits, by token id; from -1e9 to 1e9 each.
@@ -150,17 +160,20 @@ class SamplingParams:
         structured_outputs: What the text must match, as `StructuredOutputs` or a mapping of its fields. It does not go
             with `ignore_eos` and `include_stop_str_in_output`. A stop text ends the answer only after a text that
             matches, and `min_tokens` yields where nothing but the end can follow.
+        num_beams: Only 1: beam search is not supported.
+        model_defaults: None in `temperature`, `top_p`, `top_k`, `min_p` and `repetition_penalty` stands for the
+            checkpoint's own value. `from_model` sets it.
 
     Raises:
         RequestError: A value is out of its range; the message names it.
     """
 
     max_tokens: int | None = 16
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
+    temperature: float | None = 1.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int | None = None
@@ -168,11 +181,33 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
-    min_tokens: int = 0
+    min_tokens: int | None = None
     logprobs: int | None = None
     logit_bias: Mapping[int, float] | None = None
     skip_special_tokens: bool = True
     structured_outputs: StructuredOutputs | Mapping[str, Any] | None = None
+    num_beams: int = 1
+    model_defaults: bool = False
+
+    @classmethod
+    def from_model(cls, **overrides: Any) -> Self:
+        """Parameters with the checkpoint's own values, as transformers' `generate` takes them.
+
+            params = SamplingParams.from_model(max_tokens=256, seed=1)
+
+        The engine takes the values from the checkpoint's `generation_config.json` when a request uses the parameters.
+        So they can be made before an engine is open, and for any model. `Engine.resolve_sampling_params` shows the
+        values.
+
+        Args:
+            overrides: Fields of this class, which have precedence over the checkpoint's. Not given, `max_tokens` is
+                None.
+
+        Raises:
+            RequestError: A value is out of its range; the message names it.
+        """
+        open_fields = dict.fromkeys(("max_tokens", *MODEL_FIELDS))
+        return cls(**{**open_fields, **overrides, "model_defaults": True})
 
     def __post_init__(self) -> None:
         self._normalize()
@@ -185,8 +220,9 @@ class SamplingParams:
 
     def _normalize(self) -> None:
         # As in vLLM and its server, None is the default, and -1 is no seed.
+        kept = (*_NOT_OPTIONAL, *MODEL_FIELDS) if self.model_defaults else _NOT_OPTIONAL
         for field in fields(self):
-            if getattr(self, field.name) is None and field.name not in _NOT_OPTIONAL:
+            if getattr(self, field.name) is None and field.name not in kept:
                 object.__setattr__(self, field.name, field.default)
         if self.seed == -1 and not isinstance(self.seed, float):
             object.__setattr__(self, "seed", None)
@@ -199,37 +235,43 @@ class SamplingParams:
             raise RequestError("stop: a stop text must not be empty")
         for text in self.stop:
             check_text("stop", text)
-        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs"):
+        for name in ("max_tokens", "top_k", "seed", "min_tokens", "logprobs", "num_beams"):
             value = getattr(self, name)
-            optional = name in ("max_tokens", "seed", "logprobs")
-            if not (value is None and optional) and (isinstance(value, bool) or not isinstance(value, int)):
+            optional = name in ("max_tokens", "seed", "min_tokens", "logprobs")
+            if value is None and (optional or name in MODEL_FIELDS):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
                 raise RequestError(f"{name} must be an int{' or None' if optional else ''}, not {value!r}")
         penalties = ("repetition_penalty", "presence_penalty", "frequency_penalty")
         for name in ("temperature", "top_p", "min_p", *penalties):
-            if not _is_finite_number(getattr(self, name)):
-                raise RequestError(f"{name} must be a finite number, not {getattr(self, name)!r}")
-        for name in _FLAGS:
+            value = getattr(self, name)
+            if not _is_finite_number(value) and not (value is None and name in MODEL_FIELDS):
+                raise RequestError(f"{name} must be a finite number, not {value!r}")
+        for name in ("model_defaults", *_FLAGS):
             if not isinstance(getattr(self, name), bool):
                 raise RequestError(f"{name} must be True or False, not {getattr(self, name)!r}")
 
     def _check_ranges(self) -> None:
-        def check(name: str, holds: bool, allowed: str) -> None:
-            if not holds:
+        def check(name: str, holds: Callable[[Any], bool], allowed: str) -> None:
+            value = getattr(self, name)
+            if value is not None and not holds(value):
                 raise RequestError(f"{name} must be {allowed}, not {getattr(self, name)!r}")
 
-        check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
-        check("temperature", 0 <= self.temperature <= _LARGEST, f"from 0 (greedy) to {_LARGEST:g}")
-        check("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
-        check("top_k", self.top_k >= -1, "-1 or 0 (all tokens) or more")
-        check("min_p", 0 <= self.min_p <= 1, "from 0 to 1")
-        in_range = 1 / _LARGEST <= self.repetition_penalty <= _LARGEST
-        check("repetition_penalty", in_range, f"from {1 / _LARGEST:g} to {_LARGEST:g}")
-        check("presence_penalty", abs(self.presence_penalty) <= 2, "from -2 to 2")
-        check("frequency_penalty", abs(self.frequency_penalty) <= 2, "from -2 to 2")
-        check("seed", self.seed is None or 0 <= self.seed < 2**64, "from 0 to 2**64 - 1")
-        check("min_tokens", self.min_tokens >= 0, "0 or more")
-        check("min_tokens", self.max_tokens is None or self.min_tokens <= self.max_tokens, "at most max_tokens")
-        check("logprobs", self.logprobs is None or self.logprobs >= -1, "0 or more, or -1 (all tokens)")
+        check("max_tokens", lambda count: count >= 1, "at least 1")
+        check("temperature", lambda value: 0 <= value <= LARGEST_NUMBER, f"from 0 (greedy) to {LARGEST_NUMBER:g}")
+        check("top_p", lambda value: 0 < value <= 1, "more than 0 and at most 1")
+        check("top_k", lambda count: count >= -1, "-1 or 0 (all tokens) or more")
+        check("min_p", lambda value: 0 <= value <= 1, "from 0 to 1")
+        smallest = 1 / LARGEST_NUMBER
+        in_range = f"from {smallest:g} to {LARGEST_NUMBER:g}"
+        check("repetition_penalty", lambda value: smallest <= value <= LARGEST_NUMBER, in_range)
+        check("presence_penalty", lambda value: abs(value) <= 2, "from -2 to 2")
+        check("frequency_penalty", lambda value: abs(value) <= 2, "from -2 to 2")
+        check("seed", lambda seed: 0 <= seed < 2**64, "from 0 to 2**64 - 1")
+        check("min_tokens", lambda count: count >= 0, "0 or more")
+        check("min_tokens", lambda count: self.max_tokens is None or count <= self.max_tokens, "at most max_tokens")
+        check("logprobs", lambda count: count >= -1, "0 or more, or -1 (all tokens)")
+        check("num_beams", lambda count: count == 1, "1, because beam search is not supported")
 
     def _check_logit_bias(self, logit_bias: Mapping[int, float]) -> None:
         if not isinstance(logit_bias, Mapping):
@@ -328,6 +370,9 @@ class EngineConfig:
         kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
             where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
             differently, and the setting holds for the whole process while such a sweep computes.
+        batching: How the sequences of a sweep are computed. "packed": in one row, which is fastest, where the
+            architecture allows it. "turns": each in a call of its own, which works for every architecture; the calls
+            share the reads. "auto" takes turns only where a packed row does not give transformers' tokens.
         self_check: "require" compares a small copy of a causal language model with transformers at opening, and refuses
             a model that differs or cannot be compared. "skip" does not compare; the tokens may then be wrong.
 
@@ -348,6 +393,7 @@ class EngineConfig:
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
     kernels: str = "default"
+    batching: str = "auto"
     self_check: str = "require"
 
     def __post_init__(self) -> None:
@@ -371,6 +417,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.kernels not in ("default", "fastest"):
             raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
+        if self.batching not in ("auto", "packed", "turns"):
+            raise ConfigError(f"batching must be 'auto', 'packed' or 'turns', not {self.batching!r}")
         if self.self_check not in ("require", "skip"):
             raise ConfigError(f"self_check must be 'require' or 'skip', not {self.self_check!r}")
         if self.parking_dir is not None and not isinstance(self.parking_dir, (str, os.PathLike)):

@@ -12,11 +12,12 @@ import torch
 import transformers
 from blockbuster import BlockBuster
 from hypothesis import settings
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hermes_async.memory import claims
 from hermes_async.memory.other_processes import ProcessRegistry
-from hermes_async.modeling.skeleton import token_embedding
+from tests import architectures
+from tests.cli.forked import ForkedCommands
 from tests.disks import Disk
 from tests.models import LongModel, TinyModel
 
@@ -99,33 +100,17 @@ def long_model(tmp_path_factory: pytest.TempPathFactory) -> LongModel:
 
 
 @pytest.fixture(scope="session")
+def forked() -> Iterator[ForkedCommands]:
+    """Runs commands in processes that have imported everything."""
+    commands = ForkedCommands()
+    yield commands
+    commands.close()
+
+
+@pytest.fixture(scope="session")
 def random_model() -> Callable[..., PreTrainedModel]:
-    """Makes a model of a config whose greedy tokens vary: weights far larger than at the start of a training."""
-
-    def make(
-        config: PreTrainedConfig,
-        *,
-        model_class: Any = AutoModelForCausalLM,
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> PreTrainedModel:
-        torch.manual_seed(seed)
-        make_model = getattr(model_class, "from_config", model_class)
-        model: PreTrainedModel = make_model(config).float()
-        embedding = getattr(token_embedding(model), "weight", None)
-        generator = torch.Generator().manual_seed(seed)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                # A tied head gives an embedding that is not small the last token again and again.
-                std = 0.05 if parameter is embedding else 0.3
-                if parameter.dim() > 1:
-                    parameter.normal_(0, std, generator=generator)
-                else:  # norms, which begin at one (or at zero, where one is added), and biases
-                    parameter += torch.empty_like(parameter).normal_(0, 0.1, generator=generator)
-        model.generation_config = GenerationConfig()
-        return model.to(dtype).eval()
-
-    return make
+    """Makes a model of a config whose greedy tokens vary."""
+    return architectures.random_model
 
 
 @pytest.fixture(scope="session")

@@ -12,6 +12,7 @@ import anyio
 
 from hermes_async import Engine
 from hermes_async.engine.session import Session
+from hermes_async.modeling.row_tables import RowTable
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.serving.jobs import GenerationJob
@@ -221,9 +222,12 @@ class EngineInside:
     @property
     def embedding(self) -> TensorSpec:
         """Where the input embedding lies, whose rows are read for every sweep."""
-        spec = self._loaded.planned.partition.streamed_embedding
-        assert spec is not None
-        return spec
+        return self.row_tables[0].spec
+
+    @property
+    def row_tables(self) -> Sequence[RowTable]:
+        """The embeddings that are read by row."""
+        return self._loaded.planned.partition.row_tables
 
     @property
     def num_parking_slots(self) -> int:
@@ -252,7 +256,7 @@ class EngineInside:
 
 def is_parked(session: Session) -> bool:
     """Whether a session's KV is on disk."""
-    return session._kv.slots is not None
+    return session._kv.parked is not None
 
 
 def num_untaken_chunks(request: Request) -> int:

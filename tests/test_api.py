@@ -79,6 +79,7 @@ Engine.is_open
 Engine.plan
 Engine.ready
 await Engine.wait_ready()
+Engine.resolve_sampling_params(params=None)
 Engine.statistics()
 Engine.snapshot()
 Engine.generate(prompt, params=None, *, tools=None, chat_template_kwargs=None, request_id=None, deadline=None)
@@ -98,11 +99,12 @@ Session.fork()
 await Session.aclose()
 EngineConfig(*, num_loading_agents=None, max_resident_layers=None, max_tokens_per_sweep=None, max_sequences=64,
     context_length=None, max_waiting=1024, max_buffered_chunks=64, kv_budget=None, share_prefixes=True,
-    prompt_lookup=True, parking_dir=None, direct_io=True, kernels='default', self_check='require')
+    prompt_lookup=True, parking_dir=None, direct_io=True, kernels='default', batching='auto', self_check='require')
 SamplingParams(*, max_tokens=16, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
     presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=(), stop_token_ids=(),
-    include_stop_str_in_output=False, ignore_eos=False, min_tokens=0, logprobs=None, logit_bias=None,
-    skip_special_tokens=True, structured_outputs=None)
+    include_stop_str_in_output=False, ignore_eos=False, min_tokens=None, logprobs=None, logit_bias=None,
+    skip_special_tokens=True, structured_outputs=None, num_beams=1, model_defaults=False)
+SamplingParams.from_model(**overrides)
 predict(plan, *, num_sessions=1, prompt_tokens=64, new_tokens=64)
 parse_bytes(size)
 format_bytes(num_bytes)
@@ -123,6 +125,8 @@ def signatures() -> Iterator[str]:
             elif inspect.isfunction(member) and not member_name.startswith("_"):
                 called = "await " if inspect.iscoroutinefunction(member) else ""
                 yield f"{called}{name}.{member_name}{parameters_of(member)}"
+            elif isinstance(member, classmethod) and not member_name.startswith("_"):
+                yield f"{name}.{member_name}{parameters_of(getattr(value, member_name))}"
 
 
 def parameters_of(function: Any) -> str:

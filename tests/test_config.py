@@ -114,11 +114,13 @@ def test_defaults_are_vllms() -> None:
         "stop_token_ids": (),
         "include_stop_str_in_output": False,
         "ignore_eos": False,
-        "min_tokens": 0,
+        "min_tokens": None,
         "logprobs": None,
         "logit_bias": None,
         "skip_special_tokens": True,
         "structured_outputs": None,
+        "num_beams": 1,
+        "model_defaults": False,
     }
 
 
@@ -165,7 +167,7 @@ def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) 
         *[("stop_token_ids", value) for value in ("12", [1.0], [True], 5)],
         *[("include_stop_str_in_output", value) for value in ("false", 1, None)],
         *[("ignore_eos", value) for value in ("false", 1, None)],
-        *[("min_tokens", value) for value in (-1, 1.0, None, 17)],
+        *[("min_tokens", value) for value in (-1, 1.0, 17)],
         *[("logprobs", value) for value in (-2, 1.0, True)],
         *[("logit_bias", value) for value in ([1, 2], {"1": 1.0}, {True: 1.0}, 5)],
         *[("temperature", value) for value in (2**64, 1e7)],
@@ -173,6 +175,8 @@ def test_values_at_the_edge_of_their_range_are_accepted(params: dict[str, Any]) 
         *[("logit_bias", {0: bias}) for bias in (-1e300, 1e300, 1e10)],
         *[("logit_bias", {1: bias}) for bias in (math.nan, math.inf, "1", None, 10**400)],
         *[("skip_special_tokens", value) for value in ("no", 0, None)],
+        *[("num_beams", value) for value in (0, 2, 4, 1.0, True)],
+        *[("model_defaults", value) for value in ("no", 1, None)],
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name: str, value: Any) -> None:
@@ -228,6 +232,29 @@ def test_params_are_frozen_and_keyword_only() -> None:
         SamplingParams().temperature = 0.5  # type: ignore[misc]
     with pytest.raises(TypeError):
         SamplingParams(16)  # type: ignore[call-arg]
+
+
+# SamplingParams.from_model
+
+
+def test_what_is_left_to_the_checkpoint_is_none_until_an_engine_resolves_it() -> None:
+    params = SamplingParams.from_model(temperature=0.5, max_tokens=3, min_tokens=0)
+    assert (params.temperature, params.max_tokens, params.min_tokens) == (0.5, 3, 0)
+    assert [params.top_p, params.top_k, params.min_p, params.repetition_penalty] == [None] * 4
+    assert SamplingParams.from_model().max_tokens is None
+    # It stays so when other fields are replaced, also by the values of vLLM's defaults.
+    changed = dataclasses.replace(params, top_p=1.0, temperature=None, seed=3)
+    assert (changed.top_p, changed.temperature, changed.top_k, changed.seed) == (1.0, None, None, 3)
+    assert changed == SamplingParams.from_model(top_p=1.0, max_tokens=3, min_tokens=0, seed=3)
+
+
+def test_from_model_refuses_what_the_class_refuses() -> None:
+    with pytest.raises(RequestError, match="top_p"):
+        SamplingParams.from_model(top_p=2.0)
+    with pytest.raises(RequestError, match="beam search"):
+        SamplingParams.from_model(num_beams=4)
+    with pytest.raises(TypeError, match="top_pp"):
+        SamplingParams.from_model(top_pp=0.5)
 
 
 # EngineConfig

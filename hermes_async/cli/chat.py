@@ -28,10 +28,11 @@ def chat(
     model: options.Model,
     memory: options.Memory = "auto",
     max_tokens: options.MaxTokens = 512,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     seed: options.Seed = None,
+    from_model: options.FromModel = False,
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
@@ -45,7 +46,9 @@ def chat(
 ) -> None:
     """Talk with a model. Ctrl-C stops an answer, /reset forgets the conversation, /exit ends it."""
     with errors_in_one_line():
-        params = SamplingParams(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed)
+        params = options.sampling_params(
+            from_model, max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k, seed=seed
+        )
         config = options.engine_config(
             loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
         )
@@ -70,6 +73,7 @@ async def _converse(engine: Engine, params: SamplingParams, interrupts: Interrup
     answered, failed = False, False
     async with engine, engine.session() as chat:
         progress.hide()
+        options.print_taken(params, engine.resolve_sampling_params(params))
         if at_terminal:
             console.print(_HELP, style="dim")
         while True:

@@ -82,8 +82,8 @@ def _choose_budget(model: Path, stories: list[Story], max_tokens: int) -> tuple[
 
     opened = open_model(model, "1TiB", EngineConfig())
     try:
-        num_tokens = max(len(encode(opened, story.prompt)) for story in stories) + max_tokens
-        session_bytes = opened.probe.kv.nbytes(min(num_tokens, opened.skeleton.context_length or num_tokens))
+        num_tokens = max(len(encode(opened, story.prompt).token_ids) for story in stories) + max_tokens
+        session_bytes = opened.probe.cache.nbytes(min(num_tokens, opened.skeleton.context_length or num_tokens))
     finally:
         opened.close()
     weight_bytes = opened.plan.weight_bytes

@@ -14,7 +14,7 @@ from hermes_async.cli import INTERRUPTED, options
 from hermes_async.cli.answer import Answer, statistics_line, stream_answer
 from hermes_async.cli.progress import EngineProgress, with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
-from hermes_async.config import SamplingParams
+from hermes_async.config import MODEL_FIELDS, SamplingParams
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -29,10 +29,11 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="The text to continue; - reads it from standard input.")],
     memory: options.Memory = "auto",
     max_tokens: options.MaxTokens = 128,
-    temperature: options.Temperature = 0.0,
-    top_p: options.TopP = 1.0,
-    top_k: options.TopK = 0,
+    temperature: options.Temperature = None,
+    top_p: options.TopP = None,
+    top_k: options.TopK = None,
     seed: options.Seed = None,
+    from_model: options.FromModel = False,
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Stop before this text; may be given more than once.", show_default=False),
@@ -61,7 +62,8 @@ def generate(
         raise typer.BadParameter("--chat and --token-ids exclude each other")
     with errors_in_one_line():
         parsed_prompt = _read_prompt(prompt, chat=chat, token_ids=token_ids)
-        params = SamplingParams(
+        params = options.sampling_params(
+            from_model,
             max_tokens=max_tokens,
             temperature=temperature,
             top_p=top_p,
@@ -115,6 +117,7 @@ async def _to_terminal(
             print(text, end="", flush=True)
 
         async with engine:
+            options.print_taken(params, engine.resolve_sampling_params(params))
             answer = await stream_answer(engine, prompt, params, interrupts, write)
             return answer, engine.statistics()
 
@@ -132,18 +135,20 @@ async def _to_json(
     params: SamplingParams,
     interrupts: Interrupts,
 ) -> None:
-    async def work(_: EngineProgress) -> tuple[Completion, dict[str, Any], dict[str, Any]]:
+    async def work(_: EngineProgress) -> tuple[Completion, SamplingParams, dict[str, Any], dict[str, Any]]:
         async with engine:
             completion = await _complete(engine, prompt, params, interrupts)
-            return completion, engine.plan.as_dict(), engine.statistics().as_dict()
+            resolved = engine.resolve_sampling_params(params)
+            return completion, resolved, engine.plan.as_dict(), engine.statistics().as_dict()
 
-    completion, plan, statistics = await with_progress(engine, work)
+    completion, resolved, plan, statistics = await with_progress(engine, work)
     record: dict[str, Any] = {
         "text": completion.text,
         "token_ids": completion.token_ids,
         "finish_reason": completion.finish_reason,
         "usage": asdict(completion.usage),
         "timings": asdict(completion.timings),
+        "sampling": {name: getattr(resolved, name) for name in MODEL_FIELDS},
         "plan": plan,
         "statistics": statistics,
     }

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from hermes_async.cli import logs
-from hermes_async.config import EngineConfig
+from hermes_async.config import MODEL_FIELDS, EngineConfig, SamplingParams, format_sampling
 
 Model = Annotated[
     str,
@@ -31,9 +32,23 @@ OptionalMemory = Annotated[
     ),
 ]
 MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; higher values vary more.")]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens whose probabilities sum to this.")]
-TopK = Annotated[int, typer.Option(help="Sample from the K likeliest tokens; 0 takes all.", metavar="K")]
+Temperature = Annotated[
+    float | None, typer.Option(help="0 takes the likeliest token; higher values vary more.", show_default="0.0")
+]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the likeliest tokens whose probabilities sum to this.", show_default="1.0"),
+]
+TopK = Annotated[
+    int | None, typer.Option(help="Sample from the K likeliest tokens; 0 takes all.", metavar="K", show_default="0")
+]
+FromModel = Annotated[
+    bool,
+    typer.Option(
+        "--from-model",
+        help="Sample as the checkpoint's generation_config.json says, where no option says otherwise.",
+    ),
+]
 Seed = Annotated[
     int | None,
     typer.Option(help="The same seed samples the same tokens.", show_default=False),
@@ -119,6 +134,23 @@ def checked_text(text: str) -> str:
             return os.fsencode(text).decode()
         except UnicodeError:
             raise typer.BadParameter(f"{text!a} is not UTF-8") from None
+
+
+def sampling_params(from_model: bool, **options: Any) -> SamplingParams:
+    """The parameters of a command's requests: greedy by default, or with the checkpoint's own values.
+
+    Args:
+        options: Fields of `SamplingParams`; None for an option that was not given.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    return SamplingParams.from_model(**given) if from_model else SamplingParams(**{"temperature": 0.0, **given})
+
+
+def print_taken(params: SamplingParams, resolved: SamplingParams) -> None:
+    """Says which values come from the checkpoint, if any do."""
+    taken = [name for name in MODEL_FIELDS if getattr(params, name) is None]
+    if taken:
+        print(f"from generation_config.json: {format_sampling(resolved, taken)}", file=sys.stderr, flush=True)
 
 
 def engine_config(

@@ -85,7 +85,7 @@ def predictions_of(chosen: Plan) -> list[Prediction]:
     """For one session, and for more sessions up to what KV memory allows."""
     from hermes_async import predict
 
-    predicted = [predict(chosen, num_sessions=count) for count in (_SESSIONS if chosen.kv_bytes_per_token else _TEXTS)]
+    predicted = [predict(chosen, num_sessions=count) for count in (_SESSIONS if chosen.generates else _TEXTS)]
     return list({prediction.num_sessions: prediction for prediction in predicted}.values())
 
 
@@ -93,8 +93,8 @@ def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
     from rich.table import Table
 
     table = Table(title=f"predicted; speeds {chosen.machine.source}", title_justify="left")
-    what = "token" if chosen.kv_bytes_per_token else "text"
-    names = ("sessions" if chosen.kv_bytes_per_token else "at once", "s a sweep", "reading", "computing")
+    what = "token" if chosen.generates else "text"
+    names = ("sessions" if chosen.generates else "at once", "s a sweep", "reading", "computing")
     for name in (*names, f"{what}s/s", f"first {what if what == 'token' else 'output'}, s", "memory"):
         table.add_column(name, justify="right")
     for prediction in predicted:
@@ -123,7 +123,7 @@ def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Predict
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    what = "tokens" if first.kv_bytes_per_token else "texts"
+    what = "tokens" if first.generates else "texts"
     for name in ("budget", "resident", "reads", "s/sweep", "first, s", f"{what}/s", "most at once"):
         table.add_column(name, justify="right", no_wrap=True)
     for chosen, predicted in zip(plans, predictions, strict=True):
@@ -148,9 +148,9 @@ def draw(plans: Sequence[Plan], predictions: Sequence[Sequence[Prediction]], out
     """
     plots = pyplot()
     figure, axes = plots.subplots(figsize=(8, 5), layout="constrained")
-    what = "tokens" if plans[0].kv_bytes_per_token else "texts"
+    what = "tokens" if plans[0].generates else "texts"
     lines: dict[int, list[tuple[float, float]]] = {}
-    most = _SESSIONS if plans[0].kv_bytes_per_token else _TEXTS
+    most = _SESSIONS if plans[0].generates else _TEXTS
     for chosen, predicted in zip(plans, predictions, strict=True):
         for count in most:
             # Where there is memory for fewer sessions, what those give.

@@ -126,6 +126,14 @@ def serve(
             help="The most tokens of a chat answer, if the request does not say.",
         ),
     ] = 1024,
+    from_model: Annotated[
+        bool,
+        typer.Option(
+            "--from-model",
+            envvar=f"{_ENVIRONMENT}FROM_MODEL",
+            help="Sample as the checkpoint's generation_config.json says, where a request does not say.",
+        ),
+    ] = False,
     root_path: Annotated[
         str,
         typer.Option(
@@ -170,6 +178,7 @@ def serve(
             allowed_hosts=hosts,
             request_timeout_s=request_timeout,
             default_max_tokens=default_max_tokens,
+            from_model=from_model,
             page=page,
         )
         config = options.engine_config(

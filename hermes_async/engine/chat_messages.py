@@ -13,6 +13,7 @@ from hermes_async.engine.chat_tools import (
     with_named_reasoning,
     with_parsed_arguments,
 )
+from hermes_async.engine.images import image_parts, image_source, is_image_part
 from hermes_async.errors import RequestError
 from hermes_async.foreign_errors import one_request
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 # Results of tools may have any type: the template decides what they mean.
 _TOOL_ROLES = ("tool", "function", "ipython")
+
+_PROBE = "a text to try"
 
 
 def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
@@ -45,6 +48,8 @@ def checked_messages(messages: Sequence[Any]) -> list[dict[str, Any]]:
         check_nested(where, message)
         check_tool_calls(f"{where}, of role {role!r},", message)
         _check_content(f"{where}, of role {role!r},", message, role)
+    for where, part in image_parts(messages):
+        image_source(where, part)  # raises if it is no image
     return [dict(message) for message in messages]
 
 
@@ -55,13 +60,15 @@ def render(
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
     add_generation_prompt: bool = True,
+    chat_template: str | None = None,
 ) -> str:
-    """Renders messages as a text.
+    """Renders messages as a text, with a placeholder for each image.
 
     Args:
         tools: Functions that the model may call, as in OpenAI's API.
         chat_template_kwargs: Other variables of the template, such as `enable_thinking`.
         add_generation_prompt: Include the beginning of an answer.
+        chat_template: In place of the tokenizer's.
 
     Raises:
         RequestError: A message, a tool or a variable is not valid, or the template refuses them or gives no text.
@@ -72,7 +79,11 @@ def render(
     response_template = getattr(tokenizer, "response_template", None)
     conversation = [with_named_reasoning(message, response_template) for message in conversation]
     variables = {**checked_variables(chat_template_kwargs), "tools": checked_tools(tools)}
-    if any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer, variables):
+    if chat_template is not None:
+        variables["chat_template"] = chat_template
+    if next(image_parts(conversation), None) is not None or _takes_only_parts(tokenizer, variables):
+        conversation = [_for_images(message) for message in conversation]
+    elif any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer, variables):
         conversation = [_with_parts_joined(message) for message in conversation]
     with one_request("the checkpoint's chat template"):
         rendered = tokenizer.apply_chat_template(
@@ -96,11 +107,11 @@ def _check_content(where: str, message: Mapping[Any, Any], role: str) -> None:
         if not content:
             raise RequestError(f"{where} has an empty list as content")
         for idx, part in enumerate(content):
-            if not _is_text_part(part):
+            if not _is_text_part(part) and not is_image_part(part):
                 kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
                 raise RequestError(
                     f"{where} has a part {idx} of type {kind!r}; every part must be like "
-                    "{'type': 'text', 'text': '...'}"
+                    "{'type': 'text', 'text': '...'} or {'type': 'image', 'image': ...}"
                 )
     elif not isinstance(content, str) and role not in _TOOL_ROLES:
         raise RequestError(f"{where} has content of type {type(content).__name__}; content is a text or text parts")
@@ -128,9 +139,34 @@ def _takes_parts(tokenizer: SharedTokenizer, variables: Mapping[str, Any]) -> bo
     return bool(of_text == of_part)
 
 
+def _takes_only_parts(tokenizer: SharedTokenizer, variables: Mapping[str, Any]) -> bool:
+    """Whether the template renders text parts, but leaves out a text that is no part, as that of LLaVA does."""
+    if "image" not in str(variables.get("chat_template") or tokenizer.chat_template):
+        return False
+    rendered: list[str] = []
+    for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
+        try:
+            messages = [{"role": "user", "content": content}]
+            rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False, **variables)))
+        except Exception:  # a template may raise anything for content that it does not support
+            rendered.append("")
+    of_text, of_part = rendered
+    return _PROBE in of_part and _PROBE not in of_text
+
+
 def _with_parts_joined(message: dict[str, Any]) -> dict[str, Any]:
     """Joins text parts with line breaks, as vLLM does."""
     content: Any = message.get("content")
     if not _is_parts(content):
         return message
     return {**message, "content": "\n".join(part["text"] for part in content)}
+
+
+def _for_images(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as templates for images take it: parts only, and each image as a part without the image itself."""
+    content: Any = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": [{"type": "text", "text": content}]}
+    if not isinstance(content, (list, tuple)):
+        return message
+    return {**message, "content": [{"type": "image"} if is_image_part(part) else part for part in content]}

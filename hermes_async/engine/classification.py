@@ -13,6 +13,7 @@ import torch
 from transformers import AutoImageProcessor
 
 from hermes_async.engine.encoding import count_text_tokens, encode_pair, encode_texts, model_inputs, truncated
+from hermes_async.engine.images import load_image
 from hermes_async.engine.opening import OpenedModel
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import CheckpointError, RequestError
@@ -21,8 +22,6 @@ from hermes_async.modeling.inputs import input_names
 from hermes_async.results import Label
 from hermes_async.serving.forward_passes import prepare_forward
 from hermes_async.serving.jobs import ForwardJob
-
-_MAX_PIXELS = 64_000_000  # of an image: a small file may unpack to any number
 
 
 def prepare_classification(
@@ -88,19 +87,8 @@ def _text_inputs(opened: OpenedModel, item: str | os.PathLike[str] | Sequence[st
 
 
 def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
-    try:
-        from PIL import Image
-    except ImportError as error:
-        raise RequestError("images need Pillow: pip install 'hermes_async[vision]'") from error
+    pixels = load_image(file, where=str(file))
     processor = copy.deepcopy(_image_processor(checkpoint))  # another thread may use the same processor
-    try:
-        with Image.open(file) as image:
-            if image.width * image.height > _MAX_PIXELS:
-                raise ValueError(f"{image.width} by {image.height} pixels are more than {_MAX_PIXELS}")
-            pixels = image.convert("RGB")
-    # Pillow may raise any error for a broken file.
-    except Exception as error:
-        raise RequestError(f"{file} cannot be read as an image: {type(error).__name__}: {error}") from error
     return dict(processor(images=pixels, return_tensors="pt"))
 
 

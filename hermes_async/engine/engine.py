@@ -106,6 +106,22 @@ class Engine(Forwarding):
                 self._model()  # raises the failure, if there was one
                 raise
 
+    def resolve_sampling_params(self, params: SamplingParams | None = None) -> SamplingParams:
+        """The parameters with this checkpoint's own values where `SamplingParams.from_model` left them open.
+
+        Requests do the same, so this is for a look at the values.
+
+        Args:
+            params: None for `SamplingParams.from_model()`.
+
+        Raises:
+            RequestError: `params` are no `SamplingParams`.
+            EngineClosedError, EngineFailedError: The engine was closed, or failed.
+        """
+        with self._call():
+            self._model()
+            return self._resolved(SamplingParams.from_model() if params is None else params)
+
     def statistics(self) -> EngineStatistics:
         """Counts since the engine opened, also after it was closed."""
         self._check_loop()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -16,29 +15,29 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.probing import ProbedModel, build_and_probe, with_pooling
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.memory.available import process_rss_bytes
 from hermes_async.memory.claims import Claim
 from hermes_async.memory.library_caches import bound_heap
 from hermes_async.modeling.activations import TEXT_TOKENS, WorkspaceBounds
-from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
-from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_dense
-from hermes_async.modeling.probe import Probe, probe_forward, probe_packed
-from hermes_async.modeling.selfcheck import check_packing
+from hermes_async.modeling.pooling import PoolingConfig
+from hermes_async.modeling.row_tables import row_tables
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
+from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.modeling.structured_outputs import GrammarCompiler
-from hermes_async.modeling.transformers_api import warn_of_untested_versions
 from hermes_async.planning.machine_speeds import MachineSpeeds, estimated
 from hermes_async.planning.model_sizes import ModelSizes
 from hermes_async.planning.plan import Plan
 from hermes_async.planning.planner import plan
 from hermes_async.planning.profile_store import load_profile, profile_file
+from hermes_async.planning.workspace import LEAST_KV_TOKENS
 from hermes_async.serving.planned_model import PlannedDraft, PlannedModel
+from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
 from hermes_async.storage.hub import HubOptions
@@ -49,9 +48,6 @@ _DRAFT_TOKENS = 256
 
 _LONG_TEXT_TOKENS = 512
 """The context of most encoders. A sweep of a model that does not generate should have room for such a text."""
-
-_BUILDING = threading.Lock()
-"""Held while a model is built: transformers changes torch's default dtype for the whole process meanwhile."""
 
 _SECONDS_FOR_OTHERS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
@@ -68,6 +64,7 @@ class OpenedModel(PlannedModel):
 
     Attributes:
         tokenizer: None if the checkpoint has none; `tokenizer_error` says why.
+        processor: Makes the inputs of prompts with images.
         pooling: How the checkpoint makes sentence vectors, or the error that `embed` raises.
         sentences: How the checkpoint tokenizes texts for sentence vectors, or the error that `embed` raises.
         sentence_tokenizer: The tokenizer for sentence vectors.
@@ -77,6 +74,7 @@ class OpenedModel(PlannedModel):
 
     tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
+    processor: SharedProcessor
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
     sentence_tokenizer: SharedTokenizer | None
@@ -108,9 +106,9 @@ def open_model(
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
         check_cancelled()
-        model = _build_and_probe(checkpoint, config, on_error)
+        model = build_and_probe(checkpoint, config, on_error)
         check_cancelled()
-        model, pooling = _with_pooling(model, checkpoint)
+        model, pooling = with_pooling(model, checkpoint)
         shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None
@@ -142,6 +140,7 @@ def open_model(
         claim=claim,
         tokenizer=shared_tokenizer,
         tokenizer_error=tokenizer_error,
+        processor=SharedProcessor(checkpoint.path),
         pooling=pooling,
         sentences=sentences,
         sentence_tokenizer=lower_casing_tokenizer or shared_tokenizer,
@@ -158,7 +157,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     """
     with ExitStack() as exits:
         checkpoint = Checkpoint.open(source)
-        model, _ = _with_pooling(_build_and_probe(checkpoint, config, exits), checkpoint)
+        model, _ = with_pooling(build_and_probe(checkpoint, config, exits), checkpoint)
         planner = _ModelPlanner.of(model, checkpoint, config, draft=None)
         largest = planner.sizes.weight_bytes * 2
         smallest = planner.plan(largest).minimum_budget
@@ -193,50 +192,6 @@ def _load_tokenizer(path: Path) -> tuple[PreTrainedTokenizerBase | None, str | N
         return None, f"the checkpoint's tokenizer cannot be loaded ({reason_of(error)}); give the prompt as token ids"
 
 
-@dataclass(frozen=True, slots=True)
-class _ProbedModel:
-    """A model without weights, and how it runs."""
-
-    skeleton: Skeleton
-    attention: PackedAttention
-    probe: Probe
-
-    def bounds(self) -> WorkspaceBounds:
-        return WorkspaceBounds(self.skeleton, self.probe, self.attention)
-
-
-def _build_and_probe(checkpoint: Checkpoint, config: EngineConfig, exits: ExitStack) -> _ProbedModel:
-    """Builds a model without weights and probes it. `exits` unregisters its attention from transformers."""
-    warn_of_untested_versions()
-    attention = PackedAttention()
-    exits.callback(attention.close)
-    with _BUILDING:
-        model_config = load_config(checkpoint)
-        skeleton = build_skeleton(checkpoint, model_config, attention.name)
-        skeleton = with_context_length(skeleton, config.context_length)
-        if not skeleton.generates:
-            probe = probe_forward(skeleton)
-        else:
-            if config.self_check == "require":
-                check_packing(model_config, attention)
-            probe = probe_packed(skeleton, attention)
-    return _ProbedModel(skeleton, attention, probe)
-
-
-def _with_pooling(model: _ProbedModel, checkpoint: Checkpoint) -> tuple[_ProbedModel, PoolingConfig | CheckpointError]:
-    """The model with the checkpoint's Dense layers, and its pooling; or the model unchanged, and the error."""
-    skeleton = model.skeleton
-    try:
-        pooling = pooling_config(
-            checkpoint.root or checkpoint.path,
-            skeleton.model.config.architectures or (),
-            is_causal=getattr(skeleton.model.config, "is_causal", True) is not False,
-        )
-        return replace(model, skeleton=with_dense(skeleton, pooling)), pooling
-    except CheckpointError as error:
-        return model, error
-
-
 def _sentences(
     checkpoint: Checkpoint, tokenizer: PreTrainedTokenizerBase | None
 ) -> tuple[SentenceSettings | CheckpointError, SharedTokenizer | None]:
@@ -263,7 +218,7 @@ def _open_draft(
     exits: ExitStack,
 ) -> PlannedDraft:
     tokenizer, _ = _load_tokenizer(checkpoint.path)
-    model = _build_and_probe(checkpoint, replace(config, context_length=None), exits)
+    model = build_and_probe(checkpoint, replace(config, context_length=None, batching="packed"), exits)
     for which, skeleton in (("draft model", model.skeleton), ("model", target)):
         if not skeleton.generates:
             raise ConfigError(f"draft_model: the {which} is a {type(skeleton.model).__name__}, which does not generate")
@@ -316,6 +271,7 @@ class _ModelPlanner:
     Attributes:
         partition: From the most bytes of a stage to a cached partition.
         own_kv_bytes_per_token: The model's; `sizes` counts those of a draft model too.
+        turns_reason: Why the model runs in turns; empty if it does not.
     """
 
     partition: Callable[[int | None], Partition]
@@ -324,10 +280,11 @@ class _ModelPlanner:
     config: EngineConfig
     speeds: MachineSpeeds
     own_kv_bytes_per_token: int
+    turns_reason: str
 
     @classmethod
     def of(
-        cls, model: _ProbedModel, checkpoint: Checkpoint, config: EngineConfig, draft: PlannedDraft | None
+        cls, model: ProbedModel, checkpoint: Checkpoint, config: EngineConfig, draft: PlannedDraft | None
     ) -> _ModelPlanner:
         bounds = model.bounds()
         return cls(
@@ -336,15 +293,21 @@ class _ModelPlanner:
             sizes=_sizes(model, bounds, draft),
             config=config,
             speeds=_speeds(checkpoint),
-            own_kv_bytes_per_token=model.probe.kv.bytes_per_token,
+            own_kv_bytes_per_token=model.probe.cache.bytes_per_token,
+            turns_reason=model.turns_reason,
         )
 
     def plan(self, budget: int) -> Plan:
-        return plan(budget, self.partition, self.sizes, self.config, self.speeds)
+        chosen = plan(budget, self.partition, self.sizes, self.config, self.speeds)
+        if not self.turns_reason:
+            return chosen
+        return replace(chosen, in_turns=True, explanation=(self.turns_reason, *chosen.explanation))
 
     def budgets_for_kv(self, kv_bytes: int) -> tuple[int, int]:
         """The smallest `kv_budget` and `memory_budget` that leave `kv_bytes` to the model's own KV caches."""
-        kv_budget = -(-kv_bytes * self.sizes.kv_bytes_per_token // self.own_kv_bytes_per_token)
+        kv_budget = kv_bytes
+        if self.own_kv_bytes_per_token:
+            kv_budget = -(-kv_bytes * self.sizes.kv_bytes_per_token // self.own_kv_bytes_per_token)
         plenty = 2 * (self.sizes.weight_bytes + kv_budget + self.sizes.workspace_bytes(1, 1, kv_budget))
         planner = replace(self, config=replace(self.config, kv_budget=kv_budget))
         return kv_budget, planner.plan(plenty).minimum_budget
@@ -356,22 +319,25 @@ def _speeds(checkpoint: Checkpoint) -> MachineSpeeds:
     return estimated() if profile is None else profile.machine_speeds()
 
 
-def _sizes(model: _ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | None) -> ModelSizes:
+def _sizes(model: ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | None) -> ModelSizes:
     """The sizes of the model and a draft model, for the planner."""
     skeleton, probe = model.skeleton, model.probe
     all_weights_bytes = weight_bytes(skeleton.tensors, skeleton.tensors)
     sizes = ModelSizes(
         largest_layer_bytes=max(_layer_bytes(skeleton), default=all_weights_bytes),
         weight_bytes=all_weights_bytes,
-        kv_bytes_per_token=(probe.kv.bytes_per_token if skeleton.generates else 0)
+        kv_bytes_per_sequence=probe.cache.sequence_bytes,
+        kv_bytes_per_token=(probe.cache.bytes_per_token if skeleton.generates else 0)
         + (0 if draft is None else draft.probe.kv.bytes_per_token),
         context_length=skeleton.context_length,
         workspace_bytes=bounds.sweep,
-        kv_block_tokens=BLOCK_TOKENS,
+        kv_block_tokens=1 if probe.turns is not None else BLOCK_TOKENS,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
-        embedding_name="" if skeleton.embedding is None else skeleton.embedding_name.rpartition(".")[0],
+        embedding_names=_embedding_names(model),
     )
+    if probe.turns is not None and not probe.turns.traits.chunks:  # a prompt is one call
+        return replace(sizes, least_sweep_tokens=min(LEAST_KV_TOKENS, skeleton.context_length or LEAST_KV_TOKENS))
     if skeleton.generates:
         return sizes
     long_text = min(_LONG_TEXT_TOKENS, skeleton.context_length or _LONG_TEXT_TOKENS)
@@ -380,6 +346,15 @@ def _sizes(model: _ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | N
         least_sweep_tokens=probe.tokens_per_image or TEXT_TOKENS,
         long_text_tokens=0 if probe.tokens_per_image else long_text,
     )
+
+
+def _embedding_names(model: ProbedModel) -> frozenset[str]:
+    """The input embedding, and others that are looked up as it is."""
+    skeleton = model.skeleton
+    names = {table.name for table in row_tables(skeleton, model.probe)}
+    if skeleton.embedding is not None:
+        names.add(skeleton.embedding_name.rpartition(".")[0])
+    return frozenset(names)
 
 
 def _head_name(skeleton: Skeleton) -> str:

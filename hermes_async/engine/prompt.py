@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from hermes_async.config import SamplingParams, StructuredOutputs, check_text, format_bytes
+from hermes_async.config import SamplingParams, StructuredOutputs, check_text, format_bytes, format_count
 from hermes_async.engine.chat_messages import render
+from hermes_async.engine.images import image_parts
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.errors import ContextLengthError, MemoryBudgetError, RequestError
-from hermes_async.serving.request import PreparedPrompt
+from hermes_async.serving.request import EncodedPrompt, PreparedPrompt
 from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
 from hermes_async.serving.text_stream import TextStream
 
@@ -21,11 +22,11 @@ if TYPE_CHECKING:  # imports torch
     from hermes_async.serving.tokenizer import SharedTokenizer
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[Mapping[str, Any]]
-"""Text, token ids, or chat messages."""
+"""Text, token ids, or chat messages, which may have images."""
 
 
 def prepare(
-    opened: OpenedModel, token_ids: list[int], params: SamplingParams, *, prompt_lookup: bool, prior: AcceptanceRates
+    opened: OpenedModel, prompt: EncodedPrompt, params: SamplingParams, *, prompt_lookup: bool, prior: AcceptanceRates
 ) -> PreparedPrompt:
     """Checks a prompt, and `params`, against the model.
 
@@ -35,13 +36,18 @@ def prepare(
 
     Raises:
         RequestError: A token id is not in the vocabulary, or a parameter cannot be used with this model.
-        ContextLengthError: The prompt fills the whole context.
+        ContextLengthError: The prompt fills the whole context, or has the checkpoint's most tokens already.
         MemoryBudgetError: The request needs more KV memory than the plan has for all requests together.
     """
+    from hermes_async.engine.image_prompt import check_images
+
     if not opened.skeleton.generates:
         name = type(opened.skeleton.model).__name__
         raise RequestError(f"{name} is no causal language model and does not generate; forward and embed run it")
-    sampler, may_stop_after = _sampler(opened, token_ids, params)
+    check_images(opened, prompt)
+    token_ids = prompt.token_ids
+    capacity = _capacity(opened, len(token_ids), params.max_tokens)
+    sampler, may_stop_after = _sampler(opened, token_ids, params, capacity)
     text_stream = None
     if opened.tokenizer is not None:
         text_stream = TextStream(
@@ -50,37 +56,53 @@ def prepare(
             stop=tuple(params.stop),
             include_stop=params.include_stop_str_in_output,
             skip_special_tokens=params.skip_special_tokens,
-            min_tokens=params.min_tokens,
+            min_tokens=params.min_tokens or 0,
             may_stop_after=may_stop_after,
         )
     elif params.stop:
         raise RequestError(f"stop texts need a tokenizer: {opened.tokenizer_error}")
     return PreparedPrompt(
         token_ids=token_ids,
-        capacity=_capacity(opened, len(token_ids), params.max_tokens),
+        capacity=capacity,
         sampler=sampler,
         text_stream=text_stream,
         lookup=PromptLookup(token_ids) if prompt_lookup else None,
         acceptance=AcceptanceRates(prior),
+        model_inputs=prompt.model_inputs,
+        inputs_digest=prompt.inputs_digest,
+        image_end=prompt.image_end,
     )
 
 
 def _sampler(
-    opened: OpenedModel, token_ids: list[int], params: SamplingParams
+    opened: OpenedModel, token_ids: list[int], params: SamplingParams, capacity: int
 ) -> tuple[Sampler, Callable[[str], bool] | None]:
     """The request's sampler, and for structured answers what says whether a stop text may follow a text."""
     from hermes_async.modeling.sampling import Sampler, end_token_ids
+    from hermes_async.modeling.token_rules import TokenRules
 
-    eos_token_ids, vocab_size = opened.skeleton.eos_token_ids, opened.skeleton.vocab_size
+    generation, vocab_size = opened.skeleton.generation, opened.skeleton.vocab_size
+    grammar, may_stop_after = None, None
     asked = params.structured_outputs
-    if asked is None:
-        return Sampler(params, token_ids, eos_token_ids=eos_token_ids, vocab_size=vocab_size), None
-    assert isinstance(asked, StructuredOutputs)
-    if opened.tokenizer is None:
-        raise RequestError(f"structured_outputs needs a tokenizer: {opened.tokenizer_error}")
-    grammar = opened.grammars.compile(asked, end_token_ids(params, eos_token_ids, vocab_size))
-    sampler = Sampler(params, token_ids, eos_token_ids=eos_token_ids, vocab_size=vocab_size, grammar=grammar)
-    return sampler, opened.grammars.whole_text(asked) if params.stop else None
+    if asked is not None:
+        assert isinstance(asked, StructuredOutputs)
+        if opened.tokenizer is None:
+            raise RequestError(f"structured_outputs needs a tokenizer: {opened.tokenizer_error}")
+        grammar = opened.grammars.compile(asked, end_token_ids(params, generation.eos_token_ids, vocab_size))
+        may_stop_after = opened.grammars.whole_text(asked) if params.stop else None
+    rules = None
+    if generation.has_token_rules:
+        own_minimum = params.min_tokens is not None
+        rules = TokenRules(generation, token_ids, max_length=capacity, vocab_size=vocab_size, own_minimum=own_minimum)
+    sampler = Sampler(
+        params,
+        token_ids,
+        eos_token_ids=generation.eos_token_ids,
+        vocab_size=vocab_size,
+        grammar=grammar,
+        rules=rules,
+    )
+    return sampler, may_stop_after
 
 
 def encode(
@@ -89,8 +111,8 @@ def encode(
     *,
     tools: Sequence[Mapping[str, Any]] | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
-) -> list[int]:
-    """The prompt's token ids, at least one.
+) -> EncodedPrompt:
+    """The prompt's token ids, at least one, and what the model takes beside them.
 
     Args:
         tools: For the chat template: functions that the model may call.
@@ -98,20 +120,26 @@ def encode(
 
     Raises:
         RequestError: The prompt has no tokens or the wrong type, or needs a tokenizer or chat template that the
-            checkpoint lacks; or tools or variables are not valid, or the prompt is not chat messages.
+            checkpoint lacks; or tools or variables are not valid, or the prompt is not chat messages; or an image
+            cannot be used, or the model takes none.
+        CheckpointError: The checkpoint does not say how images are prepared.
     """
     prompt = _as_list(prompt)
     if not _are_messages(prompt):
         check_no_template_input(tools, chat_template_kwargs)
     if isinstance(prompt, str):
-        return _tokenize(opened, prompt, add_special_tokens=True)
+        return EncodedPrompt(_tokenize(opened, prompt, add_special_tokens=True))
     if not prompt:
         raise RequestError("the prompt is empty")
     if _are_messages(prompt):
+        if _have_images(prompt):
+            from hermes_async.engine.image_prompt import encode_with_images
+
+            return encode_with_images(opened, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
         rendered = _render_chat(opened, prompt, tools=tools, chat_template_kwargs=chat_template_kwargs)
-        return _tokenize(opened, rendered, add_special_tokens=False)
+        return EncodedPrompt(_tokenize(opened, rendered, add_special_tokens=False))
     if (token_ids := _as_token_ids(prompt)) is not None:
-        return token_ids
+        return EncodedPrompt(token_ids)
     raise RequestError("a prompt is text, a sequence of int token ids, or a sequence of chat messages")
 
 
@@ -164,6 +192,16 @@ def tokenize(
     messages = _as_list(prompt)
     if not _are_messages(messages):
         raise RequestError("tokenize takes a text, or chat messages")
+    if _have_images(messages):
+        from hermes_async.engine.image_prompt import encode_with_images
+
+        return encode_with_images(
+            opened,
+            messages,
+            tools=tools,
+            chat_template_kwargs=chat_template_kwargs,
+            add_generation_prompt=add_generation_prompt,
+        ).token_ids
     rendered = _render_chat(
         opened,
         messages,
@@ -238,6 +276,10 @@ def _are_messages(prompt: Sequence[Any]) -> bool:
     return len(prompt) > 0 and all(isinstance(message, Mapping) for message in prompt)
 
 
+def _have_images(messages: Sequence[Any]) -> bool:
+    return next(image_parts(messages), None) is not None
+
+
 def _as_token_ids(prompt: Sequence[Any]) -> list[int] | None:
     """The items as ints; None if one is no int."""
     if all(isinstance(token_id, (int, np.integer)) and not isinstance(token_id, bool) for token_id in prompt):
@@ -275,7 +317,7 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any], **template_input:
 def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
     """The most tokens that the request's sequence may have.
 
-    The context limits it. Without `max_tokens`, the KV memory limits it too.
+    The context limits it. Without `max_tokens`, the checkpoint's own limit and the KV memory limit it too.
     """
     context = opened.skeleton.context_length
     if context is not None and num_prompt_tokens >= context:
@@ -285,13 +327,22 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
             context_length=context,
             num_tokens=num_prompt_tokens,
         )
-    kv, plan = opened.probe.kv, opened.plan
+    kv, plan = opened.probe.cache, opened.plan
     if max_tokens is None:
-        from hermes_async.modeling.kv_cache import BLOCK_TOKENS
-
-        affordable = plan.kv_bytes // kv.block_bytes * BLOCK_TOKENS
+        affordable = kv.tokens_within(plan.kv_bytes)
+        if opened.probe.turns is not None and not opened.probe.turns.traits.keeps:
+            affordable = min(affordable, plan.max_prompt_tokens + 1)
         capacity = affordable if context is None else min(context, affordable)
         capacity = max(capacity, num_prompt_tokens + 1)
+        limit = opened.skeleton.generation.limit(num_prompt_tokens)
+        if limit is not None and num_prompt_tokens >= limit:
+            raise ContextLengthError(
+                f"the prompt has {num_prompt_tokens} tokens; the checkpoint's generation_config.json has a max_length "
+                f"of {limit} for prompt and answer. Give max_tokens",
+                context_length=limit,
+                num_tokens=num_prompt_tokens,
+            )
+        capacity = capacity if limit is None else min(capacity, limit)
     else:
         capacity = num_prompt_tokens + max_tokens
         capacity = capacity if context is None else min(context, capacity)
@@ -301,11 +352,33 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
         minimum = max(minimum, plan.memory_budget)
         raise MemoryBudgetError(
             f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan has "
-            f"{format_bytes(plan.kv_bytes)} for KV caches ({plan.kv_bytes // kv.bytes_per_token} tokens). Request "
+            f"{format_bytes(plan.kv_bytes)} for KV caches ({kv.tokens_within(plan.kv_bytes)} tokens). Request "
             f"fewer tokens, or give the engine kv_budget={kv_budget} in a memory_budget of {minimum} bytes "
             f"({format_bytes(minimum)}) or more",
             requested_bytes=needed,
             budget_bytes=plan.kv_bytes,
             minimum_bytes=minimum,
         )
+    _check_one_call(opened, num_prompt_tokens, capacity)
     return capacity
+
+
+def _check_one_call(opened: OpenedModel, num_prompt_tokens: int, capacity: int) -> None:
+    """Raises `MemoryBudgetError` if the model cannot divide a prompt that does not fit into one sweep."""
+    turns, plan = opened.probe.turns, opened.plan
+    if turns is None or turns.traits.chunks:
+        return
+    longest = num_prompt_tokens if turns.traits.keeps else capacity - 1
+    if longest <= plan.max_prompt_tokens:
+        return
+    nbytes = opened.bounds.sweep(longest, 1, plan.kv_bytes)
+    minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)
+    raise MemoryBudgetError(
+        f"{format_count(longest, 'token')} may take {format_bytes(nbytes)} of activations, and this architecture "
+        f"computes them in one call; the plan has {format_bytes(plan.workspace_bytes)} for "
+        f"{format_count(plan.max_prompt_tokens, 'token')}. Request fewer tokens, or open the engine with "
+        f"max_tokens_per_sweep={longest} and a memory_budget of about {format_bytes(minimum)}",
+        requested_bytes=nbytes,
+        budget_bytes=plan.workspace_bytes,
+        minimum_bytes=minimum,
+    )

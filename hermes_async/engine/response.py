@@ -70,7 +70,7 @@ class ResponseStream:
     keeps only the last of several parts of a field, these are lines of the field; and an answer that it drops as a
     whole comes back as content.
 
-    `Engine.response_stream` makes it.
+    `Engine.response_stream` makes it. `copy.deepcopy` gives an independent one, for another answer to the same prompt.
     """
 
     def __init__(self, parser: Any, template: Any, special_texts: tuple[str, ...]) -> None:

@@ -20,6 +20,7 @@ from hermes_async.engine.prompt import (
 from hermes_async.errors import RequestError, SessionClosedError
 from hermes_async.foreign_errors import one_request
 from hermes_async.results import Chunk, Completion
+from hermes_async.serving.request import EncodedPrompt
 
 if TYPE_CHECKING:
     from hermes_async.engine.engine import Engine
@@ -36,7 +37,8 @@ class Session:
 
     If the checkpoint has a chat template, a text is a message of the user, and the history is `messages`. Otherwise,
     and for token ids, a turn continues `token_ids`. The history gets the part of an answer that the user has read, and
-    stays as it was if the user has read no token.
+    stays as it was if the user has read no token. An image stays in `messages` as it was given: a file is read again
+    in each turn.
 
     Answers equal those to the whole conversation without a session. While KV memory is short, the session's KV is
     parked on disk.
@@ -112,15 +114,16 @@ class Session:
         prompt_ids: list[int] = []
         taken: list[Chunk] = []
 
-        def tokenize(opened: OpenedModel) -> list[int]:
+        def tokenize(opened: OpenedModel) -> EncodedPrompt:
             nonlocal asked
             asked = self._asked(opened, prompt)
             if asked:
-                prompt_ids[:] = encode(opened, asked, tools=tools, chat_template_kwargs=chat_template_kwargs)
+                encoded = encode(opened, asked, tools=tools, chat_template_kwargs=chat_template_kwargs)
             else:
                 check_no_template_input(tools, chat_template_kwargs)
-                prompt_ids[:] = self._continued(opened, prompt)
-            return prompt_ids
+                encoded = EncodedPrompt(self._continued(opened, prompt))
+            prompt_ids[:] = encoded.token_ids
+            return encoded
 
         self._turn = request_id = self._engine._request_id(request_id)
         try:
@@ -200,7 +203,7 @@ class Session:
     def _continued(self, opened: OpenedModel, prompt: Prompt) -> list[int]:
         if isinstance(prompt, str) and self._token_ids:
             return [*self._token_ids, *continue_text(opened, prompt)]
-        return [*self._token_ids, *encode(opened, prompt)]
+        return [*self._token_ids, *encode(opened, prompt).token_ids]
 
     def _check_open(self) -> None:
         self._engine._check_loop()

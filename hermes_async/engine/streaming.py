@@ -17,7 +17,7 @@ from hermes_async.engine.tokenizing import Tokenizing
 from hermes_async.errors import EngineError, RequestError, SessionClosedError
 from hermes_async.results import Chunk, aborted_chunk
 from hermes_async.serving.preparations import PreparationAbortedError
-from hermes_async.serving.request import Request, check_deadline
+from hermes_async.serving.request import EncodedPrompt, Request, check_deadline
 from hermes_async.serving.request_log import log_aborted_early, refusals_logged
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
@@ -43,7 +43,7 @@ class Streaming(Tokenizing):
 
     def _open_stream(
         self,
-        tokenize: Callable[[OpenedModel], list[int]],
+        tokenize: Callable[[OpenedModel], EncodedPrompt],
         params: SamplingParams | None,
         request_id: str,
         deadline: float | None,
@@ -53,7 +53,7 @@ class Streaming(Tokenizing):
 
     async def _prepare_request(
         self,
-        tokenize: Callable[[OpenedModel], list[int]],
+        tokenize: Callable[[OpenedModel], EncodedPrompt],
         params: SamplingParams | None,
         request_id: str,
         deadline: float | None,
@@ -69,8 +69,7 @@ class Streaming(Tokenizing):
         created_at = time.perf_counter()
         prompt = None
         with refusals_logged(request_id), contextlib.suppress(PreparationAbortedError):
-            if not isinstance(params, SamplingParams):
-                raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+            params = self._resolved(params)
             check_deadline(deadline)
             serving.check_new(request_id)
             prompt = await serving.preparations.run(
@@ -99,6 +98,11 @@ class Streaming(Tokenizing):
             session=session,
         )
 
+    def _resolved(self, params: SamplingParams) -> SamplingParams:
+        if not isinstance(params, SamplingParams):
+            raise RequestError(f"params must be SamplingParams, not {type(params).__name__}")
+        return self._opened_model().skeleton.generation.resolve(params)
+
     async def _next_chunk(self, serving: ServingLoop, request: Request) -> Chunk | None:
         self._check_loop()
         return await serving.next_chunk(request)
@@ -123,7 +127,7 @@ class _RequestStream(AbstractAsyncContextManager[AsyncIterator[Chunk]]):
     def __init__(
         self,
         engine: Streaming,
-        tokenize: Callable[[OpenedModel], list[int]],
+        tokenize: Callable[[OpenedModel], EncodedPrompt],
         params: SamplingParams | None,
         *,
         request_id: str,

@@ -55,6 +55,7 @@ class Arguments(BaseModel):
         no_auth: Answers everybody who reaches a proxy, without a key.
         request_timeout_s: Seconds after which a request ends with an error; by default, there is no limit.
         default_max_tokens: The most tokens of a chat answer, if the request does not say.
+        from_model: Sampling values that a request leaves out are those of the checkpoint's `generation_config.json`.
         page: Serves the page at `/`. It shows only the replica that Ray has chosen for it, and while somebody looks at
             it, this replica counts as busy.
         num_replicas: The number of replicas, where it is fixed.
@@ -83,6 +84,7 @@ class Arguments(BaseModel):
     no_auth: bool = False
     request_timeout_s: float | None = None
     default_max_tokens: int = 1024
+    from_model: bool = False
     page: bool = False
     num_replicas: Annotated[int, Field(ge=1)] = 1
     min_replicas: Annotated[int, Field(ge=1)] = 1
@@ -137,6 +139,7 @@ class Arguments(BaseModel):
             api_key=None if self.no_auth else key,
             request_timeout_s=self.request_timeout_s,
             default_max_tokens=self.default_max_tokens,
+            from_model=self.from_model,
             page=self.page,
         )
 

@@ -10,8 +10,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
+from hermes_async.modeling.probe_turns import TURN_TOKENS
+from hermes_async.modeling.row_tables import is_input_embedding, most_rows, row_tables, token_tables
 from hermes_async.modeling.skeleton import Skeleton, layers_of
 from hermes_async.modeling.transformers_api import plain_attention, supports_packed_attention
+from hermes_async.modeling.turns import MOST_TOKENS, TurnLayout
 from hermes_async.storage.rows import RowReader
 
 TEXT_TOKENS = 64
@@ -33,7 +36,10 @@ class WorkspaceBounds:
         model, config = skeleton.model, skeleton.model.config.get_text_config()
         self._generates, self._probe, self._attention = skeleton.generates, probe, attention
         self._context_length = skeleton.context_length
-        self._embedding = skeleton.tensors[skeleton.embedding_name] if probe.embeds_input_ids else None
+        self._row_tables = row_tables(skeleton, probe)
+        # Rows of all layers, as Gemma 3n has them: as they are looked up, and joined with something else.
+        rows_of_layers = (one for one in token_tables(skeleton, probe) if not is_input_embedding(skeleton, one))
+        self._rows_token_bytes = 2 * sum(table.spec.shape[1] for table in rows_of_layers) * skeleton.dtype.itemsize
         self._itemsize = skeleton.dtype.itemsize
         self._num_layers = len(layers_of(model))
         self._hidden_size = int(getattr(config, "hidden_size", 0))
@@ -44,7 +50,10 @@ class WorkspaceBounds:
             head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
             self._vocab_size = _out_features(head)
             self._packs = supports_packed_attention(type(model))
-            self._num_query_heads = int(getattr(config, "num_attention_heads", 1))
+            self._num_query_heads = int(getattr(config, "num_attention_heads", 1) or 1)
+            num_kv_heads = int(getattr(config, "num_key_value_heads", None) or self._num_query_heads)
+            self._heads_per_kv_head = max(1, self._num_query_heads // num_kv_heads)
+        self._turn_bytes = probe.bytes_of_turn * 5 // 4
         self._outer_token_bytes = 2 * _outer_features(model) * self._itemsize
         self._plain_score_bytes = self._bytes_of_plain_score(model)
         # A convolution of images; oneDNN makes copies of its weights.
@@ -55,10 +64,12 @@ class WorkspaceBounds:
     def sweep(self, tokens: int, outputs: int, kv_bytes: int) -> int:
         """Of a sweep of `tokens`, with the embedding rows that it may have to read.
 
-        A sweep of a model that generates is one packed row. Of another model it is as many images as the tokens make,
-        or texts as long as the model takes.
+        A sweep of a model that generates is one packed row, or a call for each sequence. Of another model it is as many
+        images as the tokens make, or texts as long as the model takes.
         """
-        if self._generates:
+        if self._probe.turns is not None:
+            activations = self.turns(self._probe.turns, tokens=tokens, outputs=outputs, kv_bytes=kv_bytes)
+        elif self._generates:
             activations = self.packed(tokens=tokens, outputs=outputs, kv_bytes=kv_bytes)
         else:
             longest = self._probe.tokens_per_image or self._context_length or TEXT_TOKENS
@@ -68,14 +79,15 @@ class WorkspaceBounds:
     def packed(self, *, tokens: int, outputs: int, kv_bytes: int) -> int:
         """Of a packed row.
 
-        Beside the layers, logits count in the model's dtype and once more joined, and one row of them, from which a
-        token is sampled, four times in float32.
+        Beside the layers, and the rows of all layers if there is a table of them, logits count in the model's dtype and
+        once more joined, and one row of them, from which a token is sampled, four times in float32.
 
         Args:
             outputs: Positions whose logits are wanted.
             kv_bytes: Of the KV caches of all sequences.
         """
-        total = tokens * self._layer_token_bytes + self._vocab_size * (outputs * 2 * self._itemsize + 16)
+        total = tokens * (self._layer_token_bytes + self._rows_token_bytes)
+        total += self._vocab_size * (outputs * 2 * self._itemsize + 16)
         kv, context_length = self._probe.kv, self._context_length
         kv_tokens = kv_bytes // kv.bytes_per_token
         if context_length is not None:
@@ -94,6 +106,20 @@ class WorkspaceBounds:
         scores = min(tokens, QUERY_TOKENS) * longest * score_bytes
         return total + scores + longest * kv.bytes_per_token // len(kv.layers)
 
+    def turns(self, layout: TurnLayout, *, tokens: int, outputs: int, kv_bytes: int) -> int:
+        """Of turns with `tokens` in all. While one computes a stage, the others rest with what they have so far.
+
+        Beside what `packed` counts: what was alive in the probe's call, once, because one call computes at a time;
+        the keys and values that the tokens add, also those outside of a window; and of the longest sequence, a copy of
+        the layer with most of them, once more for each head that shares them.
+        """
+        token_bytes = max(self._layer_token_bytes, self._turn_bytes // TURN_TOKENS) + layout.bytes_per_token
+        total = self._turn_bytes + tokens * token_bytes + self._vocab_size * (outputs * 2 * self._itemsize + 16)
+        longest = tokens + min(layout.kept_within(kv_bytes), self._context_length or MOST_TOKENS)
+        return total + longest * (
+            tokens * self._plain_score_bytes + 2 * self._heads_per_kv_head * layout.most_layer_bytes
+        )
+
     def plain(self, *, sequences: int, tokens: int) -> int:
         """Of a plain forward pass over `sequences` texts or images of `tokens` each.
 
@@ -102,7 +128,7 @@ class WorkspaceBounds:
         above all where they are convolved: twice what was alive of one image in the probe, or as much and the copies
         that oneDNN makes of a convolution's weights.
         """
-        token_bytes = self._layer_token_bytes + self._outer_token_bytes
+        token_bytes = self._layer_token_bytes + self._rows_token_bytes + self._outer_token_bytes
         alive = sequences * tokens * self._image_token_bytes
         copied = self._convolution_bytes if self._image_token_bytes else 0
         return max(sequences * tokens * (token_bytes + tokens * self._plain_score_bytes), 2 * alive, alive + copied)
@@ -117,11 +143,11 @@ class WorkspaceBounds:
         return numel * self._itemsize
 
     def embedding_rows(self, *, tokens: int) -> int:
-        """Of rows of the input embedding, as they are read and as they are computed with; 0 where none can be read."""
-        if self._embedding is None:
-            return 0
-        row_bytes = self._embedding.nbytes // self._embedding.shape[0]
-        return RowReader.buffer_bytes(self._embedding, tokens) + tokens * row_bytes
+        """Of rows of embeddings, as they are read and as they are computed with; 0 where none can be read."""
+        num_rows = most_rows(self._row_tables, tokens)
+        return sum(
+            RowReader.buffer_bytes(table.spec, num_rows) + num_rows * table.row_bytes for table in self._row_tables
+        )
 
     def _bytes_of_plain_score(self, model: PreTrainedModel) -> int:
         """What a pair of tokens takes in transformers' own attention."""

@@ -7,7 +7,7 @@ rests there until the stage's weights are bound. Each call computes exactly what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,25 +30,30 @@ class NotLoadedError(EngineError):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EmbeddingRows:
-    """Rows of an input embedding that is not loaded.
+    """Rows of an embedding that is not loaded.
 
     Attributes:
         rows: [rows, hidden].
-        token_ids: The token of each row, sorted; [rows] int64.
+        row_ids: The number of each row in the table, sorted; [rows] int64.
     """
 
     rows: torch.Tensor
-    token_ids: torch.Tensor
+    row_ids: torch.Tensor
 
-    def index_of(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """The row of each token; of the shape of `input_ids`.
+    @classmethod
+    def of(cls, rows: Mapping[int, torch.Tensor]) -> EmbeddingRows:
+        """Copies rows `[hidden]`, in ascending order of their numbers."""
+        return cls(torch.stack(list(rows.values())), torch.tensor(list(rows)))
+
+    def index_of(self, row_ids: torch.Tensor) -> torch.Tensor:
+        """Where each row is in `rows`; of the shape of `row_ids`.
 
         Raises:
-            NotLoadedError: The row of a token is not here.
+            NotLoadedError: A row is not here.
         """
-        input_ids = input_ids.long()
-        index = torch.searchsorted(self.token_ids, input_ids).clamp(max=len(self.token_ids) - 1)
-        if not torch.equal(self.token_ids[index], input_ids):
+        row_ids = row_ids.long()
+        index = torch.searchsorted(self.row_ids, row_ids).clamp(max=len(self.row_ids) - 1)
+        if not torch.equal(self.row_ids[index], row_ids):
             raise NotLoadedError("token ids were to be embedded whose rows are not loaded")
         return index
 
@@ -61,7 +66,7 @@ class ModelCall:
         compute: Calls the model and makes the result from its output; runs on the inference thread. Function modes of
             torch that it enters hold for this call alone; whatever else it sets for its thread, the other calls of the
             sweep feel too.
-        embedding: The rows of the input embedding that it needs; None where the embedding is loaded or not used.
+        rows: The rows that it looks up in each embedding that is read by row, by the module's name.
         dropped: Set by the event loop when nobody wants the result any more. The call then ends before its next stage.
         completed: `compute` has returned.
         result: What `compute` returned.
@@ -69,7 +74,7 @@ class ModelCall:
     """
 
     compute: Callable[[], Any]
-    embedding: EmbeddingRows | None = None
+    rows: Mapping[str, EmbeddingRows] = field(default_factory=dict)
     dropped: bool = False
     completed: bool = False
     result: Any = None
@@ -87,6 +92,12 @@ class ModelCall:
 
     def look(self) -> None:
         """Called by the inference thread before each stage, and while it waits for one, to notice who was aborted."""
+
+    def put_away(self) -> None:
+        """Called when the call begins to rest: takes its state off the model."""
+
+    def take_out(self) -> None:
+        """Called when the call goes on: puts its state back."""
 
 
 @dataclass(eq=False)
@@ -155,7 +166,9 @@ class Turn(greenlet):
         self.at, self.entering = stage, entering
         assert self.parent is not None
         own_modes = exchange_function_modes(self._outer_modes)
+        self.call.put_away()
         self.parent.switch()
+        self.call.take_out()
         exchange_function_modes(own_modes)
         if self._unwinding or self.call.dropped:
             raise CallDropped

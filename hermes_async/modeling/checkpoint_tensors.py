@@ -117,8 +117,8 @@ def _joins(converter: Any) -> bool:
             return len(converter.source_patterns) == 1
         case [("MergeModulelist", 0), ("Concatenate", 1)]:  # gate and up of each
             return True
-        case [("Concatenate", 0)]:
-            return len(converter.source_patterns) > 1
+        case [("Concatenate", 0)]:  # several parameters, or the numbered parts of one
+            return len(converter.source_patterns) > 1 or "*" in converter.source_patterns[0]
     return False
 
 

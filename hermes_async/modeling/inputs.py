@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 from hermes_async.errors import ContextLengthError, RequestError
@@ -37,10 +38,22 @@ def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, tor
     if composite or model.main_input_name == "input_ids":
         embedding = token_embedding(model)
         vocab_size = 1 if embedding is None else embedding.num_embeddings
-        inputs["input_ids"] = torch.arange(num_tokens)[None] % vocab_size
+        inputs["input_ids"] = torch.arange(num_tokens).flip(0)[None] % vocab_size  # unlike positions
         if config.is_encoder_decoder:
             inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs
+
+
+def example_token_ids(model: PreTrainedModel) -> list[int]:
+    """Distinct token ids that show how a model maps ids to the rows of its embeddings.
+
+    They are on both sides of the end of each table. They descend, as positions never do.
+    """
+    embedding = token_embedding(model)
+    assert embedding is not None
+    num_rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
+    token_ids = {0, 1, *num_rows, *(rows - 1 for rows in num_rows)}
+    return sorted((token_id for token_id in token_ids if token_id < embedding.num_embeddings), reverse=True)
 
 
 def input_names(model: PreTrainedModel) -> list[str]:

@@ -54,6 +54,15 @@ class KVLayout:
         """Bytes of a sequence of `capacity` tokens, in whole blocks."""
         return num_blocks(capacity) * self.block_bytes
 
+    def tokens_within(self, nbytes: int) -> int:
+        """The most tokens of a sequence in so many bytes."""
+        return nbytes // self.block_bytes * BLOCK_TOKENS
+
+    @property
+    def sequence_bytes(self) -> int:
+        """What does not depend on the length of a sequence."""
+        return 0
+
 
 def num_blocks(num_tokens: int) -> int:
     """How many blocks so many tokens need."""

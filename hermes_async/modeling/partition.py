@@ -12,6 +12,7 @@ from torch import nn
 
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.probe import Probe
+from hermes_async.modeling.row_tables import RowTable, row_tables
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.pipeload.stage import StageLayout
 from hermes_async.storage.tensor_spec import TensorSpec
@@ -24,14 +25,15 @@ class Partition:
     Attributes:
         base: Parameters that belong to no stage and are resident: mostly norms, biases and other vectors.
         linear_blocks: Linear layers that are too large for one stage, with the output rows of each block.
-        streamed_embedding: The input embedding, if its rows are read as needed; None where it is in a stage.
+        row_tables: Embeddings whose rows are read as needed, in the order in which they are looked up. All others are
+            in stages.
         cast_bytes: Bytes of the parameters of one stage that are cast to the dtype they compute in, at most.
     """
 
     base: StageLayout
     stages: tuple[StageLayout, ...]
     linear_blocks: dict[str, tuple[int, ...]]
-    streamed_embedding: TensorSpec | None
+    row_tables: tuple[RowTable, ...]
     cast_bytes: int
 
 
@@ -40,7 +42,7 @@ def partition(skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None = No
 
     A transformer layer is one stage if it fits in `max_stage_bytes`. Otherwise its attention, MLP or single linear
     layers are stages. A linear layer that is still too large is divided into blocks of rows. None is for a model that
-    is in memory as a whole: no linear layer is divided, and the input embedding is a stage too.
+    is in memory as a whole: no linear layer is divided, and each embedding is in a stage.
     """
     return _Divider(skeleton, probe, max_stage_bytes).divide()
 
@@ -57,24 +59,43 @@ class _Divider:
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}
         self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in probe.unused}
-        self.streamed_embedding: TensorSpec | None = None
-        if max_stage_bytes is not None and probe.embeds_input_ids:
-            self.streamed_embedding = self.tensors.pop(skeleton.embedding_name)
+        self.row_tables = () if max_stage_bytes is None else row_tables(skeleton, probe)
+        for table in self.row_tables:
+            del self.tensors[f"{table.name}.weight"]
         self.sorted_names = sorted(self.tensors)
 
     def divide(self) -> Partition:
         self._walk("", self.model, in_list=False)
+        if self.limit is None:
+            self._keep_shared_by_groups()
         base = StageLayout.of("", [(name, self.tensors[name]) for name in self.base])
         self.stages.sort(key=lambda stage: stage[0])
         layouts = self._layouts(base)
         return Partition(
-            base, layouts, self.linear_blocks, self.streamed_embedding, max(map(self._cast_bytes, (base, *layouts)))
+            base, layouts, self.linear_blocks, self.row_tables, max(map(self._cast_bytes, (base, *layouts)))
         )
+
+    def _keep_shared_by_groups(self) -> None:
+        """Moves tied tensors to the base if not all of their stages are computed in the same sweeps."""
+        groups: dict[tuple[object, int], set[str | None]] = {}
+        for _, name, tensors in self.stages:
+            for _, spec in tensors:
+                groups.setdefault((spec.file, spec.offset), set()).add(self._group_of(name))
+        for _, _, tensors in self.stages:
+            shared = [item for item in tensors if len(groups[item[1].file, item[1].offset]) > 1]
+            self.base += [parameter for parameter, _ in shared]
+            for item in shared:
+                tensors.remove(item)
+
+    def _group_of(self, name: str) -> str | None:
+        """Of a stage: the group of the module whose stage or block it is."""
+        module = name.rpartition(".blocks.")[0] if name not in self.probe.visits else name
+        return self.probe.groups.get(module)
 
     def _layouts(self, base: StageLayout) -> tuple[StageLayout, ...]:
         """Where all stages are resident, tied tensors are loaded once, with the first stage that has them."""
         if self.limit is not None:
-            return tuple(StageLayout.of(name, tensors) for _, name, tensors in self.stages)
+            return tuple(StageLayout.of(name, tensors, self._group_of(name)) for _, name, tensors in self.stages)
         owner: dict[tuple[object, int], list[tuple[str, TensorSpec]]] = {}
         kept = []
         for _, name, tensors in self.stages:
@@ -82,7 +103,7 @@ class _Divider:
             for item in tensors:
                 owner.setdefault((item[1].file, item[1].offset), own).append(item)
             kept.append((name, own))
-        return tuple(StageLayout.of(name, own) for name, own in kept if own)
+        return tuple(StageLayout.of(name, own, self._group_of(name)) for name, own in kept if own)
 
     def _walk(self, path: str, module: nn.Module, *, in_list: bool) -> None:
         names = self._names_under(path)

@@ -11,6 +11,7 @@ from transformers import LogitsProcessor, MinPLogitsWarper, RepetitionPenaltyLog
 from hermes_async.config import SamplingParams
 from hermes_async.errors import RequestError
 from hermes_async.modeling.structured_outputs import Grammar
+from hermes_async.modeling.token_rules import TokenRules
 from hermes_async.results import SampledToken
 
 # As in vLLM: dividing logits by less than this would only lose precision against argmax.
@@ -20,16 +21,25 @@ _GREEDY_BELOW = 1e-5
 class Sampler:
     """Chooses one request's tokens.
 
-    The order is vLLM's: logit_bias, min_tokens, repetition, frequency and presence penalties; the grammar; then argmax,
-    or temperature, min_p, top_k, top_p and a draw. Math is float32 on the CPU. A sampler is plain state:
+    The order is vLLM's, with the checkpoint's rules where transformers' `generate` has them:
+
+    1. The request's `logit_bias` and `min_tokens`.
+    2. The checkpoint's biases of sequences and its penalty of tokens that the input lacks (`TokenRules.favour`).
+    3. Repetition, frequency and presence penalties.
+    4. The checkpoint's n-grams, bad words, least length, forced and suppressed tokens (`TokenRules.restrict`).
+    5. The grammar. Where it allows nothing that step 4 leaves, step 4 does not hold for this token.
+    6. Argmax, or temperature, min_p, top_k, top_p and a draw.
+
+    Drafted tokens go through the same steps, one by one. Math is float32 on the CPU. A sampler is plain state:
     `copy.deepcopy` gives one that continues from the same state and draws the same tokens.
 
     Args:
-        params: What the request asks for.
+        params: What the request asks for, with the checkpoint's values where it left them open.
         prompt_ids: The prompt; the repetition penalty counts its tokens too.
         eos_token_ids: The model's end-of-sequence tokens, which are suppressed for `min_tokens` tokens.
         vocab_size: The number of logits of a position.
         grammar: What the answer must match; None allows all tokens. It belongs to this object from here on.
+        rules: What the checkpoint says of tokens; None for nothing. They belong to this object from here on.
 
     Raises:
         RequestError: A token id, or `params.logprobs`, is out of the vocabulary's range.
@@ -43,18 +53,22 @@ class Sampler:
         eos_token_ids: frozenset[int],
         vocab_size: int,
         grammar: Grammar | None = None,
+        rules: TokenRules | None = None,
     ) -> None:
+        assert not params.model_defaults
         _check_vocabulary(params, prompt_ids, vocab_size)
         self._params = params
         self._num_output_tokens = 0
+        self._min_tokens = params.min_tokens or 0
         self._grammar = grammar
+        self._rules = rules
         bias = params.logit_bias or {}
         self._bias_ids = torch.tensor(list(bias), dtype=torch.long)
         self._biases = torch.tensor([float(value) for value in bias.values()], dtype=torch.float32)
         self._end_ids = torch.tensor(sorted(end_token_ids(params, eos_token_ids, vocab_size)), dtype=torch.long)
 
         self._repetition: LogitsProcessor | None = None
-        if params.repetition_penalty != 1:
+        if params.repetition_penalty not in (None, 1):
             self._repetition = RepetitionPenaltyLogitsProcessor(float(params.repetition_penalty))
         self._counts: _TokenCounts | None = None
         if self._repetition is not None or params.frequency_penalty or params.presence_penalty:
@@ -62,7 +76,8 @@ class Sampler:
 
         self._warpers: list[LogitsProcessor] = []
         self._generator: torch.Generator | None = None
-        if params.temperature >= _GREEDY_BELOW:
+        self._temperature = float(params.temperature or 0.0)
+        if self._temperature >= _GREEDY_BELOW:
             self._warpers = _warpers(params)
             self._generator = torch.Generator()
             if params.seed is None:
@@ -81,10 +96,15 @@ class Sampler:
             RequestError: No token can be chosen: logits are not numbers, all tokens are suppressed, or the grammar
                 exceeded a limit.
         """
-        keep_going = self._num_output_tokens < self._params.min_tokens
+        keep_going = self._num_output_tokens < self._min_tokens
         scores = self._penalize(logits, suppress=keep_going and self._grammar is None)
+        penalized = scores
+        if self._rules is not None:
+            scores = self._rules.restrict(scores if self._grammar is None else scores.clone())
         if self._grammar is not None:
             scores = self._grammar.constrain(scores, keep_going=keep_going)
+            if self._rules is not None and scores.max() == -math.inf:
+                scores = self._grammar.constrain(penalized, keep_going=keep_going)
         if not scores.max() > -math.inf:  # also true of NaN
             raise RequestError("no token can be chosen: logits are not numbers, or every token is suppressed")
         token_id = int(scores.argmax()) if self._generator is None else self._draw(scores, self._generator)
@@ -93,16 +113,20 @@ class Sampler:
             self._grammar.advance(token_id)
         if self._counts is not None:
             self._counts.add(token_id)
+        if self._rules is not None:
+            self._rules.advance(token_id)
         return self._report(logits, token_id)
 
     def _penalize(self, logits: torch.Tensor, *, suppress: bool) -> torch.Tensor:
         """Returns `logits` itself where there is no penalty, so that plain greedy sampling is `logits.argmax()`."""
-        if not (len(self._biases) or suppress or self._counts is not None):
+        if not (len(self._biases) or suppress or self._counts is not None or self._rules is not None):
             return logits
         scores = logits.to(torch.float32, copy=True)
         scores[self._bias_ids] += self._biases
         if suppress:
             scores[self._end_ids] = -math.inf
+        if self._rules is not None:
+            scores = self._rules.favour(scores)
         if self._counts is not None:
             token_ids, output_counts = self._counts.view()
             if self._repetition is not None:
@@ -113,7 +137,7 @@ class Sampler:
 
     def _draw(self, scores: torch.Tensor, generator: torch.Generator) -> int:
         # A large bias divided by a small temperature may exceed float32's range; softmax would give NaN.
-        scores = (scores.float() / float(self._params.temperature)).clamp(max=torch.finfo(torch.float32).max)
+        scores = (scores.float() / self._temperature).clamp(max=torch.finfo(torch.float32).max)
         warped = scores[None]  # [1, vocab_size], as transformers' processors take them
         for warper in self._warpers:
             warped = warper(None, warped)
@@ -187,11 +211,11 @@ def end_token_ids(params: SamplingParams, eos_token_ids: frozenset[int], vocab_s
 
 def _warpers(params: SamplingParams) -> list[LogitsProcessor]:
     warpers: list[LogitsProcessor] = []
-    if params.min_p > 0:
+    if params.min_p:
         warpers.append(MinPLogitsWarper(float(params.min_p)))
-    if params.top_k > 0:
+    if params.top_k is not None and params.top_k > 0:
         warpers.append(TopKLogitsWarper(params.top_k))
-    if params.top_p < 1:
+    if params.top_p is not None and params.top_p < 1:
         warpers.append(TopPWarper(float(params.top_p)))
     return warpers
 

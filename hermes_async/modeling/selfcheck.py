@@ -13,7 +13,7 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from itertools import chain
+from typing import Any
 
 import torch
 from torch import nn
@@ -32,7 +32,10 @@ logger = logging.getLogger(__name__)
 
 _VOCAB_SIZE = 64
 _WINDOW = 3
-_WINDOW_NAMES = ("sliding_window", "window_size", "attention_window_size", "attention_chunk_size")
+_WINDOW_NAMES = (
+    *("sliding_window", "window_size", "attention_window_size", "attention_chunk_size"),
+    *("keep_window_size", "index_topk"),  # so many keys are chosen by their scores
+)
 _INTERMEDIATE_SIZE = 256
 _INTERMEDIATE_NAMES = (
     *("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size"),
@@ -40,7 +43,7 @@ _INTERMEDIATE_NAMES = (
 )
 _NUM_EXPERTS = 16
 _EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 _MAX_NOISE_BYTES = 1 << 30
 # Two sequences, and the tokens of each that a sweep computes: prompts in chunks, beside chunks and decodes.
 _SEQUENCES = ((5, 9, 2, 33, 17, 40, 8, 21, 60), (11, 3, 50, 7))
@@ -54,13 +57,8 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
         UnsupportedModelError: They differ, so the engine would give other tokens than transformers; or no copy of the
             model could be run.
     """
-    shrunk = (
-        _shrunk(config, narrow=narrow) for narrow in (True, False)
-    )  # a generator, as the first is enough for most models
     reason: Exception | None = None
-    for small in chain(shrunk, [config]):
-        if small is None:
-            continue
+    for small in small_copies(config):
         try:
             expected = _separately(copy.deepcopy(small))
         except Exception as error:  # the small copy does not run: try one with fewer changes
@@ -71,7 +69,7 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
         scale = max(float(torch.cat(expected).abs().max()), 1e-6)
         for idx, (one, other) in enumerate(zip(expected, actual, strict=True)):
             difference = float((one - other).abs().max()) / scale
-            if not difference <= _TOLERANCE:
+            if not difference <= TOLERANCE:
                 raise UnsupportedModelError(
                     f"{config.model_type}: sequence {idx + 1} of a packed row gets other logits than alone (by "
                     f"{difference:.1%} of the largest); this architecture cannot share sweeps"
@@ -84,6 +82,15 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
     ) from reason
 
 
+def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
+    """Smaller configurations of the same architecture, the smallest first, and at last `config` itself."""
+    for narrow in (True, False):  # made one after another, as the first is enough for most models
+        small = _shrunk(config, narrow=narrow)
+        if small is not None:
+            yield small
+    yield config
+
+
 def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | None:
     """A copy with few layers, one of each kind at least, a small vocabulary and short windows; None if that fails.
 
@@ -93,12 +100,12 @@ def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | Non
     small = copy.deepcopy(config)
     text = small.get_text_config()
     try:
-        kinds = list(getattr(text, "layer_types", None) or ())
         num_layers = text.num_hidden_layers
-        needed = max((kinds.index(kind) + 1 for kind in set(kinds)), default=0)
+        kinds = {name: value for name, value in _lists(text) if len(value) == num_layers}
+        needed = max((value.index(kind) + 1 for value in kinds.values() for kind in value), default=0)
         text.num_hidden_layers = min(num_layers, max(2, needed))
-        if kinds:
-            text.layer_types = kinds[: text.num_hidden_layers]
+        for name, value in kinds.items():
+            setattr(text, name, value[: text.num_hidden_layers])
         text.vocab_size = _VOCAB_SIZE
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(text, name, None) is not None:
@@ -115,6 +122,11 @@ def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | Non
         logger.debug("self-check of %s cannot shrink it: %s", config.model_type, error)
         return None
     return small
+
+
+def _lists(text: PreTrainedConfig) -> Iterator[tuple[str, list[Any]]]:
+    """The attributes that are lists, such as the kind of each layer."""
+    return ((name, value) for name, value in list(vars(text).items()) if isinstance(value, list))
 
 
 def _at_most(text: PreTrainedConfig, names: Iterable[str], most: int) -> None:
@@ -142,7 +154,7 @@ def _take_heads(text: PreTrainedConfig) -> None:
 def _separately(config: PreTrainedConfig) -> list[torch.Tensor]:
     """Each sequence's logits [tokens, vocab] as transformers computes them."""
     model = build_model(config, torch.float32, None, where="self-check")
-    with _noise(model), torch.inference_mode():
+    with noise(model), torch.inference_mode():
         return [model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0] for sequence in _SEQUENCES]
 
 
@@ -154,7 +166,7 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
     pool = KVPool(layout, sum(layout.nbytes(len(tokens)) for tokens in _SEQUENCES))
     sequences = [SequenceKV(pool, pool.allocate(num_blocks(len(tokens)))) for tokens in _SEQUENCES]
     logits: list[list[torch.Tensor]] = [[] for _ in _SEQUENCES]
-    with _noise(model):
+    with noise(model):
         for sweep in _SWEEPS:
             packed = []
             for idx, count in sweep:
@@ -171,9 +183,11 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
 
 
 @contextmanager
-def _noise(model: PreTrainedModel) -> Iterator[None]:
+def noise(model: PreTrainedModel) -> Iterator[None]:
     """Within the block every matrix is a view of one block of noise, from its own offset; norms are near one."""
     weights = dict(_weights(model))
+    # Whole numbers count or index something: one is a valid value everywhere, zero is not a divisor.
+    numbers = {name: torch.ones_like(tensor, device="cpu") for name, tensor in _other_tensors(model)}
     largest = max(tensor.numel() for tensor in weights.values())
     if largest * 4 > _MAX_NOISE_BYTES:
         raise MemoryError(f"the largest matrix has {largest} elements")
@@ -190,8 +204,12 @@ def _noise(model: PreTrainedModel) -> Iterator[None]:
         start = idx * 61 % places
         value = block[start : start + tensor.numel()].view(tensor.shape)
         values[name] = 1 + value if tensor.dim() <= 1 and not name.endswith("bias") else value
-    with replaced_tensors(model, values):
+    with replaced_tensors(model, values | numbers):
         yield
+
+
+def _other_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
+    return (item for item in model.state_dict(keep_vars=True).items() if not item[1].is_floating_point())
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

@@ -14,6 +14,7 @@ from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
@@ -28,6 +29,7 @@ from hermes_async.errors import (
 )
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
+from hermes_async.modeling.generation_config import GenerationConfig, read_generation_config
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
     from_config,
@@ -36,7 +38,7 @@ from hermes_async.modeling.transformers_api import (
     names_kept_in_float32,
     supports_packed_attention,
 )
-from hermes_async.storage.checkpoint import Checkpoint, read_config
+from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -53,7 +55,7 @@ class Skeleton:
         names_base: Whether it generates, but `config.json` names the model without its head (`GPT2Model`, whose head is
             tied). A plain forward pass then runs the model without its head.
         token_inputs: The inputs of its forward that may be looked up in the input embedding.
-        eos_token_ids: The model's end-of-sequence tokens.
+        generation: What the checkpoint says of generation.
         context_length: Most tokens of a sequence, prompt and completion together; None without a limit.
     """
 
@@ -64,13 +66,18 @@ class Skeleton:
     generates: bool
     names_base: bool
     token_inputs: tuple[str, ...]
-    eos_token_ids: frozenset[int]
+    generation: GenerationConfig
     context_length: int | None
 
     @property
     def embedding(self) -> nn.Embedding | None:
         """The input embedding of token ids; None where the input is something else."""
         return token_embedding(self.model)
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """The model's end-of-sequence tokens; some may be outside of the vocabulary."""
+        return self.generation.eos_token_ids
 
     @property
     def named_model(self) -> PreTrainedModel:
@@ -167,7 +174,12 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     generates = encoder is None
     names_base = generates and _named_base(config) is not None
-    eos_token_ids = _eos_token_ids(checkpoint, config) if generates else frozenset[int]()
+    generation = GenerationConfig()
+    if generates:
+        embedding = token_embedding(model)
+        assert embedding is not None  # `build_model` has checked it
+        eos_token_id = getattr(config.get_text_config(), "eos_token_id", None)
+        generation = read_generation_config(checkpoint, eos_token_id=eos_token_id, vocab_size=embedding.num_embeddings)
     return Skeleton(
         model=model,
         tensors=tensors,
@@ -176,7 +188,7 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
         generates=generates,
         names_base=names_base,
         token_inputs=_token_inputs(model),
-        eos_token_ids=eos_token_ids,
+        generation=generation,
         context_length=_context_length(model),
     )
 
@@ -211,11 +223,25 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     model_class = getattr(transformers, config.architectures[0], None)
     if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
         return None
-    if model_class is model_class_of(AutoModelForCausalLM, config):
+    if model_class is causal_class(config):
         return None
     if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", None) is True:
         return model_class
     return None if is_decoder and model_class is model_class_of(AutoModel, config) else model_class
+
+
+def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The class that generates text one token after another; None if there is none for `config`.
+
+    It is that of `AutoModelForCausalLM`, unless `config` names the class that also takes images. Some checkpoints with
+    images have both (Qwen3.5).
+    """
+    with_images = model_class_of(AutoModelForImageTextToText, config)
+    if with_images is not None and not config.is_encoder_decoder:
+        named = with_images.__name__ in (config.architectures or ())
+        if named and with_images.can_generate():
+            return with_images
+    return model_class_of(AutoModelForCausalLM, config)
 
 
 def _headless_class(
@@ -252,7 +278,7 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     Raises:
         UnsupportedModelError: `config` is not of a causal language model, or transformers cannot build it.
     """
-    model_class = model_class_of(AutoModelForCausalLM, config)
+    model_class = causal_class(config)
     if model_class is None:
         architectures = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(f"{where}: {architectures} is no model that transformers knows by this name")
@@ -342,28 +368,8 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
                 place_of(model, name).put(parameter.float())
 
 
-def _eos_token_ids(checkpoint: Checkpoint, config: PreTrainedConfig) -> frozenset[int]:
-    """Reads them from generation_config.json if there is one, else from config.json.
-
-    Some may be outside of the vocabulary, such as -1; those are never sampled.
-    """
-    path, eos = checkpoint.path / "generation_config.json", None
-    if path.is_file():
-        eos = read_config(path, dict).get("eos_token_id")
-    if eos is None:
-        path, eos = checkpoint.path / "config.json", getattr(config.get_text_config(), "eos_token_id", None)
-    several = eos if isinstance(eos, (list, tuple)) else [] if eos is None else [eos]
-    for token_id in several:
-        whole = isinstance(token_id, int) or (isinstance(token_id, float) and token_id.is_integer())
-        if isinstance(token_id, bool) or not whole:
-            raise CheckpointError(
-                f"{path}: eos_token_id is {eos!r:.200}; it must be a token id, a list of token ids, or null", path=path
-            )
-    return frozenset(int(token_id) for token_id in several)
-
-
 def _context_length(model: PreTrainedModel) -> int | None:
-    """The context length as vLLM computes it, except for RoPE scaling that depends on the longest sequence of a row.
+    """The context length as vLLM computes it, except for what depends on the longest sequence of a row.
 
     "longrope" and "dynamic" scaling do. Beyond the original context they change the frequencies of all positions, also
     those of other sequences in a packed row and of cached keys.
@@ -374,6 +380,9 @@ def _context_length(model: PreTrainedModel) -> int | None:
     several = [item for item in rope.values() if isinstance(item, Mapping)] if by_layer_type else [rope]
     own = _unscaled_context_length(model)
     limits = [_scaled(item, text, own, by_layer_type=by_layer_type) for item in several]
+    if getattr(text, "attention_type", None) == "block_sparse":
+        # BigBird attends to all tokens up to this length. Beyond it, a token's attention depends on the whole call.
+        limits.append((5 + 2 * text.num_random_blocks) * text.block_size)
     return min((limit for limit in limits if limit is not None), default=own)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum, auto
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError
 from hermes_async.modeling.kernels import bounded_attention, without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
+from hermes_async.modeling.row_tables import row_taken
 from hermes_async.modeling.transformers_api import AttentionChoice, own_parameters
 from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import Stage
@@ -43,6 +45,11 @@ class StreamedLinear(nn.Module):
             nn.Linear(linear.in_features, rows, linear.bias is not None, device="meta", dtype=linear.weight.dtype)
             for rows in block_rows
         )
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """The rows of the first block: some models read the dtype of a weight here, none reads its values."""
+        return self.blocks[0].weight  # type: ignore[return-value]
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         return torch.cat([block(hidden_states) for block in self.blocks], dim=-1)
@@ -82,7 +89,7 @@ class _NotLoaded(nn.Parameter):
     """
 
     @classmethod
-    def of(cls, tensor: torch.Tensor) -> _NotLoaded:
+    def of(cls, tensor: torch.Tensor) -> Self:
         """A placeholder with the tensor's shape and dtype."""
         return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape).as_subclass(cls)
 
@@ -93,6 +100,28 @@ class _NotLoaded(nn.Parameter):
             raise NotLoadedError(f"a part of its weights was to be used ({name}) while it is not loaded")
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
+
+
+class _RowsElsewhere(_NotLoaded):
+    """A placeholder for a table that is read by row. A row can be taken from it if the running call has brought it.
+
+    Attributes:
+        table_name: The embedding's name.
+    """
+
+    table_name: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        row = row_taken(func, args)
+        if row is None:
+            return super().__torch_function__(func, types, args, kwargs)
+        table, index = args
+        brought = Turn.current().call.rows.get(table.table_name)
+        if brought is None:
+            raise NotLoadedError(f"row {row} of {table.table_name} was to be used, and is not loaded")
+        taken = brought.rows[brought.index_of(torch.tensor(row))].to(table.dtype)
+        return taken[index[1:]] if isinstance(index, tuple) else taken
 
 
 def _check_loaded(module: nn.Module, args: Any) -> None:
@@ -112,7 +141,7 @@ class StreamedModel:
     Args:
         attention: The one that the model was built with, if it lets its attention be chosen.
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
-        streamed_embedding: The input embedding is not loaded; each call brings the rows it needs.
+        row_tables: The embeddings that are not loaded, by name; each call brings the rows that it looks up.
         native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
         gate: Asked before and after each stage.
     """
@@ -123,7 +152,7 @@ class StreamedModel:
         attention: PackedAttention,
         stages: Sequence[Stage],
         *,
-        streamed_embedding: bool,
+        row_tables: Sequence[str] = (),
         native_tokens: int = 0,
         gate: StageGate,
     ) -> None:
@@ -151,32 +180,32 @@ class StreamedModel:
             module = model.get_submodule(stage.name)
             self._hooks.append(module.register_forward_pre_hook(_entering(stage)))
             self._hooks.append(module.register_forward_hook(_leaving(stage)))
-        self._streamed_embedding: Place | None = None
-        if streamed_embedding:
-            embedding = model.get_input_embeddings()
+        self._row_places: dict[str, Place] = {}
+        for name in row_tables:
+            embedding = model.get_submodule(name)
             assert isinstance(embedding, nn.Embedding)
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
-            self._streamed_embedding = Place(embedding, "weight")
-            self._unloaded_embedding = _NotLoaded.of(embedding.weight)
-            self._streamed_embedding.put(self._unloaded_embedding)
-            self._hooks.append(embedding.register_forward_pre_hook(self._bind_rows))
-            self._hooks.append(embedding.register_forward_hook(self._unbind_rows))
+            self._row_places[name] = Place(embedding, "weight")
+            unloaded = _RowsElsewhere.of(embedding.weight)
+            unloaded.table_name = name
+            self._unloaded[name] = unloaded
+            self._unbind_rows(name)
+            self._hooks.append(embedding.register_forward_pre_hook(partial(self._bind_rows, name)))
+            self._hooks.append(embedding.register_forward_hook(partial(self._unbind_rows, name)))
         for module in model.modules():
             if own_parameters(module):
                 self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # after the hooks that bind
 
     def packed_call(
-        self, batch: PackedBatch, then: Callable[[torch.Tensor], Any], embedding: EmbeddingRows | None = None
+        self, batch: PackedBatch, then: Callable[[torch.Tensor], Any], rows: Mapping[str, EmbeddingRows]
     ) -> PackedCall:
         """A call on a packed row.
 
         Args:
             then: Makes the result from the logits [outputs, vocab], on the inference thread.
-            embedding: The rows of the tokens; None where the embedding is loaded.
+            rows: See `ModelCall.rows`.
         """
-        return PackedCall(
-            lambda: then(forward_packed(self.model, self._attention, batch)), embedding=embedding, batch=batch
-        )
+        return PackedCall(lambda: then(forward_packed(self.model, self._attention, batch)), rows=rows, batch=batch)
 
     def run(self, calls: Sequence[ModelCall]) -> None:
         """Runs one sweep for all calls on the calling thread; each call then has its result or error.
@@ -192,7 +221,8 @@ class StreamedModel:
                 run_calls(calls, first=self._base, enter=self._enter, leave=self._leave, switch_to=self._switch_to)
         finally:
             self._change_setting(_Setting.PACKED)
-            self._unbind_rows()
+            for name in self._row_places:
+                self._unbind_rows(name)
             for stage in [stage for stage in self._bound if not stage.resident]:
                 self.unbind(stage)
         if not any(call.completed for call in calls):
@@ -204,7 +234,7 @@ class StreamedModel:
         Raises:
             ReadError, SweepAbandoned: As `run`.
         """
-        call = self.packed_call(batch, lambda logits: logits)
+        call = self.packed_call(batch, lambda logits: logits, rows={})
         try:
             self.run([call])
         except SweepAbandoned:
@@ -272,17 +302,15 @@ class StreamedModel:
         for placement in stage.layout.placements:
             self._places[placement.name].put(self._unloaded[placement.name])
 
-    def _bind_rows(self, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        embedding = Turn.current().call.embedding
+    def _bind_rows(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        embedding = Turn.current().call.rows.get(name)
         if embedding is None:
             raise NotLoadedError("token ids were to be embedded, and no row of them is loaded")
-        assert self._streamed_embedding is not None
-        self._streamed_embedding.put(embedding.rows.to(self._unloaded_embedding.dtype))
+        self._row_places[name].put(embedding.rows.to(self._unloaded[name].dtype))
         return (embedding.index_of(args[0]), *args[1:])
 
-    def _unbind_rows(self, *_: Any) -> None:
-        if self._streamed_embedding is not None:
-            self._streamed_embedding.put(self._unloaded_embedding)
+    def _unbind_rows(self, name: str, *_: Any) -> None:
+        self._row_places[name].put(self._unloaded[name])
 
 
 class _Setting(Enum):

@@ -2,7 +2,7 @@
 
 There is one function for each need of the engine. If the installed version lacks the name, the function raises
 `IncompatibleVersionError` with the installed and the tested versions. All functions were tested on the versions in
-`TESTED_VERSIONS`. No other module uses such a name; `tests/test_architecture.py` checks that.
+`TESTED_VERSIONS`. Only this module and `generation_api.py` use such names; `tests/test_architecture.py` checks that.
 """
 
 from __future__ import annotations
@@ -60,19 +60,23 @@ def warn_of_untested_versions() -> None:
 
 
 @contextmanager
-def _needs(capability: str) -> Iterator[None]:
+def needs(capability: str) -> Iterator[None]:
     """Within the block, a missing name means that an installed version is incompatible."""
     try:
         yield
     except (ImportError, AttributeError) as error:
-        installed = " and ".join(f"{name} {version}" for name, version in installed_versions().items())
-        tested = ", ".join(f"{name} {lowest} to {highest}" for name, (lowest, highest) in TESTED_VERSIONS.items())
-        raise IncompatibleVersionError(
-            f"{installed} have no {capability} that hermes_async knows ({error}); install versions that it was tested "
-            f"with: {tested}",
-            capability=capability,
-            installed=installed_versions(),
-        ) from error
+        raise _incompatible(capability, error) from error
+
+
+def _incompatible(capability: str, error: Exception) -> IncompatibleVersionError:
+    installed = " and ".join(f"{name} {version}" for name, version in installed_versions().items())
+    tested = ", ".join(f"{name} {lowest} to {highest}" for name, (lowest, highest) in TESTED_VERSIONS.items())
+    return IncompatibleVersionError(
+        f"{installed} have no {capability} that hermes_async knows ({error}); install versions that it was tested "
+        f"with: {tested}",
+        capability=capability,
+        installed=installed_versions(),
+    )
 
 
 # --- a model's class and its making ---
@@ -80,7 +84,7 @@ def _needs(capability: str) -> Iterator[None]:
 
 def model_class_of(auto_class: Any, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class of an auto class, such as `AutoModelForCausalLM`, for `config`; None if there is none."""
-    with _needs("table of an auto class's models"):
+    with needs("table of an auto class's models"):
         mapping = auto_class._model_mapping
     try:
         found: type[PreTrainedModel] = mapping[type(config)]
@@ -97,7 +101,7 @@ def from_config(
     Args:
         attention: The attention implementation; None for transformers' default.
     """
-    with _needs("way to make a model from its configuration"):
+    with needs("way to make a model from its configuration"):
         make: Callable[..., PreTrainedModel] = model_class._from_config
     return make(config, dtype=dtype, attn_implementation=attention)
 
@@ -109,20 +113,20 @@ def mark_initialized(tensor: torch.Tensor) -> None:
 
 def names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
     """Substrings of the names of parameters that transformers keeps in float32 whatever the model's dtype is."""
-    with _needs("plan of a model's dtypes"):
+    with needs("plan of a model's dtypes"):
         plan = model._get_dtype_plan
     return list(plan(dtype))
 
 
 def names_that_may_be_missing(model: PreTrainedModel) -> list[str]:
     """Patterns of the names of tensors that a checkpoint need not hold."""
-    with _needs("list of the tensors that a checkpoint may lack"):
+    with needs("list of the tensors that a checkpoint may lack"):
         return list(model._keys_to_ignore_on_load_missing or ())
 
 
 def conversion_mapping(model: PreTrainedModel) -> tuple[list[Any], list[Any]]:
     """transformers' renamings (`WeightRenaming`) and converters (`WeightConverter`) for checkpoints of this model."""
-    with _needs("table of renamings of a checkpoint's tensors"):
+    with needs("table of renamings of a checkpoint's tensors"):
         table = import_module("transformers.conversion_mapping").get_model_conversion_mapping
         loading = import_module("transformers.core_model_loading")
         renaming, converter = loading.WeightRenaming, loading.WeightConverter
@@ -135,7 +139,7 @@ def tensor_renamer() -> Callable[[str, list[Any], list[Any], str, Mapping[str, A
 
     It takes the tensor's name, renamings, converters, the base model's prefix, and the model's state dict.
     """
-    with _needs("renaming of a checkpoint's tensors"):
+    with needs("renaming of a checkpoint's tensors"):
         rename: Callable[..., tuple[str, str | None]] = import_module(
             "transformers.core_model_loading"
         ).rename_source_key
@@ -144,7 +148,7 @@ def tensor_renamer() -> Callable[[str, list[Any], list[Any], str, Mapping[str, A
 
 def tensor_order() -> Callable[[str], Any]:
     """The sort key of tensor names that puts layer 10 after layer 9."""
-    with _needs("order of a checkpoint's tensors"):
+    with needs("order of a checkpoint's tensors"):
         key: Callable[[str], Any] = import_module("transformers.core_model_loading").dot_natural_key
     return key
 
@@ -159,19 +163,19 @@ def operation_of(operation: Any) -> tuple[str, int | None]:
 
 def supports_packed_attention(model_class: type[PreTrainedModel]) -> bool:
     """Whether the attention function of the architecture can be chosen."""
-    with _needs("choice of the attention function"):
+    with needs("choice of the attention function"):
         return bool(model_class._supports_attention_backend)
 
 
 def plain_attention(model: PreTrainedModel) -> str:
     """transformers' default attention implementation for this architecture."""
-    with _needs("word on a model's attention"):
+    with needs("word on a model's attention"):
         return "sdpa" if model._supports_sdpa else "eager"
 
 
 def attention_implementation(model: PreTrainedModel) -> str | None:
     """The name of the attention implementation that the model uses."""
-    with _needs("word on a model's attention"):
+    with needs("word on a model's attention"):
         name: str | None = model.config._attn_implementation
     return name
 
@@ -187,7 +191,7 @@ class AttentionChoice:
         self._model = model
         configs = {id(part.config): part.config for part in model.modules() if isinstance(part, PreTrainedModel)}
         found = list(configs.values())
-        with _needs("word on a model's attention"):
+        with needs("word on a model's attention"):
             for config in found:
                 for name in config.sub_configs:
                     part = getattr(config, name)
@@ -218,7 +222,7 @@ def register_attention(name: str, function: Callable[..., Any]) -> None:
 
 def unregister_attention(name: str) -> None:
     """Removes the name from transformers' registry, if it is there."""
-    with _needs("registry of attention functions"):
+    with needs("registry of attention functions"):
         AttentionInterface._global_mapping.pop(name, None)
 
 
@@ -248,14 +252,14 @@ def own_buffers(module: nn.Module) -> dict[str, torch.Tensor | None]:
 
 def storage_identity(tensor: torch.Tensor) -> int:
     """A number that is the same for tensors that share memory, also on the meta device, which has no addresses."""
-    with _needs("identity of a tensor's storage"):
+    with needs("identity of a tensor's storage"):
         return int(tensor.untyped_storage()._cdata)
 
 
 def one_dnn_enabled() -> bool:
     """Whether torch computes with oneDNN. `torch.backends.mkldnn.flags` also affects other devices, and warns."""
     torch_c: Any = torch._C
-    with _needs("switch for oneDNN"):
+    with needs("switch for oneDNN"):
         enabled: bool = torch_c._get_mkldnn_enabled()
     return enabled
 
@@ -263,7 +267,7 @@ def one_dnn_enabled() -> bool:
 def enable_one_dnn(enabled: bool) -> None:
     """Turns oneDNN on or off, for the whole process."""
     torch_c: Any = torch._C
-    with _needs("switch for oneDNN"):
+    with needs("switch for oneDNN"):
         torch_c._set_mkldnn_enabled(enabled)
 
 
@@ -272,8 +276,10 @@ _overrides: Any = torch.overrides
 
 def function_modes() -> list[Any]:
     """The instances of `TorchFunctionMode` that are active on this thread, the outermost first."""
-    with _needs("stack of function modes"):
+    try:  # not `needs`, which takes longer: this is asked for at every stage of every call
         return list(_overrides._get_current_function_mode_stack())
+    except AttributeError as error:
+        raise _incompatible("stack of function modes", error) from error
 
 
 def exchange_function_modes(modes: Sequence[Any]) -> list[Any]:
@@ -291,7 +297,7 @@ def packs_attention(dtype: torch.dtype) -> bool:
     needed = {torch.bfloat16: "amx_bf16", torch.float16: "avx512_fp16"}.get(dtype)
     if needed is None:
         return False
-    with _needs("table of a CPU's capabilities"):
+    with needs("table of a CPU's capabilities"):
         return bool(torch.cpu.get_capabilities().get(needed, False))
 
 
@@ -306,7 +312,7 @@ def changes_in_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
     """
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or hasattr(tokenizer, "_switch_to_input_mode"):
         return True
-    with _needs("way to encode and decode"):
+    with needs("way to encode and decode"):
         calls = [(getattr(type(tokenizer), name), getattr(PreTrainedTokenizerFast, name)) for name in _TOKENIZER_CALLS]
         return any(own is not plain for own, plain in calls)
 
@@ -314,7 +320,7 @@ def changes_in_calls(tokenizer: PreTrainedTokenizerBase) -> bool:
 def forget_truncation_and_padding(tokenizer: PreTrainedTokenizerBase) -> None:
     """Switches off truncation and padding of a tokenizer's file, so that no call has to."""
     if isinstance(tokenizer, PreTrainedTokenizerFast):
-        with _needs("tokenizer of the Rust library"):
+        with needs("tokenizer of the Rust library"):
             tokenizer.backend_tokenizer.no_truncation()
             tokenizer.backend_tokenizer.no_padding()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import anyio
@@ -15,10 +15,23 @@ from hermes_async.storage.buffers import Buffer
 class LoadOrder:
     """The cycle of streamed stages, sweep after sweep, and the resident stages that are not in memory yet.
 
-    A streamed stage needs a place in the ring. A resident stage has memory of its own, and waits for nothing. Belongs
-    to the event loop, but for `is_next` and `enter`, which the compute thread calls.
+    A streamed stage needs a place in the ring. A resident stage has memory of its own, and waits for nothing. A stage
+    of a group, such as the vision tower, is optional: a sweep passes over it unless it asked for its group. Belongs to
+    the event loop, but for `is_next` and `enter`, which the compute thread calls.
 
-    Methods that start the ring over return the stages that must be freed for it.
+    Methods that free places of the ring return the stages that must be freed for it.
+
+    No deadlock: at any time, the streamed stages that are in memory or on their way there are those that are computed
+    next, without a gap: from `_next_compute` up to `_next_load`, the optional ones left out that the sweep did not ask
+    for. Other places of the ring are held only by stages that are computed already or that are stale, and such a place
+    is given back without anybody's help. So if the stage that is computed next has no place, no stage holds a place for
+    good, and the loading agent that waits at the governor with this stage, the first of all, gets one, if the ring has
+    a place at all. The agents load the first stages of the next sweep before it is known which groups that sweep asks
+    for, and suppose that it asks for none. If it asks for some, a gap may open in front of stages that were loaded
+    already. These give their places back (`begin_sweep`), and are read again later. To let some of them wait in their
+    places would save these reads, but hold up the agents: the ring has just one place more than there are agents.
+    The places are also given back of optional stages that the model passes over in spite of what the sweep asked for
+    (`reorder`, `end_sweep`).
 
     Args:
         stages: All stages, in the order they are expected to be computed in.
@@ -28,18 +41,41 @@ class LoadOrder:
     def __init__(self, stages: Sequence[Stage], ring: MemoryGovernor) -> None:
         self._stages = stages
         self._ring = ring
-        # All mutable state. `cycle` has the streamed stages as the model visits them. `_next_load` is where the loading
-        # agents are in it, `_next_compute` where the sweep is, and `_entered` the index of the stage entered last.
-        # `_missing` are the resident stages that nobody reads yet, in order, with their memory. `_choice` is the scope
-        # in which a loading agent waits for the next stage; it is cancelled when there may be another one.
+        # All mutable state. `cycle` has the streamed stages as the model visits them, the optional ones too. `_groups`
+        # are those that the running sweep asked for. `_next_load` is where the loading agents are in the cycle,
+        # `_is_ahead` whether they are there for the next sweep, `_next_compute` where the running sweep is, and
+        # `_entered` the index of the stage entered last. `_missing` are the resident stages that nobody reads yet, in
+        # order, with their memory. `_choice` is the scope in which a loading agent waits for the next stage; it is
+        # cancelled when there may be another one.
         self.cycle = [stage for stage in stages if not stage.resident]
+        self._groups: frozenset[str] = frozenset()
         self._next_load = 0
+        self._is_ahead = False
         self._next_compute = 0
         self._entered = -1
         self._missing: dict[Stage, Buffer] = {}
         self._is_held_back = False
         self._choice: anyio.CancelScope | None = None
         self.find_missing()
+
+    # --- positions in the cycle ---
+
+    def _is_wanted(self, stage: Stage, *, ahead: bool = False) -> bool:
+        """Whether the running sweep computes it, or with `ahead` the next one, as far as is known."""
+        return stage.group is None or (stage.group in self._groups and not ahead)
+
+    def _wanted_from(self, position: int, *, ahead: bool = False) -> int | None:
+        """The first position from this one on with a stage that is wanted; None up to the end of the cycle."""
+        positions = range(position, len(self.cycle))
+        return next((idx for idx in positions if self._is_wanted(self.cycle[idx], ahead=ahead)), None)
+
+    def _load_position(self) -> tuple[int, bool] | None:
+        """The position of the streamed stage that is loaded next, and whether that is for the next sweep."""
+        position = self._wanted_from(self._next_load, ahead=self._is_ahead)
+        if position is not None:
+            return position, self._is_ahead
+        position = self._wanted_from(0, ahead=True)
+        return None if position is None else (position, True)
 
     # --- for the loading agents ---
 
@@ -59,22 +95,25 @@ class LoadOrder:
         """
         if self._is_held_back:
             return None
-        streamed = self.cycle[self._next_load] if self.cycle else None
-        resident = next(iter(self._missing), None)
+        position = self._load_position()
+        streamed = None if position is None else self.cycle[position[0]]
+        resident = min(self._missing, key=lambda stage: not self._is_wanted(stage), default=None)
         if streamed is None or resident is None:
             return streamed or resident
         has_place = streamed.state is StageState.EMPTY and self._ring.can_grant(streamed.layout.slot_bytes)
         return min(streamed, resident, key=self._distance) if has_place else resident
 
-    def _distance(self, stage: Stage) -> int:
-        """How many stages there are until this one is needed."""
-        return (stage.idx - self._entered - 1) % len(self._stages)
+    def _distance(self, stage: Stage) -> tuple[bool, int]:
+        """How many stages there are until this one is needed; it is least for what is needed first."""
+        return not self._is_wanted(stage), (stage.idx - self._entered - 1) % len(self._stages)
 
     def take(self, stage: Stage) -> Buffer | None:
         """An agent loads `stage`, which was next, from now on; returns the memory of a resident stage."""
         if stage.resident:
             return self._missing.pop(stage)
-        self._next_load = (self._next_load + 1) % len(self.cycle)
+        position = self._load_position()
+        assert position is not None
+        self._next_load, self._is_ahead = position[0] + 1, position[1]
         return None
 
     # --- for the sweeps ---
@@ -90,11 +129,21 @@ class LoadOrder:
             self._is_held_back = False
             self._choose_again()
 
+    def begin_sweep(self, groups: Collection[str]) -> list[Stage]:
+        """The next sweep asks for these groups. Their stages are loaded before those that come behind them."""
+        self._groups = frozenset(groups)
+        first = next((idx for idx, stage in enumerate(self.cycle) if stage.group in self._groups), None)
+        if first is not None and first < self._next_load:
+            return self.rewind(first)
+        self._choose_again()
+        return []
+
     def is_next(self, stage: Stage) -> bool:
         """Whether it comes next in the order that is known; a resident stage may be entered at any time."""
         if stage.resident:
             return True
-        return self._next_compute < len(self.cycle) and self.cycle[self._next_compute] is stage
+        position = self._wanted_from(self._next_compute)
+        return position is not None and self.cycle[position] is stage
 
     @property
     def entered_idx(self) -> int | None:
@@ -105,10 +154,23 @@ class LoadOrder:
         """It is computed next."""
         self._entered = stage.idx
         if not stage.resident:
-            self._next_compute += 1
+            position = self._wanted_from(self._next_compute)
+            assert position is not None
+            self._next_compute = position + 1
 
     def reorder(self, stage: Stage) -> list[Stage]:
-        """The model visits its stages in another order than was known: learns it, and loads on from this stage."""
+        """The model visits another stage than was expected: loads on from this stage.
+
+        If only optional stages were passed over, that says nothing of the order. Otherwise the order is learned.
+        """
+        if stage.group is not None:
+            self._groups |= {stage.group}
+        for position in range(self._next_compute, len(self.cycle)):
+            if self.cycle[position] is stage:
+                self._next_compute = position
+                return self.rewind(position)
+            if self.cycle[position].group is None:
+                break
         if stage in self.cycle[self._next_compute :]:
             del self.cycle[self.cycle.index(stage, self._next_compute)]
         self.cycle.insert(self._next_compute, stage)
@@ -116,13 +178,18 @@ class LoadOrder:
 
     def end_sweep(self, *, complete: bool) -> list[Stage]:
         """The next sweep begins with the first stage. An incomplete one says nothing of the order."""
+        unvisited = [stage for stage in self.cycle[self._next_compute :] if self._is_wanted(stage)]
         num_visited, self._next_compute, self._entered = self._next_compute, 0, -1
-        if not complete:
-            return self.rewind(0)
-        if 0 < num_visited < len(self.cycle):
-            del self.cycle[num_visited:]  # the model did not visit these
-            return self.rewind(0)
-        return []
+        groups, self._groups = self._groups, frozenset()
+        if complete and not unvisited:
+            self._next_load, self._is_ahead = self._next_load if self._is_ahead else 0, False
+            return []
+        if complete and not num_visited and not groups:
+            return []  # what is loaded is needed next, as before
+        if complete and num_visited:
+            behind = self.cycle[num_visited:]
+            self.cycle[num_visited:] = [stage for stage in behind if stage.group is not None]
+        return self.rewind(0)
 
     # --- starting over ---
 
@@ -132,13 +199,15 @@ class LoadOrder:
         return self.rewind(0)
 
     def rewind(self, position: int) -> list[Stage]:
-        """Empties the ring and loads on from `position` of the cycle."""
-        self._next_load = position
-        for stage in self._stages:
-            if not stage.resident and stage.state is StageState.LOADING:
+        """Loads on from `position` of the cycle. The ring keeps only what the running sweep needs before that."""
+        kept = {stage for stage in self.cycle[self._next_compute : position] if self._is_wanted(stage)}
+        self._next_load, self._is_ahead = position, False
+        dropped = [stage for stage in self._stages if not stage.resident and stage not in kept]
+        for stage in dropped:
+            if stage.state is StageState.LOADING:
                 stage.stale = True
         self._choose_again()
-        return [stage for stage in self._stages if not stage.resident and stage.state is StageState.READY]
+        return [stage for stage in dropped if stage.state is StageState.READY]
 
     def find_missing(self) -> None:
         """Looks for resident stages that are to be loaded, and maps the memory of all of them at once.

@@ -139,8 +139,8 @@ class Pipeline:
 
     @property
     def streams(self) -> bool:
-        """Whether a sweep reads any stage from disk."""
-        return any(not stage.resident for stage in self.stages)
+        """Whether a sweep that asks for no group reads any stage from disk."""
+        return any(not stage.resident and stage.group is None for stage in self.stages)
 
     @property
     def computing(self) -> Stage | None:
@@ -210,10 +210,13 @@ class Pipeline:
 
     # --- sweeps ---
 
-    async def sweep(self, compute: Callable[[], T]) -> T:
+    async def sweep(self, compute: Callable[[], T], groups: Collection[str] = ()) -> T:
         """Runs `compute` on the inference agent's thread, where it may call `enter` and `leave`; one call at a time.
 
         The ring goes on into the next sweep. After an error or an abandoned sweep it starts over.
+
+        Args:
+            groups: The groups of optional stages that `compute` enters. Others are not read.
 
         Raises:
             SweepAbandoned: `abandon` was called.
@@ -222,6 +225,7 @@ class Pipeline:
         Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
         """
         self._load_again(stage for stage in self.stages if stage.error is not None)
+        self._daemon_agent.free_all(self.load_order.begin_sweep(groups))
         self._is_sweeping = True
         started, stalled_before = time.perf_counter(), self.statistics.stall_seconds
         complete = False

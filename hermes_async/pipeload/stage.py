@@ -41,6 +41,8 @@ class StageLayout:
         read_bytes: Of all the ranges.
         slot_bytes: The buffer it needs.
         weight_bytes: Its parameters alone, without alignment and gaps.
+        group: Of an optional stage, the name of the group that it belongs to, such as "vision". Only a sweep that asks
+            for the group computes it. None where every sweep does.
     """
 
     name: str
@@ -49,6 +51,7 @@ class StageLayout:
     read_bytes: int
     slot_bytes: int
     weight_bytes: int
+    group: str | None = None
 
     @property
     def is_shared(self) -> bool:
@@ -56,7 +59,7 @@ class StageLayout:
         return any(not placement.name.startswith(f"{self.name}.") for placement in self.placements)
 
     @classmethod
-    def of(cls, name: str, tensors: Iterable[tuple[str, TensorSpec]]) -> StageLayout:
+    def of(cls, name: str, tensors: Iterable[tuple[str, TensorSpec]], group: str | None = None) -> StageLayout:
         """Lays out the tensors, each under the parameter name it is for. Two names may share one tensor."""
         tensors = list(tensors)
         distinct = {(spec.file, spec.offset, spec.nbytes): spec for _, spec in tensors}
@@ -85,6 +88,7 @@ class StageLayout:
             read_bytes=read_bytes,
             slot_bytes=end,
             weight_bytes=weight_bytes,
+            group=group,
         )
 
 
@@ -170,6 +174,11 @@ class Stage:
     def name(self) -> str:
         """The module's name in the model; empty for the base."""
         return self.layout.name
+
+    @property
+    def group(self) -> str | None:
+        """See `StageLayout.group`."""
+        return self.layout.group
 
     @property
     def label(self) -> str:

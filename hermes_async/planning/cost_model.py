@@ -51,6 +51,8 @@ def sweep_seconds(
 ) -> list[float]:
     """Seconds of each of `num_sweeps` sweeps in a row, the first of which begins with a full ring.
 
+    They ask for no optional stages.
+
     Args:
         num_passes: Model calls in each sweep, each with `num_tokens`. All sequences that generate are one call. A stage
             is handed over once for all calls.
@@ -58,10 +60,12 @@ def sweep_seconds(
     machine, agents = plan.machine, plan.num_loading_agents
     layer_s, head_s = machine.seconds_per_byte(num_tokens, num_outputs)
     curve = read_curve(machine.disk, agents)
-    sizes = {stage.read_bytes for stage in plan.stages}
+    sizes = {stage.read_bytes for stage in plan.streamed}
     read_s = {size: interpolate(curve, size) / agents for size in sizes}
     stages = []
     for idx, stage in enumerate(plan.stages):
+        if stage.group is not None:
+            continue
         byte_s = 0.0 if idx in plan.looked_up else head_s if idx in plan.head else layer_s
         compute_s = num_passes * stage.read_bytes * byte_s
         if idx in plan.resident:
@@ -123,8 +127,8 @@ def predict(plan: Plan, *, num_sessions: int = 1, prompt_tokens: int = 64, new_t
         prompt_tokens: Tokens of each session's prompt, or of each text or image if the model does not generate.
         new_tokens: Tokens that each session generates.
     """
-    kv_bytes = (prompt_tokens + new_tokens) * plan.kv_bytes_per_token
-    if kv_bytes:
+    kv_bytes = (prompt_tokens + new_tokens) * plan.kv_bytes_per_token + plan.kv_bytes_per_sequence
+    if plan.generates:
         num_sessions = max(1, min(num_sessions, plan.max_sequences, plan.kv_bytes // kv_bytes))
         tokens, outputs, passes = num_sessions, num_sessions, 1
     else:

@@ -13,16 +13,17 @@ class ModelSizes:
     """The sizes of a model.
 
     Attributes:
-        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
+        kv_bytes_per_token: What each token of a sequence adds to its KV cache; 0 for a model that does not generate.
         context_length: The most tokens of a sequence; None without a limit.
         workspace_bytes: The most activation bytes of a sweep, by its tokens, its outputs and the KV bytes.
+        kv_bytes_per_sequence: What a KV cache takes whatever its length is, such as recurrent states.
         kv_block_tokens: Tokens of a KV block.
         draft_bytes: Weights and workspace of a draft model.
         least_sweep_tokens: Tokens that every sweep has room for.
         long_text_tokens: Tokens of a text that a sweep should have room for, even if that takes much of the budget; 0
             if long texts are divided.
         head_name: The module that makes logits. It and its submodules compute only the wanted positions.
-        embedding_name: The module whose rows are looked up. It is a stage of its own if all weights are resident.
+        embedding_names: The modules whose rows are looked up. Each is a stage of its own if all weights are resident.
     """
 
     largest_layer_bytes: int
@@ -30,12 +31,18 @@ class ModelSizes:
     kv_bytes_per_token: int
     context_length: int | None
     workspace_bytes: Callable[[int, int, int], int]
+    kv_bytes_per_sequence: int = 0
     kv_block_tokens: int = 1
     draft_bytes: int = 0
     least_sweep_tokens: int = 8
     long_text_tokens: int = 0
     head_name: str = ""
-    embedding_name: str = ""
+    embedding_names: frozenset[str] = frozenset()
+
+    @property
+    def generates(self) -> bool:
+        """Whether it has sequences that grow, with KV caches."""
+        return self.kv_bytes_per_token + self.kv_bytes_per_sequence > 0
 
     @property
     def text_lengths(self) -> tuple[int, ...]:
@@ -50,13 +57,14 @@ class ModelSizes:
         return frozenset(idx for idx, stage in enumerate(stages) if self._is_head(stage))
 
     def looked_up_of(self, stages: Sequence[StageLayout]) -> frozenset[int]:
-        """Indices of the stages that are only the input embedding, whose rows are looked up."""
-        names = {self.embedding_name} - {""}
-        return frozenset(idx for idx, stage in enumerate(stages) if stage.name in names and not self._is_head(stage))
+        """Indices of the stages that are only an embedding, whose rows are looked up."""
+        return frozenset(
+            idx for idx, stage in enumerate(stages) if stage.name in self.embedding_names and not self._is_head(stage)
+        )
 
     def _is_head(self, stage: StageLayout) -> bool:
         if not self.head_name:
             return False
-        if stage.name == self.embedding_name:
+        if stage.name in self.embedding_names:
             return stage.is_shared  # tied weights: the head is computed with them
         return (stage.name + ".").startswith(self.head_name + ".")

@@ -37,12 +37,14 @@ class Plan:
             logits are wanted, or a sequence without any.
         max_sequences: The most sequences of a sweep.
         minimum_budget: The smallest budget that this model runs in.
-        kv_bytes_per_token: Of one sequence; 0 for a model that does not generate.
+        kv_bytes_per_token: What each token of a sequence adds to its KV cache; 0 for a model that does not generate.
         head: Indices of the stages that are the output head or a part of it.
-        looked_up: Indices of the stages that are only the input embedding, whose rows are looked up.
+        looked_up: Indices of the stages that are only an embedding, whose rows are looked up.
         machine: The expected speeds of reading and computing.
         explanation: Why the planner chose this plan, one line for each choice.
         context_length: The most tokens of a sequence; None without a limit.
+        kv_bytes_per_sequence: What a KV cache takes whatever its length is, such as recurrent states.
+        in_turns: Each sequence of a sweep has a call of the model of its own, instead of a place in a packed row.
     """
 
     memory_budget: int
@@ -62,6 +64,13 @@ class Plan:
     machine: MachineSpeeds
     explanation: tuple[str, ...] = ()
     context_length: int | None = None
+    kv_bytes_per_sequence: int = 0
+    in_turns: bool = False
+
+    @property
+    def generates(self) -> bool:
+        """Whether the model generates, and keeps KV caches."""
+        return self.kv_bytes_per_token + self.kv_bytes_per_sequence > 0
 
     @property
     def max_tokens_per_sweep(self) -> int:
@@ -94,7 +103,17 @@ class Plan:
     @property
     def streamed(self) -> tuple[StageLayout, ...]:
         """The stages that every sweep reads."""
-        return tuple(stage for idx, stage in enumerate(self.stages) if idx not in self.resident)
+        return tuple(stage for idx, stage in enumerate(self.stages) if idx not in self.resident and stage.group is None)
+
+    @property
+    def bytes_by_group(self) -> dict[str, int]:
+        """Bytes of optional stages that a sweep reads in addition if it asks for their group, by group."""
+        streamed = (stage for idx, stage in enumerate(self.stages) if idx not in self.resident)
+        nbytes: dict[str, int] = {}
+        for stage in streamed:
+            if stage.group is not None:
+                nbytes[stage.group] = nbytes.get(stage.group, 0) + stage.read_bytes
+        return nbytes
 
     @property
     def bytes_per_sweep(self) -> int:
@@ -115,6 +134,8 @@ class Plan:
         return {name: getattr(self, name) for name in names} | {
             "num_stages": len(self.stages),
             "num_resident_stages": len(self.resident),
+            "batching": ("turns" if self.in_turns else "packed") if self.generates else None,
+            "bytes_by_group": self.bytes_by_group,
             "speeds": self.machine.source,
             "reasons": list(self.explanation),
         }
@@ -138,6 +159,7 @@ class Plan:
             ("KV caches", self.kv_bytes, f"for all sequences together{each}"),
             ("workspace", self.workspace_bytes, f"up to {tokens} of {sequences} a sweep{alone}"),
             ("each sweep", self.bytes_per_sweep, "are read from disk"),
+            *((group, nbytes, "more in a sweep that needs it") for group, nbytes in self.bytes_by_group.items()),
         ]
         lines = [
             f"{name:10}  {format_bytes(size):>9}  {text}" for name, size, text in rows if size or name != "KV caches"

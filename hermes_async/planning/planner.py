@@ -51,7 +51,7 @@ def plan(
         raise ConfigError(
             f"kv_budget={kv_budget} must be less than the memory budget of {budget} bytes, of which it is a part"
         )
-    if kv_budget is not None and not sizes.kv_bytes_per_token:
+    if kv_budget is not None and not sizes.generates:
         raise ConfigError(f"kv_budget={kv_budget}: this model does not generate, and keeps no KV caches")
     if config.kernels == "fastest":
         machine = machine.with_fastest_kernels()
@@ -103,6 +103,7 @@ def plan(
         machine=machine,
         explanation=("all weights fit: they are read once, and no sweep waits for the disk", *machine.explanation),
         context_length=sizes.context_length,
+        kv_bytes_per_sequence=sizes.kv_bytes_per_sequence,
     )
     if weights_bytes >= whole_bytes:
         return resident
@@ -187,7 +188,7 @@ def _cost(plan: Plan, sizes: ModelSizes, config: EngineConfig) -> float:
     For a model that generates: one session alone, plus `config.max_sequences` sessions, in rounds of as many as run at
     once. For another model: the geometric mean over texts from short to long, which gives them equal weight.
     """
-    if not sizes.kv_bytes_per_token:
+    if not sizes.generates:
         lengths = [min(length, plan.max_tokens_per_sweep) for length in sizes.text_lengths]
         texts_s = [steady_seconds(plan, num_tokens=length, num_outputs=0) for length in lengths]
         return math.prod(texts_s) ** (1 / len(texts_s))
@@ -234,7 +235,11 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
         f"stages of up to {format_bytes(plan.slot_bytes)}: {', '.join(sizes) or 'no other size works'}",
         f"{name}, as asked for" if config.num_loading_agents else f"{name}: {'; '.join(agents) or 'no other fits'}",
         f"{format_count(len(plan.resident), 'resident stage')}, {resident}; {len(plan.streamed)} streamed",
-        *([f"KV caches: {kv}"] if plan.kv_bytes_per_token else []),
+        *(
+            f"stages of {group!r} ({format_bytes(nbytes)}) are read only in sweeps that need them"
+            for group, nbytes in plan.bytes_by_group.items()
+        ),
+        *([f"KV caches: {kv}"] if plan.generates else []),
         tokens + (", as asked for" if config.max_tokens_per_sweep else workspace),
     ]
 
@@ -242,8 +247,21 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:
     """Chooses at most `most` stages to keep resident in `room` bytes. More room never keeps less.
 
-    They are spread evenly over the depth: while they are computed, loading agents read the next streamed stages.
+    They are spread evenly over the depth: while they are computed, loading agents read the next streamed stages. An
+    optional stage is chosen only if all others are.
     """
+    always = [idx for idx, stage in enumerate(stages) if stage.group is None]
+    chosen = {always[idx] for idx in _spread([stages[idx] for idx in always], room, most)}
+    if len(chosen) < len(always):
+        return frozenset(chosen)
+    optional = [idx for idx, stage in enumerate(stages) if stage.group is not None]
+    left = room - sum(stages[idx].slot_bytes for idx in chosen)
+    added = _spread([stages[idx] for idx in optional], left, most - len(chosen))
+    return frozenset(chosen | {optional[idx] for idx in added})
+
+
+def _spread(stages: Sequence[StageLayout], room: int, most: int) -> set[int]:
+    """Chooses among stages that are all needed as often."""
     # Keep the same share of each size, then whatever still fits. The order is fixed, so more room keeps more.
     sizes = Counter(stage.slot_bytes for stage in stages)
     counts: Counter[int] = Counter()
@@ -267,7 +285,7 @@ def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int
     for size, count in counts.items():
         others = [idx for idx, stage in enumerate(stages) if stage.slot_bytes == size and idx not in chosen]
         chosen.update(others[(2 * idx + 1) * len(others) // (2 * count)] for idx in range(count))
-    return frozenset(chosen)
+    return chosen
 
 
 def slot_bytes_of(stages: Sequence[StageLayout]) -> int:

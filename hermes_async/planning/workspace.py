@@ -53,9 +53,9 @@ class BudgetDivision:
         self._config = config
         self._most_weights = most_weights
         assert not isinstance(config.kv_budget, str)
-        self._kv_grows = bool(sizes.kv_bytes_per_token) and not config.kv_budget
+        self._kv_grows = sizes.generates and not config.kv_budget
         blocks = -(-min(sizes.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) // sizes.kv_block_tokens)
-        one_sequence = blocks * sizes.kv_block_tokens * sizes.kv_bytes_per_token
+        one_sequence = blocks * sizes.kv_block_tokens * sizes.kv_bytes_per_token + sizes.kv_bytes_per_sequence
         self._least_kv = align_up(max(one_sequence, config.kv_budget or 0))
         # Activation bytes for each number of tokens, with the most sequences.
         self._token_counts = self._possible_token_counts()
@@ -63,7 +63,7 @@ class BudgetDivision:
             self._memory(self._least_kv, count, config.max_sequences).workspace_bytes for count in self._token_counts
         ]
         # A model that does not generate has no limit here, because a text that does not fit into a sweep is refused.
-        num_long = bisect_right(self._token_counts, _LONG_SWEEP) if sizes.kv_bytes_per_token else None
+        num_long = bisect_right(self._token_counts, _LONG_SWEEP) if sizes.generates else None
         self._long_sweep = self._activations[: num_long or None][-1]
         self.least = self._memory(self._least_kv, self._token_counts[0], self._num_sequences(self._least_kv))
         self.minimum = least_weights + self.least.nbytes
@@ -72,7 +72,8 @@ class BudgetDivision:
         """The part of sequences in `budget`. It includes what weights cannot use."""
         room = max(self._sequence_bytes(budget), budget - self._most_weights)
         steps = range(1 + max(room, self._activations[-1]) // ALIGNMENT)
-        return self._step(max(0, bisect_right(steps, room, key=lambda step: self._step(step).nbytes) - 1))
+        num_fitting = bisect_right(steps, room, key=lambda step: self._step(step).nbytes)
+        return self._step(num_fitting - 1) if num_fitting else self.least
 
     def weights_bytes(self, budget: int) -> int:
         """The part of weights in `budget`."""
@@ -84,7 +85,7 @@ class BudgetDivision:
         A prompt needs logits of few positions, which leaves room for more of its tokens.
         """
         outputs = range(1, 1 + memory.num_outputs)
-        if self._config.max_tokens_per_sweep is not None or not self._sizes.kv_bytes_per_token:
+        if self._config.max_tokens_per_sweep is not None or not self._sizes.generates:
             return tuple(memory.num_tokens for _ in outputs)
         room = self._sizes.workspace_bytes(memory.num_tokens, memory.num_outputs, memory.kv_bytes)
         most = min(_MOST_TOKENS, self._sizes.context_length or sys.maxsize)
@@ -105,7 +106,7 @@ class BudgetDivision:
         does not fit into a sweep is refused, so a long text comes before weights.
         """
         above = budget - self.minimum
-        if self._sizes.kv_bytes_per_token:
+        if self._sizes.generates:
             long_sweep = min(self._long_sweep - self._activations[0], self._sizes.weight_bytes // 10)
             part = min(above // 2, long_sweep + above // 10)
         else:
@@ -150,9 +151,10 @@ class BudgetDivision:
         return self._memory(kv_bytes, num_tokens, self._num_sequences(kv_bytes))
 
     def _num_sequences(self, kv_bytes: int) -> int:
-        if not self._sizes.kv_bytes_per_token:
+        if not self._sizes.generates:
             return self._config.max_sequences
-        return min(self._config.max_sequences, max(1, kv_bytes // (_SEQUENCE_TOKENS * self._sizes.kv_bytes_per_token)))
+        sequence = _SEQUENCE_TOKENS * self._sizes.kv_bytes_per_token + self._sizes.kv_bytes_per_sequence
+        return min(self._config.max_sequences, max(1, kv_bytes // max(1, sequence)))
 
     def _memory(self, kv_bytes: int, num_tokens: int, num_sequences: int) -> SequenceMemory:
         num_outputs = min(num_tokens, 2 * num_sequences)  # a token of each sequence, and as many drafted ones
@@ -164,7 +166,7 @@ class BudgetDivision:
         least = self._sizes.least_sweep_tokens
         if self._config.max_tokens_per_sweep is not None:
             return [self._config.max_tokens_per_sweep]
-        if not self._sizes.kv_bytes_per_token:  # whole images, or texts
+        if not self._sizes.generates:  # whole images, or texts
             return sorted({*range(least, _MOST_TOKENS + 1, least), max(least, self._sizes.long_text_tokens)})
         large = range(max(least, _SMALL_SWEEP), _MOST_TOKENS + 1, 16)
         return sorted({least, *range(least, _SMALL_SWEEP), *large})

@@ -238,7 +238,7 @@ def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
         return [opened.probe.tokens_per_image]
     most = min(opened.plan.max_prompt_tokens, opened.skeleton.context_length or counts[-1])
     if opened.skeleton.generates:  # one token follows
-        kv, kv_bytes = opened.probe.kv, opened.plan.kv_bytes
+        kv, kv_bytes = opened.probe.cache, opened.plan.kv_bytes
         fits = [count for count in counts if kv.nbytes(count + 1) <= kv_bytes]
         most = min(most, max(fits, default=1), (opened.skeleton.context_length or most + 1) - 1)
     return sorted({max(count, opened.probe.least_tokens) for count in counts if count <= most})
@@ -246,7 +246,7 @@ def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:
 
 def _can_decode(opened: OpenedModel, num_sessions: int, repeats: int) -> bool:
     """Whether `num_sessions` fit into a sweep and into KV memory."""
-    plan, kv = opened.plan, opened.probe.kv
+    plan, kv = opened.plan, opened.probe.cache
     if not opened.skeleton.generates or num_sessions > plan.max_sequences:
         return False
     context = opened.skeleton.context_length or 2 + repeats

@@ -14,7 +14,7 @@ from hermes_async import Chunk, Completion, SamplingParams
 from hermes_async.errors import HermesError
 from hermes_async.foreign_errors import ungrouped
 from hermes_async.server.errors import error_in_stream
-from hermes_async.server.model_server import ModelServer
+from hermes_async.server.model_server import Conversation, ModelServer
 from hermes_async.server.streams import DONE, Events, EventStream, event, unless_left
 
 
@@ -39,8 +39,14 @@ async def open_answers(
     prompts: Sequence[Sequence[int]],
     params: Sequence[SamplingParams],
     answer_id: str,
+    *,
+    with_images: Conversation | None = None,
 ) -> list[Answer]:
     """Begins an answer for each of `params` to each prompt; all end when `stack` is closed.
+
+    Args:
+        prompts: Token ids.
+        with_images: The conversation whose token ids the only prompt is, if it has images, which token ids do not have.
 
     Raises:
         RequestError: As `Engine.stream` on entering. The answers that were begun end with `stack`.
@@ -50,7 +56,7 @@ async def open_answers(
         for each in params:
             index = len(answers)
             request_id = answer_id if len(prompts) * len(params) == 1 else f"{answer_id}-{index}"
-            chunks = await server.open_answer(stack, prompt_ids, each, request_id)
+            chunks = await server.open_answer(stack, with_images or prompt_ids, each, request_id)
             answers.append(Answer(index, prompt_ids, chunks))
     return answers
 

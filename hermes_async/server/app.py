@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated
 
 import anyio
@@ -11,11 +12,12 @@ from fastapi import APIRouter, FastAPI, Path, Response
 from pydantic import BaseModel
 
 from hermes_async import Engine, __version__
+from hermes_async.config import format_sampling
 from hermes_async.errors import EngineClosedError
 from hermes_async.server import chat, completions, embeddings, rerank, responses, tokens
 from hermes_async.server.errors import ERRORS, add_error_handlers, error_response
 from hermes_async.server.guard import Guard
-from hermes_async.server.metrics import RequestMetrics
+from hermes_async.server.metrics import RequestCounter, RequestMetrics
 from hermes_async.server.model_server import ModelServer, Server
 from hermes_async.server.page import page_router
 from hermes_async.server.settings import ServerSettings
@@ -42,14 +44,16 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
         settings: Options.
     """
     settings = settings or ServerSettings()
-    server = ModelServer(engine, settings, RequestMetrics(engine))
+    metrics = RequestMetrics(engine)
+    server = ModelServer(engine, settings, metrics)
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if server.is_open:
-            yield
-            return
-        async with engine:
+        async with AsyncExitStack() as exits:
+            if not server.is_open:
+                await exits.enter_async_context(engine)
+            if settings.from_model:
+                logger.info("requests take from generation_config.json: %s", format_sampling(server.default_sampling()))
             yield
 
     app = FastAPI(
@@ -65,6 +69,7 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
     )
     app.state.model_server = server  # see `model_server_of`
     app.add_middleware(Guard, settings=settings)
+    app.add_middleware(RequestCounter, metrics=metrics)  # around the one before
     add_error_handlers(app)
     for route in (chat, completions, responses, embeddings, rerank, tokens):
         app.include_router(route.router)
@@ -75,6 +80,8 @@ def create_app(engine: Engine, settings: ServerSettings | None = None) -> FastAP
 
 
 # --- models, health and metrics ---
+
+logger = logging.getLogger(__name__)
 
 _status = APIRouter()
 
@@ -142,6 +149,6 @@ async def ready(server: Server) -> Response:
 
 
 @_status.get("/metrics", response_class=Response)
-async def metrics(server: Server) -> Response:
+async def metrics_text(server: Server) -> Response:
     """Metrics in Prometheus' text format."""
     return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

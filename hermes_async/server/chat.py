@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -23,7 +24,7 @@ from hermes_async.server.chat_fields import (
 from hermes_async.server.chat_message import ForcedCall, MessageReader
 from hermes_async.server.errors import ERRORS
 from hermes_async.server.fields import ClientId, json_logprob, new_id, of_choice
-from hermes_async.server.model_server import ModelServer, Server, Stack, usage_of
+from hermes_async.server.model_server import Conversation, ModelServer, Server, Stack, usage_of
 from hermes_async.server.streams import Events, event
 
 router = APIRouter(responses=ERRORS)
@@ -42,15 +43,13 @@ async def chat_completions(
     server.check_choices(1, body.n or 1)
     answer_id, created = new_id("chatcmpl", client_id), int(time.time())
     tools = tools_for_template(body)
-    prompt_ids = await server.engine.tokenize(
-        [message.for_template() for message in body.messages],
-        tools=tools,
-        chat_template_kwargs=body.chat_template_kwargs,
-    )
-    readers = [await message_reader(server, body, prompt_ids, tools) for _ in range(body.n or 1)]
+    asked = Conversation([message.for_template() for message in body.messages], tools, body.chat_template_kwargs)
+    prompt_ids = await prompt_ids_of(server, asked)
+    readers = await message_readers(server, body, prompt_ids, tools)
     params = chat_params(server, body, len(prompt_ids), keeps_special_tokens=readers[0].parses)
     choices = [of_choice(params, index) for index in range(body.n or 1)]
-    answers = await open_answers(server, stack, [prompt_ids], choices, answer_id)
+    images = asked if body.has_images else None
+    answers = await open_answers(server, stack, [prompt_ids], choices, answer_id, with_images=images)
     if body.stream:
         chat_stream = _ChatStream(server, body, answer_id, created)
         return stream(server, lambda events: chat_stream.send_all(events, answers, readers))
@@ -65,6 +64,13 @@ async def chat_completions(
 
 
 # --- what the engine is asked for ---
+
+
+async def prompt_ids_of(server: ModelServer, asked: Conversation) -> list[int]:
+    """The token ids of a conversation; an image is as many of them as it becomes in the model."""
+    return await server.engine.tokenize(
+        asked.messages, tools=asked.tools, chat_template_kwargs=asked.chat_template_kwargs
+    )
 
 
 def tools_for_template(body: ChatRequest) -> list[dict[str, Any]] | None:
@@ -97,14 +103,15 @@ def _forced_call(body: ChatRequest) -> ForcedCall | None:
     return None
 
 
-async def message_reader(
+async def message_readers(
     server: ModelServer, body: ChatRequest, prompt_ids: Sequence[int], tools: list[dict[str, Any]] | None
-) -> MessageReader:
-    """What reads one answer to the prompt."""
+) -> list[MessageReader]:
+    """What reads each of the answers to the prompt."""
     forced = _forced_call(body)
     structured = forced is not None or body.response_structure() is not None
     parser = None if structured else await server.engine.response_stream(prompt_ids, tools)
-    return MessageReader(parser, forced, parallel_calls=body.parallel_tool_calls is not False)
+    parallel_calls = body.parallel_tool_calls is not False
+    return [MessageReader(copy.deepcopy(parser), forced, parallel_calls=parallel_calls) for _ in range(body.n or 1)]
 
 
 def chat_params(
@@ -116,7 +123,7 @@ def chat_params(
     changes: dict[str, Any] = {"structured_outputs": body.response_structure()}
     if keeps_special_tokens:  # the parser needs them
         changes["skip_special_tokens"] = False
-    params = body.model_copy(update=changes).sampling_params(max_tokens, body.num_logprobs)
+    params = body.model_copy(update=changes).sampling_params(server.default_sampling(), max_tokens, body.num_logprobs)
     return params if forced is None else replace(params, structured_outputs=StructuredOutputs(json=forced.schema))
 
 

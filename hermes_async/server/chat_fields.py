@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, StringConstraints, model_validator
+from pydantic import BaseModel, Discriminator, Field, StringConstraints, Tag, field_validator, model_validator
 
 from hermes_async.server.fields import (
     MAX_MESSAGES,
@@ -32,6 +32,38 @@ class TextPart(Body):
     text: Text
 
 
+class ImageUrl(Body):
+    """An image as a data URL. `detail` has no effect: the checkpoint's own processor decides."""
+
+    url: Annotated[str, StringConstraints(max_length=2**26)]
+    detail: Literal["auto", "low", "high"] | None = None
+
+    @field_validator("url")
+    @classmethod
+    def _only_data(cls, url: str) -> str:
+        if not url.startswith("data:image/"):
+            raise ValueError("images are not fetched; give a data URL, which begins with data:image/")
+        return url
+
+
+class ImagePart(Body):
+    """An image in a message's content."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
+Parts = Annotated[list[Part], Field(min_length=1, max_length=1024)]
+
+
+def _kind_of_content(content: Any) -> str:
+    return "parts" if isinstance(content, list) else "text"
+
+
+Content = Annotated[Annotated[Text, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_kind_of_content)]
+
+
 class FunctionCall(Body):
     """A call of a function, with its arguments as JSON text."""
 
@@ -52,7 +84,7 @@ class ChatMessage(Body):
     """One message. Fields that OpenAI's clients send back with an answer may be there, if they are empty."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1, max_length=1024)] | None = None
+    content: Content | None = None
     name: Annotated[str, StringConstraints(max_length=256)] | None = None
     tool_calls: Annotated[list[ToolCallBody], Field(max_length=MAX_TOOLS)] | None = None
     tool_call_id: Annotated[str, StringConstraints(max_length=256)] | None = None
@@ -64,13 +96,20 @@ class ChatMessage(Body):
 
     @model_validator(mode="before")
     @classmethod
-    def _only_text_parts(cls, message: Any) -> Any:
+    def _only_known_parts(cls, message: Any) -> Any:
         content = message.get("content") if isinstance(message, dict) else None
         for part in content if isinstance(content, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
-            if kind != "text" and isinstance(kind, str):
-                raise ValueError(f"a part of type {kind[:40]!r} is not supported; this server takes text parts")
+            if kind not in ("text", "image_url") and isinstance(kind, str):
+                raise ValueError(f"a part of type {kind[:40]!r} is not supported; parts are of type text or image_url")
+            if kind == "image_url" and message.get("role") != "user":
+                raise ValueError("only messages of role 'user' may have images")
         return message
+
+    @property
+    def has_images(self) -> bool:
+        """Whether an image is among its parts."""
+        return isinstance(self.content, list) and any(isinstance(part, ImagePart) for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates take it. A developer's message is a system message there."""
@@ -161,6 +200,11 @@ class ChatRequest(SamplingFields):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=32)] | None = None
     user: User | None = None
     store: Literal[False] | None = None
+
+    @property
+    def has_images(self) -> bool:
+        """Whether a message has an image."""
+        return any(message.has_images for message in self.messages)
 
     @property
     def num_logprobs(self) -> int | None:

@@ -114,7 +114,7 @@ async def completions(
     server.check_choices(len(prompts), body.n or 1)
     answer_id, created = new_id("cmpl", client_id), int(time.time())
     prompt_ids = [prompt if isinstance(prompt, list) else await server.engine.tokenize(prompt) for prompt in prompts]
-    params = body.sampling_params(body.max_tokens or _DEFAULT_MAX_TOKENS, body.logprobs)
+    params = body.sampling_params(server.default_sampling(), body.max_tokens or _DEFAULT_MAX_TOKENS, body.logprobs)
     choices = [of_choice(params, choice) for choice in range(body.n or 1)]
     answers = await open_answers(server, stack, prompt_ids, choices, answer_id)
     num_prompt_tokens = sum(map(len, prompt_ids))

@@ -90,6 +90,7 @@ async def embeddings(body: EmbeddingRequest, request: Request, server: Server) -
 
     async def work() -> bytes:
         embedded = await server.engine.embed_counted(body.inputs(), dimensions=body.dimensions)
+        server.metrics.count_encoded(sum(embedded.num_tokens))
         as_base64 = body.encoding_format == "base64"
         return await anyio.to_thread.run_sync(_json, server.model_name, embedded, as_base64, abandon_on_cancel=True)
 

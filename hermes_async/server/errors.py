@@ -20,6 +20,7 @@ from hermes_async.errors import (
     CheckpointError,
     ContextLengthError,
     DeadlineExceededError,
+    EngineClosedError,
     EngineError,
     HermesError,
     MemoryBudgetError,
@@ -122,7 +123,9 @@ def answer_to(error: HermesError) -> JSONResponse:
         code = "context_length_exceeded" if isinstance(error, ContextLengthError) else None
         code = "memory_budget_exceeded" if isinstance(error, MemoryBudgetError) else code
         return error_response(400, _public_text(error), code=code)
-    logger.error("a request failed: %s: %s", type(error).__name__, error)
+    # An engine that is not open is no fault: the server stops, or starts.
+    level = logging.WARNING if isinstance(error, EngineClosedError) else logging.ERROR
+    logger.log(level, "a request failed: %s: %s", type(error).__name__, error)
     if isinstance(error, CheckpointError):
         return error_response(400, "the checkpoint's settings do not allow this; the server's log says why")
     if isinstance(error, EngineError):

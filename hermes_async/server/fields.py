@@ -97,8 +97,11 @@ class SamplingFields(Body):
     skip_special_tokens: bool | None = None
     structured_outputs: StructuredOutputsBody | None = None
 
-    def sampling_params(self, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(self, defaults: SamplingParams, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters.
+
+        Args:
+            defaults: The values of fields that the request leaves out.
 
         Raises:
             RequestError: Two fields contradict each other.
@@ -111,7 +114,8 @@ class SamplingFields(Body):
         }
         if self.structured_outputs is not None:
             given["structured_outputs"] = self.structured_outputs.as_mapping()
-        return SamplingParams(
+        return replace(
+            defaults,
             max_tokens=max_tokens,
             seed=None if self.seed is None or self.seed == -1 else self.seed % 2**64,
             logit_bias={int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()} or None,

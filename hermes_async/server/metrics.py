@@ -8,6 +8,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from hermes_async import Chunk, Completion, Engine
 from hermes_async.errors import EngineError
@@ -50,6 +51,15 @@ class RequestMetrics:
     def __init__(self, engine: Engine) -> None:
         self._registry = CollectorRegistry()
         self._registry.register(_EngineCollector(engine))
+        self._requests = Counter(
+            "hermes_async_requests",
+            "HTTP requests that were answered or refused.",
+            ["route", "status"],
+            registry=self._registry,
+        )
+        self._encoded_tokens = Counter(
+            "hermes_async_encoded_tokens", "Tokens of texts that were embedded or ranked.", registry=self._registry
+        )
         self._answers = Counter(
             "hermes_async_answers", "Answers that have ended.", ["finish_reason"], registry=self._registry
         )
@@ -75,6 +85,18 @@ class RequestMetrics:
             "hermes_async_completion_tokens", "Tokens of an answer.", registry=self._registry, buckets=_TOKENS
         )
 
+    def count_request(self, route: str, status: int) -> None:
+        """Counts an HTTP request.
+
+        Args:
+            route: The path of the route, not that of the request: clients could make any number of those.
+        """
+        self._requests.labels(route, status).inc()
+
+    def count_encoded(self, num_tokens: int) -> None:
+        """Counts the tokens of a request for vectors or scores."""
+        self._encoded_tokens.inc(num_tokens)
+
     def count_answer(self, ended: Completion | Chunk) -> None:
         """Counts an answer that has ended without an error, by the whole of it or its last chunk."""
         usage, timings = ended.usage, ended.timings
@@ -89,6 +111,31 @@ class RequestMetrics:
     def text(self) -> bytes:
         """All metrics, in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class RequestCounter:
+    """Counts all requests of an application by route and status, those that are refused included."""
+
+    def __init__(self, app: ASGIApp, metrics: RequestMetrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        status = 500  # what is sent outside of this, if an error was not expected
+
+        async def send_and_note(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_note)
+        finally:
+            self._metrics.count_request(getattr(scope.get("route"), "path", "other"), status)
 
 
 class _EngineCollector(Collector):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
-from typing import Annotated, TypeVar
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 import anyio
 from fastapi import Depends, FastAPI, Request
@@ -22,6 +23,15 @@ from hermes_async.server.streams import unless_left
 T = TypeVar("T")
 
 _MAX_TOKEN_TEXTS = 65_536
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages, and what their chat template gets beside them."""
+
+    messages: Sequence[Mapping[str, Any]]
+    tools: Sequence[Mapping[str, Any]] | None = None
+    chat_template_kwargs: Mapping[str, Any] | None = None
 
 
 class ModelServer:
@@ -73,11 +83,15 @@ class ModelServer:
                 param="n",
             )
 
+    def default_sampling(self) -> SamplingParams:
+        """The values of fields of sampling that a request leaves out."""
+        return self.engine.resolve_sampling_params() if self.settings.from_model else SamplingParams()
+
     def default_max_tokens(self, num_prompt_tokens: int) -> int:
         """The most tokens of an answer whose request does not say: what the settings say, and KV memory allows."""
         plan, most = self.engine.plan, self.settings.default_max_tokens
         if plan.kv_bytes_per_token:
-            affordable = plan.kv_bytes // plan.kv_bytes_per_token - num_prompt_tokens
+            affordable = (plan.kv_bytes - plan.kv_bytes_per_sequence) // plan.kv_bytes_per_token - num_prompt_tokens
             most = min(most, max(1, affordable - affordable % 16 - 16))
         return most
 
@@ -87,7 +101,11 @@ class ModelServer:
         return None if timeout_s is None else anyio.current_time() + timeout_s
 
     async def open_answer(
-        self, stack: AsyncExitStack, prompt: Sequence[int] | str, params: SamplingParams, request_id: str
+        self,
+        stack: AsyncExitStack,
+        prompt: Sequence[int] | Conversation,
+        params: SamplingParams,
+        request_id: str,
     ) -> AsyncIterator[Chunk]:
         """Begins one answer; it ends when `stack` is closed.
 
@@ -102,7 +120,10 @@ class ModelServer:
             raise FieldError(
                 "a request with this id has not ended", param="x-request-id", status=409, code="duplicate_request_id"
             )
-        stream = self.engine.stream(prompt, params, request_id=request_id, deadline=self.deadline())
+        options: dict[str, Any] = {"request_id": request_id, "deadline": self.deadline()}
+        if isinstance(prompt, Conversation):
+            options |= {"tools": prompt.tools, "chat_template_kwargs": prompt.chat_template_kwargs}
+        stream = self.engine.stream(prompt.messages if isinstance(prompt, Conversation) else prompt, params, **options)
         stack.callback(self._forget, request_id)
         self._request_ids.add(request_id)
         return await stack.enter_async_context(stream)

@@ -139,7 +139,7 @@ class SnapshotFeed:
 def _model(plan: Plan, snapshot: EngineSnapshot) -> dict[str, Any]:
     """What rarely changes; a stage is [label, bytes, whether it is resident]."""
     return {
-        "generates": plan.kv_bytes_per_token > 0,
+        "generates": plan.generates,
         "stages": [[stage.label, stage.nbytes, int(stage.resident)] for stage in snapshot.stages],
         "plan": plan.as_dict(),
         "bytes_per_sweep": snapshot.bytes_per_sweep,

@@ -84,6 +84,7 @@ async def rerank(body: RerankRequest, request: Request, server: Server) -> Ranki
     texts = body.texts()
     ranked = await server.run(request, lambda: server.engine.rank(body.query, texts))
     num_tokens = sum(document.num_tokens for document in ranked)
+    server.metrics.count_encoded(num_tokens)
     results = [
         RankedBody(
             index=document.index,

@@ -11,11 +11,11 @@ from fastapi import APIRouter, Request, Response
 from hermes_async import Usage
 from hermes_async.errors import HermesError
 from hermes_async.server.answers import Answer, collect, open_answers, stream
-from hermes_async.server.chat import chat_params, message_reader, tools_for_template
+from hermes_async.server.chat import chat_params, message_readers, prompt_ids_of, tools_for_template
 from hermes_async.server.chat_message import MessageReader
 from hermes_async.server.errors import ERRORS, error_in_stream
 from hermes_async.server.fields import ClientId, new_id
-from hermes_async.server.model_server import ModelServer, Server, Stack
+from hermes_async.server.model_server import Conversation, ModelServer, Server, Stack
 from hermes_async.server.response_output import ResponseOutput
 from hermes_async.server.responses_fields import (
     IncompleteDetails,
@@ -45,11 +45,12 @@ async def responses(
     server.check_model(body.model)
     response = _begun(server, body, new_id("resp", client_id))
     tools = tools_for_template(body.chat)
-    messages = [message.for_template() for message in body.chat.messages]
-    prompt_ids = await server.engine.tokenize(messages, tools=tools)
-    reader = await message_reader(server, body.chat, prompt_ids, tools)
+    asked = Conversation([message.for_template() for message in body.chat.messages], tools)
+    prompt_ids = await prompt_ids_of(server, asked)
+    [reader] = await message_readers(server, body.chat, prompt_ids, tools)
     params = chat_params(server, body.chat, len(prompt_ids), keeps_special_tokens=reader.parses)
-    answers = await open_answers(server, stack, [prompt_ids], [params], response.id)
+    images = asked if body.chat.has_images else None
+    answers = await open_answers(server, stack, [prompt_ids], [params], response.id, with_images=images)
     output = ResponseOutput(parallel_calls=body.parallel_tool_calls is not False)
     if body.stream:
         response_stream = _ResponseStream(server, response, output)
@@ -67,6 +68,7 @@ async def responses(
 
 def _begun(server: ModelServer, body: ResponseRequest, response_id: str) -> ResponseBody:
     """An answer without output, with the request's fields."""
+    defaults = server.default_sampling()
     choice, text_format = body.tool_choice, None if body.text is None else body.text.format
     return ResponseBody(
         id=response_id,
@@ -77,14 +79,14 @@ def _begun(server: ModelServer, body: ResponseRequest, response_id: str) -> Resp
         model=server.model_name,
         output=[],
         parallel_tool_calls=body.parallel_tool_calls is not False,
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=defaults.temperature if body.temperature is None else body.temperature,
         text={
             "format": {"type": "text"} if text_format is None else text_format.model_dump(by_alias=True),
             "verbosity": "medium",
         },
         tool_choice="auto" if choice is None else choice if isinstance(choice, str) else choice.model_dump(),
         tools=[tool.model_dump() for tool in body.tools or ()],
-        top_p=1.0 if body.top_p is None else body.top_p,
+        top_p=defaults.top_p if body.top_p is None else body.top_p,
         user=body.user,
         metadata=body.metadata or {},
     )

@@ -19,7 +19,6 @@ from pydantic import (
 from hermes_async.server.chat_fields import (
     ChatMessage,
     ChatRequest,
-    FunctionCall,
     FunctionName,
     FunctionTool,
     JsonObjectFormat,
@@ -28,128 +27,19 @@ from hermes_async.server.chat_fields import (
     NamedSchema,
     NamedTool,
     TextFormat,
-    TextPart,
     Tool,
-    ToolCallBody,
 )
-from hermes_async.server.fields import MAX_MESSAGES, MAX_TOKENS, MAX_TOOLS, Body, JsonSchema, Model, Text, User
+from hermes_async.server.fields import MAX_TOKENS, MAX_TOOLS, Body, JsonSchema, Model, Text, User
+from hermes_async.server.response_items import Empty, Items, ItemStatus, messages_of_items
 
-_MAX_PARTS = 1024
-_Id = Annotated[str, StringConstraints(max_length=256)]
-_Empty = Annotated[list[Any], Field(max_length=0)]
 _Choice = Literal["none", "auto", "required"]
-_ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
-# --- items of the input ---
-
-
-class InputText(Body):
-    """A part of a message's content; an answer's own part may be sent back, if it has no annotations."""
-
-    type: Literal["input_text", "output_text"]
-    text: Text
-    annotations: _Empty | None = None
-    logprobs: _Empty | None = None
-
-
-Parts = Annotated[list[InputText], Field(min_length=1, max_length=_MAX_PARTS)]
-
-
-def _kind_of_content(content: Any) -> str:
-    return "text" if isinstance(content, str) else "parts"
-
-
-Content = Annotated[Annotated[Text, Tag("text")] | Annotated[Parts, Tag("parts")], Discriminator(_kind_of_content)]
-
-
-class MessageItem(Body):
-    """A message of anybody."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Content
-    id: _Id | None = None
-    status: _ItemStatus | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
-
-
-class CallItem(Body):
-    """A function call of an earlier answer."""
-
-    type: Literal["function_call"]
-    call_id: _Id
-    name: FunctionName
-    arguments: Text
-    id: _Id | None = None
-    status: _ItemStatus | None = None
-
-
-class CallOutputItem(Body):
-    """What a called function returned."""
-
-    type: Literal["function_call_output"]
-    call_id: _Id
-    output: Content
-    id: _Id | None = None
-    status: _ItemStatus | None = None
-
-
-class SummaryText(Body):
-    """A part of a reasoning item's summary."""
-
-    type: Literal["summary_text"] = "summary_text"
-    text: Text
-
-
-class ReasoningText(Body):
-    """A part of a reasoning item."""
-
-    type: Literal["reasoning_text"] = "reasoning_text"
-    text: Text
-
-
-class ReasoningItem(Body):
-    """The reasoning of an earlier answer, or of this one."""
-
-    type: Literal["reasoning"] = "reasoning"
-    id: _Id | None = None
-    summary: Annotated[list[SummaryText], Field(max_length=_MAX_PARTS)]
-    content: Annotated[list[ReasoningText], Field(max_length=_MAX_PARTS)] | None = None
-    encrypted_content: None = None
-    status: _ItemStatus | None = None
-
-    @property
-    def text(self) -> str:
-        """The reasoning itself, or its summary."""
-        return "\n".join(part.text for part in self.content or self.summary)
-
-
-def _kind_of_item(item: Any) -> str | None:
-    """The name of an item's type; None for what is no item. A message may leave it out."""
-    kind = item.get("type", "message") if isinstance(item, dict) else getattr(item, "type", None)
-    return kind if isinstance(kind, str) else None
-
-
-Item = Annotated[
-    Annotated[MessageItem, Tag("message")]
-    | Annotated[CallItem, Tag("function_call")]
-    | Annotated[CallOutputItem, Tag("function_call_output")]
-    | Annotated[ReasoningItem, Tag("reasoning")],
-    Discriminator(
-        _kind_of_item,
-        custom_error_type="item_type",
-        custom_error_message="an item is a message, function_call, function_call_output or reasoning",
-    ),
-]
-Items = Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES - 1)]
+# --- the request ---
 
 
 def _kind_of_input(value: Any) -> str:
     return "text" if isinstance(value, str) else "items"
-
-
-# --- the request ---
 
 
 class ResponseTool(Body):
@@ -221,7 +111,7 @@ class ResponseRequest(Body):
     user: User | None = None
     store: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
-    include: _Empty | None = None
+    include: Empty | None = None
     reasoning: None = None
     background: Literal[False] | None = None
     previous_response_id: None = None
@@ -263,7 +153,7 @@ class ResponseRequest(Body):
         first = [] if self.instructions is None else [ChatMessage(role="system", content=self.instructions)]
         if isinstance(self.input, str):
             return [*first, ChatMessage(role="user", content=self.input)]
-        return first + _messages_of(self.input)
+        return first + messages_of_items(self.input)
 
 
 def _check_can_be_sent(request: ResponseRequest) -> None:
@@ -296,36 +186,6 @@ def _chat_format(text: TextOptions | None) -> TextFormat | JsonObjectFormat | Js
     return asked
 
 
-def _messages_of(items: list[MessageItem | CallItem | CallOutputItem | ReasoningItem]) -> list[ChatMessage]:
-    """Chat messages. Reasoning, text and calls that follow each other are one message of the assistant."""
-    messages: list[ChatMessage] = []
-    for item in items:
-        last = messages[-1] if messages and messages[-1].role == "assistant" else None
-        if isinstance(item, ReasoningItem):
-            messages.append(ChatMessage(role="assistant", reasoning_content=item.text))
-        elif isinstance(item, CallItem):
-            call = ToolCallBody(id=item.call_id, function=FunctionCall(name=item.name, arguments=item.arguments))
-            if last is None or len(last.tool_calls or ()) == MAX_TOOLS:
-                last = ChatMessage(role="assistant")
-                messages.append(last)
-            last.tool_calls = [*(last.tool_calls or ()), call]
-        elif isinstance(item, CallOutputItem):
-            messages.append(ChatMessage(role="tool", tool_call_id=item.call_id, content=_chat_content(item.output)))
-        elif item.role == "assistant" and last is not None and last.content is None and not last.tool_calls:
-            last.content = _chat_content(item.content)  # `last` has only reasoning
-        else:
-            messages.append(ChatMessage(role=item.role, content=_chat_content(item.content)))
-    return messages
-
-
-def _chat_content(content: str | list[InputText]) -> str | list[TextPart]:
-    if isinstance(content, str):
-        return content
-    if len(content) == 1:
-        return content[0].text
-    return [TextPart(type="text", text=part.text) for part in content]
-
-
 # --- the answer ---
 
 
@@ -344,7 +204,7 @@ class OutputMessage(BaseModel):
     id: str
     type: Literal["message"] = "message"
     role: Literal["assistant"] = "assistant"
-    status: _ItemStatus
+    status: ItemStatus
     content: list[OutputText]
 
 
@@ -353,7 +213,7 @@ class OutputCall(BaseModel):
 
     id: str
     type: Literal["function_call"] = "function_call"
-    status: _ItemStatus
+    status: ItemStatus
     call_id: str
     name: str
     arguments: str
@@ -371,7 +231,7 @@ class OutputReasoning(BaseModel):
 
     id: str
     type: Literal["reasoning"] = "reasoning"
-    status: _ItemStatus
+    status: ItemStatus
     summary: list[Any] = []
     content: list[OutputReasoningText]
 
@@ -434,12 +294,12 @@ class ResponseBody(BaseModel):
     previous_response_id: None = None
     reasoning: dict[str, None] = {"effort": None, "summary": None}
     store: Literal[False] = False
-    temperature: float
+    temperature: float | None
     text: dict[str, Any]
     tool_choice: str | dict[str, Any]
     tools: list[dict[str, Any]]
     top_logprobs: Literal[0] = 0
-    top_p: float
+    top_p: float | None
     truncation: Literal["disabled"] = "disabled"
     usage: ResponseUsage | None = None
     user: str | None

@@ -22,6 +22,7 @@ class ServerSettings:
         send_timeout_s: Seconds that a client may take to read one event, before its request is ended.
         default_max_tokens: The most tokens of a chat answer, if the request does not say. Where there is less KV memory
             than that takes, the answer gets what there is.
+        from_model: Sampling values that a request leaves out are those of the checkpoint's `generation_config.json`.
         max_body_bytes: The largest request body.
         max_choices: The most answers of one request: `n` times the number of prompts.
         page: Serves the page at `/`.
@@ -37,6 +38,7 @@ class ServerSettings:
     keep_alive_s: float = 10.0
     send_timeout_s: float = 60.0
     default_max_tokens: int = 1024
+    from_model: bool = False
     max_body_bytes: int = 4 * 1024**2
     max_choices: int = 64
     page: bool = True

@@ -13,12 +13,14 @@ import anyio.lowlevel
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
-from hermes_async.modeling.kv_cache import BLOCK_TOKENS, num_blocks, num_kept
+from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.trace import WAITS_FOR_KV, Trace
-from hermes_async.serving.kv_blocks import KVBlocks, Reservation
+from hermes_async.serving.caches import Reservation, SequenceCaches
+from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.request import Request, RequestState
 from hermes_async.serving.scheduler import Scheduler
 from hermes_async.serving.session_kv import SessionKV, SessionState
+from hermes_async.serving.turn_caches import TurnCaches
 from hermes_async.storage.parking import ParkingFile
 
 logger = logging.getLogger(__name__)
@@ -32,6 +34,9 @@ class Admission:
     prefixes are dropped and idle sessions are parked on disk. The longest idle session goes first.
 
     Args:
+        blocks: The KV of sequences that are packed.
+        turn_caches: The caches of sequences that run in turns; None if the model does not.
+        kv_memory: What both lease from.
         tasks: Owns the tasks that write sessions to disk.
         max_sequences: The most requests that are active at once; paused ones do not count.
         max_waiting: The most requests that may wait; None for any number.
@@ -40,16 +45,20 @@ class Admission:
 
     def __init__(
         self,
+        *,
         blocks: KVBlocks,
+        turn_caches: TurnCaches | None,
+        kv_memory: MemoryGovernor,
         parking: ParkingFile,
         scheduler: Scheduler,
         tasks: anyio.abc.TaskGroup,
-        *,
         max_sequences: int,
         max_waiting: int | None,
         trace: Trace | None = None,
     ) -> None:
         self.blocks = blocks
+        self._turn_caches = turn_caches
+        self._kv_memory = kv_memory
         self._parking = parking
         self._scheduler = scheduler
         self._tasks = tasks
@@ -84,7 +93,7 @@ class Admission:
 
     @property
     def num_parked(self) -> int:
-        return sum(session.slots is not None for session in self._sessions)
+        return sum(session.parked is not None for session in self._sessions)
 
     # --- requests ---
 
@@ -163,9 +172,22 @@ class Admission:
         self._short_of_kv = request
         self._park_longest_idle(request)
         started = time.perf_counter()
-        await self.blocks.wait_for_room(_holder(request), self._num_missing(request))
+        await self._wait_for_room(request)
         if self._trace is not None:
             self._trace.span(WAITS_FOR_KV, _holder(request), started, time.perf_counter())
+
+    async def _wait_for_room(self, request: Request) -> None:
+        """Waits at the governor for what `_reserve` found no room for. Unused prefixes are dropped for it."""
+        session = request.session
+        kept, parked = (None, None) if session is None else (session.reservation, session.parked)
+        caches = self._caches_of(request)
+        nbytes = caches.missing_bytes(request.token_ids, request.prepared.capacity, kept, parked)
+        self.blocks.make_room(nbytes)
+        lease = await self._kv_memory.acquire(_holder(request), nbytes)
+        lease.release()  # `_reserve` takes it again at once
+
+    def _caches_of(self, request: Request) -> SequenceCaches:
+        return self.blocks if self._turn_caches is None else self._turn_caches
 
     @property
     def _num_free_places(self) -> int:
@@ -182,7 +204,7 @@ class Admission:
         request.admitted_at = time.perf_counter()
         session = request.session
         if session is not None and session.state is SessionState.PARKED:
-            session.enter(SessionState.RESTORING, slots=session.slots, token_ids=session.token_ids)
+            session.enter(SessionState.RESTORING, parked=session.parked, token_ids=session.token_ids)
             request.enter(RequestState.RESTORING)
             self._restoring.add(request)
             return
@@ -197,8 +219,8 @@ class Admission:
 
     def _refusal(self, request: Request) -> MemoryBudgetError | None:
         """The error of a request that was made when there was more KV memory, and never fits now."""
-        capacity, most = request.prepared.capacity, self.blocks.most_bytes
-        needed = self.blocks.pool.layout.nbytes(capacity)
+        capacity, most = request.prepared.capacity, self._kv_memory.budget_bytes
+        needed = self._caches_of(request).nbytes(capacity)
         if needed <= most:
             return None
         return MemoryBudgetError(
@@ -218,44 +240,32 @@ class Admission:
                 self._waiting.remove(request)
                 self.check_again()
         elif session is None:
-            self.blocks.release(reservation)
-        elif session.closed or session.state is SessionState.RESTORING:  # RESTORING: the engine closes during the read
-            self.blocks.release(reservation)
-            if session.state is SessionState.IN_TURN:
-                session.enter(SessionState.EMPTY)
+            reservation.release()
         else:
-            self.blocks.trim(reservation)
-            reservation.lease.holder = f"KV of {session.name}"
-            token_ids = request.token_ids[: reservation.kv.length]
-            session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
-            self._sessions[session] = self._sessions.pop(session)
+            in_turn = session.state is SessionState.IN_TURN  # or RESTORING, if the engine closes during the read
+            if in_turn and not session.closed and reservation.trim(f"KV of {session.name}"):
+                token_ids = request.token_ids[: reservation.length]
+                session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
+                session.inputs_digest = request.prepared.inputs_digest
+                self._sessions[session] = self._sessions.pop(session)
+            else:
+                reservation.release()
+                if in_turn:
+                    session.enter(SessionState.EMPTY)
         self._park_more()
         self.wake()
 
     def _reserve(self, request: Request) -> Reservation | None:
         """Reserves the request's KV, the session's KV included; None if there is no room now."""
         token_ids, capacity, session = request.token_ids, request.prepared.capacity, request.session
-        if session is not None and session.state is SessionState.PARKED:
-            return self.blocks.reserve_own(_holder(request), token_ids, capacity)
         if session is not None and session.reservation is not None:
-            kept, num_common = session.reservation, num_kept(session.token_ids, token_ids)
-            if num_common >= max(len(kept.shared) * BLOCK_TOKENS, self.blocks.num_shared(token_ids)):
-                if not self.blocks.extend(kept, num_common, capacity):
-                    return None
-                kept.lease.holder = _holder(request)
-                return kept
-            # The edited history differs within shared blocks, or other sequences share more of it: match it again.
-            self.blocks.release(kept)
+            kept, num_common = session.reservation, session.num_kept(token_ids, request.prepared)
+            if num_common and kept.can_extend(num_common, token_ids):
+                return kept if kept.extend(_holder(request), num_common, capacity) else None
+            kept.release()  # the history was edited, or other sequences share more of it: match it again
             session.enter(SessionState.EMPTY)
-        return self.blocks.reserve(_holder(request), token_ids, capacity)
-
-    def _num_missing(self, request: Request) -> int:
-        """The blocks that `_reserve` found no room for. A session's own blocks are there already."""
-        session, num_wanted = request.session, num_blocks(request.prepared.capacity)
-        if session is not None and session.reservation is not None:
-            return num_wanted - len(session.reservation.kv.blocks)
-        parked = session is not None and session.state is SessionState.PARKED
-        return num_wanted - self.blocks.num_shared(request.token_ids, computed=parked) // BLOCK_TOKENS
+        parked = None if session is None else session.parked
+        return self._caches_of(request).reserve(_holder(request), token_ids, capacity, parked)
 
     async def restore(self, request: Request) -> None:
         """Reads the KV of a RESTORING request's session from disk. If that fails, the prompt is computed again.
@@ -265,19 +275,15 @@ class Admission:
         Cancellation: the session stays RESTORING; only `close` may follow.
         """
         reservation, session = request.reservation, request.session
-        assert reservation is not None and session is not None and session.slots is not None
-        slots = session.slots
-        num_common = num_kept(session.token_ids, request.token_ids)
-        first, end = reservation.kv.length // BLOCK_TOKENS, num_blocks(num_common)
+        assert reservation is not None and session is not None and session.parked is not None
+        parked, num_common = session.parked, session.num_kept(request.token_ids, request.prepared)
         try:
-            if first < end:
-                views = [self.blocks.pool.block(idx) for idx in reservation.kv.blocks[first:end]]
-                await self._parking.read(slots[first:end], views)
-                reservation.num_reused = request.num_reused = reservation.kv.length = num_common
-                self.blocks.commit(reservation, request.token_ids)
+            if num_common:
+                await reservation.unpark(parked, num_common, request.token_ids, self._parking)
+            request.num_reused = reservation.num_reused
         except ParkingError as error:
             logger.warning("the history of %s is computed again: %s", session.name, error)
-        self._parking.free(slots)
+        self._parking.free(parked.slots)
         session.enter(SessionState.IN_TURN)
         self._restoring.discard(request)
         if not request.aborted:
@@ -289,9 +295,11 @@ class Admission:
         """Opens a session without KV, or with the blocks that it can share with `parent`."""
         session = SessionKV(f"session {next(self._numbers)}")
         if parent is not None and parent.reservation is not None:
-            reservation = self.blocks.fork(f"KV of {session.name}", parent.reservation)
-            token_ids = parent.token_ids[: reservation.kv.length]
-            session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
+            reservation = parent.reservation.fork(f"KV of {session.name}")
+            if reservation is not None:
+                token_ids = parent.token_ids[: reservation.length]
+                session.enter(SessionState.HELD, reservation=reservation, token_ids=token_ids)
+                session.inputs_digest = parent.inputs_digest
         self._sessions[session] = None
         return session
 
@@ -312,15 +320,15 @@ class Admission:
 
     def _drop(self, session: SessionKV) -> None:
         if session.reservation is not None:
-            self.blocks.release(session.reservation)
-        if session.slots is not None:
-            self._parking.free(session.slots)
+            session.reservation.release()
+        if session.parked is not None:
+            self._parking.free(session.parked.slots)
         session.state = SessionState.EMPTY  # from any state: a cancelled task may have left PARKING or RESTORING
-        session.reservation, session.slots, session.token_ids = None, None, []
+        session.reservation, session.parked, session.token_ids = None, None, []
 
     def _park_more(self) -> None:
         """Parks another session, if the first request still waits for memory."""
-        if self._short_of_kv is not None and self.blocks.is_short:
+        if self._short_of_kv is not None and self._kv_memory.shortfall_bytes > 0:
             self._park_longest_idle(self._short_of_kv)
 
     def _park_longest_idle(self, request: Request) -> None:
@@ -338,19 +346,18 @@ class Admission:
         """Writes a session's KV to disk. If that fails, the KV is dropped, and the next turn computes it again."""
         reservation, token_ids = session.reservation, session.token_ids
         assert reservation is not None
-        views = [self.blocks.pool.block(idx) for idx in reservation.kv.blocks[: num_blocks(reservation.kv.length)]]
-        slots = None
+        parked = None
         try:
-            slots = await self._parking.write(views)
+            parked = await reservation.park(self._parking)
             self.num_parkings += 1
         except ParkingError as error:
             logger.warning("the history of %s will be computed again: %s", session.name, error)
         finally:
-            self.blocks.release(reservation)
-            if slots is None:
+            reservation.release()
+            if parked is None:
                 session.enter(SessionState.EMPTY)
             else:
-                session.enter(SessionState.PARKED, slots=slots, token_ids=token_ids)
+                session.enter(SessionState.PARKED, parked=parked, token_ids=token_ids)
             self._is_parking = False
             if session.closed:
                 self._drop(session)

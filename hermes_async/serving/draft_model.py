@@ -156,7 +156,7 @@ async def running_draft_model(
             direct=direct,
             file_states=file_states(opened.skeleton.tensors.values()),
         )
-        model = StreamedModel(opened.skeleton.model, opened.attention, stages, streamed_embedding=False, gate=pipeline)
+        model = StreamedModel(opened.skeleton.model, opened.attention, stages, gate=pipeline)
         exits.callback(model.close)
         await exits.enter_async_context(pipeline.running())
         await pipeline.wait_resident()

@@ -8,6 +8,8 @@ from itertools import islice
 
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVPool, SequenceKV, num_blocks
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
+from hermes_async.serving.caches import ParkedKV, Reservation, SequenceCaches
+from hermes_async.storage.parking import ParkingFile
 
 
 @dataclass(eq=False, slots=True)
@@ -29,8 +31,8 @@ class SharedBlock:
     children: dict[tuple[int, ...], SharedBlock] = field(default_factory=dict)
 
 
-@dataclass(eq=False, slots=True)
-class Reservation:
+@dataclass(eq=False)
+class BlockReservation(Reservation):
     """The KV of one sequence: first its shared blocks, then its own blocks.
 
     Attributes:
@@ -38,10 +40,55 @@ class Reservation:
         num_reused: Tokens that it found in the cache, computed or being computed.
     """
 
+    blocks: KVBlocks
     kv: SequenceKV
     shared: list[SharedBlock]
     lease: Lease
     num_reused: int = 0
+
+    @property
+    def length(self) -> int:
+        return self.kv.length
+
+    def advance(self, length: int, token_ids: Sequence[int]) -> None:
+        self.kv.length = length
+        self.blocks.commit(self, token_ids)
+
+    def refresh(self, most: int) -> None:
+        self.skip_computed(most)
+
+    def can_extend(self, length: int, token_ids: Sequence[int]) -> bool:
+        """Not if they differ within shared blocks, or if other sequences share more with `token_ids`."""
+        return length >= max(len(self.shared) * BLOCK_TOKENS, self.blocks.num_shared(token_ids))
+
+    def extend(self, holder: str, length: int, capacity: int) -> bool:
+        if not self.blocks.extend(self, length, capacity):
+            return False
+        self.lease.holder = holder
+        return True
+
+    def trim(self, holder: str) -> bool:
+        self.blocks.trim(self)
+        self.lease.holder = holder
+        return True
+
+    def fork(self, holder: str) -> BlockReservation:
+        return self.blocks.fork(holder, self)
+
+    def release(self) -> None:
+        self.blocks.release(self)
+
+    async def park(self, parking: ParkingFile) -> ParkedKV:
+        pool = self.blocks.pool
+        return ParkedKV(await parking.write([pool.block(idx) for idx in self.kv.blocks[: num_blocks(self.length)]]))
+
+    async def unpark(self, parked: ParkedKV, length: int, token_ids: Sequence[int], parking: ParkingFile) -> None:
+        first, end = self.length // BLOCK_TOKENS, num_blocks(length)
+        if first < end:
+            views = [self.blocks.pool.block(idx) for idx in self.kv.blocks[first:end]]
+            await parking.read(parked.slots[first:end], views)
+            self.num_reused = length
+            self.advance(length, token_ids)
 
     @property
     def num_own(self) -> int:
@@ -56,7 +103,7 @@ class Reservation:
             self.kv.length = end
 
 
-class KVBlocks:
+class KVBlocks(SequenceCaches):
     """Allocates KV memory, and keeps prefixes while there is room. Event-loop side only.
 
     Prefixes form a tree of blocks. A prompt takes the blocks that match it, and adds its other full blocks at once: so
@@ -103,17 +150,24 @@ class KVBlocks:
         """How many of these first tokens of a sequence are in shared blocks, or in computed ones."""
         return len(self._match(token_ids, computed=computed)) * BLOCK_TOKENS
 
-    def reserve(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
-        """Reserves memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
+    def nbytes(self, capacity: int) -> int:
+        return self.pool.layout.nbytes(capacity)
 
-        It drops unused prefixes if needed, the least recently used first. None if the sequence does not fit now.
+    def reserve(
+        self, holder: str, token_ids: Sequence[int], capacity: int, parked: ParkedKV | None = None
+    ) -> BlockReservation | None:
+        """As `SequenceCaches.reserve`. It drops unused prefixes if needed, the least recently used first.
+
+        For a sequence on disk it takes only computed blocks and adds none: `unpark` fills the others.
         """
-        shared = self._match(token_ids)
+        shared = self._match(token_ids, computed=parked is not None)
         reservation = self._make(holder, shared, capacity)
         if reservation is None:
             return None
-        kv = reservation.kv
         reservation.num_reused = len(shared) * BLOCK_TOKENS
+        if parked is not None:
+            reservation.kv.length = reservation.num_reused
+            return reservation
         self.num_hits += bool(shared)
         self.num_hit_tokens += reservation.num_reused
         reservation.skip_computed(len(token_ids) - 1)
@@ -121,30 +175,25 @@ class KVBlocks:
             for idx in range(len(shared), len(token_ids) // BLOCK_TOKENS):
                 if not self._add(reservation, idx, token_ids, computed=False):
                     break
-        assert len(kv.blocks) >= len(reservation.shared)
+        assert len(reservation.kv.blocks) >= len(reservation.shared)
         return reservation
 
-    def reserve_own(self, holder: str, token_ids: Sequence[int], capacity: int) -> Reservation | None:
-        """As `reserve`, but takes only computed blocks and adds none: the caller fills the others."""
-        shared = self._match(token_ids, computed=True)
-        reservation = self._make(holder, shared, capacity)
-        if reservation is not None:
-            reservation.num_reused = reservation.kv.length = len(shared) * BLOCK_TOKENS
-        return reservation
+    def missing_bytes(
+        self, token_ids: Sequence[int], capacity: int, kept: Reservation | None, parked: ParkedKV | None
+    ) -> int:
+        count = num_blocks(capacity)
+        if isinstance(kept, BlockReservation):
+            count -= len(kept.kv.blocks)
+        else:
+            count -= self.num_shared(token_ids, computed=parked is not None) // BLOCK_TOKENS
+        return count * self.pool.layout.block_bytes
 
-    async def wait_for_room(self, holder: str, num_missing: int) -> None:
-        """Waits at the governor until `num_missing` blocks are free. Prefixes that become unused are dropped for it.
+    def make_room(self, nbytes: int) -> None:
+        """Drops unused prefixes until so many bytes are free, or none is left."""
+        missing = nbytes - self._governor.free_bytes
+        self.drop_unused(max(0, -(-missing // self.pool.layout.block_bytes)))
 
-        Raises:
-            MemoryBudgetError: More than all KV memory.
-
-        Cancellation: the wait leaves the governor's queue and holds nothing.
-        """
-        self.drop_unused(max(0, num_missing - self._num_free()))
-        lease = await self._governor.acquire(holder, num_missing * self.pool.layout.block_bytes)
-        lease.release()  # `reserve` or `extend` takes it again at once, together with the blocks
-
-    def extend(self, reservation: Reservation, length: int, capacity: int) -> bool:
+    def extend(self, reservation: BlockReservation, length: int, capacity: int) -> bool:
         """Keeps the first `length` tokens, all shared ones among them, and makes room for `capacity` tokens in all.
 
         False if that does not fit now; only unused prefixes may have been dropped then.
@@ -159,7 +208,7 @@ class KVBlocks:
         reservation.num_reused = kv.length = length
         return True
 
-    def commit(self, reservation: Reservation, token_ids: Sequence[int]) -> None:
+    def commit(self, reservation: BlockReservation, token_ids: Sequence[int]) -> None:
         """Shares the blocks that are full now, after `reservation.kv.length` has grown.
 
         Args:
@@ -175,7 +224,7 @@ class KVBlocks:
                 if not self._add(reservation, idx, token_ids, computed=True):
                     return
 
-    def trim(self, reservation: Reservation) -> None:
+    def trim(self, reservation: BlockReservation) -> None:
         """Frees the blocks after the sequence's length."""
         kept = num_blocks(reservation.kv.length)
         own = max(kept, len(reservation.shared))
@@ -184,16 +233,16 @@ class KVBlocks:
             reservation.kv.blocks.pop()
             self._let_go(reservation.shared.pop())
 
-    def fork(self, holder: str, reservation: Reservation) -> Reservation:
+    def fork(self, holder: str, reservation: BlockReservation) -> BlockReservation:
         """A reservation of the same shared blocks, for a new sequence; takes no memory."""
         num_full = min(len(reservation.shared), reservation.kv.length // BLOCK_TOKENS)
         shared = reservation.shared[:num_full]
         for block in shared:
             self._hold(block)
         kv = SequenceKV(self.pool, [block.idx for block in shared], num_full * BLOCK_TOKENS)
-        return Reservation(kv, shared, self._governor.empty_lease(holder), kv.length)
+        return BlockReservation(self, kv, shared, self._governor.empty_lease(holder), kv.length)
 
-    def release(self, reservation: Reservation) -> None:
+    def release(self, reservation: BlockReservation) -> None:
         """Gives everything back. No sweep may still use it."""
         self._free_own(reservation, len(reservation.shared))
         for block in reversed(reservation.shared):
@@ -228,7 +277,7 @@ class KVBlocks:
             block = child
         return chain
 
-    def _make(self, holder: str, shared: list[SharedBlock], capacity: int) -> Reservation | None:
+    def _make(self, holder: str, shared: list[SharedBlock], capacity: int) -> BlockReservation | None:
         for block in shared:
             self._hold(block)  # before `_make_room`, which drops unused blocks
         wanted = num_blocks(capacity) - len(shared)
@@ -238,7 +287,7 @@ class KVBlocks:
             return None
         lease = self._governor.acquire_nowait(holder, wanted * self.pool.layout.block_bytes)
         kv = SequenceKV(self.pool, [*(block.idx for block in shared), *self.pool.allocate(wanted)])
-        return Reservation(kv, list(shared), lease)
+        return BlockReservation(self, kv, list(shared), lease)
 
     def _make_room(self, count: int) -> bool:
         missing = count - self._num_free()
@@ -247,7 +296,7 @@ class KVBlocks:
         self.drop_unused(max(0, missing))
         return self._governor.can_grant(count * self.pool.layout.block_bytes)
 
-    def _free_own(self, reservation: Reservation, kept: int) -> None:
+    def _free_own(self, reservation: BlockReservation, kept: int) -> None:
         """Frees all blocks after the first `kept`. They are the sequence's own."""
         surplus = reservation.kv.blocks[kept:]
         del reservation.kv.blocks[kept:]
@@ -257,7 +306,7 @@ class KVBlocks:
     def _num_free(self) -> int:
         return min(self.pool.num_blocks - self.pool.num_used, self._governor.free_bytes // self.pool.layout.block_bytes)
 
-    def _add(self, reservation: Reservation, idx: int, token_ids: Sequence[int], *, computed: bool) -> bool:
+    def _add(self, reservation: BlockReservation, idx: int, token_ids: Sequence[int], *, computed: bool) -> bool:
         """Puts the sequence's own block `idx` into the tree; False if the tree has such a block already."""
         tokens = tuple(token_ids[idx * BLOCK_TOKENS : (idx + 1) * BLOCK_TOKENS])
         parent = reservation.shared[-1] if reservation.shared else self._root

@@ -11,7 +11,9 @@ from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import MemoryBudgetError
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.kv_cache import KVPool
+from hermes_async.modeling.row_tables import most_rows
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
+from hermes_async.modeling.turns import Turns
 from hermes_async.pipeload.governor import GovernorStatistics, Lease, MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
@@ -23,6 +25,7 @@ from hermes_async.serving.draft_model import DraftModel, running_draft_model
 from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.planned_model import PlannedModel
 from hermes_async.serving.sweep_times import SweepTimes
+from hermes_async.serving.turn_caches import SLOT_BYTES, TurnCaches
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
@@ -45,7 +48,9 @@ class LoadedModel:
         weights: The lease of the resident weights.
         ring: The part of the governor for streamed stages. Loading agents wait for it.
         kv_memory: The part of the governor for KV. The first request of the queue waits for it.
-        rows: Reads rows of the input embedding; None if the embedding is resident.
+        rows: Reads rows of the partition's `row_tables`; None if there are none.
+        blocks: The KV of sequences that are packed; unused where they run in turns.
+        turns: Runs the model in turns; None where sequences are packed.
     """
 
     planned: PlannedModel
@@ -58,6 +63,8 @@ class LoadedModel:
     model: StreamedModel
     rows: RowReader | None
     blocks: KVBlocks
+    turns: Turns | None
+    turn_caches: TurnCaches | None
     parking: ParkingFile
     times: SweepTimes
     draft_model: DraftModel | None
@@ -69,6 +76,11 @@ class LoadedModel:
         plan = self.planned.plan
         weights = sum(stage.slot_bytes for stage in plan.stages) + plan.partition.base.slot_bytes
         return weights + plan.ring_bytes + plan.workspace_bytes + self._max_kv_bytes + self._draft_bytes
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of all caches of sequences, unused prefixes included."""
+        return self.blocks.kv_bytes + (0 if self.turn_caches is None else self.turn_caches.kv_bytes)
 
     def memory(self) -> GovernorStatistics:
         """The leases of the budget. KV counts with the bytes in use, not with those set aside for it."""
@@ -111,11 +123,11 @@ class LoadedModel:
     def _plan_for(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.planned.skeleton
         least_tokens = min(skeleton.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) if skeleton.generates else 0
-        kv_in_use = blocks.kv_bytes - blocks.unused_prefix_bytes
+        kv_in_use = self.kv_bytes - blocks.unused_prefix_bytes
         return resized(
             self.planned.plan,
             budget,
-            kv_least=max(kv_in_use, self.planned.probe.kv.nbytes(least_tokens)),
+            kv_least=max(kv_in_use, self.planned.probe.cache.nbytes(least_tokens)),
             kv_most=self._max_kv_bytes,
             other_bytes=self._draft_bytes,
         )
@@ -198,8 +210,15 @@ async def loaded_model(
         planned.claim.leased = lambda: governor.budget_bytes - governor.free_bytes - kv_memory.free_bytes
         blocks = KVBlocks(KVPool(planned.probe.kv, plan.kv_bytes), kv_memory, share=config.share_prefixes)
         exits.callback(blocks.close)
+        turns, turn_caches = None, None
+        if planned.probe.turns is not None:
+            layout = planned.probe.turns
+            turns = Turns(planned.skeleton.model, layout.traits)
+            drafts = config.prompt_lookup or planned.draft is not None
+            turn_caches = TurnCaches(turns, layout, kv_memory, drafts=drafts)
         folder = None if config.parking_dir is None else Path(config.parking_dir)
-        parking = ParkingFile(folder, planned.probe.kv.block_bytes, direct=config.direct_io)
+        slot_bytes = planned.probe.kv.block_bytes if turns is None else SLOT_BYTES
+        parking = ParkingFile(folder, slot_bytes, direct=config.direct_io)
         exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()
         buffers = BufferPool(plan.num_buffers, plan.slot_bytes)
@@ -220,17 +239,15 @@ async def loaded_model(
         model = await run_in_thread(_streamed_model, planned, stages, pipeline)
         after_pipeline.callback(model.close)
         rows = None
-        if partition.streamed_embedding is not None:
+        if partition.row_tables:
             executor = exits.enter_context(DaemonExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
-            files = [partition.streamed_embedding.file]
-            states = partition.streamed_embedding.file_states
+            tables = [table.spec for table in partition.row_tables]
+            files, states = sorted({spec.file for spec in tables}), file_states(tables)
             reader = await exits.enter_async_context(
                 Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
             )
-            held_back = pipeline.load_order.held_back
-            rows = await exits.enter_async_context(
-                RowReader(partition.streamed_embedding, reader, plan.max_tokens_per_sweep, held_back)
-            )
+            usual_rows = most_rows(partition.row_tables, plan.max_tokens_per_sweep)
+            rows = await exits.enter_async_context(RowReader(tables, reader, usual_rows, pipeline.load_order.held_back))
         draft_model = None
         if planned.draft is not None:
             vocab_size = planned.skeleton.vocab_size
@@ -248,6 +265,8 @@ async def loaded_model(
             model=model,
             rows=rows,
             blocks=blocks,
+            turns=turns,
+            turn_caches=turn_caches,
             parking=parking,
             times=SweepTimes(),
             draft_model=draft_model,
@@ -262,7 +281,7 @@ def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pi
         model,
         planned.attention,
         stages,
-        streamed_embedding=partition.streamed_embedding is not None,
+        row_tables=[table.name for table in partition.row_tables],
         native_tokens=planned.plan.native_tokens,
         gate=pipeline,
     )

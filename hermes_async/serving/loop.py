@@ -71,12 +71,17 @@ class ServingLoop:
         # next sweep; `_work` wakes the loop; `acceptance` is how often drafts were right; and counts.
         self.requests: dict[str, Request] = {}
         self.preparations = Preparations()
-        self.scheduler = Scheduler(plan.tokens_by_outputs, plan.max_sequences, loaded.times, loaded.draft_model)
+        traits = None if loaded.turns is None else loaded.turns.traits
+        self.scheduler = Scheduler(
+            plan.tokens_by_outputs, plan.max_sequences, loaded.times, loaded.draft_model, traits=traits
+        )
         self.admission = Admission(
-            loaded.blocks,
-            loaded.parking,
-            self.scheduler,
-            tasks,
+            blocks=loaded.blocks,
+            turn_caches=loaded.turn_caches,
+            kv_memory=loaded.kv_memory,
+            parking=loaded.parking,
+            scheduler=self.scheduler,
+            tasks=tasks,
             max_sequences=plan.max_sequences,
             max_waiting=config.max_waiting,
             trace=loaded.trace,
@@ -115,7 +120,7 @@ class ServingLoop:
             self.deliver(self.sweep, outcomes)
             self.sweep = None
             if self.loaded.trace is not None:
-                self.loaded.trace.count("KV", bytes=self.loaded.blocks.kv_bytes)
+                self.loaded.trace.count("KV", bytes=self.loaded.kv_bytes)
             if self.admission.num_waiting:
                 await self.admission.settle()
 
@@ -296,9 +301,8 @@ class ServingLoop:
         request.num_sweeps += 1
         self.num_prompt_tokens += max(0, min(outcome.length, len(request.prepared.token_ids)) - job.past)
         request.token_ids += tokens
-        request.kv.length = outcome.length
         assert request.reservation is not None
-        self.loaded.blocks.commit(request.reservation, request.token_ids)
+        request.reservation.advance(outcome.length, request.token_ids)
         if request.aborted:
             return
         if job.num_drafted:

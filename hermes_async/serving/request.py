@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,10 +19,28 @@ from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
 from hermes_async.serving.text_stream import TextStream
 
 if TYPE_CHECKING:  # these import torch, which only an open engine needs
-    from hermes_async.modeling.kv_cache import SequenceKV
+    from torch import Tensor
+
     from hermes_async.modeling.sampling import Sampler
-    from hermes_async.serving.kv_blocks import Reservation
+    from hermes_async.serving.caches import Reservation
     from hermes_async.serving.session_kv import SessionKV
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedPrompt:
+    """A prompt as the model takes it.
+
+    Attributes:
+        token_ids: At least one. An image is as many of them as it becomes in the model.
+        model_inputs: The model's further inputs, such as `pixel_values`; empty for a text.
+        inputs_digest: Identifies the images, which token ids do not; empty for a text.
+        image_end: Tokens up to the last one of an image; 0 for a text.
+    """
+
+    token_ids: list[int]
+    model_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs_digest: str = ""
+    image_end: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +53,8 @@ class PreparedPrompt:
         text_stream: None without a tokenizer.
         lookup: Drafts tokens from the sequence itself; None if prompt lookup is off.
         acceptance: How often drafted tokens of this request were right.
+        model_inputs, inputs_digest, image_end: As `EncodedPrompt`. Keys and values can be used again only where
+            `inputs_digest` is the same, and only if at least `image_end` tokens are.
     """
 
     token_ids: list[int]
@@ -42,6 +63,9 @@ class PreparedPrompt:
     text_stream: TextStream | None
     lookup: PromptLookup | None
     acceptance: AcceptanceRates
+    model_inputs: Mapping[str, Tensor] = field(default_factory=dict)
+    inputs_digest: str = ""
+    image_end: int = 0
 
 
 class RequestState(enum.Enum):
@@ -124,9 +148,10 @@ class Request:
         return self.state is RequestState.ENDED
 
     @property
-    def kv(self) -> SequenceKV:
+    def num_computed(self) -> int:
+        """The first tokens of the sequence whose keys and values, or other state, are there."""
         assert self.reservation is not None
-        return self.reservation.kv
+        return self.reservation.length
 
     @property
     def paused(self) -> bool:

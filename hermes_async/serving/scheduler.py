@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
+from hermes_async.modeling.turns import TurnTraits
 from hermes_async.serving.jobs import DRAFT_MODEL, GenerationJob
-from hermes_async.serving.kv_blocks import SharedBlock
+from hermes_async.serving.kv_blocks import BlockReservation, SharedBlock
 from hermes_async.serving.request import Request
 from hermes_async.serving.speculation import Draft, allocate, expected_tokens
 from hermes_async.serving.sweep_times import SweepTimes
@@ -52,6 +53,7 @@ class Scheduler:
         max_sequences: The most requests in a sweep.
         times: What sweeps take.
         draft_model: Drafts tokens for requests where prompt lookup is right less often.
+        traits: What the caches of a model that runs in turns allow; None where sequences are packed.
     """
 
     def __init__(
@@ -60,11 +62,15 @@ class Scheduler:
         max_sequences: int,
         times: SweepTimes,
         draft_model: Drafter | None = None,
+        *,
+        traits: TurnTraits | None = None,
     ) -> None:
         self.tokens_by_outputs = tokens_by_outputs
         self.max_sequences = max_sequences
         self._times = times
         self._draft_model = draft_model
+        self._divides = traits is None or traits.chunks
+        self._crops = traits is None or traits.crops
         # All mutable state: the admitted requests, in order.
         self._running: list[Request] = []
 
@@ -90,15 +96,25 @@ class Scheduler:
         active = [request for request in self._running if not request.paused][: self.max_sequences]
         for request in active:
             assert request.reservation is not None
-            request.reservation.skip_computed(len(request.token_ids) - 1)
+            request.reservation.refresh(len(request.token_ids) - 1)
         decoding = [request for request in active if _num_pending(request) == 1][: self.tokens_by_outputs[-1]]
         prompts = [request for request in active if _num_pending(request) > 1]
-        jobs = [GenerationJob(request, request.kv.length, request.token_ids[-1:], samples=True) for request in decoding]
-        jobs += self._chunks(prompts, len(decoding))
-        self._add_drafts(jobs)
+        chunks = self._chunks(prompts, len(decoding))
+        if prompts and not chunks and not self._divides_prompt_of(prompts[0]):  # the first prompt needs the whole sweep
+            decoding, chunks = [], self._chunks(prompts, 0)
+        jobs = [
+            GenerationJob(request, request.num_computed, request.token_ids[-1:], samples=True) for request in decoding
+        ]
+        jobs += chunks
+        if self._crops:
+            self._add_drafts(jobs)
         return jobs
 
     # --- prompts ---
+
+    def _divides_prompt_of(self, request: Request) -> bool:
+        """Whether several sweeps may compute the prompt. One with images is one call."""
+        return self._divides and not request.prepared.model_inputs
 
     def _chunks(self, prompts: list[Request], num_decoding: int) -> list[GenerationJob]:
         most = self._most_beside_decodes(len(prompts), num_decoding)
@@ -111,12 +127,13 @@ class Scheduler:
                 break
             past = _first_pending(request, computing)
             token_ids = request.token_ids[past : past + room]
+            if not self._divides_prompt_of(request) and past + len(token_ids) < len(request.token_ids):
+                break
             end = past + len(token_ids)
             chunk = GenerationJob(request, past, token_ids, samples=end == len(request.token_ids))
             chunks.append(chunk)
             num_tokens += len(token_ids)
-            assert request.reservation is not None
-            for block in request.reservation.shared[past // BLOCK_TOKENS : end // BLOCK_TOKENS]:
+            for block in _shared_blocks(request)[past // BLOCK_TOKENS : end // BLOCK_TOKENS]:
                 computing.setdefault(block, chunk)
         return chunks
 
@@ -214,14 +231,18 @@ class Scheduler:
 
 def _num_pending(request: Request) -> int:
     """Tokens whose keys and values are not computed yet."""
-    return len(request.token_ids) - request.kv.length
+    return len(request.token_ids) - request.num_computed
+
+
+def _shared_blocks(request: Request) -> Sequence[SharedBlock]:
+    """The blocks that the sequence shares with others, from its beginning."""
+    return request.reservation.shared if isinstance(request.reservation, BlockReservation) else ()
 
 
 def _first_pending(request: Request, computing: dict[SharedBlock, GenerationJob]) -> int:
     """Where a prompt's next chunk begins: after the blocks that other jobs of this sweep compute."""
-    assert request.reservation is not None
-    past = request.kv.length
-    for block in request.reservation.shared[past // BLOCK_TOKENS :]:
+    past = request.num_computed
+    for block in _shared_blocks(request)[past // BLOCK_TOKENS :]:
         end = (past // BLOCK_TOKENS + 1) * BLOCK_TOKENS
         if block not in computing or end >= len(request.token_ids):
             break

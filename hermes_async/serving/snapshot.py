@@ -98,7 +98,7 @@ def _request_snapshots(loop: ServingLoop) -> tuple[RequestSnapshot, ...]:
 
 def _request_snapshot(request: Request) -> RequestSnapshot:
     num_prompt, reservation = len(request.prepared.token_ids), request.reservation
-    computed = 0 if reservation is None else min(num_prompt, reservation.kv.length)
+    computed = 0 if reservation is None else min(num_prompt, reservation.length)
     return RequestSnapshot(
         request.request_id,
         _request_activity(request),

@@ -36,7 +36,7 @@ def engine_statistics(loop: ServingLoop) -> EngineStatistics:
         num_parked=admission.num_parked,
         num_parkings=admission.num_parkings,
         num_forwards=len(loop.forwards) + num_sweep_forwards,
-        kv_bytes=blocks.kv_bytes,
+        kv_bytes=loaded.kv_bytes,
         prefix_bytes=blocks.unused_prefix_bytes,
         prefix_hits=blocks.num_hits,
         prefix_tokens=blocks.num_hit_tokens,

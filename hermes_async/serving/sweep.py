@@ -11,15 +11,22 @@ import anyio
 import torch
 
 from hermes_async.errors import HermesError, RequestError
-from hermes_async.foreign_errors import one_request
-from hermes_async.modeling.calls import EmbeddingRows, ModelCall, PackedCall
+from hermes_async.foreign_errors import one_request, reason_of
+from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall
+from hermes_async.modeling.kv_cache import SequenceKV
 from hermes_async.modeling.packed import PackedBatch, PackedSequence
+from hermes_async.modeling.turns import TurnInput, Turns
 from hermes_async.pipeload.agents import PipelineStatistics, SweepAbandoned
 from hermes_async.results import FinishReason, SampledToken
 from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
+from hermes_async.serving.kv_blocks import BlockReservation
 from hermes_async.serving.loaded_model import LoadedModel
 from hermes_async.serving.request import Request
+from hermes_async.serving.turn_caches import TurnReservation
 from hermes_async.storage.threads import LoopEvent
+
+_Rows = dict[str, dict[int, torch.Tensor]]
+"""The rows of a sweep's tokens, by the name of their table, then by their number; empty if no table is read by row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,7 +43,7 @@ class SweepOutcomes:
 
 
 class Sweep:
-    """One pass over the stages. All generation jobs are one packed call, and each forward job is a call of its own.
+    """One pass over the stages. Generation jobs are one packed call, or a call each, as each forward job is.
 
     Made for one `run`. Event-loop side only, but `_compute` runs on the compute thread.
     """
@@ -47,11 +54,14 @@ class Sweep:
         self.generation = generation
         self.forwards = forwards
         self._loaded = loaded
+        self._tables = loaded.planned.partition.row_tables
         # All mutable state. `_left` has an event for each request, set when the sweep no longer uses its KV;
-        # `_reading_rows` is the scope of the read of embedding rows; `_batch` is the packed batch.
+        # `_reading_rows` is the scope of the read of embedding rows; `_batch` is the packed batch, and `_turns` are the
+        # calls of jobs that are not packed.
         self._left = {job.request: LoopEvent() for job in generation}
         self._reading_rows: anyio.CancelScope | None = None
         self._batch: PackedBatch | None = None
+        self._turns: list[tuple[GenerationJob, ModelCall]] = []
 
     async def run(self) -> SweepOutcomes:
         """Computes the sweep.
@@ -100,7 +110,9 @@ class Sweep:
             return False
         if self._batch is not None:
             self._mark_aborted(self._batch)
-            self._loaded.pipeline.look()
+        for job, call in self._turns:
+            call.dropped = call.dropped or job.request.aborted
+        self._loaded.pipeline.look()
         return True
 
     def _mark_aborted(self, batch: PackedBatch) -> None:
@@ -126,10 +138,10 @@ class Sweep:
         if any(job.request.aborted for job in self.generation) or (not self.generation and all(dropped)):
             raise SweepAbandoned
 
-    # --- rows of the input embedding ---
+    # --- embeddings that are read by row ---
 
-    async def _read_rows(self) -> dict[int, torch.Tensor]:
-        """The embedding rows of all tokens of the sweep, by token id; empty if the embedding is resident.
+    async def _read_rows(self) -> _Rows:
+        """The rows of all tokens of the sweep.
 
         Raises:
             SweepAbandoned: A request was aborted during the read.
@@ -139,52 +151,90 @@ class Sweep:
         token_ids = sorted({*generated, *(token_id for job in self.forwards for token_id in job.token_ids)})
         if reader is None or not token_ids:
             return {}
-        rows: list[torch.Tensor] = []
+        wanted = [table.rows_of(token_ids) for table in self._tables]
+        rows: list[list[torch.Tensor]] = []
         with anyio.CancelScope() as self._reading_rows:
-            rows = await reader.read(token_ids)
+            rows = await reader.read(wanted)
         abandoned, self._reading_rows = self._reading_rows.cancel_called, None
         if abandoned:
             raise SweepAbandoned
-        return dict(zip(token_ids, rows, strict=True))
+        return {
+            table.name: dict(zip(row_ids, views, strict=True))
+            for table, row_ids, views in zip(self._tables, wanted, rows, strict=True)
+        }
 
-    def _embedding(self, token_ids: Sequence[int], rows: dict[int, torch.Tensor]) -> EmbeddingRows | None:
-        """The embedding rows of one call. It gets no others, so that it does not depend on other calls."""
+    def _rows_of_call(self, token_ids: Sequence[int], rows: _Rows) -> dict[str, EmbeddingRows]:
+        """The rows of one call. It gets no others, so that it does not depend on other calls."""
         if not rows or not token_ids:
-            return None
-        return EmbeddingRows(torch.stack([rows[token_id] for token_id in token_ids]), torch.tensor(token_ids))
+            return {}
+        return {
+            table.name: EmbeddingRows.of({row: rows[table.name][row] for row in table.rows_of(token_ids)})
+            for table in self._tables
+        }
 
     # --- the calls, on the compute thread: the event loop makes no tensors ---
 
-    def _compute(self, rows: dict[int, torch.Tensor]) -> list[Outcome]:
-        """Runs all calls; returns the outcomes of the packed one."""
-        packed = self._packed_call(rows)
+    def _compute(self, rows: _Rows) -> list[Outcome]:
+        """Runs all calls; returns the outcomes of the generation jobs that were completed."""
+        packed = None if self._loaded.turns is not None else self._packed_call(rows)
         calls: list[ModelCall] = [] if packed is None else [packed]
-        calls += [self._forward_call(job, rows) for job in self.forwards]
+        if self._loaded.turns is not None:
+            self._turns = [(job, self._turn_call(self._loaded.turns, job, rows)) for job in self.generation]
+            for job, call in self._turns:
+                call.dropped = job.request.aborted  # `drop` may have come too early for these
+                calls.append(call)
         try:
-            self._loaded.model.run(calls)
+            self._loaded.model.run([*calls, *(self._forward_call(job, rows) for job in self.forwards)])
         except SweepAbandoned:
-            if packed is None or packed.error is None:
+            if all(call.error is None for call in calls):
                 raise
-        if packed is None:
-            return []
-        if packed.error is not None:
-            raise packed.error
-        return packed.result if packed.completed else []
+        if packed is not None:
+            if packed.error is not None:
+                raise packed.error
+            return packed.result if packed.completed else []
+        return [self._turn_outcome(job, call) for job, call in self._turns if call.completed or call.error is not None]
 
-    def _forward_call(self, job: ForwardJob, rows: dict[int, torch.Tensor]) -> ModelCall:
-        job.call.embedding = self._embedding(job.token_ids, rows)
+    def _turn_call(self, turns: Turns, job: GenerationJob, rows: _Rows) -> ModelCall:
+        reservation = job.request.reservation
+        assert isinstance(reservation, TurnReservation)
+        token_ids = [*job.request.token_ids[: job.past], *job.token_ids]
+        inputs = job.request.prepared.model_inputs
+        return turns.call(
+            TurnInput(reservation.cache, token_ids, job.past, job.num_outputs, {} if job.past else inputs),
+            lambda logits: self._outcome(job, list(logits)),
+            rows=self._rows_of_call(sorted(set(job.token_ids)), rows),
+            left=self._left[job.request],
+        )
+
+    def _turn_outcome(self, job: GenerationJob, call: ModelCall) -> Outcome:
+        if call.error is None:
+            outcome: Outcome = call.result
+            return outcome
+        if isinstance(call.error, NotLoadedError):
+            raise call.error
+        name = type(self._loaded.planned.skeleton.model).__name__
+        error = RequestError(f"{name}.forward failed on this sequence: {reason_of(call.error)}")
+        error.__cause__ = call.error
+        return Outcome(job, 0, error=error)
+
+    def _forward_call(self, job: ForwardJob, rows: _Rows) -> ModelCall:
+        job.call.rows = self._rows_of_call(job.token_ids, rows)
         return job.call
 
-    def _packed_call(self, rows: dict[int, torch.Tensor]) -> PackedCall | None:
+    def _packed_call(self, rows: _Rows) -> PackedCall | None:
         if not self.generation:
             return None
         self._batch = PackedBatch.of(
-            PackedSequence(job.request.kv, job.past, job.token_ids, job.num_outputs, left=self._left[job.request])
+            PackedSequence(self._kv_of(job), job.past, job.token_ids, job.num_outputs, left=self._left[job.request])
             for job in self.generation
         )
         self._mark_aborted(self._batch)  # those that `drop` came too early for
         token_ids = sorted({token_id for job in self.generation for token_id in job.token_ids})
-        return self._loaded.model.packed_call(self._batch, self._choose_tokens, self._embedding(token_ids, rows))
+        return self._loaded.model.packed_call(self._batch, self._choose_tokens, self._rows_of_call(token_ids, rows))
+
+    def _kv_of(self, job: GenerationJob) -> SequenceKV:
+        assert isinstance(job.request.reservation, BlockReservation)
+        return job.request.reservation.kv
 
     def _record_times(self, before: PipelineStatistics, loads_resident: bool) -> None:
         """Records the sweep's times for the scheduler.

@@ -88,6 +88,10 @@ class ParkingFile:
         await self.aclose()
 
     @property
+    def slot_bytes(self) -> int:
+        return self._slot_bytes
+
+    @property
     def num_slots_used(self) -> int:
         """Slots that hold a block or are being written."""
         return len(self._used)

@@ -6,8 +6,8 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,6 +31,7 @@ from hermes_async.engine.engine import Engine
 from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
 from hermes_async.serving.preparations import Preparations
+from tests.cli.forked import ForkedCommands
 from tests.inside import on_delivery
 
 BUDGET = "6MiB"
@@ -43,11 +44,6 @@ def hermes(*args: object, stdin: str | bytes | None = None) -> Result:
 def last_json(result: Result) -> dict[str, Any]:
     record: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return record
-
-
-def start(*args: object, **kwargs: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "hermes_async", *(str(arg) for arg in args)]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **kwargs)
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +164,7 @@ def test_generate_prints_the_same_text_as_json() -> None:
     args = ("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 8)
     plain, record = hermes(*args), last_json(hermes(*args, "--json"))
     assert plain.stdout == record["text"] + "\n"
-    assert set(record) == {"text", "token_ids", "finish_reason", "usage", "timings", "plan", "statistics"}
+    assert set(record) == {"text", "token_ids", "finish_reason", "usage", "timings", "sampling", "plan", "statistics"}
     assert len(record["token_ids"]) == 8
     assert record["finish_reason"] == "length"
     assert record["usage"]["completion_tokens"] == 8
@@ -189,6 +185,29 @@ def test_generate_samples_by_seed() -> None:
         return result
 
     assert token_ids("--seed", 1) == token_ids("--seed", 1) != token_ids("--seed", 2)
+
+
+@pytest.fixture
+def sampling_model(tmp_path: Path) -> Path:
+    """The demo model, with sampling values of its own."""
+    path = Path(shutil.copytree(MODEL_PATH, tmp_path / "sampling"))
+    says = {"eos_token_id": 0, "do_sample": True, "temperature": 1.4, "top_p": 0.9, "suppress_tokens": [5]}
+    (path / "generation_config.json").write_text(json.dumps(says))
+    return path
+
+
+def test_generate_says_which_values_it_takes_from_the_checkpoint(sampling_model: Path) -> None:
+    args = ("generate", sampling_model, "ROMEO:\n", "--max-tokens", 8, "--seed", 1)
+    given = ("--temperature", 1.4, "--top-p", 0.9, "--top-k", 50)
+    greedy, by_hand = last_json(hermes(*args, "--json")), last_json(hermes(*args, *given, "--json"))
+    taken = last_json(hermes(*args, "--from-model", "--json"))
+    assert taken["token_ids"] == by_hand["token_ids"] != greedy["token_ids"]
+    own = {"temperature": 1.4, "top_p": 0.9, "top_k": 50, "min_p": 0.0, "repetition_penalty": 1.0}
+    assert taken["sampling"] == by_hand["sampling"] == own
+    assert greedy["sampling"] == own | {"temperature": 0.0, "top_p": 1.0, "top_k": 0}
+    result = hermes(*args, "--from-model", "--top-k", 7)
+    line = "from generation_config.json: temperature 1.4, top_p 0.9, min_p 0, repetition_penalty 1"
+    assert result.stderr.splitlines()[0] == line
 
 
 def test_generate_reads_the_prompt_from_standard_input() -> None:
@@ -433,10 +452,9 @@ def test_ctrl_c_while_the_model_opens(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.exit_code, result.stdout, result.stderr) == (130, "", "hermes-async: stopped\n")
 
 
-def test_ctrl_c_in_a_process_of_its_own() -> None:
+def test_ctrl_c_in_a_process_of_its_own(forked: ForkedCommands) -> None:
     args = ("generate", MODEL_PATH, "ROMEO:\n", "--memory", BUDGET, "--max-tokens", 250, "--ignore-eos")
-    with start(*args) as process:
-        assert process.stdout is not None
+    with forked.start(*args) as process:
         assert process.stdout.read(1)
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate()
@@ -446,14 +464,12 @@ def test_ctrl_c_in_a_process_of_its_own() -> None:
 
 
 @pytest.mark.parametrize("command", [("generate", MODEL_PATH, "A", "--max-tokens", 250, "--ignore-eos"), ("demo",)])
-def test_a_reader_that_goes_away_ends_it_quietly(command: tuple[object, ...]) -> None:
-    with start(*command) as process:
-        assert process.stdout is not None
+def test_a_reader_that_goes_away_ends_it_quietly(command: tuple[object, ...], forked: ForkedCommands) -> None:
+    with forked.start(*command) as process:
         assert process.stdout.read(1)
         process.stdout.close()
-        assert process.stderr is not None
         assert process.stderr.read() == b""
-    assert process.returncode == 1
+        assert process.wait() == 1
 
 
 # --- chat ---
@@ -485,6 +501,16 @@ def prompts(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def chat(*args: object) -> int | None:
     code: int | None = app(["chat", str(MODEL_PATH), "--memory", BUDGET, *map(str, args)], standalone_mode=False)
     return code
+
+
+def test_chat_says_which_values_it_takes_from_the_checkpoint(
+    keyboard: int, sampling_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.write(keyboard, b"Hello\n/exit\n")
+    options = ["--memory", BUDGET, "--from-model", "--temperature", "0", "--max-tokens", "2"]
+    assert not app(["chat", str(sampling_model), *options], standalone_mode=False)
+    line = "from generation_config.json: top_p 0.9, top_k 50, min_p 0, repetition_penalty 1\n"
+    assert capsys.readouterr().err.startswith(line)
 
 
 def test_chat_keeps_the_conversation(keyboard: int, prompts: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
@@ -557,12 +583,10 @@ def test_ctrl_c_at_the_prompt_ends(keyboard: int, monkeypatch: pytest.MonkeyPatc
     assert not chat()
 
 
-def test_chat_at_a_terminal() -> None:
+def test_chat_at_a_terminal(forked: ForkedCommands) -> None:
     terminal, its_end = os.openpty()
     try:
-        with start(
-            *("chat", MODEL_PATH, "--memory", BUDGET, "--max-tokens", 3), stdin=its_end, start_new_session=True
-        ) as process:
+        with forked.start(*("chat", MODEL_PATH, "--memory", BUDGET, "--max-tokens", 3), stdin=its_end) as process:
             os.write(terminal, b"What news?\n\x04")
             stdout, stderr = process.communicate()
     finally:

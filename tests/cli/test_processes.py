@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ from rich.table import Table
 import hermes_async
 from hermes_async.cli.tables import print_table
 from hermes_async.demo import MODEL_PATH
+from tests.cli.forked import ForkedCommands
 from tests.cli.test_commands import hermes
 
 COMMANDS = ("generate", "chat", "embed", "classify", "plan", "profile", "timeline", "demo", "doctor")
@@ -32,15 +31,6 @@ def command(*args: object, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
     arguments = [arg if isinstance(arg, bytes) else str(arg) for arg in args]
     kwargs = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | kwargs
     return subprocess.run([sys.executable, "-m", "hermes_async", *arguments], check=False, **kwargs)
-
-
-@pytest.fixture(scope="module")
-def forked() -> Iterator[subprocess.Popen[str]]:
-    """Runs commands in processes that have imported everything."""
-    arguments = [sys.executable, "-m", "tests.cli.forked"]
-    with subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        yield process
-        process.communicate()
 
 
 # --- what is imported ---
@@ -87,27 +77,22 @@ def test_every_public_name_is_where_the_package_looks_for_it() -> None:
         ("embed", MODEL_PATH, "A", "--memory", "16MiB"),
     ],
 )
-def test_a_full_disk_is_one_line(args: tuple[object, ...], forked: subprocess.Popen[str], tmp_path: Path) -> None:
-    def run(stderr: Path) -> int:
-        assert forked.stdin is not None and forked.stdout is not None
-        forked.stdin.write(json.dumps(["/dev/full", str(stderr), *map(str, args)]) + "\n")
-        forked.stdin.flush()
-        return int(forked.stdout.readline())
-
-    errors = tmp_path / "errors"
-    errors.touch()
-    assert (run(errors), errors.read_text().count("\n")) == (1, 1)
-    assert "No space left" in errors.read_text()
-    assert run(Path("/dev/full")) == 1
+def test_a_full_disk_is_one_line(args: tuple[object, ...], forked: ForkedCommands) -> None:
+    with open("/dev/full", "wb") as full:  # noqa: PTH123
+        with forked.start(*args, stdout=full.fileno()) as process:
+            errors = process.stderr.read()
+            assert (process.wait(), errors.count(b"\n")) == (1, 1)
+            assert b"No space left" in errors
+        with forked.start(*args, stdout=full.fileno(), stderr=full.fileno()) as process:
+            assert process.wait() == 1
 
 
 @pytest.mark.parametrize("args", [("--help",), ("plan", MODEL_PATH, "--memory", "6MiB")])
-def test_a_reader_that_is_gone_from_the_start(args: tuple[object, ...]) -> None:
+def test_a_reader_that_is_gone_from_the_start(args: tuple[object, ...], forked: ForkedCommands) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    with os.fdopen(writer, "wb") as pipe:
-        ended = command(*args, stdout=pipe)
-    assert (ended.returncode, ended.stderr) == (1, b"")
+    with os.fdopen(writer, "wb") as pipe, forked.start(*args, stdout=pipe.fileno()) as process:
+        assert (process.stderr.read(), process.wait()) == (b"", 1)
 
 
 def test_a_closed_output_is_one_line() -> None:
@@ -172,9 +157,9 @@ def test_bytes_that_are_not_utf_8_are_told(args: tuple[object, ...]) -> None:
 def test_a_prompt_is_utf_8_in_every_locale() -> None:
     args = ("generate", MODEL_PATH, "Roméo", "--memory", "6MiB", "--max-tokens", 3)
     bare = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    here, there = command(*args, "--json"), command(*args, "--json", env=bare)
-    assert here.returncode == there.returncode == 0
-    assert here.stdout.split(b'"timings"')[0] == there.stdout.split(b'"timings"')[0]
+    here, there = hermes(*args, "--json"), command(*args, "--json", env=bare)
+    assert here.exit_code == there.returncode == 0
+    assert here.stdout.encode().split(b'"timings"')[0] == there.stdout.split(b'"timings"')[0]
 
 
 def test_a_prompt_that_begins_with_a_dash() -> None:

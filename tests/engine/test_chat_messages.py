@@ -55,6 +55,17 @@ def test_a_template_that_takes_text_parts_gets_them() -> None:
     assert render(using, messages) == expected == "[system]a|[user]onetwo|"
 
 
+def test_a_template_that_takes_parts_alone_gets_texts_as_parts() -> None:
+    using = tokenizer(
+        "{% for m in messages %}{% for c in m.content | selectattr('type', 'equalto', 'image') %}<image>{% endfor %}"
+        "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}|{% endfor %}{% endfor %}"
+    )
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
+    assert render(using, messages) == "a|b|"
+    image = {"type": "image", "image": "a.png"}
+    assert render(using, [*messages, {"role": "user", "content": [image]}]) == "a|b|<image>"
+
+
 def test_what_a_tool_gives_is_the_template_s_matter() -> None:
     using = tokenizer("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
     messages = [{"role": "tool", "content": {"degrees": 12}}, {"role": "ipython", "content": [1, 2]}]
@@ -79,7 +90,7 @@ def test_messages_that_are_no_list(messages: Any) -> None:
         ({"role": "user", "content": 5}, "message 1, of role 'user', has content of type int"),
         ({"role": "user", "content": []}, "has an empty list as content"),
         ({"role": "user", "content": ["a"]}, "has a part 0 of type 'str'"),
-        ({"role": "user", "content": [*PARTS, {"type": "image_url"}]}, "has a part 2 of type 'image_url'"),
+        ({"role": "user", "content": [*PARTS, {"type": "image_url"}]}, "part 2 of message 1 has no 'image_url'"),
         ({"role": "user", "content": [{"type": "text"}]}, "has a part 0 of type 'text'"),
         ({"content": "a"}, "message 1 has no role"),
         ({"role": None, "content": "a"}, "message 1 has the role None"),

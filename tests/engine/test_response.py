@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from types import SimpleNamespace
 from typing import Any
@@ -164,9 +165,11 @@ ANSWERS = [
 @pytest.mark.parametrize("tools", [None, TOOLS], ids=["", "tools"])
 @pytest.mark.parametrize(("kind", "prefix", "text"), ANSWERS)
 def test_an_answer_cut_anywhere_is_what_transformers_parses(kind: str, prefix: str, text: str, tools: Any) -> None:
+    """Each answer has a copy of one stream, as the answers to one prompt have."""
     expected = parsed(kind, prefix, text, tools)
+    prepared_once = stream(kind, prefix, tools)
     for pieces in ways_to_cut(text):
-        responses = stream(kind, prefix, tools)
+        responses = copy.deepcopy(prepared_once)
         deltas = [delta for piece in pieces for delta in responses.push(piece)]
         assert together(deltas + responses.finish()) == expected
 
@@ -214,8 +217,9 @@ PROMPTS = {"qwen": QWEN_PROMPT, "gemma": "<|turn>model\n", "gpt-oss": "<|start|>
 
 @pytest.mark.parametrize(("kind", "text", "content"), MALFORMED)
 def test_what_does_not_parse_is_content_without_special_tokens(kind: str, text: str, content: str) -> None:
+    prepared_once = stream(kind, PROMPTS[kind])
     for pieces in ways_to_cut(text) if len(text) < 1000 else [[text]]:
-        responses = stream(kind, PROMPTS[kind])
+        responses = copy.deepcopy(prepared_once)
         deltas = [delta for piece in pieces for delta in responses.push(piece)]
         assert together(deltas + responses.finish()) == (content, "", [])
 

@@ -108,7 +108,7 @@ async def test_seeded_samples_are_the_same(model: Any, temperature: float, seed:
 @pytest.mark.parametrize("temperature", [0, 0.3])
 async def test_the_same_with_any_other_parameter(model: Any, more: dict[str, Any], temperature: float) -> None:
     params = SamplingParams(max_tokens=50, temperature=temperature, seed=1, ignore_eos="min_tokens" not in more, **more)
-    await check_same(model, model.prompts, params)
+    await check_same(model, model.prompts[::2], params)
 
 
 async def test_log_probabilities_are_the_same(model: Any) -> None:

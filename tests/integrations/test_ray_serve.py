@@ -149,7 +149,6 @@ async def text_of(stream: Any, num_tokens: int) -> str:
 # --- a service of two replicas; the last test kills a node ---
 
 
-@pytest.mark.xdist_group("ray")
 class TestService:
     @pytest.mark.anyio
     async def test_it_is_the_app_of_serve(self, cluster: Cluster, expected: str) -> None:
@@ -347,7 +346,7 @@ def test_the_guides_manifest_has_the_fields_of_kuberay() -> None:
     assert (service["apiVersion"], service["kind"]) == ("ray.io/v1", "RayService")
     assert set(service["spec"]) == {"serveConfigV2", "rayClusterConfig"}
     cluster = service["spec"]["rayClusterConfig"]
-    assert set(cluster) == {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
+    assert set(cluster) == {"rayVersion", "authOptions", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
     head, (workers,) = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
     assert set(head) == {"rayStartParams", "template"}
     assert set(workers) == {*head, "groupName", "replicas", "minReplicas", "maxReplicas"}

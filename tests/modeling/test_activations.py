@@ -43,6 +43,16 @@ CONFIGS: dict[str, Callable[[], t.PreTrainedConfig]] = {
     "gpt-oss": lambda: t.GptOssConfig(**HEADS, num_local_experts=8, num_experts_per_tok=4),
     "granitemoe": lambda: t.GraniteMoeConfig(**SMALL, num_local_experts=16, num_experts_per_tok=8),
     "ernie4.5-moe": lambda: t.Ernie4_5_MoeConfig(**SMALL, moe_intermediate_size=48, moe_num_experts=16, moe_k=6),
+    # With a table of rows for all layers.
+    "gemma3n": lambda: t.Gemma3nTextConfig(
+        **HEADS | {"intermediate_size": [512] * 2},
+        vocab_size_per_layer_input=100,
+        hidden_size_per_layer_input=240,
+        num_kv_shared_layers=0,
+        laurel_rank=8,
+        activation_sparsity_pattern=[0.95, 0.0],
+        layer_types=["sliding_attention", "full_attention"],
+    ),
 }
 
 

@@ -71,23 +71,21 @@ class Rig:
         self.original = original
         self.weights = original.state_dict()
         self.gate = Gate(self.weights)
-        self.streams_embedding = parts.streamed_embedding is not None
+        self.row_tables = [table.name for table in parts.row_tables]
         self.pool = KVPool(opened.probe.kv, 1 << 20)
         self.attention = opened.attention
         self.model = StreamedModel(
             opened.skeleton.model,
             opened.attention,
             self.stages,
-            streamed_embedding=self.streams_embedding,
+            row_tables=self.row_tables,
             native_tokens=native_tokens,
             gate=self.gate,
         )
 
-    def rows(self, *token_ids: int) -> EmbeddingRows | None:
-        if not self.streams_embedding:
-            return None
+    def rows(self, *token_ids: int) -> dict[str, EmbeddingRows]:
         needed = torch.tensor(sorted(set(token_ids)))
-        return EmbeddingRows(self.weights["model.embed_tokens.weight"][needed], needed)
+        return {name: EmbeddingRows(self.weights[f"{name}.weight"][needed], needed) for name in self.row_tables}
 
     def packed(self, *prompts: list[int]) -> PackedCall:
         """Its result: the logits of each prompt's last token, [prompts, vocab]."""
@@ -102,7 +100,7 @@ class Rig:
         """Its result: the logits of all tokens, [tokens, vocab]."""
         input_ids = torch.tensor([prompt])
         return ModelCall(
-            lambda: self.model.model(input_ids=input_ids, use_cache=False).logits[0], embedding=self.rows(*prompt)
+            lambda: self.model.model(input_ids=input_ids, use_cache=False).logits[0], rows=self.rows(*prompt)
         )
 
     def expected(self, prompt: list[int]) -> torch.Tensor:

@@ -121,6 +121,26 @@ def test_what_ends_matches(make: Any, asked: dict[str, Any]) -> None:
     assert len(texts) > 2
 
 
+def test_white_space_between_tokens_of_json_is_bounded_and_indented_json_passes() -> None:
+    tokenizer, value = demo_tokenizer(), {"name": "ab", "age": 3, "kind": None, "tags": [True, False]}
+
+    def may_come(text: str) -> bool:
+        state = grammar(json=PERSON)
+        for token_id in tokenizer.encode(text, add_special_tokens=False):
+            if token_id not in allowed(state):
+                return False
+            state.advance(token_id)
+        return True
+
+    for indent in (None, 1, 2, 4, "\t"):
+        assert may_come(json.dumps(value, indent=indent, ensure_ascii=False))
+    assert may_come(json.dumps(value, separators=(",", ":")))
+    for white_space in ("  ", "\n\n", "\n" + " " * 17, "\n \n", "\t"):
+        for before in ("{", '{"name"', '{"name":', '{"name":"ab"', '{"name":"ab",'):
+            assert may_come(before) and not may_come(before + white_space)
+    assert not may_come(" ") and not may_come(json.dumps(value) + " ")
+
+
 def allowed(state: Grammar, *, keep_going: bool = False, vocab_size: int = 2048) -> set[int]:
     scores = state.constrain(torch.zeros(vocab_size), keep_going=keep_going)
     return {token_id for token_id in range(vocab_size) if scores[token_id] == 0}

@@ -38,6 +38,7 @@ class Rig:
         agents: int,
         num_buffers: int,
         trace: Trace | None = None,
+        groups: Sequence[str | None] = (),
     ) -> None:
         path = directory / "weights"
         generator = random.Random(0)
@@ -50,7 +51,10 @@ class Rig:
         path.write_bytes(data)
         self.path = path
         self.expected = [bytes(data[spec.offset : spec.offset + spec.nbytes]) for spec in specs]
-        layouts = [StageLayout.of(spec.name, [("weight", spec)]) for spec in specs]
+        layouts = [
+            StageLayout.of(spec.name, [("weight", spec)], group)
+            for spec, group in zip(specs, groups or [None] * num_stages, strict=True)
+        ]
         self.stages = [Stage(idx, layout, resident=idx in resident) for idx, layout in enumerate(layouts)]
         slot_bytes = max(layout.slot_bytes for layout in layouts)
         self.governor = MemoryGovernor(num_buffers * slot_bytes)
@@ -125,6 +129,7 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
         agents: int = 1,
         num_buffers: int | None = None,
         trace: Trace | None = None,
+        groups: Sequence[str | None] = (),
     ) -> Rig:
         directory = tmp_path / f"rig{next(numbers)}"
         directory.mkdir()
@@ -135,6 +140,7 @@ def make_rig(tmp_path: Path) -> Callable[..., Rig]:
             agents=agents,
             num_buffers=agents + 1 if num_buffers is None else num_buffers,
             trace=trace,
+            groups=groups,
         )
 
     return make

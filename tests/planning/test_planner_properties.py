@@ -36,14 +36,14 @@ class FakePartition:
     cast_bytes: int
 
 
-def layout(name: str, nbytes: int, offset: int = 0) -> StageLayout:
+def layout(name: str, nbytes: int, offset: int = 0, group: str | None = None) -> StageLayout:
     spec = TensorSpec(name, Path("w"), offset, nbytes, torch.uint8, (nbytes,))
-    return StageLayout.of(name, [(f"{name}.weight", spec)])
+    return StageLayout.of(name, [(f"{name}.weight", spec)], group)
 
 
 @dataclass(frozen=True)
 class FakeModel:
-    """Layers, a head and an embedding; workspace grows with tokens, outputs and KV bytes."""
+    """A tower that is optional, layers and a head; workspace grows with tokens, outputs and KV bytes."""
 
     layers: tuple[int, ...]
     head: int
@@ -55,6 +55,7 @@ class FakeModel:
     kv_share: int  # workspace is the KV bytes divided by this; 0 for none
     kv_block_tokens: int = 1
     draft_bytes: int = 0
+    tower: tuple[int, ...] = ()
 
     @property
     def sizes(self) -> ModelSizes:
@@ -63,8 +64,8 @@ class FakeModel:
             return tokens * self.per_token + outputs * self.per_output + kv
 
         return ModelSizes(
-            largest_layer_bytes=max(self.layers),
-            weight_bytes=self.base + sum(self.layers) + self.head,
+            largest_layer_bytes=max((*self.layers, *self.tower)),
+            weight_bytes=self.base + sum(self.tower) + sum(self.layers) + self.head,
             kv_bytes_per_token=self.kv_bytes_per_token,
             context_length=self.context_length,
             workspace_bytes=workspace,
@@ -75,12 +76,13 @@ class FakeModel:
     def partition(self, limit: int | None) -> FakePartition:
         stages = []
         offset = 100
-        for idx, nbytes in enumerate((*self.layers, self.head)):
+        for idx, nbytes in enumerate((*self.tower, *self.layers, self.head)):
+            group = "vision" if idx < len(self.tower) else None
             parts = 1 if limit is None else -(-nbytes // limit)
             bounds = [nbytes * part // parts for part in range(parts + 1)]
             for part in range(parts):
                 size = bounds[part + 1] - bounds[part]
-                stages.append(layout(f"{idx}.{part}", size, offset))
+                stages.append(layout(f"{idx}.{part}", size, offset, group))
                 offset += size
         return FakePartition(layout("", self.base), tuple(stages), 0)
 
@@ -110,6 +112,7 @@ models = st.builds(
     kv_share=st.sampled_from([0, 0, 1, 10]),
     kv_block_tokens=st.sampled_from([1, 16]),
     draft_bytes=st.sampled_from([0, 0, 100 * KIB]),
+    tower=st.one_of(st.just(()), st.lists(st.integers(KIB, 900 * KIB), min_size=1, max_size=4).map(tuple)),
 )
 configs = st.builds(
     EngineConfig,
@@ -146,7 +149,10 @@ def check(chosen: Plan, model: FakeModel, config: EngineConfig, budget: int) -> 
     context = min(model.context_length or 256, 256)
     blocks = -(-context // model.kv_block_tokens)
     assert chosen.kv_bytes >= blocks * model.kv_block_tokens * model.kv_bytes_per_token  # one sequence of some length
-    assert chosen.bytes_per_sweep == sum(chosen.stages[idx].read_bytes for idx in streamed)
+    optional = {idx for idx, stage in enumerate(chosen.stages) if stage.group == "vision"}
+    assert chosen.bytes_per_sweep == sum(chosen.stages[idx].read_bytes for idx in streamed - optional)
+    assert sum(chosen.bytes_by_group.values()) == sum(chosen.stages[idx].read_bytes for idx in streamed & optional)
+    assert streamed <= optional or not optional & chosen.resident  # optional stages become resident last
     assert str(chosen)
     assert chosen.as_dict()["memory_budget"] == budget
 
@@ -169,6 +175,22 @@ def test_the_minimum_works_and_one_byte_less_does_not(model: FakeModel, config: 
         model.plan(minimum - 1, config)
     assert caught.value.minimum_bytes == minimum
     assert (caught.value.requested_bytes, caught.value.budget_bytes) == (minimum, minimum - 1)
+
+
+@relaxed
+@given(models, st.integers(0, 4000 * KIB), st.sampled_from([1, 8]))
+def test_optional_stages_cost_no_time(model: FakeModel, more: int, num_tokens: int) -> None:
+    chosen = model.plan(model.minimum() + more, machine=SLOW)
+    always = [idx for idx, stage in enumerate(chosen.stages) if stage.group is None]
+    partition = FakePartition(chosen.partition.base, tuple(chosen.stages[idx] for idx in always), 0)
+    resident = frozenset(place for place, idx in enumerate(always) if idx in chosen.resident)
+    without = replace(chosen, partition=partition, resident=resident)
+    for seconds in (
+        lambda one: sweep_seconds(one, num_tokens=num_tokens, num_outputs=1, num_sweeps=3),
+        lambda one: predict(one, prompt_tokens=num_tokens).sweep_seconds,
+        lambda one: predict(one, prompt_tokens=num_tokens).read_seconds,
+    ):
+        assert seconds(chosen) == seconds(without)
 
 
 @relaxed
@@ -446,7 +468,7 @@ def test_models_of_true_shapes_gain_from_every_step_of_memory(model: FakeModel) 
 @pytest.mark.parametrize("tied", [True, False])
 def test_rows_of_an_embedding_are_looked_up_and_not_multiplied(tied: bool) -> None:
     model = FakeModel((900 * KIB,) * 2, 2000 * KIB, KIB, 64, 512, 64, 64, 0)
-    sizes = replace(model.sizes, head_name="2.0", embedding_name="embedding")
+    sizes = replace(model.sizes, head_name="2.0", embedding_names=frozenset({"embedding"}))
     stages = model.partition(None).stages
     names = ["embedding.weight", "2.0.weight"] if tied else ["embedding.weight"]
     specs = [(name, TensorSpec(name, Path("w"), 0, 2000 * KIB, torch.uint8, (2000 * KIB,))) for name in names]

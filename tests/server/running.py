@@ -78,6 +78,12 @@ class RunningServer:
         assert (now.num_paused, now.kv_bytes, now.num_leases) == (0, 0, RESIDENT_LEASES)
 
 
+def counts_of(metrics: str) -> dict[str, float]:
+    """The values in Prometheus' text, by name with labels."""
+    lines = (line.rpartition(" ") for line in metrics.splitlines() if not line.startswith("#"))
+    return {name: float(value) for name, _, value in lines}
+
+
 @contextlib.contextmanager
 def running_server(settings: ServerSettings | None = None, **config: object) -> Iterator[RunningServer]:
     """Opens the demo model, and serves it.

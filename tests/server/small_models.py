@@ -15,8 +15,9 @@ from fastapi import FastAPI
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
-from hermes_async import Engine
+from hermes_async import Engine, EngineConfig
 from hermes_async.server import ServerSettings, create_app
+from tests.server.running import counts_of
 
 MODEL = "small"
 WORDS = [f"w{idx}" for idx in range(4, 60)]
@@ -89,11 +90,15 @@ class Serving:
     async def post(self, path: str, **body: Any) -> httpx.Response:
         return await self.client.post(path, json=body)
 
+    async def counts(self) -> dict[str, float]:
+        """The server's metrics."""
+        return counts_of((await self.client.get("/metrics")).text)
+
 
 @contextlib.asynccontextmanager
-async def serving(path: Path, **settings: Any) -> AsyncIterator[Serving]:
+async def serving(path: Path, config: EngineConfig | None = None, **settings: Any) -> AsyncIterator[Serving]:
     """Serves a model without a socket."""
-    engine = Engine(path, memory_budget="8MiB")
+    engine = Engine(path, memory_budget="8MiB", config=config)
     app = create_app(engine, ServerSettings(served_model_name=MODEL, **settings))
     transport = httpx.ASGITransport(app)
     async with (

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import anyio
@@ -62,6 +64,33 @@ async def test_it_is_mounted_in_another_application(framework: Any) -> None:
         assert (await client.get("/health")).status_code == 404
         assert (await client.get("/llm/")).status_code == 200
     assert not engine.is_open
+
+
+async def test_values_of_the_checkpoint_where_a_request_does_not_say(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = Path(shutil.copytree(MODEL_PATH, tmp_path / "sampling"))
+    says = {"eos_token_id": 0, "do_sample": True, "temperature": 1.4, "top_p": 0.9, "repetition_penalty": 1.2}
+    (path / "generation_config.json").write_text(json.dumps(says))
+    app = create_app(Engine(path, memory_budget="8MiB"), ServerSettings(from_model=True))
+    caplog.set_level("INFO", "hermes_async")
+
+    async def texts(client: httpx.AsyncClient, **fields: Any) -> list[str]:
+        body = {"prompt": "ROMEO:\n", "max_tokens": 12, "seed": 4} | fields
+        chat = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 12, "seed": 4} | fields
+        completion = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        message = (await client.post("/v1/chat/completions", json=chat)).json()["choices"][0]["message"]
+        return [completion, message["content"]]
+
+    async with app.router.lifespan_context(app), client_of(app) as client:
+        own = {"temperature": 1.4, "top_p": 0.9, "top_k": 50, "repetition_penalty": 1.2}
+        assert await texts(client) == await texts(client, **own)
+        assert await texts(client) != await texts(client, temperature=0)
+        assert await texts(client, temperature=0) == await texts(client, **own | {"temperature": 0})
+        response = (await client.post("/v1/responses", json={"input": "Hello", "max_output_tokens": 1})).json()
+        assert (response["temperature"], response["top_p"]) == (1.4, 0.9)
+    taken = "temperature 1.4, top_p 0.9, top_k 50, min_p 0, repetition_penalty 1.2"
+    assert f"requests take from generation_config.json: {taken}" in caplog.messages
 
 
 async def test_its_owner_may_open_the_engine() -> None:
@@ -124,7 +153,7 @@ async def test_only_allowed_hosts_are_answered() -> None:
             assert (await client.get("/health", headers={"host": host})).status_code == 421, host
 
 
-async def test_a_server_that_stops_lets_answers_end() -> None:
+async def test_a_server_that_stops_lets_answers_end(caplog: pytest.LogCaptureFixture) -> None:
     app = create_app(demo_engine())
     server = model_server_of(app)
     async with app.router.lifespan_context(app), client_of(app) as client:
@@ -142,6 +171,7 @@ async def test_a_server_that_stops_lets_answers_end() -> None:
         assert answers[0].json()["choices"][0]["finish_reason"] == "length"
         refused = await client.post("/v1/chat/completions", json=CHAT)
         assert (refused.status_code, refused.json()["error"]["type"]) == (503, "server_error")
+        assert [record.levelname for record in caplog.records if "the server stops" in record.message] == ["WARNING"]
         assert (await client.get("/ready")).status_code == 503
         assert (await client.get("/health")).status_code == 200
 

@@ -49,6 +49,11 @@ async def test_vectors_are_those_of_sentence_transformers(path: Path) -> None:
         one = await server.post("/v1/embeddings", input=TEXTS[0], encoding_format="float")
         np.testing.assert_allclose(vectors_of(one), vectors_of(answer)[:1], atol=1e-6)
         assert one.json()["usage"]["total_tokens"] == NUM_TOKENS[0]
+        assert (await server.post("/v1/embeddings", input=[])).status_code == 422
+        counts = await server.counts()
+        assert counts["hermes_async_encoded_tokens_total"] == sum(NUM_TOKENS) + NUM_TOKENS[0]
+        assert counts['hermes_async_requests_total{route="/v1/embeddings",status="200"}'] == 2
+        assert counts['hermes_async_requests_total{route="/v1/embeddings",status="422"}'] == 1
 
 
 async def test_base64_and_openais_client(path: Path) -> None:

@@ -16,7 +16,7 @@ import pytest
 from hermes_async.server import ServerSettings
 from hermes_async.server.streams import COMMENT
 from tests.engines import one_loop
-from tests.server.running import MODEL, RunningServer, running_server
+from tests.server.running import MODEL, RunningServer, counts_of, running_server
 
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=True)
@@ -169,11 +169,7 @@ def test_a_request_that_takes_too_long() -> None:
 
 def test_metrics_count_what_was_answered(narrow: RunningServer) -> None:
     def counts() -> dict[str, float]:
-        text = httpx.get(f"{narrow.url}/metrics").text
-        return {
-            name: float(value)
-            for name, _, value in (line.rpartition(" ") for line in text.splitlines() if not line.startswith("#"))
-        }
+        return counts_of(httpx.get(f"{narrow.url}/metrics").text)
 
     before = counts()
     httpx.post(f"{narrow.url}/v1/chat/completions", json=greedy()).raise_for_status()
@@ -182,3 +178,10 @@ def test_metrics_count_what_was_answered(narrow: RunningServer) -> None:
     assert after[length] == before.get(length, 0) + 1
     assert after["hermes_async_tokens_generated_total"] == before["hermes_async_tokens_generated_total"] + 10
     assert after["hermes_async_num_running"] == 0
+    httpx.get(f"{narrow.url}/no-such-path-7")
+    httpx.get(f"{narrow.url}/v1/models/no-such-model-7")
+    requests = {name for name in counts() if name.startswith("hermes_async_requests_total")}
+    assert 'hermes_async_requests_total{route="other",status="404"}' in requests
+    assert 'hermes_async_requests_total{route="/v1/models/{model:path}",status="404"}' in requests
+    assert 'hermes_async_requests_total{route="/v1/chat/completions",status="200"}' in requests
+    assert not any("-7" in name for name in requests)  # a client cannot make any number of them

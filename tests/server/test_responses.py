@@ -280,6 +280,32 @@ def test_the_client_reads_reasoning_text_and_calls(
     assert client.responses.create(**asked(input=again)).status == "completed"
 
 
+def test_answers_to_one_prompt_are_read_apart_and_prepared_once(
+    server: RunningServer, client: openai.OpenAI, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    num_prepared = 0
+
+    async def chunks() -> AsyncIterator[Chunk]:
+        yield Chunk("", (5,), "stop", usage=Usage(7, 1, 0), timings=Timings(0.0, 0.1, 0.2, 5.0))
+
+    class Once(Parser):
+        def finish(self) -> list[Any]:
+            deltas, self._deltas = self._deltas, []
+            return deltas
+
+    async def response_stream(*args: Any, **options: Any) -> Any:
+        nonlocal num_prepared
+        num_prepared += 1
+        return Once(FOUND)
+
+    answers_with(server, chunks, monkeypatch)
+    monkeypatch.setattr(server.engine, "response_stream", response_stream)
+    messages: Any = [{"role": "user", "content": "Hello"}]
+    answer = client.chat.completions.create(model=MODEL, messages=messages, n=3)
+    assert [choice.message.content for choice in answer.choices] == ["I ask."] * 3
+    assert num_prepared == 1
+
+
 @pytest.mark.parametrize("parallel_calls", [True, False])
 def test_reasoning_text_and_calls_are_items_of_their_own(parallel_calls: bool) -> None:
     reader = MessageReader(Parser(FOUND), None)  # type: ignore[arg-type]
@@ -348,7 +374,7 @@ def test_an_answer_without_text_has_an_empty_message() -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools.0.name"),
         ({"input": []}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0"),
-        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.image_url"),
         ({"input": [{"role": "nobody", "content": "x"}]}, "input.0.role"),
         ({"input": 3}, "input"),
         ({"nobody": 3}, "nobody"),

@@ -13,7 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVLayout, KVPool, KVShape, num_blocks
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
-from hermes_async.serving.kv_blocks import KVBlocks, Reservation, SharedBlock
+from hermes_async.serving.caches import ParkedKV
+from hermes_async.serving.kv_blocks import BlockReservation, KVBlocks, SharedBlock
 
 LAYOUT = KVLayout({0: KVShape(1, 1, 1, 1)}, torch.float32)
 BLOCK = LAYOUT.block_bytes
@@ -36,13 +37,13 @@ def prompt(*letters: str, rest: int = 1) -> list[int]:
     return [ord(letter) for letter in letters for _ in range(BLOCK_TOKENS)] + [0] * rest
 
 
-def reserved(blocks: KVBlocks, token_ids: list[int], capacity: int | None = None) -> Reservation:
+def reserved(blocks: KVBlocks, token_ids: list[int], capacity: int | None = None) -> BlockReservation:
     reservation = blocks.reserve("KV of someone", token_ids, capacity or len(token_ids))
     assert reservation is not None
     return reservation
 
 
-def compute(blocks: KVBlocks, reservation: Reservation, token_ids: list[int]) -> None:
+def compute(blocks: KVBlocks, reservation: BlockReservation, token_ids: list[int]) -> None:
     """As a sweep does that takes all of the prompt."""
     reservation.kv.length = len(token_ids)
     blocks.commit(reservation, token_ids)
@@ -260,7 +261,7 @@ def test_for_what_comes_back_from_disk_only_computed_blocks_are_taken_over(block
     first = reserved(blocks, token_ids)
     first.kv.length = 16
     blocks.commit(first, token_ids)
-    parked = blocks.reserve_own("KV of a session", token_ids, 64)
+    parked = blocks.reserve("KV of a session", token_ids, 64, ParkedKV())
     assert parked is not None
     assert (len(parked.shared), parked.kv.length, parked.num_reused) == (1, 16, 16)
     assert parked.kv.blocks[0] == first.kv.blocks[0]
@@ -283,7 +284,7 @@ def test_closed_nothing_is_left(blocks: KVBlocks, governor: MemoryGovernor) -> N
 class Sequence:
     """What a reservation is for. Its tokens are the prompt, then what was sampled; idle, a session has it."""
 
-    def __init__(self, name: str, reservation: Reservation, token_ids: list[int], capacity: int) -> None:
+    def __init__(self, name: str, reservation: BlockReservation, token_ids: list[int], capacity: int) -> None:
         self.name = name
         self.reservation = reservation
         self.token_ids = token_ids
@@ -361,7 +362,7 @@ class Blocks(RuleBasedStateMachine):
         offsets = torch.tensor([place % BLOCK_TOKENS for place in places])
         self.pool.write(0, table, offsets, keys.reshape(-1, 1, 1), values.reshape(-1, 1, 1))
 
-    def add(self, reservation: Reservation, token_ids: list[int], capacity: int) -> Sequence:
+    def add(self, reservation: BlockReservation, token_ids: list[int], capacity: int) -> Sequence:
         sequence = Sequence(reservation.lease.holder, reservation, token_ids, capacity)
         self.sequences.append(sequence)
         return sequence
@@ -403,7 +404,7 @@ class Blocks(RuleBasedStateMachine):
         """A session comes back from disk with some of these tokens."""
         capacity = len(token_ids) + more
         possible = self.fits(token_ids, capacity, computed=True)
-        reservation = self.blocks.reserve_own(self.new_name(), token_ids, capacity)
+        reservation = self.blocks.reserve(self.new_name(), token_ids, capacity, ParkedKV())
         assert (reservation is not None) == possible
         if reservation is not None:
             sequence = self.add(reservation, list(token_ids), capacity)

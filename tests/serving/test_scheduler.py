@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hermes_async import Chunk, SamplingParams
-from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVLayout, KVPool, KVShape
+from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVLayout, KVPool, KVShape, SequenceKV
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.serving.jobs import GenerationJob
-from hermes_async.serving.kv_blocks import KVBlocks
+from hermes_async.serving.kv_blocks import BlockReservation, KVBlocks
 from hermes_async.serving.request import PreparedPrompt, Request
 from hermes_async.serving.scheduler import Scheduler
 from hermes_async.serving.speculation import AcceptanceRates, PromptLookup
@@ -78,7 +78,7 @@ class Sweeps:
 
     def add_decoding(self, **kwargs: Any) -> Request:
         request = self.add(3, **kwargs)
-        request.kv.length = 2
+        kv_of(request).length = 2
         return request
 
     def remove(self, request: Request) -> None:
@@ -97,7 +97,7 @@ class Sweeps:
                 request.token_ids.append(NEW)
                 if request.prepared.lookup is not None:
                     request.prepared.lookup.extend([NEW])
-            request.kv.length = job.past + len(job.token_ids) - job.num_drafted
+            kv_of(request).length = job.past + len(job.token_ids) - job.num_drafted
             self.blocks.commit(request.reservation, request.token_ids)
         return sweep
 
@@ -117,6 +117,11 @@ class Sweeps:
 def sweeps() -> Iterator[Sweeps]:
     with closing(Sweeps()) as sweeps:
         yield sweeps
+
+
+def kv_of(request: Request) -> SequenceKV:
+    assert isinstance(request.reservation, BlockReservation)
+    return request.reservation.kv
 
 
 def pause(request: Request) -> None:
@@ -274,11 +279,11 @@ def test_what_does_not_come_into_this_sweep_is_not_waited_for() -> None:
         leader, follower = sweeps.add(common(4, 101)), sweeps.add(common(4, 102))
         (chunk,) = sweeps.run()
         assert (chunk.request, len(chunk.token_ids), chunk.shares_blocks) == (leader, 40, False)
-        assert follower.kv.length == 0
+        assert kv_of(follower).length == 0
         rest, behind = sweeps.run()
         assert (rest.past, len(rest.token_ids), rest.shares_blocks) == (40, 25, True)
         assert (behind.past, behind.token_ids) == (64, [102])
-        assert follower.kv.length == 65
+        assert kv_of(follower).length == 65
 
 
 def test_a_follower_computes_what_its_leader_left(sweeps: Sweeps) -> None:
@@ -315,7 +320,7 @@ REPEATING = [11, 12, 13, 14, 11, 12, 13, 14, 11]
 
 def add_drafting(sweeps: Sweeps, **kwargs: Any) -> Request:
     request = sweeps.add(list(REPEATING), drafts=True, **kwargs)
-    request.kv.length = len(REPEATING) - 1
+    kv_of(request).length = len(REPEATING) - 1
     return request
 
 
@@ -401,7 +406,7 @@ def test_rejected_drafts_are_computed_again(sweeps: Sweeps) -> None:
     with closing(Sweeps(read_seconds=5.0)) as sweeps:
         request = add_drafting(sweeps)
         sweeps.run()
-        assert request.kv.length == len(REPEATING)
+        assert kv_of(request).length == len(REPEATING)
         (job,) = sweeps.scheduler.schedule()
         assert (job.past, job.token_ids) == (len(REPEATING), [NEW])
 
@@ -463,7 +468,7 @@ class Scheduling(RuleBasedStateMachine):
     @rule()
     def sweep(self) -> None:
         scheduler = self.sweeps.scheduler
-        lengths = {request: (request.kv.length, list(request.token_ids)) for request in self.running}
+        lengths = {request: (kv_of(request).length, list(request.token_ids)) for request in self.running}
         sweep = self.sweeps.run()
         runnable = [request for request in self.running if not request.paused][: scheduler.max_sequences]
         assert len({job.request for job in sweep}) == len(sweep)
@@ -485,7 +490,7 @@ class Scheduling(RuleBasedStateMachine):
             assert job.request.reservation is not None
             for idx in range(length // BLOCK_TOKENS, job.past // BLOCK_TOKENS):
                 assert job.request.reservation.shared[idx].idx in computed | self.computed_before
-            computed |= set(job.request.kv.blocks[job.past // BLOCK_TOKENS : end // BLOCK_TOKENS])
+            computed |= set(kv_of(job.request).blocks[job.past // BLOCK_TOKENS : end // BLOCK_TOKENS])
         decoding = [request for request in runnable if len(lengths[request][1]) - lengths[request][0] == 1]
         assert {job.request for job in sweep} >= set(decoding)
 

@@ -41,9 +41,9 @@ async def read_rows(spec: TensorSpec, rows: list[int], max_rows: int, statistics
     with ThreadPoolExecutor(1) as executor:
         async with (
             Reader([spec.file], executor, statistics or ReadStatistics()) as reader,
-            RowReader(spec, reader, max_rows) as row_reader,
+            RowReader([spec], reader, max_rows) as row_reader,
         ):
-            views = await row_reader.read(rows)
+            (views,) = await row_reader.read([rows])
             copied = [view.clone() for view in views]
     return copied
 
@@ -68,17 +68,23 @@ async def test_neighbours_are_read_together_and_far_ones_apart(tmp_path: Path) -
 async def test_the_next_call_overwrites_the_views(tmp_path: Path) -> None:
     tensor, spec = matrix(tmp_path, 10, 8)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader([spec.file], executor, ReadStatistics()) as reader, RowReader(spec, reader, 1) as row_reader:
+        async with (
+            Reader([spec.file], executor, ReadStatistics()) as reader,
+            RowReader([spec], reader, 1) as row_reader,
+        ):
             for row in (0, 9, 4):
-                assert torch.equal((await row_reader.read([row]))[0], tensor[row])
+                assert torch.equal((await row_reader.read([[row]]))[0][0], tensor[row])
 
 
 async def test_more_rows_than_usual_take_a_larger_buffer_until_the_next_call(tmp_path: Path) -> None:
     tensor, spec = matrix(tmp_path, 100, 1100)
     with ThreadPoolExecutor(1) as executor:
-        async with Reader([spec.file], executor, ReadStatistics()) as reader, RowReader(spec, reader, 5) as row_reader:
+        async with (
+            Reader([spec.file], executor, ReadStatistics()) as reader,
+            RowReader([spec], reader, 5) as row_reader,
+        ):
             for rows in ([3], list(range(0, 100, 7)), [99], list(range(100)), [1, 50]):
-                assert torch.equal(torch.stack(await row_reader.read(rows)), tensor[rows])
+                assert torch.equal(torch.stack(*await row_reader.read([rows])), tensor[rows])
                 assert row_reader._buffer.nbytes == RowReader.buffer_bytes(spec, max(5, len(rows)))
 
 
@@ -98,17 +104,17 @@ async def test_other_reads_are_held_back_while_rows_would_wait_for_them(tmp_path
     with ThreadPoolExecutor(ROWS_AT_ONCE) as executor:
         async with (
             Reader([spec.file], executor, ReadStatistics()) as reader,
-            RowReader(spec, reader, 100, held_back) as row_reader,
+            RowReader([spec], reader, 100, held_back) as row_reader,
         ):
             few, many = list(range(0, 10 * ROWS_AT_ONCE, 10)), list(range(0, 100, 10))
-            assert torch.equal(torch.stack(await row_reader.read(few)), tensor[few])
+            assert torch.equal(torch.stack(*await row_reader.read([few])), tensor[few])
             assert told == []
-            assert torch.equal(torch.stack(await row_reader.read(many)), tensor[many])
+            assert torch.equal(torch.stack(*await row_reader.read([many])), tensor[many])
             assert told == ["held back", "let go"]
             with spec.file.open("r+b") as file:
                 file.truncate(spec.offset)
             with pytest.raises(ShortReadError):
-                await row_reader.read(many)
+                await row_reader.read([many])
             assert told == ["held back", "let go"] * 2
 
 
