@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hermes_async.engine.engine import Engine
     from hermes_async.engine.response import ResponseStream
     from hermes_async.engine.session import Session
+    from hermes_async.engine.transcribing import Transcript, TranscriptSegment
     from hermes_async.errors import (
         CheckpointError,
         ConfigError,
@@ -102,6 +103,8 @@ __all__ = [
     "StructuredOutputs",
     "Timings",
     "ToolCall",
+    "Transcript",
+    "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
     "format_bytes",
@@ -133,6 +136,8 @@ _MODULES = {
     "StructuredOutputs": "config",
     "Timings": "results",
     "ToolCall": "results",
+    "Transcript": "engine.transcribing",
+    "TranscriptSegment": "engine.transcribing",
     "Usage": "results",
     "format_bytes": "config",
     "parse_bytes": "config",

@@ -47,7 +47,7 @@ class ImageModel:
     """
 
     def __init__(self, path: Path, name: str) -> None:
-        self.path = path
+        self.path, self.name = path, name
         torch.manual_seed(0)
         model, tokenizer, image_processor, processor = getattr(self, f"_{name}")()
         self.placeholder = str(processor.pop("placeholder"))

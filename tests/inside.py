@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import anyio
 from hermes_async import Engine
 from hermes_async.engine.session import Session
 from hermes_async.modeling.row_tables import RowTable
+from hermes_async.modeling.turn_state import state_bytes
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.serving.jobs import GenerationJob
@@ -21,6 +22,7 @@ from hermes_async.serving.loop import ServingLoop
 from hermes_async.serving.request import Request
 from hermes_async.serving.statistics import engine_statistics
 from hermes_async.serving.sweep_times import SweepTimes
+from hermes_async.serving.turn_caches import TurnReservation
 from hermes_async.storage.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -76,6 +78,12 @@ class EngineInside:
     def request_ids(self) -> set[str]:
         """Names of the requests that were submitted and have not ended."""
         return set(self._serving.requests)
+
+    def cache_bytes(self, request_id: str) -> tuple[int, int]:
+        """Of a request in turns: what the tensors of its cache take, and what its lease has."""
+        reservation = self._serving.requests[request_id].reservation
+        assert isinstance(reservation, TurnReservation)
+        return state_bytes(reservation.cache.contents), reservation.lease.nbytes
 
     @property
     def admitted_ids(self) -> list[str]:
@@ -153,8 +161,8 @@ class EngineInside:
         pipeline = self._loaded.pipeline
         sweep = pipeline.sweep
 
-        async def sweep_and_tell(compute: Callable[[], Any]) -> Any:
-            result = await sweep(compute)
+        async def sweep_and_tell(compute: Callable[[], Any], groups: Collection[str] = ()) -> Any:
+            result = await sweep(compute, groups)
             await call(self.sweep)
             return result
 

@@ -51,6 +51,8 @@ API = [
     "StructuredOutputs",
     "Timings",
     "ToolCall",
+    "Transcript",
+    "TranscriptSegment",
     "UnsupportedModelError",
     "Usage",
     "format_bytes",
@@ -74,6 +76,10 @@ await Engine.embed(texts, *, pooling=None, normalize=None, truncate=None, prompt
 await Engine.embed_counted(inputs, *, dimensions=None)
 await Engine.classify(item, *, truncate=False)
 await Engine.rank(query, documents)
+await Engine.transcribe(audio, *, sampling_rate=None, language=None, task='transcribe', timestamps=False,
+    params=None, deadline=None)
+Engine.transcribe_stream(audio, *, sampling_rate=None, language=None, task='transcribe', timestamps=False,
+    params=None, deadline=None)
 Engine.model_name
 Engine.is_open
 Engine.plan

@@ -8,7 +8,20 @@ import typer
 from typer.core import TyperCommand
 
 from hermes_async import __version__
-from hermes_async.cli import chat, classify, demo, doctor, embed, generate, logs, plan, profile, serve, timeline
+from hermes_async.cli import (
+    chat,
+    classify,
+    demo,
+    doctor,
+    embed,
+    generate,
+    logs,
+    plan,
+    profile,
+    serve,
+    timeline,
+    transcribe,
+)
 
 
 class _Command(TyperCommand):
@@ -39,6 +52,7 @@ for _command in (
     chat.chat,
     embed.embed,
     classify.classify,
+    transcribe.transcribe,
     plan.plan,
     profile.profile,
     timeline.timeline,

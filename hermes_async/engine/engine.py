@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from hermes_async.config import SamplingParams, format_bytes, parse_bytes
 from hermes_async.engine.chat_messages import checked_messages
-from hermes_async.engine.forwarding import Forwarding
 from hermes_async.engine.lifetime import EngineState
 from hermes_async.engine.prompt import Prompt, encode
 from hermes_async.engine.session import Session
-from hermes_async.errors import EngineClosedError
+from hermes_async.engine.transcribing import Transcribing
+from hermes_async.errors import EngineClosedError, RequestError
 from hermes_async.foreign_errors import one_request
 from hermes_async.planning.plan import Plan
 from hermes_async.results import Chunk, Completion, EngineSnapshot, EngineStatistics
@@ -26,8 +26,8 @@ if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
 _log = logging.getLogger("hermes_async")
 
 
-class Engine(Forwarding):
-    """Runs one causal language model in a memory budget, for any number of requests at once.
+class Engine(Transcribing):
+    """Runs one language model in a memory budget, for any number of requests at once.
 
         async with Engine("path or hub id", memory_budget="3GiB") as engine:
             async for chunk in engine.generate("Once upon a time"):
@@ -252,7 +252,7 @@ class Engine(Forwarding):
             messages: The first messages, such as a system message.
 
         Raises:
-            RequestError: A message has no role or no content.
+            RequestError: A message has no role or no content, or the model is an encoder-decoder.
             EngineClosedError, EngineFailedError: The engine was closed, or failed.
         """
         with one_request("the reading of the messages"):
@@ -315,7 +315,13 @@ class Engine(Forwarding):
         self, parent: SessionKV | None, messages: Sequence[Mapping[str, Any]], token_ids: Sequence[int]
     ) -> Session:
         with self._call():
-            return Session(self, self._model().admission.open_session(parent), messages, token_ids)
+            serving, skeleton = self._model(), self._opened_model().skeleton
+            if skeleton.is_encoder_decoder:
+                raise RequestError(
+                    f"{type(skeleton.model).__name__} is an encoder-decoder and has no sessions: its encoder computes "
+                    "each prompt as a whole; use generate"
+                )
+            return Session(self, serving.admission.open_session(parent), messages, token_ids)
 
     def _close_session(self, kv: SessionKV) -> None:
         if self._serving is not None and not self._closed:  # a closed engine has closed all sessions

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 
 from hermes_async.config import format_bytes
 from hermes_async.engine.chat_messages import render
 from hermes_async.engine.images import load_images
-from hermes_async.errors import RequestError
+from hermes_async.errors import MemoryBudgetError, RequestError
 from hermes_async.foreign_errors import one_request
-from hermes_async.modeling.inputs import input_names
+from hermes_async.modeling.activations import SweepSize
+from hermes_async.modeling.inputs import input_names, num_values
 from hermes_async.serving.request import EncodedPrompt
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from hermes_async.engine.opening import OpenedModel
+    from hermes_async.modeling.skeleton import Skeleton
+    from hermes_async.serving.processor import SharedProcessor
+    from hermes_async.serving.tokenizer import SharedTokenizer
+
+EXAMPLE_PIXELS = 448
+"""Width and height of the image with which a model is tried. Every engine has memory for one of this size."""
 
 MAX_INPUT_BYTES = 1024**3
 """The most bytes of a request's tensors, which are in memory until its prompt is computed."""
@@ -27,15 +35,39 @@ MAX_INPUT_BYTES = 1024**3
 _PER_TOKEN = ("token_type_ids", "mm_token_type_ids")
 
 
-def takes_images(opened: OpenedModel) -> bool:
+class PreparesImages(Protocol):
+    """What the preparation needs of a model; see `OpenedModel`."""
+
+    @property
+    def skeleton(self) -> Skeleton: ...
+    @property
+    def tokenizer(self) -> SharedTokenizer | None: ...
+    @property
+    def tokenizer_error(self) -> str | None: ...
+    @property
+    def processor(self) -> SharedProcessor: ...
+
+
+def takes_images(skeleton: Skeleton) -> bool:
     """Whether the model generates from texts and images."""
-    return opened.skeleton.generates and "pixel_values" in input_names(opened.skeleton.model)
+    return skeleton.generates and not skeleton.is_encoder_decoder and "pixel_values" in input_names(skeleton.model)
 
 
-def image_token_id(opened: OpenedModel) -> int | None:
+def image_token_id(skeleton: Skeleton) -> int | None:
     """The token that stands for a piece of an image; None if the model takes no images."""
-    token_id = getattr(opened.skeleton.model.config, "image_token_id", None)
-    return token_id if isinstance(token_id, int) and takes_images(opened) else None
+    token_id = getattr(skeleton.model.config, "image_token_id", None)
+    return token_id if isinstance(token_id, int) and takes_images(skeleton) else None
+
+
+def example_with_image(opened: PreparesImages) -> EncodedPrompt:
+    """A prompt with one image, to try a model with.
+
+    Raises:
+        RequestError, CheckpointError: As `encode_with_images`.
+    """
+    pixels = np.zeros((EXAMPLE_PIXELS, EXAMPLE_PIXELS, 3), np.uint8)
+    content = [{"type": "image", "image": pixels}, {"type": "text", "text": "?"}]
+    return encode_with_images(opened, [{"role": "user", "content": content}], tools=None, chat_template_kwargs=None)
 
 
 def check_images(opened: OpenedModel, prompt: EncodedPrompt) -> None:
@@ -43,26 +75,43 @@ def check_images(opened: OpenedModel, prompt: EncodedPrompt) -> None:
 
     Raises:
         RequestError: It cannot, or there is one.
+        MemoryBudgetError: The activations may take more memory than the plan's workspace.
     """
     if not prompt.model_inputs:
-        if image_token_id(opened) in prompt.token_ids:
+        token_id = image_token_id(opened.skeleton)
+        if token_id in prompt.token_ids:
             raise RequestError(
-                f"the prompt has the token {image_token_id(opened)}, a placeholder for an image, and no image; give "
+                f"the prompt has the token {token_id}, a placeholder for an image, and no image; give "
                 "images as parts of chat messages"
             )
         return
-    if opened.probe.turns is None:
-        raise RequestError("images need an engine that runs in turns: EngineConfig(batching='turns')")
-    num_tokens, most = len(prompt.token_ids), opened.plan.max_tokens_per_sweep
+    if opened.probe.images is None:
+        raise RequestError(f"this engine takes no images: {opened.images_refusal}")
+    num_tokens = len(prompt.token_ids)
+    size = SweepSize(turn_tokens=num_tokens, turn_outputs=1, num_values=(num_values(prompt.model_inputs),))
+    bounds, kv_bytes, room = opened.bounds, opened.plan.kv_bytes, opened.plan.workspace_bytes
+    nbytes = bounds.calls(size, kv_bytes=kv_bytes)
+    if nbytes > room:
+        most_bytes = max(nbytes, bounds.prompt_with_image(num_tokens, kv_bytes=kv_bytes))
+        minimum = opened.plan.memory_budget + most_bytes - room
+        raise MemoryBudgetError(
+            f"the images and the {num_tokens} tokens of the prompt may take {format_bytes(nbytes)} of activations; the "
+            f"plan has {format_bytes(room)} for them. Give fewer or smaller images, or open the engine with "
+            f"max_tokens_per_sweep={num_tokens} and a memory_budget of about {format_bytes(minimum)}",
+            requested_bytes=nbytes,
+            budget_bytes=room,
+            minimum_bytes=minimum,
+        )
+    most = opened.plan.max_prompt_tokens
     if num_tokens > most:
         raise RequestError(
             f"the prompt has {num_tokens} tokens; one with images is computed in one sweep, which has at most {most}. "
-            "Give fewer or smaller images, or the engine more max_tokens_per_sweep"
+            f"Give fewer or smaller images, or open the engine with max_tokens_per_sweep={num_tokens}"
         )
 
 
 def encode_with_images(
-    opened: OpenedModel,
+    opened: PreparesImages,
     messages: Sequence[Any],
     *,
     tools: Sequence[Mapping[str, Any]] | None,
@@ -80,7 +129,7 @@ def encode_with_images(
         CheckpointError: The checkpoint has no processor, or a package that it needs is missing.
     """
     name = type(opened.skeleton.model).__name__
-    if not takes_images(opened):
+    if not takes_images(opened.skeleton):
         raise RequestError(f"{name} takes no images")
     tokenizer = opened.tokenizer
     if tokenizer is None:
@@ -100,16 +149,16 @@ def encode_with_images(
             add_generation_prompt=add_generation_prompt,
             chat_template=template,
         )
-        _check_placeholders(processor, image_token_id(opened), text, len(images))
+        _check_placeholders(processor, image_token_id(opened.skeleton), text, len(images))
         with one_request("the preparation of the images by the checkpoint's processor"):
             prepared = _prepared(processor, text, images)
     token_ids = _token_ids_of(prepared.pop("input_ids", None))
-    inputs = _model_inputs(opened, prepared)
+    inputs = _model_inputs(opened.skeleton, prepared)
     return EncodedPrompt(
         token_ids=token_ids,
         model_inputs=inputs,
         inputs_digest=_digest(inputs),
-        image_end=_image_end(token_ids, image_token_id(opened)),
+        image_end=_image_end(token_ids, image_token_id(opened.skeleton)),
     )
 
 
@@ -144,16 +193,16 @@ def _token_ids_of(input_ids: Any) -> list[int]:
     return token_ids
 
 
-def _model_inputs(opened: OpenedModel, prepared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+def _model_inputs(skeleton: Skeleton, prepared: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     """The tensors that the model's forward takes, floats in the model's dtype."""
-    names = set(input_names(opened.skeleton.model)) - {"attention_mask", "input_ids"}
+    names = set(input_names(skeleton.model)) - {"attention_mask", "input_ids"}
     inputs: dict[str, torch.Tensor] = {}
     for name, value in prepared.items():
         if name not in names:
             continue
         if not isinstance(value, torch.Tensor):
             raise RequestError(f"the checkpoint's processor gives {name} as {type(value).__name__}, not as a tensor")
-        inputs[name] = value.to(opened.skeleton.dtype) if value.is_floating_point() else value
+        inputs[name] = value.to(skeleton.dtype) if value.is_floating_point() else value
     num_bytes = sum(value.nbytes for value in inputs.values())
     if num_bytes > MAX_INPUT_BYTES:
         most = format_bytes(MAX_INPUT_BYTES)

@@ -13,19 +13,21 @@ from pathlib import Path
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from hermes_async.config import EngineConfig, parse_bytes
+from hermes_async.config import EngineConfig, format_bytes, parse_bytes
 from hermes_async.engine.encoding import lower_casing
 from hermes_async.engine.probing import ProbedModel, build_and_probe, with_pooling
-from hermes_async.errors import CheckpointError, ConfigError
+from hermes_async.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.memory.available import process_rss_bytes
 from hermes_async.memory.claims import Claim
 from hermes_async.memory.library_caches import bound_heap
-from hermes_async.modeling.activations import TEXT_TOKENS, WorkspaceBounds
+from hermes_async.modeling.activations import QUESTION_TOKENS, TEXT_TOKENS, WorkspaceBounds
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
+from hermes_async.modeling.encoder_inputs import PROMPT_OF_AUDIO, positions_of_audio
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.pooling import PoolingConfig
+from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.row_tables import row_tables
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton
@@ -46,6 +48,9 @@ from hermes_async.storage.threads import check_cancelled, only_waiting
 _DRAFT_TOKENS = 256
 """The most tokens of one pass of a draft model. Only a new prompt has more."""
 
+_ANSWER_TOKENS = 128
+"""There is always KV memory for a prompt with an image and a question, and an answer of this length."""
+
 _LONG_TEXT_TOKENS = 512
 """The context of most encoders. A sweep of a model that does not generate should have room for such a text."""
 
@@ -65,6 +70,7 @@ class OpenedModel(PlannedModel):
     Attributes:
         tokenizer: None if the checkpoint has none; `tokenizer_error` says why.
         processor: Makes the inputs of prompts with images.
+        images_refusal: Why prompts with images are refused; empty where they are not.
         pooling: How the checkpoint makes sentence vectors, or the error that `embed` raises.
         sentences: How the checkpoint tokenizes texts for sentence vectors, or the error that `embed` raises.
         sentence_tokenizer: The tokenizer for sentence vectors.
@@ -75,6 +81,7 @@ class OpenedModel(PlannedModel):
     tokenizer: SharedTokenizer | None
     tokenizer_error: str | None
     processor: SharedProcessor
+    images_refusal: str
     pooling: PoolingConfig | CheckpointError
     sentences: SentenceSettings | CheckpointError
     sentence_tokenizer: SharedTokenizer | None
@@ -105,11 +112,12 @@ def open_model(
         claim = Claim(fixed_budget)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint.path)
+        shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
+        processor = SharedProcessor(checkpoint.path)
         check_cancelled()
-        model = build_and_probe(checkpoint, config, on_error)
+        model = build_and_probe(checkpoint, config, on_error, (shared_tokenizer, tokenizer_error, processor))
         check_cancelled()
         model, pooling = with_pooling(model, checkpoint)
-        shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None
         if draft_source is not None:
@@ -140,11 +148,12 @@ def open_model(
         claim=claim,
         tokenizer=shared_tokenizer,
         tokenizer_error=tokenizer_error,
-        processor=SharedProcessor(checkpoint.path),
+        processor=processor,
+        images_refusal=model.images_refusal,
         pooling=pooling,
         sentences=sentences,
         sentence_tokenizer=lower_casing_tokenizer or shared_tokenizer,
-        grammars=GrammarCompiler(tokenizer, model.skeleton.vocab_size if model.skeleton.generates else 0),
+        grammars=GrammarCompiler(tokenizer, model.skeleton.num_choices if model.skeleton.generates else 0),
         budgets_for_kv=planner.budgets_for_kv,
     )
 
@@ -157,7 +166,10 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     """
     with ExitStack() as exits:
         checkpoint = Checkpoint.open(source)
-        model, _ = with_pooling(build_and_probe(checkpoint, config, exits), checkpoint)
+        tokenizer, error = _load_tokenizer(checkpoint.path)
+        shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
+        preparation = shared_tokenizer, error, SharedProcessor(checkpoint.path)
+        model, _ = with_pooling(build_and_probe(checkpoint, config, exits, preparation), checkpoint)
         planner = _ModelPlanner.of(model, checkpoint, config, draft=None)
         largest = planner.sizes.weight_bytes * 2
         smallest = planner.plan(largest).minimum_budget
@@ -220,8 +232,11 @@ def _open_draft(
     tokenizer, _ = _load_tokenizer(checkpoint.path)
     model = build_and_probe(checkpoint, replace(config, context_length=None, batching="packed"), exits)
     for which, skeleton in (("draft model", model.skeleton), ("model", target)):
+        name = type(skeleton.model).__name__
         if not skeleton.generates:
-            raise ConfigError(f"draft_model: the {which} is a {type(skeleton.model).__name__}, which does not generate")
+            raise ConfigError(f"draft_model: the {which} is a {name}, which does not generate")
+        if skeleton.is_encoder_decoder:
+            raise ConfigError(f"draft_model: the {which} is a {name}, an encoder-decoder; it takes no part in drafts")
     if tokenizer is not None and target_tokenizer is not None:
         same_tokens = tokenizer.get_vocab() == target_tokenizer.get_vocab()
     else:
@@ -270,13 +285,15 @@ class _ModelPlanner:
 
     Attributes:
         partition: From the most bytes of a stage to a cached partition.
+        text_sizes: The sizes without room for images; the same as `sizes` where none are taken.
         own_kv_bytes_per_token: The model's; `sizes` counts those of a draft model too.
-        turns_reason: Why the model runs in turns; empty if it does not.
+        turns_reason: Which requests run in turns, and why; empty if none does.
     """
 
     partition: Callable[[int | None], Partition]
     bounds: WorkspaceBounds
     sizes: ModelSizes
+    text_sizes: ModelSizes
     config: EngineConfig
     speeds: MachineSpeeds
     own_kv_bytes_per_token: int
@@ -287,21 +304,30 @@ class _ModelPlanner:
         cls, model: ProbedModel, checkpoint: Checkpoint, config: EngineConfig, draft: PlannedDraft | None
     ) -> _ModelPlanner:
         bounds = model.bounds()
+        sizes = _sizes(model, bounds, draft)
         return cls(
             partition=cache(partial(partition, model.skeleton, model.probe)),
             bounds=bounds,
-            sizes=_sizes(model, bounds, draft),
+            sizes=_with_room_for_images(sizes, model, bounds, config),
+            text_sizes=sizes,
             config=config,
             speeds=_speeds(checkpoint),
-            own_kv_bytes_per_token=model.probe.cache.bytes_per_token,
+            own_kv_bytes_per_token=_kv_bytes_per_token(model.probe),
             turns_reason=model.turns_reason,
         )
 
     def plan(self, budget: int) -> Plan:
-        chosen = plan(budget, self.partition, self.sizes, self.config, self.speeds)
+        try:
+            chosen = plan(budget, self.partition, self.sizes, self.config, self.speeds)
+        except MemoryBudgetError as error:
+            if self.sizes is self.text_sizes or error.minimum_bytes is None:
+                raise
+            chosen = plan(budget, self.partition, self.text_sizes, self.config, self.speeds)
+            refused = f"no room for images: they need a budget of {format_bytes(error.minimum_bytes)} or more"
+            chosen = replace(chosen, explanation=(refused, *chosen.explanation))
         if not self.turns_reason:
             return chosen
-        return replace(chosen, in_turns=True, explanation=(self.turns_reason, *chosen.explanation))
+        return replace(chosen, explanation=(self.turns_reason, *chosen.explanation))
 
     def budgets_for_kv(self, kv_bytes: int) -> tuple[int, int]:
         """The smallest `kv_budget` and `memory_budget` that leave `kv_bytes` to the model's own KV caches."""
@@ -327,16 +353,20 @@ def _sizes(model: ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | No
         largest_layer_bytes=max(_layer_bytes(skeleton), default=all_weights_bytes),
         weight_bytes=all_weights_bytes,
         kv_bytes_per_sequence=probe.cache.sequence_bytes,
-        kv_bytes_per_token=(probe.cache.bytes_per_token if skeleton.generates else 0)
+        in_turns=probe.turns is not None and not probe.packs,
+        kv_bytes_per_token=(_kv_bytes_per_token(probe) if skeleton.generates else 0)
         + (0 if draft is None else draft.probe.kv.bytes_per_token),
         context_length=skeleton.context_length,
         workspace_bytes=bounds.sweep,
-        kv_block_tokens=1 if probe.turns is not None else BLOCK_TOKENS,
+        kv_block_tokens=BLOCK_TOKENS if probe.packs or not skeleton.generates else 1,
         draft_bytes=0 if draft is None else draft.fixed_bytes,
         head_name=_head_name(skeleton),
         embedding_names=_embedding_names(model),
     )
-    if probe.turns is not None and not probe.turns.traits.chunks:  # a prompt is one call
+    if positions := positions_of_audio(skeleton.model):
+        return replace(sizes, least_sweep_tokens=positions + PROMPT_OF_AUDIO)
+    divides = probe.packs or probe.turns is None or (probe.turns.traits.chunks and not skeleton.is_encoder_decoder)
+    if not divides:  # a prompt is one call
         return replace(sizes, least_sweep_tokens=min(LEAST_KV_TOKENS, skeleton.context_length or LEAST_KV_TOKENS))
     if skeleton.generates:
         return sizes
@@ -346,6 +376,30 @@ def _sizes(model: ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | No
         least_sweep_tokens=probe.tokens_per_image or TEXT_TOKENS,
         long_text_tokens=0 if probe.tokens_per_image else long_text,
     )
+
+
+def _with_room_for_images(
+    sizes: ModelSizes, model: ProbedModel, bounds: WorkspaceBounds, config: EngineConfig
+) -> ModelSizes:
+    """The sizes with room for a prompt with an image, alone in a sweep."""
+    layout, images = model.probe.turns, model.probe.images
+    if layout is None or images is None:
+        return sizes
+    prompt_tokens = config.max_tokens_per_sweep or 0
+
+    def workspace_bytes(tokens: int, outputs: int, kv_bytes: int) -> int:
+        with_image = bounds.prompt_with_image(prompt_tokens, kv_bytes=kv_bytes)
+        return max(with_image, sizes.workspace_bytes(tokens, outputs, kv_bytes))
+
+    num_tokens = images.num_tokens + QUESTION_TOKENS + _ANSWER_TOKENS
+    least_kv = layout.nbytes(min(num_tokens, model.skeleton.context_length or num_tokens))
+    return replace(sizes, workspace_bytes=workspace_bytes, least_kv_bytes=least_kv)
+
+
+def _kv_bytes_per_token(probe: Probe) -> int:
+    """Of an encoder-decoder, a sequence of n tokens has n tokens of input, too."""
+    input_bytes = 0 if probe.turns is None else probe.turns.input_token_bytes
+    return probe.cache.bytes_per_token + input_bytes
 
 
 def _embedding_names(model: ProbedModel) -> frozenset[str]:

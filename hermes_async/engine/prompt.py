@@ -39,15 +39,20 @@ def prepare(
         ContextLengthError: The prompt fills the whole context, or has the checkpoint's most tokens already.
         MemoryBudgetError: The request needs more KV memory than the plan has for all requests together.
     """
+    from hermes_async.engine.encoder_prompt import for_decoder, input_bytes
     from hermes_async.engine.image_prompt import check_images
 
     if not opened.skeleton.generates:
         name = type(opened.skeleton.model).__name__
         raise RequestError(f"{name} is no causal language model and does not generate; forward and embed run it")
-    check_images(opened, prompt)
-    token_ids = prompt.token_ids
-    capacity = _capacity(opened, len(token_ids), params.max_tokens)
-    sampler, may_stop_after = _sampler(opened, token_ids, params, capacity)
+    if opened.skeleton.is_encoder_decoder:
+        prompt = for_decoder(opened, prompt)
+    else:
+        check_images(opened, prompt)
+    token_ids, of_input = prompt.token_ids, input_bytes(opened, prompt)
+    in_turns = bool(prompt.model_inputs) or not opened.probe.packs
+    capacity = _capacity(opened, len(token_ids), params.max_tokens, input_bytes=of_input, in_turns=in_turns)
+    sampler, may_stop_after = _sampler(opened, prompt, params, capacity)
     text_stream = None
     if opened.tokenizer is not None:
         text_stream = TextStream(
@@ -66,22 +71,27 @@ def prepare(
         capacity=capacity,
         sampler=sampler,
         text_stream=text_stream,
-        lookup=PromptLookup(token_ids) if prompt_lookup else None,
+        lookup=PromptLookup([*prompt.encoder_ids, *token_ids]) if prompt_lookup else None,
         acceptance=AcceptanceRates(prior),
         model_inputs=prompt.model_inputs,
         inputs_digest=prompt.inputs_digest,
         image_end=prompt.image_end,
+        in_turns=in_turns,
+        encoder_ids=prompt.encoder_ids,
+        num_encoder_positions=prompt.num_encoder_positions,
+        input_bytes=of_input,
     )
 
 
 def _sampler(
-    opened: OpenedModel, token_ids: list[int], params: SamplingParams, capacity: int
+    opened: OpenedModel, prompt: EncodedPrompt, params: SamplingParams, capacity: int
 ) -> tuple[Sampler, Callable[[str], bool] | None]:
     """The request's sampler, and for structured answers what says whether a stop text may follow a text."""
     from hermes_async.modeling.sampling import Sampler, end_token_ids
     from hermes_async.modeling.token_rules import TokenRules
 
-    generation, vocab_size = opened.skeleton.generation, opened.skeleton.vocab_size
+    token_ids = prompt.token_ids
+    generation, vocab_size = opened.skeleton.generation, opened.skeleton.num_choices
     grammar, may_stop_after = None, None
     asked = params.structured_outputs
     if asked is not None:
@@ -90,10 +100,17 @@ def _sampler(
             raise RequestError(f"structured_outputs needs a tokenizer: {opened.tokenizer_error}")
         grammar = opened.grammars.compile(asked, end_token_ids(params, generation.eos_token_ids, vocab_size))
         may_stop_after = opened.grammars.whole_text(asked) if params.stop else None
-    rules = None
-    if generation.has_token_rules:
+    rules = None if prompt.rules is None else prompt.rules(capacity)
+    if rules is None and generation.has_token_rules:
         own_minimum = params.min_tokens is not None
-        rules = TokenRules(generation, token_ids, max_length=capacity, vocab_size=vocab_size, own_minimum=own_minimum)
+        rules = TokenRules(
+            generation,
+            token_ids,
+            max_length=capacity,
+            vocab_size=vocab_size,
+            own_minimum=own_minimum,
+            encoder_ids=prompt.encoder_ids or None,
+        )
     sampler = Sampler(
         params,
         token_ids,
@@ -314,10 +331,15 @@ def _render_chat(opened: OpenedModel, messages: Sequence[Any], **template_input:
     return render(tokenizer, messages, **template_input)
 
 
-def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None) -> int:
+def _capacity(
+    opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | None, *, input_bytes: int, in_turns: bool
+) -> int:
     """The most tokens that the request's sequence may have.
 
     The context limits it. Without `max_tokens`, the checkpoint's own limit and the KV memory limit it too.
+
+    Args:
+        input_bytes: What the cache takes for an encoder's input.
     """
     context = opened.skeleton.context_length
     if context is not None and num_prompt_tokens >= context:
@@ -327,10 +349,11 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
             context_length=context,
             num_tokens=num_prompt_tokens,
         )
-    kv, plan = opened.probe.cache, opened.plan
+    turns, plan = opened.probe.turns if in_turns else None, opened.plan
+    kv = opened.probe.kv if turns is None else turns
     if max_tokens is None:
-        affordable = kv.tokens_within(plan.kv_bytes)
-        if opened.probe.turns is not None and not opened.probe.turns.traits.keeps:
+        affordable = kv.tokens_within(plan.kv_bytes - input_bytes)
+        if turns is not None and not turns.traits.keeps:
             affordable = min(affordable, plan.max_prompt_tokens + 1)
         capacity = affordable if context is None else min(context, affordable)
         capacity = max(capacity, num_prompt_tokens + 1)
@@ -346,12 +369,13 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
     else:
         capacity = num_prompt_tokens + max_tokens
         capacity = capacity if context is None else min(context, capacity)
-    needed = kv.nbytes(capacity)
+    needed = kv.nbytes(capacity) + input_bytes
     if needed > plan.kv_bytes:
         kv_budget, minimum = opened.budgets_for_kv(needed)
         minimum = max(minimum, plan.memory_budget)
         raise MemoryBudgetError(
-            f"{capacity} tokens need {format_bytes(needed)} of KV memory; the plan has "
+            f"{capacity} tokens{' and the input' if input_bytes else ''} need {format_bytes(needed)} of KV memory; the "
+            f"plan has "
             f"{format_bytes(plan.kv_bytes)} for KV caches ({kv.tokens_within(plan.kv_bytes)} tokens). Request "
             f"fewer tokens, or give the engine kv_budget={kv_budget} in a memory_budget of {minimum} bytes "
             f"({format_bytes(minimum)}) or more",
@@ -359,16 +383,14 @@ def _capacity(opened: OpenedModel, num_prompt_tokens: int, max_tokens: int | Non
             budget_bytes=plan.kv_bytes,
             minimum_bytes=minimum,
         )
-    _check_one_call(opened, num_prompt_tokens, capacity)
+    if turns is not None and not turns.traits.chunks:
+        _check_one_call(opened, capacity - 1 if not turns.traits.keeps else num_prompt_tokens)
     return capacity
 
 
-def _check_one_call(opened: OpenedModel, num_prompt_tokens: int, capacity: int) -> None:
-    """Raises `MemoryBudgetError` if the model cannot divide a prompt that does not fit into one sweep."""
-    turns, plan = opened.probe.turns, opened.plan
-    if turns is None or turns.traits.chunks:
-        return
-    longest = num_prompt_tokens if turns.traits.keeps else capacity - 1
+def _check_one_call(opened: OpenedModel, longest: int) -> None:
+    """Raises `MemoryBudgetError` if `longest` tokens, which the model computes in one call, do not fit into a sweep."""
+    plan = opened.plan
     if longest <= plan.max_prompt_tokens:
         return
     nbytes = opened.bounds.sweep(longest, 1, plan.kv_bytes)

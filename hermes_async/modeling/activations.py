@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -10,7 +11,6 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
 from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
-from hermes_async.modeling.probe_turns import TURN_TOKENS
 from hermes_async.modeling.row_tables import is_input_embedding, most_rows, row_tables, token_tables
 from hermes_async.modeling.skeleton import Skeleton, layers_of
 from hermes_async.modeling.transformers_api import plain_attention, supports_packed_attention
@@ -20,7 +20,27 @@ from hermes_async.storage.rows import RowReader
 TEXT_TOKENS = 64
 """How long texts are where a model sets no limit. One that does not generate has room for one of them at least."""
 
+QUESTION_TOKENS = 64
+"""There is always room for a prompt with an image like the probe's, and so many tokens more."""
+
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_top_k", "moe_k", "top_k_experts")
+
+
+@dataclass(frozen=True, slots=True)
+class SweepSize:
+    """What a sweep of a model that generates computes.
+
+    Attributes:
+        packed_tokens, packed_outputs: Tokens of the packed row, and positions of it whose logits are wanted.
+        turn_tokens, turn_outputs: The same of all turns.
+        num_values: Of the images of each prompt that has some; see `num_values` in `inputs.py`.
+    """
+
+    packed_tokens: int = 0
+    packed_outputs: int = 0
+    turn_tokens: int = 0
+    turn_outputs: int = 0
+    num_values: tuple[int, ...] = ()
 
 
 class WorkspaceBounds:
@@ -54,7 +74,10 @@ class WorkspaceBounds:
             num_kv_heads = int(getattr(config, "num_key_value_heads", None) or self._num_query_heads)
             self._heads_per_kv_head = max(1, self._num_query_heads // num_kv_heads)
         self._turn_bytes = probe.bytes_of_turn * 5 // 4
+        copies = 1 + 4 // self._itemsize if probe.keeps_scores else 1  # in float32
+        self._past_token_bytes = copies * probe.bytes_per_past_token * 5 // 4
         self._outer_token_bytes = 2 * _outer_features(model) * self._itemsize
+        self._plain_is_eager = plain_attention(model) == "eager"
         self._plain_score_bytes = self._bytes_of_plain_score(model)
         # A convolution of images; oneDNN makes copies of its weights.
         self._image_token_bytes = probe.bytes_per_image // max(1, probe.tokens_per_image)
@@ -67,14 +90,45 @@ class WorkspaceBounds:
         A sweep of a model that generates is one packed row, or a call for each sequence. Of another model it is as many
         images as the tokens make, or texts as long as the model takes.
         """
-        if self._probe.turns is not None:
-            activations = self.turns(self._probe.turns, tokens=tokens, outputs=outputs, kv_bytes=kv_bytes)
-        elif self._generates:
-            activations = self.packed(tokens=tokens, outputs=outputs, kv_bytes=kv_bytes)
-        else:
-            longest = self._probe.tokens_per_image or self._context_length or TEXT_TOKENS
-            activations = self.plain(sequences=-(-tokens // longest), tokens=min(tokens, longest))
+        if self._probe.packs:
+            return self.calls(SweepSize(packed_tokens=tokens, packed_outputs=outputs), kv_bytes=kv_bytes)
+        if self._generates:
+            return self.calls(SweepSize(turn_tokens=tokens, turn_outputs=outputs), kv_bytes=kv_bytes)
+        longest = self._probe.tokens_per_image or self._context_length or TEXT_TOKENS
+        activations = self.plain(sequences=-(-tokens // longest), tokens=min(tokens, longest))
         return activations + self.embedding_rows(tokens=tokens)
+
+    def calls(self, size: SweepSize, *, kv_bytes: int) -> int:
+        """Of a packed row and turns that share a sweep, with the embedding rows that it may have to read."""
+        total = self.embedding_rows(tokens=size.packed_tokens + size.turn_tokens)
+        if size.packed_tokens:
+            total += self.packed(tokens=size.packed_tokens, outputs=size.packed_outputs, kv_bytes=kv_bytes)
+        if size.turn_tokens:
+            assert self._probe.turns is not None
+            layout = self._probe.turns
+            total += self.turns(layout, tokens=size.turn_tokens, outputs=size.turn_outputs, kv_bytes=kv_bytes)
+        return total + sum(map(self.images, size.num_values))
+
+    def images(self, num_values: int) -> int:
+        """Of what is computed from the images of one prompt, in addition to its tokens.
+
+        What was alive in the probe's call, with a quarter more, and the copies that oneDNN makes of a convolution's
+        weights. It grows with the numbers of the input; where attention is eager, with their square.
+        """
+        probed = self._probe.images
+        assert probed is not None
+        nbytes = probed.nbytes * 5 // 4
+        for _ in range(2 if self._plain_is_eager else 1):
+            nbytes = max(nbytes, -(-nbytes * num_values // probed.num_values))
+        return nbytes + self._convolution_bytes
+
+    def prompt_with_image(self, num_tokens: int, *, kv_bytes: int) -> int:
+        """Of a sweep with one prompt: the probe's image and a question, or images that fill `num_tokens`."""
+        probed = self._probe.images
+        assert probed is not None
+        values = max(probed.num_values, -(-probed.num_values * num_tokens // probed.num_tokens))
+        num_tokens = max(num_tokens, probed.num_tokens + QUESTION_TOKENS)
+        return self.calls(SweepSize(turn_tokens=num_tokens, turn_outputs=1, num_values=(values,)), kv_bytes=kv_bytes)
 
     def packed(self, *, tokens: int, outputs: int, kv_bytes: int) -> int:
         """Of a packed row.
@@ -107,18 +161,20 @@ class WorkspaceBounds:
         return total + scores + longest * kv.bytes_per_token // len(kv.layers)
 
     def turns(self, layout: TurnLayout, *, tokens: int, outputs: int, kv_bytes: int) -> int:
-        """Of turns with `tokens` in all. While one computes a stage, the others rest with what they have so far.
+        """Of turns with `tokens` in all, those of an encoder's input included.
+
+        While one computes a stage, the others rest with what they have so far.
 
         Beside what `packed` counts: what was alive in the probe's call, once, because one call computes at a time;
         the keys and values that the tokens add, also those outside of a window; and of the longest sequence, a copy of
-        the layer with most of them, once more for each head that shares them.
+        the layer with most of them, once more for each head that shares them, or what the layer computes from them.
         """
-        token_bytes = max(self._layer_token_bytes, self._turn_bytes // TURN_TOKENS) + layout.bytes_per_token
+        token_bytes = max(self._layer_token_bytes, self._turn_bytes // self._probe.tokens_of_turn)
+        token_bytes += layout.bytes_per_token + layout.input_token_bytes
         total = self._turn_bytes + tokens * token_bytes + self._vocab_size * (outputs * 2 * self._itemsize + 16)
         longest = tokens + min(layout.kept_within(kv_bytes), self._context_length or MOST_TOKENS)
-        return total + longest * (
-            tokens * self._plain_score_bytes + 2 * self._heads_per_kv_head * layout.most_layer_bytes
-        )
+        past_token_bytes = max((1 + self._heads_per_kv_head) * layout.most_layer_bytes, self._past_token_bytes)
+        return total + longest * (tokens * self._plain_score_bytes + past_token_bytes)
 
     def plain(self, *, sequences: int, tokens: int) -> int:
         """Of a plain forward pass over `sequences` texts or images of `tokens` each.
@@ -151,7 +207,7 @@ class WorkspaceBounds:
 
     def _bytes_of_plain_score(self, model: PreTrainedModel) -> int:
         """What a pair of tokens takes in transformers' own attention."""
-        if plain_attention(model) == "eager":
+        if self._plain_is_eager or self._probe.keeps_scores:
             score_bytes = self._num_heads * (2 * self._itemsize + 4)
         else:
             score_bytes = 1 + 2 * self._itemsize

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel
 
-from hermes_async.modeling.transformers_api import needs
+from hermes_async.modeling.transformers_api import ENCODER_OUTPUTS, needs
 
 
 def new_generation_inputs(
@@ -20,21 +20,24 @@ def new_generation_inputs(
     """What `generate` has before the first call of the model.
 
     Args:
-        input_ids: [1, tokens] int64, the whole prompt or its first part.
-        model_inputs: Further inputs of the model, such as pixel values.
+        input_ids: [1, tokens] int64, the whole prompt or its first part. Of an encoder-decoder, its decoder's tokens.
+        model_inputs: Further inputs of the model, such as pixel values. Of an encoder-decoder, those of its encoder,
+            which runs here.
 
     Returns:
         The inputs that are carried from call to call, with an empty cache, and the positions of the tokens,
         [..., tokens]; None where the model takes none.
     """
     state: dict[str, Any] = {**model_inputs, "use_cache": True}
+    if model.config.is_encoder_decoder:
+        state = {ENCODER_OUTPUTS: model.get_encoder()(**model_inputs, return_dict=True), "use_cache": True}
     with needs("preparation of a cache for generation"):
         greedy = import_module("transformers.generation.utils").GenerationMode.GREEDY_SEARCH
         settings: Any = GenerationConfig(use_cache=True)  # type: ignore[no-untyped-call]
         generating: Any = model
         generating._prepare_cache_for_generation(settings, state, greedy, 1, input_ids.shape[1])
         positions = None
-        if "position_ids" in _forward_arguments(model):
+        if not model.config.is_encoder_decoder and "position_ids" in _forward_arguments(model):
             positions = generating._prepare_position_ids_for_generation(input_ids, state)
     return state, positions
 
@@ -66,8 +69,14 @@ def cache_of_output(model: PreTrainedModel, output: Any) -> dict[str, Any]:
     return kept
 
 
-def generated_logits(model: PreTrainedModel, prompt: Sequence[int], num_steps: int) -> tuple[list[int], torch.Tensor]:
+def generated_logits(
+    model: PreTrainedModel, prompt: Sequence[int], num_steps: int, encoder_inputs: Mapping[str, Any]
+) -> tuple[list[int], torch.Tensor]:
     """Lets `generate` choose greedily, whatever the model's generation settings are.
+
+    Args:
+        prompt: Of an encoder-decoder, what its decoder begins with.
+        encoder_inputs: Of its encoder; empty for other models.
 
     Returns:
         The prompt and all tokens but the last, and the logits [num_steps, vocab] from the prompt's last token on.
@@ -82,9 +91,16 @@ def generated_logits(model: PreTrainedModel, prompt: Sequence[int], num_steps: i
         output_logits=True,
     )
     generating: Any = model
+    generate: Any = generating.generate
+    given: dict[str, Any] = {"inputs": torch.tensor([prompt])}
+    if model.config.is_encoder_decoder:
+        # Not the model's own method: Whisper's divides the audio and joins the texts.
+        generate = partial(GenerationMixin.generate, generating)
+        given = {**encoder_inputs, "decoder_input_ids": torch.tensor([prompt])}
+        settings.decoder_start_token_id = prompt[0]
     own, generating.generation_config = generating.generation_config, settings
     try:
-        output = generating.generate(torch.tensor([prompt]), generation_config=settings)
+        output = generate(generation_config=settings, **given)
     finally:
         generating.generation_config = own
     return output.sequences[0, :-1].tolist(), torch.cat(output.logits)

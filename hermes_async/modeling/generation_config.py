@@ -51,6 +51,7 @@ class GenerationConfig:
 
     Attributes:
         eos_token_ids: The end-of-sequence tokens. Some may be outside of the vocabulary; those are never sampled.
+        decoder_start_token_id: What the decoder of an encoder-decoder begins with.
         forced_bos_token_id: The second token of a sequence that begins with one token.
         forced_eos_token_id: The last token that fits is one of these.
         suppress_tokens: Never chosen; nor are `begin_suppress_tokens` as the first token. Ids outside of the vocabulary
@@ -72,6 +73,7 @@ class GenerationConfig:
     """
 
     eos_token_ids: frozenset[int] = frozenset()
+    decoder_start_token_id: int | None = None
     forced_bos_token_id: int | None = None
     forced_eos_token_id: tuple[int, ...] = ()
     suppress_tokens: tuple[int, ...] = ()
@@ -112,13 +114,16 @@ class GenerationConfig:
         return self.max_length if self.max_new_tokens is None else num_prompt_tokens + self.max_new_tokens
 
 
-def read_generation_config(checkpoint: Checkpoint, *, eos_token_id: Any, vocab_size: int) -> GenerationConfig:
+def read_generation_config(
+    checkpoint: Checkpoint, *, eos_token_id: Any, decoder_start_token_id: Any = None, vocab_size: int
+) -> GenerationConfig:
     """Reads `generation_config.json`; without one, the same fields of `config.json`, as transformers does.
 
     Fields that are not honoured are named in one warning.
 
     Args:
         eos_token_id: The end-of-sequence token or tokens by `config.json`, if `generation_config.json` does not say.
+        decoder_start_token_id: The same for what an encoder-decoder's decoder begins with.
 
     Raises:
         CheckpointError: The file is not valid JSON, or a value has the wrong type or is out of its range. The message
@@ -128,8 +133,13 @@ def read_generation_config(checkpoint: Checkpoint, *, eos_token_id: Any, vocab_s
     has_own = path.is_file()
     entries = read_config(path, dict) if has_own else _legacy_entries(checkpoint.config)
     fields = _Fields(path if has_own else config_path, entries, vocab_size)
-    says_eos = has_own and entries.get("eos_token_id") is not None
-    config = fields.config(fields if says_eos else _Fields(config_path, {"eos_token_id": eos_token_id}, vocab_size))
+    said = {name: entries.get(name) for name in ("eos_token_id", "decoder_start_token_id") if has_own}
+    of_model = {"eos_token_id": eos_token_id, "decoder_start_token_id": decoder_start_token_id}
+    others = _Fields(config_path, of_model, vocab_size)
+    config = fields.config(
+        eos=fields if said.get("eos_token_id") is not None else others,
+        start=fields if said.get("decoder_start_token_id") is not None else others,
+    )
     if config.held:
         logger.info("%s: these hold for every request: %s", fields.path, ", ".join(config.held))
     if config.not_honoured:
@@ -152,8 +162,9 @@ class _Fields:
         self._entries = entries
         self._vocab_size = vocab_size
 
-    def config(self, eos: _Fields) -> GenerationConfig:
-        """All of them; `eos` has the end-of-sequence tokens."""
+    def config(self, *, eos: _Fields, start: _Fields) -> GenerationConfig:
+        """All of them; `eos` has the end-of-sequence tokens, and `start` what a decoder begins with."""
+        first = start._token_ids("decoder_start_token_id", several=False, in_vocabulary=False)
         forced_bos = self._token_ids("forced_bos_token_id", several=False)
         values: dict[str, Any] = {
             "forced_bos_token_id": forced_bos[0] if forced_bos else None,
@@ -175,6 +186,7 @@ class _Fields:
         defaults = GenerationConfig()
         return GenerationConfig(
             eos_token_ids=frozenset(eos._token_ids("eos_token_id", in_vocabulary=False)),
+            decoder_start_token_id=first[0] if first else None,
             sampling=self._sampling(),
             held=tuple(name for name, value in values.items() if value != getattr(defaults, name)),
             not_honoured={

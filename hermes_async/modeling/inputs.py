@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hermes_async.errors import ContextLengthError, RequestError
-from hermes_async.modeling.skeleton import Skeleton, token_embedding
+from hermes_async.modeling.skeleton import Skeleton, num_choices, token_embedding
 from hermes_async.modeling.transformers_api import KV_CACHE_ARGUMENTS
 
 if TYPE_CHECKING:
@@ -47,19 +47,29 @@ def example_inputs(model: PreTrainedModel, num_tokens: int = 2) -> dict[str, tor
 def example_token_ids(model: PreTrainedModel) -> list[int]:
     """Distinct token ids that show how a model maps ids to the rows of its embeddings.
 
-    They are on both sides of the end of each table. They descend, as positions never do.
+    They are on both sides of the end of each table. They descend, as positions never do. Of an encoder-decoder, they
+    are tokens of both sides.
     """
     embedding = token_embedding(model)
     assert embedding is not None
     num_rows = {module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding)}
     token_ids = {0, 1, *num_rows, *(rows - 1 for rows in num_rows)}
-    return sorted((token_id for token_id in token_ids if token_id < embedding.num_embeddings), reverse=True)
+    most = embedding.num_embeddings
+    if model.config.is_encoder_decoder:
+        most = min(most, num_choices(model))
+    return sorted((token_id for token_id in token_ids if token_id < most), reverse=True)
 
 
 def input_names(model: PreTrainedModel) -> list[str]:
     """The names of the inputs that the model's forward takes, without KV caches."""
     parameters = inspect.signature(model.forward).parameters.values()
     return [item.name for item in parameters if item.kind is not item.VAR_KEYWORD and item.name not in _NOT_HERE]
+
+
+def num_values(inputs: Mapping[str, Any]) -> int:
+    """How many numbers were made of images: pixels, or patches of them. Activations grow with it."""
+    tensors = (value for value in inputs.values() if isinstance(value, torch.Tensor))
+    return sum(value.numel() for value in tensors if value.is_floating_point())
 
 
 def checked_inputs(skeleton: Skeleton, model: PreTrainedModel, inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -156,6 +166,23 @@ def _check_token_ids(skeleton: Skeleton, key: str, input_ids: Any) -> None:
 def embedded_inputs(skeleton: Skeleton, inputs: Mapping[str, Any]) -> list[str]:
     """The names of the inputs that the model looks up in its input embedding."""
     return [name for name in skeleton.token_inputs if inputs.get(name) is not None]
+
+
+def embedded_token_ids(skeleton: Skeleton, inputs: Mapping[str, Any]) -> list[int]:
+    """The distinct token ids that the model looks up, sorted.
+
+    A decoder behind an encoder may get the labels, or the encoder's input, behind a token of the configuration.
+    """
+    embedded = [inputs[key].flatten() for key in embedded_inputs(skeleton, inputs)]
+    config = skeleton.model.config
+    if config.is_encoder_decoder and embedded:
+        labels = inputs.get("labels")
+        if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
+            embedded.append(labels[labels >= 0])
+        names = ("decoder_start_token_id", "bos_token_id", "pad_token_id", "eos_token_id")
+        own = [getattr(config, name, None) for name in names]
+        embedded.append(torch.tensor([one for one in own if isinstance(one, int) and one >= 0], dtype=torch.long))
+    return torch.unique(torch.cat(embedded)).tolist() if embedded else []
 
 
 def count_tokens(inputs: Mapping[str, Any], probe: Probe) -> tuple[int, int]:

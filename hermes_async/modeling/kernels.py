@@ -82,6 +82,12 @@ class BoundedAttention(TorchFunctionMode):
             return func(*args, **kwargs)
 
 
-def bounded_attention(dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """`BoundedAttention`, only where the CPU needs it for this dtype: it costs a microsecond per operation."""
+def bounded_attention(dtype: torch.dtype, most_queries: int | None = None) -> AbstractContextManager[Any]:
+    """`BoundedAttention`, only where the CPU needs it for this dtype: it costs a microsecond per operation.
+
+    Args:
+        most_queries: No attention has more queries; None if that is not known.
+    """
+    if most_queries is not None and most_queries < _LEAST_PACKED_QUERIES:
+        return nullcontext()
     return BoundedAttention() if _packs_attention(dtype) else nullcontext()

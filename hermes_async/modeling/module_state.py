@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 _ALWAYS = ("rope_deltas",)
-"""Attributes that change only in calls with images."""
+"""Attributes that change only in calls with images. They are not needed to go on after fewer tokens: a sequence has its
+positions itself (`TurnCache.positions`)."""
 
 
 class ModuleState:
@@ -21,12 +22,16 @@ class ModuleState:
 
     Args:
         names: The path of each module, and the attribute.
+
+    Attributes:
+        crops: The values do not depend on the last tokens, so these can be removed.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[tuple[str, str]]) -> None:
         found = {(path, name) for path, module in model.named_modules() for name in _ALWAYS if name in vars(module)}
         self._places = [(model.get_submodule(path), name) for path, name in sorted({*names, *found})]
         self.initial = self._values()
+        self.crops = all(name in _ALWAYS for _, name in self._places)
 
     def exchange(self, values: Sequence[Any]) -> list[Any]:
         """Puts `values` on the modules, and returns those that were there before."""

@@ -139,11 +139,13 @@ class Alive(TorchFunctionMode):
 
     Attributes:
         most_bytes: The most at one time.
+        total_bytes: Of all that were computed, also those that are no longer alive.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.most_bytes = 0
+        self.total_bytes = 0
         self._bytes = 0
         self._tensors: dict[int, weakref.ref[torch.Tensor]] = {}
         self._num_tensors: Counter[int] = Counter()  # of a storage
@@ -158,7 +160,10 @@ class Alive(TorchFunctionMode):
         return result
 
     def _add(self, tensor: torch.Tensor) -> None:
-        storage, key = tensor.untyped_storage(), id(tensor)
+        try:
+            storage, key = tensor.untyped_storage(), id(tensor)
+        except NotImplementedError:  # a part of a tensor within `vmap`, which has no memory of its own
+            return
         place, nbytes = storage_identity(tensor), storage.nbytes()
 
         def dropped(_: weakref.ref[torch.Tensor]) -> None:
@@ -171,6 +176,7 @@ class Alive(TorchFunctionMode):
         self._num_tensors[place] += 1
         if self._num_tensors[place] == 1:
             self._bytes += nbytes
+            self.total_bytes += nbytes
             self.most_bytes = max(self.most_bytes, self._bytes)
 
 

@@ -113,9 +113,12 @@ class _Divider:
         called = self._called(path)
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
-        if not children and all(len(self.tensors[name].shape) <= 1 for name in names):
-            self.base += names  # vectors are too small for a read of their own
-        elif called and in_list and (fits or not all(self._callable(*child) for child in children)):
+        is_optional = path in self.probe.groups
+        own = self._own(path) if is_optional and children else []  # the base would have them, in every sweep
+        fits = fits or any(len(self.tensors[name].shape) > 1 for name in own)
+        if not children and not is_optional and all(len(self.tensors[name].shape) <= 1 for name in names):
+            self.base += names  # vectors are too small for a read of their own in every sweep
+        elif called and (in_list or own) and (fits or not all(self._callable(*one) for one in children)):
             self._add_stage(path, names)
         elif children:
             covered = {name for child, _ in children for name in self._names_under(child)}
@@ -129,6 +132,10 @@ class _Divider:
         else:
             self._add_stage(path, names)
 
+    def _own(self, path: str) -> list[str]:
+        """The parameters of a module itself."""
+        return [name for name in self._names_under(path) if name.rpartition(".")[0] == path]
+
     def _called(self, path: str) -> bool:
         """Whether the module's weights are needed only while it is called."""
         return path in self.probe.visits and path not in self.probe.used_outside
@@ -138,7 +145,7 @@ class _Divider:
         if self._called(path):
             return True
         children = [(f"{path}.{name}", child) for name, child in module.named_children()]
-        if any(name.rpartition(".")[0] == path for name in self._names_under(path)):
+        if self._own(path):
             return False
         return all(self._callable(*child) for child in children if self._names_under(child[0]))
 

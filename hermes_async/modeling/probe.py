@@ -32,13 +32,28 @@ _MORE_TOKENS = (16, 128)
 
 
 @dataclass(frozen=True, slots=True)
+class ImageProbe:
+    """What a call with an image took.
+
+    Attributes:
+        num_tokens: Of the prompt.
+        num_values: Of the tensors that were made of the image; see `num_values` in `inputs.py`.
+        nbytes: The most memory that was alive at one time.
+    """
+
+    num_tokens: int
+    num_values: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Probe:
     """What one forward pass showed.
 
     Attributes:
         visits: The modules whose forward ran and that have weights in or under them: their order, by name.
         used_outside: Modules whose weights were used while their forward did not run, whether it ran later or not.
-        kv: The layers that have keys and values, and their sizes.
+        kv: The layers that have keys and values in a packed row, and their sizes.
         table_uses: How the table of each `nn.Embedding` was used, by the module's name.
         groups: The modules whose forward runs only in some calls, such as those with an image, each with the name of
             those calls' group.
@@ -46,8 +61,12 @@ class Probe:
         least_tokens: Tokens of the shortest text that was tried with success.
         tokens_per_image: Tokens of an image of `pixels_per_image` in the layers; 0 where the input is text.
         bytes_per_image: The most memory of what was computed from an image that was alive at one time.
-        turns: The caches of a model that runs in turns; None where it does not.
-        bytes_of_turn: The most memory that was alive at one time in a call of `probe_turns.TURN_TOKENS` tokens.
+        turns: The caches of sequences that run in turns: all, or those with images where others are packed. None if no
+            sequence does.
+        bytes_of_turn: The most memory that was alive at one time in a call of `tokens_of_turn` tokens.
+        images: What a prompt with an image takes; None if the model takes none, or none could be tried.
+        bytes_per_past_token: What a layer computes in turns from each token in the cache, such as keys of all heads.
+        keeps_scores: In turns, attention keeps the scores of all pairs of tokens, and computes in float32.
     """
 
     visits: Mapping[str, int]
@@ -62,6 +81,10 @@ class Probe:
     bytes_per_image: int = 0
     turns: TurnLayout | None = None
     bytes_of_turn: int = 0
+    images: ImageProbe | None = None
+    tokens_of_turn: int = 1
+    bytes_per_past_token: int = 0
+    keeps_scores: bool = False
 
     @classmethod
     def of(cls, seen: Observation, kv: KVLayout) -> Probe:
@@ -69,9 +92,14 @@ class Probe:
         return cls(visits=seen.visits, used_outside=seen.used_outside, kv=kv, table_uses=seen.table_uses)
 
     @property
+    def packs(self) -> bool:
+        """Whether sequences are packed, apart from those with images."""
+        return bool(self.kv.layers)
+
+    @property
     def cache(self) -> KVLayout | TurnLayout:
-        """The memory of a sequence's cache."""
-        return self.turns or self.kv
+        """The memory of a text's cache."""
+        return self.kv if self.packs or self.turns is None else self.turns
 
 
 class _RecordingPool(KVPool):

@@ -42,6 +42,8 @@ _INTERMEDIATE_NAMES = (
     *("ffn_dim", "ffn_hidden_size", "n_inner"),
 )
 _NUM_EXPERTS = 16
+_LAYERS_NAMES = ("encoder_layers", "decoder_layers", "num_encoder_layers", "num_decoder_layers")
+_NUM_POSITIONS = 16
 _EXPERTS_NAMES = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 TOLERANCE = 1e-3
 _MAX_NOISE_BYTES = 1 << 30
@@ -115,6 +117,9 @@ def _shrunk(config: PreTrainedConfig, *, narrow: bool) -> PreTrainedConfig | Non
                 setattr(text, name, _WINDOW)
         _at_most(text, ("vocab_size_per_layer_input",), _VOCAB_SIZE)
         _at_most(text, _INTERMEDIATE_NAMES, _INTERMEDIATE_SIZE)
+        if small.is_encoder_decoder:
+            _at_most(text, _LAYERS_NAMES, 2)
+            _at_most(text, ("max_source_positions",), _NUM_POSITIONS)
         if narrow:
             _at_most(text, _EXPERTS_NAMES, _NUM_EXPERTS)
             _take_heads(text)
@@ -148,12 +153,15 @@ def _take_heads(text: PreTrainedConfig) -> None:
     if values.get("num_key_value_heads"):
         text.num_key_value_heads = few_groups
     text.num_attention_heads = few_heads
+    for name in ("encoder_attention_heads", "decoder_attention_heads"):
+        if isinstance(values.get(name), int):
+            setattr(text, name, few_heads)
     text.hidden_size = few_heads * head_dim
 
 
 def _separately(config: PreTrainedConfig) -> list[torch.Tensor]:
     """Each sequence's logits [tokens, vocab] as transformers computes them."""
-    model = build_model(config, torch.float32, None, where="self-check")
+    model = build_model(config, torch.float32, "eager", where="self-check")
     with noise(model), torch.inference_mode():
         return [model(input_ids=torch.tensor([sequence]), use_cache=False).logits[0] for sequence in _SEQUENCES]
 

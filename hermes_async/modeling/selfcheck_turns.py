@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.foreign_errors import reason_of
+from hermes_async.modeling.encoder_inputs import example_encoder_inputs
 from hermes_async.modeling.generation_api import generated_logits
 from hermes_async.modeling.module_state import ModuleState, tensor_attributes
 from hermes_async.modeling.selfcheck import TOLERANCE, noise, small_copies
@@ -34,6 +35,8 @@ _OTHER_PROMPT = (11, 3, 50, 7)
 _NUM_STEPS = 4
 _CHUNKS = (4, 3, 2)
 _WRONG = (12, 44)
+_ENCODED, _OTHER_ENCODED = (7, 31, 2, 18, 40, 7), (3, 21, 50)
+"""What the encoders of encoder-decoders get."""
 
 
 def check_turns(config: PreTrainedConfig) -> TurnTraits:
@@ -80,7 +83,7 @@ def _traits(config: PreTrainedConfig) -> TurnTraits | None:
 def _state(model: PreTrainedModel) -> tuple[bool, tuple[tuple[str, str], ...]]:
     """Whether a call leaves anything in a cache that the next one needs, and the attributes of modules it changes."""
     before, cache = tensor_attributes(model), TurnCache()
-    Turns(model, TurnTraits()).forward(TurnInput(cache, _PROMPT, 0, 1))
+    Turns(model, TurnTraits()).forward(_first(model, cache, _PROMPT))
     after = tensor_attributes(model)
     changed = [place for place, value in after.items() if before.get(place) is not value]
     for path, name in changed:
@@ -88,12 +91,19 @@ def _state(model: PreTrainedModel) -> tuple[bool, tuple[tuple[str, str], ...]]:
     return cache.holds_state, tuple(changed)
 
 
+def _first(model: PreTrainedModel, cache: TurnCache, token_ids: Sequence[int], *, seed: int = 0) -> TurnInput:
+    """The first call of a sequence; with another `seed`, an encoder gets something else."""
+    inputs = example_encoder_inputs(model, _OTHER_ENCODED if seed else _ENCODED, seed=seed)
+    return TurnInput(cache, token_ids, 0, 1, inputs)
+
+
 class _Check:
     """Compares turns of one model with its `generate`."""
 
     def __init__(self, model: PreTrainedModel, state: tuple[tuple[str, str], ...]) -> None:
         self._model = model
-        self._token_ids, self._expected = generated_logits(model, _PROMPT, _NUM_STEPS)
+        inputs = example_encoder_inputs(model, _ENCODED)
+        self._token_ids, self._expected = generated_logits(model, _PROMPT, _NUM_STEPS, inputs)
         initial = ModuleState(model, state)
         initial.exchange([None] * len(initial.initial))  # what `generate` has left there
 
@@ -112,13 +122,13 @@ class _Check:
         past, other_past = 0, 0
         for num_new in (*prompt_chunks, *[1] * (len(self._token_ids) - len(_PROMPT))):
             end = past + num_new
-            rows = turns.forward(TurnInput(cache, self._token_ids[:end], past if traits.keeps else 0, 1))
+            rows = turns.forward(self._turn(cache, self._token_ids[:end], past if traits.keeps else 0))
             past = end
             if past >= len(_PROMPT):
                 logits.append(rows)
             other_end = min(other_past + (1 if other_past else 2), len(_OTHER_PROMPT))
             if other_end > other_past:
-                turns.forward(TurnInput(other, _OTHER_PROMPT[:other_end], other_past if traits.keeps else 0, 1))
+                turns.forward(self._turn(other, _OTHER_PROMPT[:other_end], other_past if traits.keeps else 0, seed=1))
                 other_past = other_end
         return self._is_expected(logits)
 
@@ -126,13 +136,16 @@ class _Check:
         """Whether drafted tokens can be removed after they were computed."""
         turns = Turns(self._model, traits)
         cache = turns.new_cache(drafts=True)
-        logits = [turns.forward(TurnInput(cache, _PROMPT, 0, 1))]
+        logits = [turns.forward(_first(self._model, cache, _PROMPT))]
         for past in range(len(_PROMPT), len(self._token_ids)):
             if not cache.can_continue_from(past):
                 return False
             drafted = [*self._token_ids[: past + 1], *_WRONG]
             logits.append(turns.forward(TurnInput(cache, drafted, past, 1 + len(_WRONG)))[:1])
         return self._is_expected(logits)
+
+    def _turn(self, cache: TurnCache, token_ids: Sequence[int], past: int, *, seed: int = 0) -> TurnInput:
+        return TurnInput(cache, token_ids, past, 1) if past else _first(self._model, cache, token_ids, seed=seed)
 
     def _is_expected(self, logits: Sequence[torch.Tensor]) -> bool:
         actual, expected = torch.cat(list(logits)), self._expected

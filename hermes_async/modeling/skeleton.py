@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import transformers
@@ -16,6 +15,8 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSpeechSeq2Seq,
     PreTrainedConfig,
     PreTrainedModel,
 )
@@ -29,10 +30,12 @@ from hermes_async.errors import (
 )
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.checkpoint_tensors import resolve_tensors
+from hermes_async.modeling.context_length import context_length_of
 from hermes_async.modeling.generation_config import GenerationConfig, read_generation_config
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
     from_config,
+    initialize_again,
     mark_initialized,
     model_class_of,
     names_kept_in_float32,
@@ -51,12 +54,14 @@ class Skeleton:
         tensors: The checkpoint's tensor of each parameter and persistent buffer, tied names included.
         dtype: The dtype that the model computes in.
         dtypes: The dtype of each parameter and persistent buffer; some stay in float32 whatever `dtype` is.
-        generates: Whether it is a causal language model, with which the engine generates; others only run forward.
+        generates: Whether it is a causal language model or an encoder-decoder with a head, with which the engine
+            generates; others only run forward.
         names_base: Whether it generates, but `config.json` names the model without its head (`GPT2Model`, whose head is
             tied). A plain forward pass then runs the model without its head.
         token_inputs: The inputs of its forward that may be looked up in the input embedding.
         generation: What the checkpoint says of generation.
-        context_length: Most tokens of a sequence, prompt and completion together; None without a limit.
+        context_length: Most tokens of a sequence, prompt and completion together; of an encoder-decoder, what its
+            decoder gets and gives. None without a limit.
     """
 
     model: PreTrainedModel
@@ -100,6 +105,22 @@ class Skeleton:
         encoder = base.get_encoder()
         assert isinstance(encoder, PreTrainedModel)
         return encoder
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        """Whether it generates from what an encoder makes of the prompt."""
+        return self.generates and bool(self.model.config.is_encoder_decoder)
+
+    @property
+    def input_length(self) -> int | None:
+        """The most tokens of an encoder-decoder's input; None without a limit."""
+        own = getattr(self.model.config, "max_encoder_position_embeddings", None)
+        return own if isinstance(own, int) else self.context_length
+
+    @property
+    def num_choices(self) -> int:
+        """The tokens that can be generated. The model must generate."""
+        return num_choices(self.model)
 
     @property
     def vocab_size(self) -> int:
@@ -146,11 +167,12 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
     return config
 
 
-def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: str) -> Skeleton:
+def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: str | None) -> Skeleton:
     """Builds the model that `config` names on the meta device and finds its tensors.
 
     Args:
-        attention: The name of the attention function for causal language models that let it be chosen.
+        attention: The name of the attention function for causal language models that let it be chosen; None for
+            transformers' default.
 
     Raises:
         UnsupportedModelError: transformers does not know the model, or its weights would have to be converted.
@@ -171,15 +193,13 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
     if encoder is not None:
         model = _build(encoder, config, dtype, None, where)
         tensors = resolve_tensors(model, checkpoint)
+    _compute_missing(model, tensors)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     generates = encoder is None
     names_base = generates and _named_base(config) is not None
     generation = GenerationConfig()
     if generates:
-        embedding = token_embedding(model)
-        assert embedding is not None  # `build_model` has checked it
-        eos_token_id = getattr(config.get_text_config(), "eos_token_id", None)
-        generation = read_generation_config(checkpoint, eos_token_id=eos_token_id, vocab_size=embedding.num_embeddings)
+        generation = _generation(checkpoint, model)
     return Skeleton(
         model=model,
         tensors=tensors,
@@ -189,8 +209,29 @@ def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: 
         names_base=names_base,
         token_inputs=_token_inputs(model),
         generation=generation,
-        context_length=_context_length(model),
+        context_length=context_length_of(model),
     )
+
+
+def _generation(checkpoint: Checkpoint, model: PreTrainedModel) -> GenerationConfig:
+    text = model.config.get_text_config()
+    start = getattr(text, "decoder_start_token_id", None)
+    return read_generation_config(
+        checkpoint,
+        eos_token_id=getattr(text, "eos_token_id", None),
+        decoder_start_token_id=getattr(text, "bos_token_id", None) if start is None else start,
+        vocab_size=num_choices(model),
+    )
+
+
+def num_choices(model: PreTrainedModel) -> int:
+    """The tokens that a model can generate. An encoder-decoder may have another vocabulary for its input."""
+    if model.config.is_encoder_decoder:
+        head: nn.Module = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        return int(head.get_parameter("weight").shape[0])
+    embedding = token_embedding(model)
+    assert embedding is not None  # `build_model` has checked it
+    return embedding.num_embeddings
 
 
 def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skeleton:
@@ -233,15 +274,29 @@ def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
 def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
     """The class that generates text one token after another; None if there is none for `config`.
 
-    It is that of `AutoModelForCausalLM`, unless `config` names the class that also takes images. Some checkpoints with
-    images have both (Qwen3.5).
+    It is that of `AutoModelForCausalLM`, unless `config` names an encoder-decoder, or the class that also takes images.
+    Some checkpoints with images have both (Qwen3.5).
     """
+    encoder_decoder = _encoder_decoder_class(config)
+    if encoder_decoder is not None:
+        return encoder_decoder
     with_images = model_class_of(AutoModelForImageTextToText, config)
     if with_images is not None and not config.is_encoder_decoder:
         named = with_images.__name__ in (config.architectures or ())
         if named and with_images.can_generate():
             return with_images
     return model_class_of(AutoModelForCausalLM, config)
+
+
+def _encoder_decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """The encoder-decoder with a head, if `config` names one."""
+    if not config.is_encoder_decoder:
+        return None
+    classes = [model_class_of(AutoModelForSeq2SeqLM, config)]
+    if config.model_type == "whisper":
+        classes.append(model_class_of(AutoModelForSpeechSeq2Seq, config))
+    named = (one for one in classes if one is not None and one.__name__ in (config.architectures or ()))
+    return next((one for one in named if one.can_generate()), None)
 
 
 def _headless_class(
@@ -271,8 +326,8 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     """Makes the causal language model of `config` on the meta device, in eval mode, with real non-persistent buffers.
 
     Args:
-        attention: The attention implementation, for models that support the choice; None and other models take
-            "eager".
+        attention: The attention implementation, for models that support the choice; other models take "eager". None,
+            and encoder-decoders, take transformers' default.
         where: The beginning of error messages.
 
     Raises:
@@ -282,7 +337,9 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
     if model_class is None:
         architectures = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(f"{where}: {architectures} is no model that transformers knows by this name")
-    implementation = attention if attention and supports_packed_attention(model_class) else "eager"
+    implementation = attention if attention is None or supports_packed_attention(model_class) else "eager"
+    if model_class is _encoder_decoder_class(config):
+        implementation = None
     model = _build(model_class, config, dtype, implementation, where)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if None in embeddings:
@@ -317,6 +374,17 @@ def _build(
     return model
 
 
+def _compute_missing(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) -> None:
+    """Gives parameters that a checkpoint may lack the values that transformers computes, such as positions."""
+    missing = [name for name in model.state_dict() if name not in tensors]
+    for name in missing:
+        place = place_of(model, name)
+        place.put(torch.empty_like(place.get(), device="cpu"))
+    if missing:
+        initialize_again({model.get_submodule(name.rpartition(".")[0]) for name in missing})
+        model.initialize_weights()  # type: ignore[no-untyped-call]
+
+
 def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
     """The model's input embedding; None where its input is not token ids."""
     try:
@@ -328,6 +396,8 @@ def token_embedding(model: PreTrainedModel) -> nn.Embedding | None:
 
 def _token_inputs(model: PreTrainedModel) -> tuple[str, ...]:
     """Models such as BERT have a table of their own for `token_type_ids`; models such as GPT-2 embed them as tokens."""
+    if model.config.is_encoder_decoder:
+        return ("input_ids", "decoder_input_ids")
     own_table = any(name.endswith("token_type_embeddings") for name, _ in model.named_modules())
     return ("input_ids",) if own_table else ("input_ids", "token_type_ids")
 
@@ -366,55 +436,3 @@ def _cast_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
         for name, parameter in model.named_parameters():
             if pattern.search(name):
                 place_of(model, name).put(parameter.float())
-
-
-def _context_length(model: PreTrainedModel) -> int | None:
-    """The context length as vLLM computes it, except for what depends on the longest sequence of a row.
-
-    "longrope" and "dynamic" scaling do. Beyond the original context they change the frequencies of all positions, also
-    those of other sequences in a packed row and of cached keys.
-    """
-    text = model.config.get_text_config()
-    rope = getattr(text, "rope_parameters", None) or {}
-    by_layer_type = any(isinstance(item, Mapping) for item in rope.values())
-    several = [item for item in rope.values() if isinstance(item, Mapping)] if by_layer_type else [rope]
-    own = _unscaled_context_length(model)
-    limits = [_scaled(item, text, own, by_layer_type=by_layer_type) for item in several]
-    if getattr(text, "attention_type", None) == "block_sparse":
-        # BigBird attends to all tokens up to this length. Beyond it, a token's attention depends on the whole call.
-        limits.append((5 + 2 * text.num_random_blocks) * text.block_size)
-    return min((limit for limit in limits if limit is not None), default=own)
-
-
-def _scaled(rope: Mapping[str, Any], text: PreTrainedConfig, own: int | None, *, by_layer_type: bool) -> int | None:
-    """The context length by one set of RoPE parameters; `own` is the configuration's length without them."""
-    original, factor = rope.get("original_max_position_embeddings"), rope.get("factor")
-    if rope.get("rope_type") == "longrope":
-        limits = [original, getattr(text, "original_max_position_embeddings", None), own]
-        return min((limit for limit in limits if isinstance(limit, int)), default=None)
-    if not isinstance(factor, (int, float)):
-        return own
-    if rope.get("rope_type") == "yarn" and isinstance(original, int):
-        return int(original * factor)
-    if rope.get("rope_type") == "linear" and own is not None and not by_layer_type:
-        # Where layers differ (Gemma 3), `max_position_embeddings` already is the scaled length.
-        return int(own * factor)
-    return own
-
-
-def _unscaled_context_length(model: PreTrainedModel) -> int | None:
-    text = model.config.get_text_config()
-    for name in ("max_position_embeddings", "seq_length", "max_seq_len", "n_positions"):
-        length = getattr(text, name, None)
-        if isinstance(length, int) and length > 0:
-            return length - _first_position(model)
-    return None
-
-
-def _first_position(model: PreTrainedModel) -> int:
-    """The position of the first token: models based on RoBERTa count from the padding token's id."""
-    for module in model.modules():
-        positions = getattr(module, "position_embeddings", None)
-        if isinstance(positions, nn.Embedding) and positions.padding_idx is not None:
-            return positions.padding_idx + 1
-    return 0

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
-from hermes_async.modeling.kernels import bounded_attention, without_one_dnn
+from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.row_tables import row_taken
@@ -270,7 +270,6 @@ class StreamedModel:
         if setting is _Setting.PLAIN:
             self._plain_attention.apply()
             self._undo_setting.callback(self._packed_attention.apply)
-            self._undo_setting.enter_context(bounded_attention(self.model.dtype))
         elif setting is _Setting.PACKED_NATIVE:
             self._undo_setting.enter_context(without_one_dnn())
 

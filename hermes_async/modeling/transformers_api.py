@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib import import_module
@@ -34,6 +34,9 @@ TESTED_VERSIONS: Mapping[str, tuple[str, str]] = {"transformers": ("5.21.0", "5.
 
 KV_CACHE_ARGUMENTS = frozenset({"cache", "past_key_values", "past_key_value", "cache_params"})
 """Names of a forward's argument for the KV cache: `past_key_values` up to transformers 5.23, `cache` from 5.24 on."""
+
+ENCODER_OUTPUTS = "encoder_outputs"
+"""The input of an encoder-decoder that stands for what its encoder has made."""
 
 
 def installed_versions() -> dict[str, str]:
@@ -109,6 +112,12 @@ def from_config(
 def mark_initialized(tensor: torch.Tensor) -> None:
     """Tells transformers not to initialize a tensor, as `from_pretrained` does for tensors of the checkpoint."""
     tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+
+
+def initialize_again(modules: Iterable[nn.Module]) -> None:
+    """Tells transformers to initialize these modules in the next `initialize_weights`, but for what is marked."""
+    for module in modules:
+        module._is_hf_initialized = False  # type: ignore[assignment]
 
 
 def names_kept_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> list[str]:
@@ -285,10 +294,11 @@ def function_modes() -> list[Any]:
 def exchange_function_modes(modes: Sequence[Any]) -> list[Any]:
     """Makes `modes` the active function modes of this thread, and returns those that were active before."""
     before = function_modes()
-    for _ in before:
-        _overrides._pop_mode()
-    for mode in modes:
-        _overrides._push_mode(mode)
+    if len(before) != len(modes) or any(one is not other for one, other in zip(before, modes, strict=True)):
+        for _ in before:
+            _overrides._pop_mode()
+        for mode in modes:
+            _overrides._push_mode(mode)
     return before
 
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
+from hermes_async.modeling.transformers_api import ENCODER_OUTPUTS
+
 _MOST_DEPTH = 8
 
 
@@ -91,7 +93,8 @@ def is_croppable(state: dict[str, Any], num_tokens: int, *, recorded: bool) -> b
         recorded: The state records what the last call dropped (`record_past`).
     """
     caches = caches_of(state)
-    if not caches or len(caches) < len([value for value in state.values() if tensors_of(value)]):
+    others = (value for name, value in state.items() if name != ENCODER_OUTPUTS and not isinstance(value, Cache))
+    if not caches or any(tensors_of(value) for value in others):
         return False
     for layer in _layers(caches):
         if not getattr(layer, "is_croppable", False):

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,9 +21,12 @@ from transformers import PreTrainedModel
 
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall
 from hermes_async.modeling.generation_api import cache_of_output, new_generation_inputs, prepare_generation_inputs
+from hermes_async.modeling.kernels import bounded_attention
 from hermes_async.modeling.kv_cache import Settable
 from hermes_async.modeling.module_state import ModuleState
+from hermes_async.modeling.transformers_api import ENCODER_OUTPUTS
 from hermes_async.modeling.turn_state import (
+    StatePart,
     compact,
     crop,
     cut,
@@ -74,25 +78,28 @@ class TurnLayout:
         sequence_bytes: What does not depend on the length, such as recurrent states.
         layers: What each further token adds, by window.
         most_layer_bytes: What a token adds in the layer where it adds most.
+        input_token_bytes: What each token of an encoder's input adds; 0 where there is no encoder, or its input always
+            has the same length.
     """
 
     traits: TurnTraits
     sequence_bytes: int
     layers: tuple[WindowedBytes, ...]
     most_layer_bytes: int
+    input_token_bytes: int = 0
 
     @property
     def bytes_per_token(self) -> int:
         return sum(layer.bytes_per_token for layer in self.layers)
 
     def nbytes(self, capacity: int) -> int:
-        """Bytes of a sequence of `capacity` tokens."""
+        """Bytes of a sequence of `capacity` tokens, without those of an encoder's input."""
         kept = (min(capacity, layer.window or capacity) * layer.bytes_per_token for layer in self.layers)
         return self.sequence_bytes + sum(kept)
 
     def tokens_within(self, nbytes: int) -> int:
         """The most tokens of a sequence in so many bytes; at most `MOST_TOKENS`."""
-        return bisect_right(range(1, MOST_TOKENS + 1), nbytes, key=self.nbytes)
+        return _tokens_within(self, nbytes)
 
     def kept_within(self, nbytes: int) -> int:
         """The most tokens that a layer keeps of a sequence in so many bytes; 0 where no layer keeps tokens."""
@@ -102,21 +109,39 @@ class TurnLayout:
         return max((window for window in windows if window is not None), default=0)
 
     @classmethod
-    def measure(cls, traits: TurnTraits, shorter: TurnCache, longer: TurnCache) -> TurnLayout:
-        """Compares the states of two sequences of which one has more tokens."""
+    def measure(
+        cls, traits: TurnTraits, shorter: TurnCache, longer: TurnCache, more_input: TurnCache | None = None
+    ) -> TurnLayout:
+        """Compares the states of two sequences of which one has more tokens.
+
+        Args:
+            more_input: As `shorter`, with a longer input of the encoder; None if there is none, or it cannot be longer.
+        """
         assert shorter.stored is not None and longer.stored is not None
-        before, after = (parts_of({**cache.state, "module": cache.on_modules}) for cache in (shorter, longer))
-        num_more = longer.stored - shorter.stored
-        fixed, growing = 0, Counter[int | None]()
+        before, after = _parts(shorter), _parts(longer)
+        with_more_input = before if more_input is None else _parts(more_input)
+        num_input = shorter.num_input
+        num_more, num_more_input = longer.stored - shorter.stored, 1
+        if more_input is not None:
+            num_more_input = more_input.num_input - num_input
+        fixed, growing, per_input = 0, Counter[int | None](), 0
         most_layer = 0
         for name, part in after.items():
-            grown = max(0, part.nbytes - (before[name].nbytes if name in before else 0))
-            per_token = -(-grown // num_more)
-            fixed += max(0, part.nbytes - per_token * longer.stored) + part.num_tensors * _TENSOR_BYTES
+            nbytes_before = before[name].nbytes if name in before else 0
+            per_token = -(-max(0, part.nbytes - nbytes_before) // num_more)
+            of_input = -(-max(0, with_more_input[name].nbytes - nbytes_before) // num_more_input)
+            rest = part.nbytes - per_token * longer.stored - of_input * num_input
+            fixed += max(0, rest) + part.num_tensors * _TENSOR_BYTES
             growing[part.window] += per_token
-            most_layer = max(most_layer, per_token)
+            per_input += of_input
+            most_layer = max(most_layer, per_token, of_input)
         layers = tuple(WindowedBytes(nbytes, window) for window, nbytes in growing.items() if nbytes)
-        return cls(traits, fixed, layers, most_layer)
+        return cls(traits, fixed, layers, most_layer, per_input)
+
+
+@lru_cache(maxsize=256)  # a plan asks a thousand times, with few budgets
+def _tokens_within(layout: TurnLayout, nbytes: int) -> int:
+    return bisect_right(range(1, MOST_TOKENS + 1), nbytes, key=layout.nbytes)
 
 
 @dataclass(eq=False, slots=True)
@@ -130,6 +155,7 @@ class TurnCache:
         state: The inputs that `generate` carries between calls, above all transformers' cache; empty before the first
             call.
         on_modules: The values of `ModuleState`; empty before the first call.
+        modules_crop: Tokens may be removed in spite of `on_modules`.
         positions: The positions of all tokens so far, [..., tokens] int64; None where the model takes none.
         drafts: Drafted tokens may be removed from it.
         keeps: False for a model that keeps no cache: each call computes the whole sequence.
@@ -140,6 +166,7 @@ class TurnCache:
     stored: int | None = 0
     state: dict[str, Any] = field(default_factory=dict)
     on_modules: list[Any] = field(default_factory=list)
+    modules_crop: bool = False
     positions: torch.Tensor | None = None
     drafts: bool = False
     keeps: bool = True
@@ -161,8 +188,14 @@ class TurnCache:
 
     @property
     def holds_state(self) -> bool:
-        """Whether the calls so far have left anything for the next one."""
-        return state_bytes(self.contents) > 0
+        """Whether the calls so far have left anything for the next one, beside what an encoder has made."""
+        state = {name: value for name, value in self.state.items() if name != ENCODER_OUTPUTS}
+        return state_bytes((state, self.on_modules)) > 0
+
+    @property
+    def num_input(self) -> int:
+        """The length of what an encoder has made."""
+        return self.state[ENCODER_OUTPUTS][0].shape[1] if ENCODER_OUTPUTS in self.state else 0
 
     def advance(self, length: int) -> None:
         """The first `length` tokens are complete."""
@@ -176,7 +209,8 @@ class TurnCache:
             return False
         if length == self.stored:
             return True
-        return not self.on_modules and is_croppable(self.state, self.stored - length, recorded=self.drafts)
+        modules_crop = self.modules_crop or not self.on_modules
+        return modules_crop and is_croppable(self.state, self.stored - length, recorded=self.drafts)
 
     def forget(self) -> None:
         """Begins again: nothing is computed."""
@@ -214,7 +248,7 @@ class TurnInput:
         token_ids: The sequence up to the last token to compute.
         past: How many of them are computed already.
         num_outputs: Logits are wanted for so many of the last tokens.
-        model_inputs: Further inputs of the first call, such as pixel values.
+        model_inputs: Further inputs of the first call, such as pixel values, or all inputs of an encoder.
     """
 
     cache: TurnCache
@@ -264,7 +298,8 @@ class Turns:
 
     def new_cache(self, *, drafts: bool = False) -> TurnCache:
         """An empty cache. `drafts`: drafted tokens will be removed from it."""
-        return TurnCache(drafts=drafts and self.traits.crops, keeps=self.traits.keeps)
+        drafts = drafts and self.traits.crops
+        return TurnCache(drafts=drafts, keeps=self.traits.keeps, modules_crop=self.module_state.crops)
 
     def call(
         self,
@@ -297,8 +332,9 @@ class Turns:
         cache.crop(past)
         cache.stored = None
         before = self.module_state.exchange(cache.on_modules or self.module_state.initial)
+        most_queries = None if turn.model_inputs else len(turn.token_ids) - past  # an image has more
         try:
-            with torch.inference_mode():
+            with torch.inference_mode(), bounded_attention(self._model.dtype, most_queries):
                 logits, positions = self._forward(turn)
         finally:
             cache.on_modules = self.module_state.exchange(before)
@@ -329,10 +365,14 @@ class Turns:
         cache.state.update(cache_of_output(model, output))
         if cache.drafts and past == 0:
             record_past(cache.state)
-        if num_new > 1:
+        if num_new > 1 or past == 0:
             cache.state = compact(cache.state)
         logits: torch.Tensor = output.logits[0]
         return logits, positions
+
+
+def _parts(cache: TurnCache) -> dict[tuple[str, int], StatePart]:
+    return parts_of({**cache.state, "module": cache.on_modules})
 
 
 def _extended(cache: TurnCache, length: int) -> torch.Tensor | None:

@@ -54,8 +54,8 @@ def sweep_seconds(
     They ask for no optional stages.
 
     Args:
-        num_passes: Model calls in each sweep, each with `num_tokens`. All sequences that generate are one call. A stage
-            is handed over once for all calls.
+        num_passes: Model calls in each sweep, each with `num_tokens`. All sequences that are packed are one call. A
+            stage is handed over once for all calls.
     """
     machine, agents = plan.machine, plan.num_loading_agents
     layer_s, head_s = machine.seconds_per_byte(num_tokens, num_outputs)
@@ -92,8 +92,13 @@ def generation_seconds(plan: Plan, num_sessions: int, prompt_tokens: int, new_to
     chunk = plan.tokens_by_outputs[min(num_sessions, len(plan.tokens_by_outputs)) - 1]
     num_chunks = max(1.0, num_sessions * prompt_tokens / chunk)
     chunk = min(chunk, num_sessions * prompt_tokens)
-    prompt_s = steady_seconds(plan, num_tokens=chunk, num_outputs=min(chunk, num_sessions))
-    decode_s = steady_seconds(plan, num_tokens=num_sessions, num_outputs=num_sessions)
+    if plan.in_turns:
+        num_prompts = -(-chunk // prompt_tokens)
+        prompt_s = steady_seconds(plan, num_tokens=chunk // num_prompts, num_outputs=1, num_passes=num_prompts)
+        decode_s = steady_seconds(plan, num_tokens=1, num_outputs=1, num_passes=num_sessions)
+    else:
+        prompt_s = steady_seconds(plan, num_tokens=chunk, num_outputs=min(chunk, num_sessions))
+        decode_s = steady_seconds(plan, num_tokens=num_sessions, num_outputs=num_sessions)
     return num_chunks * prompt_s + (new_tokens - 1) * decode_s
 
 
@@ -130,7 +135,7 @@ def predict(plan: Plan, *, num_sessions: int = 1, prompt_tokens: int = 64, new_t
     kv_bytes = (prompt_tokens + new_tokens) * plan.kv_bytes_per_token + plan.kv_bytes_per_sequence
     if plan.generates:
         num_sessions = max(1, min(num_sessions, plan.max_sequences, plan.kv_bytes // kv_bytes))
-        tokens, outputs, passes = num_sessions, num_sessions, 1
+        tokens, outputs, passes = (1, 1, num_sessions) if plan.in_turns else (num_sessions, num_sessions, 1)
     else:
         num_sessions = max(1, min(num_sessions, plan.max_tokens_per_sweep // prompt_tokens))
         tokens, outputs, passes = prompt_tokens, 0, num_sessions

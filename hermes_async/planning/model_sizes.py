@@ -17,7 +17,9 @@ class ModelSizes:
         context_length: The most tokens of a sequence; None without a limit.
         workspace_bytes: The most activation bytes of a sweep, by its tokens, its outputs and the KV bytes.
         kv_bytes_per_sequence: What a KV cache takes whatever its length is, such as recurrent states.
+        in_turns: As `Plan.in_turns`.
         kv_block_tokens: Tokens of a KV block.
+        least_kv_bytes: KV memory that there is always room for, if it is more than that of a text.
         draft_bytes: Weights and workspace of a draft model.
         least_sweep_tokens: Tokens that every sweep has room for.
         long_text_tokens: Tokens of a text that a sweep should have room for, even if that takes much of the budget; 0
@@ -32,7 +34,9 @@ class ModelSizes:
     context_length: int | None
     workspace_bytes: Callable[[int, int, int], int]
     kv_bytes_per_sequence: int = 0
+    in_turns: bool = False
     kv_block_tokens: int = 1
+    least_kv_bytes: int = 0
     draft_bytes: int = 0
     least_sweep_tokens: int = 8
     long_text_tokens: int = 0

@@ -104,6 +104,7 @@ def plan(
         explanation=("all weights fit: they are read once, and no sweep waits for the disk", *machine.explanation),
         context_length=sizes.context_length,
         kv_bytes_per_sequence=sizes.kv_bytes_per_sequence,
+        in_turns=sizes.in_turns,
     )
     if weights_bytes >= whole_bytes:
         return resident

@@ -56,7 +56,7 @@ class BudgetDivision:
         self._kv_grows = sizes.generates and not config.kv_budget
         blocks = -(-min(sizes.context_length or LEAST_KV_TOKENS, LEAST_KV_TOKENS) // sizes.kv_block_tokens)
         one_sequence = blocks * sizes.kv_block_tokens * sizes.kv_bytes_per_token + sizes.kv_bytes_per_sequence
-        self._least_kv = align_up(max(one_sequence, config.kv_budget or 0))
+        self._least_kv = align_up(max(one_sequence, sizes.least_kv_bytes, config.kv_budget or 0))
         # Activation bytes for each number of tokens, with the most sequences.
         self._token_counts = self._possible_token_counts()
         self._activations = [

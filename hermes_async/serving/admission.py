@@ -35,7 +35,7 @@ class Admission:
 
     Args:
         blocks: The KV of sequences that are packed.
-        turn_caches: The caches of sequences that run in turns; None if the model does not.
+        turn_caches: The caches of sequences that run in turns; None if none does.
         kv_memory: What both lease from.
         tasks: Owns the tasks that write sessions to disk.
         max_sequences: The most requests that are active at once; paused ones do not count.
@@ -182,12 +182,16 @@ class Admission:
         kept, parked = (None, None) if session is None else (session.reservation, session.parked)
         caches = self._caches_of(request)
         nbytes = caches.missing_bytes(request.token_ids, request.prepared.capacity, kept, parked)
+        nbytes += request.prepared.input_bytes
         self.blocks.make_room(nbytes)
         lease = await self._kv_memory.acquire(_holder(request), nbytes)
         lease.release()  # `_reserve` takes it again at once
 
     def _caches_of(self, request: Request) -> SequenceCaches:
-        return self.blocks if self._turn_caches is None else self._turn_caches
+        if not request.prepared.in_turns:
+            return self.blocks
+        assert self._turn_caches is not None
+        return self._turn_caches
 
     @property
     def _num_free_places(self) -> int:
@@ -220,7 +224,7 @@ class Admission:
     def _refusal(self, request: Request) -> MemoryBudgetError | None:
         """The error of a request that was made when there was more KV memory, and never fits now."""
         capacity, most = request.prepared.capacity, self._kv_memory.budget_bytes
-        needed = self._caches_of(request).nbytes(capacity)
+        needed = self._caches_of(request).nbytes(capacity) + request.prepared.input_bytes
         if needed <= most:
             return None
         return MemoryBudgetError(
@@ -265,7 +269,8 @@ class Admission:
             kept.release()  # the history was edited, or other sequences share more of it: match it again
             session.enter(SessionState.EMPTY)
         parked = None if session is None else session.parked
-        return self._caches_of(request).reserve(_holder(request), token_ids, capacity, parked)
+        input_bytes = request.prepared.input_bytes
+        return self._caches_of(request).reserve(_holder(request), token_ids, capacity, parked, input_bytes=input_bytes)
 
     async def restore(self, request: Request) -> None:
         """Reads the KV of a RESTORING request's session from disk. If that fails, the prompt is computed again.

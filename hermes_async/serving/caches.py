@@ -99,12 +99,19 @@ class SequenceCaches(ABC):
 
     @abstractmethod
     def reserve(
-        self, holder: str, token_ids: Sequence[int], capacity: int, parked: ParkedKV | None = None
+        self,
+        holder: str,
+        token_ids: Sequence[int],
+        capacity: int,
+        parked: ParkedKV | None = None,
+        *,
+        input_bytes: int = 0,
     ) -> Reservation | None:
         """Reserves memory for a sequence that begins with `token_ids` and grows to `capacity` tokens.
 
         Args:
             parked: Its cache on disk; `Reservation.unpark` must follow.
+            input_bytes: Further bytes, for an encoder's input.
 
         Returns:
             None if it does not fit now.

@@ -6,13 +6,12 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
 from hermes_async.config import format_bytes, format_count
 from hermes_async.errors import HermesError, MemoryBudgetError, RequestError
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.calls import ModelCall, NotLoadedError
-from hermes_async.modeling.inputs import checked_inputs, count_tokens, embedded_inputs
+from hermes_async.modeling.inputs import checked_inputs, count_tokens, embedded_token_ids, num_values
+from hermes_async.modeling.kernels import bounded_attention
 from hermes_async.serving.jobs import ForwardJob
 from hermes_async.serving.planned_model import PlannedModel
 
@@ -44,8 +43,9 @@ def prepare_forward(
         hidden_states=bool(checked.get("output_hidden_states")),
         attentions=bool(checked.get("output_attentions")),
     )
-    embedded = [checked[key].flatten() for key in embedded_inputs(skeleton, checked)]
-    token_ids = torch.unique(torch.cat(embedded)).tolist() if embedded else []
+    if planned.probe.images is not None and "pixel_values" in checked:
+        nbytes += planned.bounds.images(num_values(checked))
+    token_ids = embedded_token_ids(skeleton, checked)
     num_tokens = max(sequences * tokens, len(token_ids))
     if nbytes > plan.workspace_bytes or num_tokens > plan.max_tokens_per_sweep:
         minimum = plan.memory_budget + max(0, nbytes - plan.workspace_bytes)
@@ -60,7 +60,8 @@ def prepare_forward(
         )
 
     def compute() -> Any:
-        return then(model(**checked))
+        with bounded_attention(skeleton.dtype):
+            return then(model(**checked))
 
     return ForwardJob(
         call=ModelCall(compute), input_names=tuple(checked), token_ids=token_ids, num_tokens=num_tokens, nbytes=nbytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,8 @@ from hermes_async.errors import HermesError, RequestError
 from hermes_async.results import FinishReason, SampledToken
 
 if TYPE_CHECKING:  # these import torch, which only an open engine needs
+    from torch import Tensor
+
     from hermes_async.modeling.calls import ModelCall
     from hermes_async.serving.request import Request
 
@@ -28,6 +31,7 @@ class GenerationJob:
         samples: Whether the next token is chosen after these.
         num_drafted: How many of `token_ids` are drafted.
         match_length: Length of the match that gave the draft, in tokens, or `DRAFT_MODEL`.
+        num_to_encode: Positions of an encoder's input that are computed before these tokens.
         shares_blocks: Another job of this sweep uses the KV blocks that this one computes.
     """
 
@@ -38,11 +42,27 @@ class GenerationJob:
     num_drafted: int = 0
     match_length: int = 0
     shares_blocks: bool = False
+    num_to_encode: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """What the job counts for in a sweep."""
+        return len(self.token_ids) + self.num_to_encode
 
     @property
     def needs_draft(self) -> bool:
         """Whether the draft model must still draft its tokens."""
         return self.num_drafted > 0 and self.match_length == DRAFT_MODEL
+
+    @property
+    def model_inputs(self) -> Mapping[str, Tensor]:
+        """What the model takes beside the tokens in the first call of a prompt: images, or the input of an encoder."""
+        return {} if self.past else self.request.prepared.model_inputs
+
+    @property
+    def has_images(self) -> bool:
+        """Whether these inputs are images, which the model computes beside the tokens."""
+        return bool(self.model_inputs) and not self.num_to_encode
 
     @property
     def num_outputs(self) -> int:
@@ -68,6 +88,14 @@ class Outcome:
     text: str = ""
     finish_reason: FinishReason | None = None
     error: RequestError | None = None
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the user's prompt that were computed."""
+        prepared = self.job.request.prepared
+        if prepared.encoder_ids:
+            return len(prepared.encoder_ids) if self.job.num_to_encode else 0
+        return max(0, min(self.length, len(prepared.token_ids)) - self.job.past)
 
 
 @dataclass(eq=False)

@@ -154,7 +154,13 @@ class KVBlocks(SequenceCaches):
         return self.pool.layout.nbytes(capacity)
 
     def reserve(
-        self, holder: str, token_ids: Sequence[int], capacity: int, parked: ParkedKV | None = None
+        self,
+        holder: str,
+        token_ids: Sequence[int],
+        capacity: int,
+        parked: ParkedKV | None = None,
+        *,
+        input_bytes: int = 0,
     ) -> BlockReservation | None:
         """As `SequenceCaches.reserve`. It drops unused prefixes if needed, the least recently used first.
 

@@ -50,7 +50,7 @@ class LoadedModel:
         kv_memory: The part of the governor for KV. The first request of the queue waits for it.
         rows: Reads rows of the partition's `row_tables`; None if there are none.
         blocks: The KV of sequences that are packed; unused where they run in turns.
-        turns: Runs the model in turns; None where sequences are packed.
+        turns: Runs sequences in turns; None where all are packed.
     """
 
     planned: PlannedModel
@@ -127,10 +127,16 @@ class LoadedModel:
         return resized(
             self.planned.plan,
             budget,
-            kv_least=max(kv_in_use, self.planned.probe.cache.nbytes(least_tokens)),
+            kv_least=max(kv_in_use, self._kv_bytes_of(least_tokens)),
             kv_most=self._max_kv_bytes,
             other_bytes=self._draft_bytes,
         )
+
+    def _kv_bytes_of(self, num_tokens: int) -> int:
+        """Of a sequence; of an encoder-decoder, also of an input of as many tokens."""
+        turns = self.planned.probe.turns
+        input_bytes = 0 if turns is None else num_tokens * turns.input_token_bytes
+        return self.planned.probe.cache.nbytes(num_tokens) + input_bytes
 
     async def _apply(self, before: Plan, after: Plan) -> None:
         """Frees memory that the new plan does not have, then takes memory that only the new plan has.
@@ -217,7 +223,7 @@ async def loaded_model(
             drafts = config.prompt_lookup or planned.draft is not None
             turn_caches = TurnCaches(turns, layout, kv_memory, drafts=drafts)
         folder = None if config.parking_dir is None else Path(config.parking_dir)
-        slot_bytes = planned.probe.kv.block_bytes if turns is None else SLOT_BYTES
+        slot_bytes = planned.probe.kv.block_bytes if planned.probe.packs else SLOT_BYTES
         parking = ParkingFile(folder, slot_bytes, direct=config.direct_io)
         exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()

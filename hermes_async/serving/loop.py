@@ -72,8 +72,9 @@ class ServingLoop:
         self.requests: dict[str, Request] = {}
         self.preparations = Preparations()
         traits = None if loaded.turns is None else loaded.turns.traits
+        fits = None if loaded.planned.probe.images is None else loaded.planned.fits
         self.scheduler = Scheduler(
-            plan.tokens_by_outputs, plan.max_sequences, loaded.times, loaded.draft_model, traits=traits
+            plan.tokens_by_outputs, plan.max_sequences, loaded.times, loaded.draft_model, traits=traits, fits=fits
         )
         self.admission = Admission(
             blocks=loaded.blocks,
@@ -135,10 +136,8 @@ class ServingLoop:
         generation = [] if self._forwards_first else self.scheduler.schedule()
         num_tokens, nbytes = planned.plan.max_tokens_per_sweep, planned.plan.workspace_bytes
         if generation and self.forwards:
-            num_generated = sum(len(job.token_ids) for job in generation)
-            num_outputs = sum(job.num_outputs for job in generation)
-            num_tokens -= num_generated
-            nbytes -= planned.bounds.sweep(num_generated, num_outputs, planned.plan.kv_bytes)
+            num_tokens -= sum(job.num_tokens for job in generation)
+            nbytes -= planned.workspace_of(generation)
         forwards = self.forwards.take(num_tokens, nbytes)
         self._forwards_first = bool(generation and self.forwards and not forwards)
         return generation, forwards
@@ -299,7 +298,7 @@ class ServingLoop:
             return
         tokens = tuple(sampled.token_id for sampled in outcome.sampled)
         request.num_sweeps += 1
-        self.num_prompt_tokens += max(0, min(outcome.length, len(request.prepared.token_ids)) - job.past)
+        self.num_prompt_tokens += outcome.num_prompt_tokens
         request.token_ids += tokens
         assert request.reservation is not None
         request.reservation.advance(outcome.length, request.token_ids)

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hermes_async.memory.claims import Claim
-from hermes_async.modeling.activations import WorkspaceBounds
+from hermes_async.modeling.activations import SweepSize, WorkspaceBounds
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.inputs import num_values
 from hermes_async.modeling.partition import Partition
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.planning.plan import Plan
+from hermes_async.serving.jobs import GenerationJob
 from hermes_async.storage.checkpoint import Checkpoint
 
 
@@ -58,6 +61,23 @@ class PlannedModel:
     draft: PlannedDraft | None
     baseline_bytes: int
     claim: Claim
+
+    def workspace_of(self, jobs: Sequence[GenerationJob]) -> int:
+        """The most memory that the activations of a sweep with these jobs take."""
+        turns = [job for job in jobs if job.request.prepared.in_turns]
+        packed = [job for job in jobs if not job.request.prepared.in_turns]
+        size = SweepSize(
+            packed_tokens=sum(len(job.token_ids) for job in packed),
+            packed_outputs=sum(job.num_outputs for job in packed),
+            turn_tokens=sum(job.num_tokens for job in turns),
+            turn_outputs=sum(job.num_outputs for job in turns),
+            num_values=tuple(num_values(job.model_inputs) for job in turns if job.has_images),
+        )
+        return self.bounds.calls(size, kv_bytes=self.plan.kv_bytes)
+
+    def fits(self, jobs: Sequence[GenerationJob]) -> bool:
+        """Whether their activations fit into the workspace."""
+        return self.workspace_of(jobs) <= self.plan.workspace_bytes
 
     def close(self) -> None:
         self.claim.release()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # these import torch, which only an open engine needs
     from torch import Tensor
 
     from hermes_async.modeling.sampling import Sampler
+    from hermes_async.modeling.token_rules import TokenRules
     from hermes_async.serving.caches import Reservation
     from hermes_async.serving.session_kv import SessionKV
 
@@ -31,8 +32,13 @@ class EncodedPrompt:
     """A prompt as the model takes it.
 
     Attributes:
-        token_ids: At least one. An image is as many of them as it becomes in the model.
-        model_inputs: The model's further inputs, such as `pixel_values`; empty for a text.
+        token_ids: At least one. An image is as many of them as it becomes in the model. Of an encoder-decoder, what its
+            decoder begins with.
+        model_inputs: The model's further inputs, such as `pixel_values`; empty for a text. Of an encoder-decoder, those
+            of its encoder.
+        encoder_ids: The token ids of an encoder's input; empty where there is none, or it is audio.
+        num_encoder_positions: The length of an encoder's input in the model; 0 where there is none.
+        rules: Makes the rules for tokens from the most tokens of the sequence; None for those of the checkpoint.
         inputs_digest: Identifies the images, which token ids do not; empty for a text.
         image_end: Tokens up to the last one of an image; 0 for a text.
     """
@@ -41,6 +47,9 @@ class EncodedPrompt:
     model_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     inputs_digest: str = ""
     image_end: int = 0
+    encoder_ids: tuple[int, ...] = ()
+    num_encoder_positions: int = 0
+    rules: Callable[[int], TokenRules] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,9 @@ class PreparedPrompt:
         acceptance: How often drafted tokens of this request were right.
         model_inputs, inputs_digest, image_end: As `EncodedPrompt`. Keys and values can be used again only where
             `inputs_digest` is the same, and only if at least `image_end` tokens are.
+        in_turns: The request has calls of its own, with transformers' cache. Otherwise it has a place in a packed row.
+        encoder_ids, num_encoder_positions: As `EncodedPrompt`.
+        input_bytes: Of the cache, what the encoder's input takes.
     """
 
     token_ids: list[int]
@@ -66,6 +78,15 @@ class PreparedPrompt:
     model_inputs: Mapping[str, Tensor] = field(default_factory=dict)
     inputs_digest: str = ""
     image_end: int = 0
+    in_turns: bool = False
+    encoder_ids: tuple[int, ...] = ()
+    num_encoder_positions: int = 0
+    input_bytes: int = 0
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of the user's prompt."""
+        return len(self.encoder_ids) or len(self.token_ids)
 
 
 class RequestState(enum.Enum):
@@ -154,6 +175,11 @@ class Request:
         return self.reservation.length
 
     @property
+    def num_to_encode(self) -> int:
+        """Positions of an encoder's input that the next call computes; 0 if they are computed, or there are none."""
+        return 0 if self.num_computed else self.prepared.num_encoder_positions
+
+    @property
     def paused(self) -> bool:
         """The user has left `max_buffered` chunks unread."""
         return self.send.statistics().current_buffer_used >= self.max_buffered
@@ -169,7 +195,7 @@ class Request:
         return left if self.params.max_tokens is None else min(left, self.params.max_tokens - self.num_output_tokens)
 
     def usage(self) -> Usage:
-        return Usage(len(self.prepared.token_ids), self.num_output_tokens, self.num_reused)
+        return Usage(self.prepared.num_tokens, self.num_output_tokens, self.num_reused)
 
     def timings(self) -> Timings:
         finished_at = self.finished_at or time.perf_counter()

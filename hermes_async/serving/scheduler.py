@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
@@ -40,6 +41,13 @@ class _Candidate:
     most: int
 
 
+class _JobKind(Enum):
+    PACKED = auto()
+    TURN = auto()
+    IMAGES = auto()
+    """A prompt with images, which is a turn too."""
+
+
 class Scheduler:
     """Packs prompts and decodes together: first all decoding sequences, then prompts in the order of their admission.
 
@@ -53,7 +61,9 @@ class Scheduler:
         max_sequences: The most requests in a sweep.
         times: What sweeps take.
         draft_model: Drafts tokens for requests where prompt lookup is right less often.
-        traits: What the caches of a model that runs in turns allow; None where sequences are packed.
+        traits: What the caches of sequences that run in turns allow; None where all are packed.
+        fits: Whether the activations of jobs that are packed, of turns and of images fit into the workspace together;
+            None where `tokens_by_outputs` says that of all jobs.
     """
 
     def __init__(
@@ -64,15 +74,19 @@ class Scheduler:
         draft_model: Drafter | None = None,
         *,
         traits: TurnTraits | None = None,
+        fits: Callable[[Sequence[GenerationJob]], bool] | None = None,
     ) -> None:
         self.tokens_by_outputs = tokens_by_outputs
         self.max_sequences = max_sequences
         self._times = times
         self._draft_model = draft_model
-        self._divides = traits is None or traits.chunks
-        self._crops = traits is None or traits.crops
-        # All mutable state: the admitted requests, in order.
+        self._traits = traits
+        self._fits = fits
+        # All mutable state: the admitted requests, in order; and for sweeps that not all jobs fit into, the kinds of
+        # jobs, of which the first is scheduled first, and the number of such sweeps.
         self._running: list[Request] = []
+        self._kinds = list(_JobKind)
+        self._num_divided = 0
 
     @property
     def running(self) -> tuple[Request, ...]:
@@ -106,15 +120,41 @@ class Scheduler:
             GenerationJob(request, request.num_computed, request.token_ids[-1:], samples=True) for request in decoding
         ]
         jobs += chunks
-        if self._crops:
+        if self._traits is None or self._traits.crops or any(not job.request.prepared.in_turns for job in jobs):
             self._add_drafts(jobs)
-        return jobs
+        return jobs if self._fits is None or self._fits(jobs) else self._fitting(jobs, self._fits)
+
+    def _fitting(
+        self, jobs: Sequence[GenerationJob], fits: Callable[[Sequence[GenerationJob]], bool]
+    ) -> list[GenerationJob]:
+        """As many of the jobs as fit into the workspace together. Each kind, and each job of it, is first at times."""
+        by_kind: dict[_JobKind, list[list[GenerationJob]]] = {kind: [] for kind in self._kinds}
+        packed = [job for job in jobs if not job.request.prepared.in_turns]
+        if packed:  # they fit together, and one may need what another computes
+            by_kind[_JobKind.PACKED].append(packed)
+        for job in jobs:
+            if job.request.prepared.in_turns:
+                by_kind[_JobKind.IMAGES if job.has_images else _JobKind.TURN].append([job])
+        for kind, several in by_kind.items():
+            first = self._num_divided // len(self._kinds) % max(1, len(several))
+            by_kind[kind] = several[first:] + several[:first]
+        self._num_divided += 1
+        kept: list[GenerationJob] = []
+        for together in [together for kind in self._kinds for together in by_kind[kind]]:
+            if not kept or fits([*kept, *together]):
+                kept += together
+        leading = next(kind for kind in self._kinds if by_kind[kind])
+        self._kinds.remove(leading)
+        self._kinds.append(leading)
+        return kept
 
     # --- prompts ---
 
     def _divides_prompt_of(self, request: Request) -> bool:
-        """Whether several sweeps may compute the prompt. One with images is one call."""
-        return self._divides and not request.prepared.model_inputs
+        """Whether several sweeps may compute the prompt. One with images or for an encoder is one call."""
+        if not request.prepared.in_turns or self._traits is None:
+            return True
+        return self._traits.chunks and not request.prepared.model_inputs
 
     def _chunks(self, prompts: list[Request], num_decoding: int) -> list[GenerationJob]:
         most = self._most_beside_decodes(len(prompts), num_decoding)
@@ -126,13 +166,15 @@ class Scheduler:
             if room <= 0:
                 break
             past = _first_pending(request, computing)
-            token_ids = request.token_ids[past : past + room]
+            num_to_encode = request.num_to_encode
+            token_ids = request.token_ids[past : past + max(0, room - num_to_encode)]
             if not self._divides_prompt_of(request) and past + len(token_ids) < len(request.token_ids):
                 break
             end = past + len(token_ids)
             chunk = GenerationJob(request, past, token_ids, samples=end == len(request.token_ids))
+            chunk.num_to_encode = num_to_encode
             chunks.append(chunk)
-            num_tokens += len(token_ids)
+            num_tokens += chunk.num_tokens
             for block in _shared_blocks(request)[past // BLOCK_TOKENS : end // BLOCK_TOKENS]:
                 computing.setdefault(block, chunk)
         return chunks
@@ -155,7 +197,7 @@ class Scheduler:
 
     def _add_drafts(self, jobs: list[GenerationJob]) -> None:
         """Appends drafted tokens to the jobs, as many as are expected to pay."""
-        num_tokens = sum(len(job.token_ids) for job in jobs)
+        num_tokens = sum(job.num_tokens for job in jobs)
         room = max(
             (
                 count
@@ -180,7 +222,8 @@ class Scheduler:
         """A draft for the job from the better source: the sequence itself, or the draft model."""
         request, prompt = job.request, job.request.prepared
         most = min(room, request.num_left - 1)
-        if most <= 0 or not job.samples or job.past + 1 < len(request.token_ids):
+        crops = not prompt.in_turns or self._traits is None or self._traits.crops
+        if not crops or most <= 0 or not job.samples or job.past + 1 < len(request.token_ids):
             return None
         draft = None if prompt.lookup is None else prompt.lookup.propose(most)
         if self._draft_model is not None and self._draft_model.can_draft(request):
@@ -230,8 +273,8 @@ class Scheduler:
 
 
 def _num_pending(request: Request) -> int:
-    """Tokens whose keys and values are not computed yet."""
-    return len(request.token_ids) - request.num_computed
+    """Tokens whose keys and values are not computed yet, and positions of an encoder's input."""
+    return len(request.token_ids) - request.num_computed + request.num_to_encode
 
 
 def _shared_blocks(request: Request) -> Sequence[SharedBlock]:

@@ -69,12 +69,12 @@ class SessionKV:
         """How many of `token_ids`, which begin with `prompt`, need not be computed again.
 
         Placeholders of all images are the same tokens, so the images must be the same too. A call that goes on after
-        some tokens has no images.
+        some tokens has no images. The last token before it is one of text, because its position tells the next ones.
         """
         if prompt.inputs_digest != self.inputs_digest:
             return 0
         num_common = num_kept(self.token_ids, token_ids)
-        return num_common if num_common >= prompt.image_end else 0
+        return num_common if num_common > prompt.image_end else 0
 
     def enter(
         self,

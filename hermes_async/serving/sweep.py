@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import chain, islice, zip_longest
 
 import anyio
 import torch
@@ -15,7 +15,7 @@ from hermes_async.foreign_errors import one_request, reason_of
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall
 from hermes_async.modeling.kv_cache import SequenceKV
 from hermes_async.modeling.packed import PackedBatch, PackedSequence
-from hermes_async.modeling.turns import TurnInput, Turns
+from hermes_async.modeling.turns import TurnInput
 from hermes_async.pipeload.agents import PipelineStatistics, SweepAbandoned
 from hermes_async.results import FinishReason, SampledToken
 from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
@@ -43,7 +43,7 @@ class SweepOutcomes:
 
 
 class Sweep:
-    """One pass over the stages. Generation jobs are one packed call, or a call each, as each forward job is.
+    """One pass over the stages. Generation jobs that are packed are one call; turns and forward jobs are a call each.
 
     Made for one `run`. Event-loop side only, but `_compute` runs on the compute thread.
     """
@@ -55,6 +55,7 @@ class Sweep:
         self.forwards = forwards
         self._loaded = loaded
         self._tables = loaded.planned.partition.row_tables
+        self._packed = [job for job in generation if not job.request.prepared.in_turns]
         # All mutable state. `_left` has an event for each request, set when the sweep no longer uses its KV;
         # `_reading_rows` is the scope of the read of embedding rows; `_batch` is the packed batch, and `_turns` are the
         # calls of jobs that are not packed.
@@ -92,10 +93,18 @@ class Sweep:
         self._check_dropped()
         rows = await self._read_rows()
         before, loads_resident = replace(loaded.pipeline.statistics), loaded.pipeline.loads_resident
-        outcomes = await loaded.pipeline.sweep(partial(self._compute, rows))
-        if not self.forwards:
+        groups = self._groups()
+        outcomes = await loaded.pipeline.sweep(partial(self._compute, rows), groups)
+        if not self.forwards and not groups:
             self._record_times(before, loads_resident)
         return SweepOutcomes(outcomes)
+
+    def _groups(self) -> frozenset[str]:
+        """The groups of stages that its calls enter: all that there are, if a call has inputs beside tokens."""
+        has_encoder = self._loaded.planned.skeleton.is_encoder_decoder
+        has_inputs = any(job.model_inputs for job in self.generation)
+        has_inputs = has_inputs or any(has_encoder or "pixel_values" in job.input_names for job in self.forwards)
+        return frozenset(self._loaded.planned.probe.groups.values()) if has_inputs else frozenset()
 
     # --- aborted requests ---
 
@@ -117,7 +126,7 @@ class Sweep:
 
     def _mark_aborted(self, batch: PackedBatch) -> None:
         """Marks the segments of aborted requests, unless another job uses the blocks that they compute."""
-        for job, segment in zip(self.generation, batch.segments, strict=True):
+        for job, segment in zip(self._packed, batch.segments, strict=True):
             if job.request.aborted and not job.shares_blocks:
                 segment.abandoned = True
 
@@ -147,7 +156,7 @@ class Sweep:
             SweepAbandoned: A request was aborted during the read.
         """
         reader = self._loaded.rows
-        generated = (token_id for job in self.generation for token_id in job.token_ids)
+        generated = (token_id for job in self.generation for token_id in _looked_up(job))
         token_ids = sorted({*generated, *(token_id for job in self.forwards for token_id in job.token_ids)})
         if reader is None or not token_ids:
             return {}
@@ -176,33 +185,34 @@ class Sweep:
 
     def _compute(self, rows: _Rows) -> list[Outcome]:
         """Runs all calls; returns the outcomes of the generation jobs that were completed."""
-        packed = None if self._loaded.turns is not None else self._packed_call(rows)
+        packed = self._packed_call(rows)
         calls: list[ModelCall] = [] if packed is None else [packed]
-        if self._loaded.turns is not None:
-            self._turns = [(job, self._turn_call(self._loaded.turns, job, rows)) for job in self.generation]
-            for job, call in self._turns:
-                call.dropped = job.request.aborted  # `drop` may have come too early for these
-                calls.append(call)
+        in_turns = [job for job in self.generation if job.request.prepared.in_turns]
+        self._turns = [(job, self._turn_call(job, rows)) for job in in_turns]
+        for job, call in self._turns:
+            call.dropped = job.request.aborted  # `drop` may have come too early for these
+            calls.append(call)
         try:
             self._loaded.model.run([*calls, *(self._forward_call(job, rows) for job in self.forwards)])
         except SweepAbandoned:
             if all(call.error is None for call in calls):
                 raise
+        outcomes: list[Outcome] = []
         if packed is not None:
             if packed.error is not None:
                 raise packed.error
-            return packed.result if packed.completed else []
-        return [self._turn_outcome(job, call) for job, call in self._turns if call.completed or call.error is not None]
+            outcomes += packed.result if packed.completed else []
+        ended = [(job, call) for job, call in self._turns if call.completed or call.error is not None]
+        return outcomes + [self._turn_outcome(job, call) for job, call in ended]
 
-    def _turn_call(self, turns: Turns, job: GenerationJob, rows: _Rows) -> ModelCall:
-        reservation = job.request.reservation
-        assert isinstance(reservation, TurnReservation)
+    def _turn_call(self, job: GenerationJob, rows: _Rows) -> ModelCall:
+        turns, reservation = self._loaded.turns, job.request.reservation
+        assert turns is not None and isinstance(reservation, TurnReservation)
         token_ids = [*job.request.token_ids[: job.past], *job.token_ids]
-        inputs = job.request.prepared.model_inputs
         return turns.call(
-            TurnInput(reservation.cache, token_ids, job.past, job.num_outputs, {} if job.past else inputs),
+            TurnInput(reservation.cache, token_ids, job.past, job.num_outputs, job.model_inputs),
             lambda logits: self._outcome(job, list(logits)),
-            rows=self._rows_of_call(sorted(set(job.token_ids)), rows),
+            rows=self._rows_of_call(sorted(set(_looked_up(job))), rows),
             left=self._left[job.request],
         )
 
@@ -222,14 +232,14 @@ class Sweep:
         return job.call
 
     def _packed_call(self, rows: _Rows) -> PackedCall | None:
-        if not self.generation:
+        if not self._packed:
             return None
         self._batch = PackedBatch.of(
             PackedSequence(self._kv_of(job), job.past, job.token_ids, job.num_outputs, left=self._left[job.request])
-            for job in self.generation
+            for job in self._packed
         )
         self._mark_aborted(self._batch)  # those that `drop` came too early for
-        token_ids = sorted({token_id for job in self.generation for token_id in job.token_ids})
+        token_ids = sorted({token_id for job in self._packed for token_id in job.token_ids})
         return self._loaded.model.packed_call(self._batch, self._choose_tokens, self._rows_of_call(token_ids, rows))
 
     def _kv_of(self, job: GenerationJob) -> SequenceKV:
@@ -245,7 +255,7 @@ class Sweep:
         loaded, now = self._loaded, self._loaded.pipeline.statistics
         compute_s = now.compute_seconds - before.compute_seconds
         stall_s = now.stall_seconds - before.stall_seconds
-        loaded.times.record(sum(len(job.token_ids) for job in self.generation), compute_s)
+        loaded.times.record(sum(job.num_tokens for job in self.generation), compute_s)
         if loads_resident:
             return
         if loaded.pipeline.streams:
@@ -260,7 +270,7 @@ class Sweep:
         assert self._batch is not None
         outcomes = []
         rows = iter(logits)
-        for job, segment in zip(self.generation, self._batch.segments, strict=True):
+        for job, segment in zip(self._packed, self._batch.segments, strict=True):
             own = list(islice(rows, job.num_outputs))
             if not segment.dropped:
                 outcomes.append(self._outcome(job, own))
@@ -309,3 +319,8 @@ class Sweep:
             return request.prepared.text_stream.finish(), reason
         delta = request.prepared.text_stream.push(token_id, final=reason is not None)
         return delta.text, "stop" if delta.stopped else reason
+
+
+def _looked_up(job: GenerationJob) -> Iterable[int]:
+    """The token ids that the job's call embeds."""
+    return job.token_ids if job.past else chain(job.token_ids, job.request.prepared.encoder_ids)

@@ -134,9 +134,15 @@ class TurnCaches(SequenceCaches):
         return self._layout.nbytes(capacity)
 
     def reserve(
-        self, holder: str, token_ids: Sequence[int], capacity: int, parked: ParkedKV | None = None
+        self,
+        holder: str,
+        token_ids: Sequence[int],
+        capacity: int,
+        parked: ParkedKV | None = None,
+        *,
+        input_bytes: int = 0,
     ) -> TurnReservation | None:
-        nbytes = self.nbytes(capacity)
+        nbytes = self.nbytes(capacity) + input_bytes
         if not self.can_grant(nbytes):
             return None
         return TurnReservation(self, self._turns.new_cache(drafts=self._drafts), self.lease(holder, nbytes))

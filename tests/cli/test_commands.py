@@ -31,6 +31,7 @@ from hermes_async.engine.engine import Engine
 from hermes_async.engine.session import Session
 from hermes_async.errors import ConfigError
 from hermes_async.serving.preparations import Preparations
+from tests.audio_models import Whisper, noise, write_wave
 from tests.cli.forked import ForkedCommands
 from tests.inside import on_delivery
 
@@ -90,7 +91,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"hermes-async {hermes_async.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "plan", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "transcribe", "plan", "demo"])
 def test_help(command: str) -> None:
     assert command in hermes("--help").stdout
     assert hermes(command, "--help").exit_code == 0
@@ -116,6 +117,21 @@ def test_embed_refuses_in_one_line() -> None:
     message = "hermes-async: error: prompt_name 'no' is none of the checkpoint's prompts: query, document\n"
     assert (result.exit_code, result.stdout, result.stderr) == (1, "", message)
     assert hermes("embed", MODEL_PATH, "a", "--pooling", "sum").exit_code == 2
+
+
+def test_transcribe_prints_the_text_or_a_segment_a_line(tmp_path: Path, random_model: Callable[..., Any]) -> None:
+    whisper = Whisper(tmp_path / "whisper", random_model)
+    file = write_wave(tmp_path / "a.wav", noise(3, 5))
+    options = (whisper.path, file, "--memory", "64MiB", "--language", "en")
+    record = last_json(hermes("transcribe", *options, "--json"))
+    assert set(record) == {"text", "segments", "plan", "statistics"}
+    result = hermes("transcribe", *options)
+    assert (result.exit_code, result.stdout) == (0, record["text"] + "\n")
+    lines = hermes("transcribe", *options, "--timestamps").stdout.splitlines()
+    assert len(lines) == len(record["segments"])
+    assert float(lines[0][1:9]) == round(record["segments"][0]["start_s"], 2)
+    result = hermes("transcribe", whisper.path, tmp_path / "no.wav", "--memory", "64MiB")
+    assert (result.exit_code, result.stdout, len(result.stderr.splitlines())) == (1, "", 1)
 
 
 def test_classify_prints_labels(

@@ -10,7 +10,7 @@ import pytest
 from hermes_async.demo import MODEL_PATH
 from tests.cli.test_commands import BUDGET, hermes
 
-COMMANDS = ("generate", "chat", "embed", "classify", "profile", "demo", "serve")
+COMMANDS = ("generate", "chat", "transcribe", "embed", "classify", "profile", "demo", "serve")
 
 
 @pytest.mark.parametrize("by_variable", [False, True])

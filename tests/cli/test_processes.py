@@ -19,7 +19,7 @@ from hermes_async.demo import MODEL_PATH
 from tests.cli.forked import ForkedCommands
 from tests.cli.test_commands import hermes
 
-COMMANDS = ("generate", "chat", "embed", "classify", "plan", "profile", "timeline", "demo", "doctor")
+COMMANDS = ("generate", "chat", "transcribe", "embed", "classify", "plan", "profile", "timeline", "demo", "doctor")
 HEAVY = "[name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules]"
 
 

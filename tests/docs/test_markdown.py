@@ -114,7 +114,7 @@ def test_the_guide_runs(name: str, num_blocks: int, capsys: pytest.CaptureFixtur
 
 
 def needs_only_the_demo(block: CodeBlock) -> bool:
-    return not re.search(r"sentence-transformers|classify|input_ids=\[\[101", block.code)
+    return not re.search(r"sentence-transformers|classify|opus-mt|whisper|input_ids=\[\[101", block.code)
 
 
 # --- shell ---

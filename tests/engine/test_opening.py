@@ -9,7 +9,7 @@ import pytest
 from transformers import LlamaConfig
 
 from hermes_async import EngineConfig
-from hermes_async.engine import opening
+from hermes_async.engine import probing
 from hermes_async.engine.opening import open_model
 
 
@@ -20,17 +20,17 @@ def test_models_are_looked_at_one_at_a_time(
     alone = []
 
     def noted(name: str) -> None:
-        look = getattr(opening, name)
+        look = getattr(probing, name)
 
         def noting(*args: Any) -> Any:
             with ThreadPoolExecutor(1) as other:
-                if other.submit(opening._BUILDING.acquire, blocking=False).result():
-                    opening._BUILDING.release()
+                if other.submit(probing._BUILDING.acquire, blocking=False).result():
+                    probing._BUILDING.release()
                     raise AssertionError(f"{name}: another engine could build a model meanwhile")
             alone.append(name)
             return look(*args)
 
-        monkeypatch.setattr(opening, name, noting)
+        monkeypatch.setattr(probing, name, noting)
 
     names = ["build_skeleton", "check_packing", "probe_packed"]
     for name in names:
@@ -38,5 +38,5 @@ def test_models_are_looked_at_one_at_a_time(
     path = save_model(random_model(LlamaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=2)))
     open_model(path, "1GiB", EngineConfig()).close()
     assert alone == names
-    assert opening._BUILDING.acquire(blocking=False)
-    opening._BUILDING.release()
+    assert probing._BUILDING.acquire(blocking=False)
+    probing._BUILDING.release()

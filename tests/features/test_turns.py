@@ -13,7 +13,15 @@ import anyio
 import pytest
 import transformers as t
 
-from hermes_async import Engine, EngineConfig, MemoryBudgetError, ReadError, SamplingParams, UnsupportedModelError
+from hermes_async import (
+    Engine,
+    EngineConfig,
+    MemoryBudgetError,
+    ReadError,
+    SamplingParams,
+    UnsupportedModelError,
+    predict,
+)
 from tests.architectures import tiny_config
 from tests.disks import Disk, Read
 from tests.engines import check_nothing_is_left, drafts_cost_nothing, greedy_params, one_loop, tokens, until
@@ -57,6 +65,13 @@ async def test_the_plan_says_which_and_why(path: Path, kind: str) -> None:
     with pytest.raises(UnsupportedModelError):
         async with engine_of(path, batching="packed"):
             pass
+
+
+async def test_the_prediction_counts_a_pass_for_each_session(path: Path) -> None:
+    async with engine_of(path) as engine:
+        one, four = (predict(engine.plan, num_sessions=count).compute_seconds for count in (1, 4))
+        rest = engine.plan.machine.outside_seconds(1)
+        assert four - rest == pytest.approx(4 * (one - rest))
 
 
 async def test_samples_of_one_prompt_at_once(path: Path) -> None:

@@ -76,3 +76,16 @@ def test_so_is_attention_that_is_a_model_s_own(by_name: bool, monkeypatch: pytes
     assert len(seen) == 1
     assert seen[0] is queries
     assert torch.equal(attended, queries)
+
+
+@pytest.mark.usefixtures("packs_bfloat16")
+@pytest.mark.parametrize(("most_queries", "num_looked_at"), [(None, 1), (64, 1), (63, 0)])
+def test_attention_with_few_queries_is_not_looked_at(
+    most_queries: int | None, num_looked_at: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+    monkeypatch.setattr(kernels, "bounded_attention_kernels", lambda q: seen.append(q) or bounded_attention_kernels(q))
+    queries = torch.ones(1, 2, 8, 8, dtype=torch.bfloat16)
+    with bounded_attention(torch.bfloat16, most_queries):
+        F.scaled_dot_product_attention(queries, queries, queries)
+    assert len(seen) == num_looked_at

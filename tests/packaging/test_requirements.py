@@ -52,7 +52,7 @@ def test_the_oldest_tested_versions_of_extras_are_the_lowest_declared_ones() -> 
 
 def test_what_users_install_together() -> None:
     assert {one.name for one in requirements("all")} == {
-        one.name for extra in ("ray", "serve", "structured", "vision") for one in requirements(extra)
+        one.name for extra in ("audio", "ray", "serve", "structured", "vision") for one in requirements(extra)
     }
     assert {one.name for one in requirements("all")} <= {one.name for one in requirements("dev")}
 

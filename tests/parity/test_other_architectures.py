@@ -10,7 +10,7 @@ from typing import Any
 import anyio
 import pytest
 import transformers as t
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
 import hermes_async
 from hermes_async.engine.opening import open_model
@@ -199,8 +199,8 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "minicpm3": lambda: t.MiniCPM3Config(
         **SMALL, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
     ),
-    "youtu": lambda: t.YoutuConfig(
-        **SMALL,
+    "youtu": lambda: t.YoutuConfig(  # of a padding token, transformers clears the row of tied weights
+        **{**SMALL, "pad_token_id": None},
         num_key_value_heads=4,
         q_lora_rank=24,
         kv_lora_rank=16,
@@ -332,9 +332,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         boi_token_index=298,
         eoi_token_index=297,
     ),
-    "llava": lambda: t.LlavaConfig(
-        text_config=t.LlamaConfig(**GROUPED), vision_config=t.CLIPVisionConfig(**VISION), image_token_index=299
-    ),
     "whisper": lambda: t.WhisperConfig(
         **TOKENS,
         d_model=64,
@@ -347,8 +344,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         decoder_start_token_id=1,
     ),
 }
-# Where it is not AutoModelForCausalLM.
-SAVED_FROM = {"llava": t.LlavaForConditionalGeneration}
 # Each expert's matrices lie apart in their checkpoints.
 NEVER_REFUSED = {
     *("afmoe", "ernie4.5-moe", "glm4-moe", "mixtral", "mixtral-window"),
@@ -369,7 +364,7 @@ async def test_refused_by_name_or_right(
     complete_all: Callable[..., Any],
     assert_parity: Callable[..., None],
 ) -> None:
-    model = random_model(CONFIGS[name](), model_class=SAVED_FROM.get(name, AutoModelForCausalLM))
+    model = random_model(CONFIGS[name]())
     path = save_model(model)
     try:
         open_model(path, 1, hermes_async.EngineConfig())
@@ -381,6 +376,8 @@ async def test_refused_by_name_or_right(
     except hermes_async.MemoryBudgetError as error:
         minimum = error.minimum_bytes
     assert minimum is not None
+    if name == "recurrent-gemma":  # its `generate` goes on from the state of the last prompt after one of one token
+        prompts = [prompt for prompt in prompts if len(prompt) > 1]
     expected = greedy_reference(path, prompts, num_tokens=NUM_TOKENS)
     async with hermes_async.Engine(path, memory_budget=minimum) as engine:
         completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)

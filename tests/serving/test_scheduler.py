@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hermes_async import Chunk, SamplingParams
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS, KVLayout, KVPool, KVShape, SequenceKV
+from hermes_async.modeling.turns import TurnTraits
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.serving.jobs import GenerationJob
 from hermes_async.serving.kv_blocks import BlockReservation, KVBlocks
@@ -35,6 +36,7 @@ class Sweeps:
         max_tokens: Of a sweep with as many outputs as there may be; with each one less there may be `more_tokens`.
         compute_seconds: A token's.
         read_seconds: A sweep's; None for neither known.
+        options: Of the scheduler.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class Sweeps:
         more_tokens: int = 0,
         compute_seconds: float = 1.0,
         read_seconds: float | None = None,
+        **options: Any,
     ) -> None:
         times = SweepTimes()
         if read_seconds is not None:
@@ -54,10 +57,12 @@ class Sweeps:
             times.record_read(read_seconds)
         self.blocks = KVBlocks(KVPool(LAYOUT, 1024 * LAYOUT.block_bytes), MemoryGovernor(2048 * LAYOUT.block_bytes))
         most_tokens = [max_tokens + more_tokens * less for less in reversed(range(max_outputs))]
-        self.scheduler = Scheduler(most_tokens, max_sequences, times)
+        self.scheduler = Scheduler(most_tokens, max_sequences, times, **options)
         self.requests: list[Request] = []
 
-    def add(self, prompt: int | list[int], *, drafts: bool = False, max_tokens: int = 50) -> Request:
+    def add(
+        self, prompt: int | list[int], *, drafts: bool = False, max_tokens: int = 50, **prepared_as: Any
+    ) -> Request:
         """Admits a request; of a number, a prompt of so many tokens that no other has."""
         number = len(self.requests) + 1
         token_ids = [1000 * number + idx for idx in range(prompt)] if isinstance(prompt, int) else prompt
@@ -68,6 +73,7 @@ class Sweeps:
             None,
             PromptLookup(token_ids) if drafts else None,
             AcceptanceRates(),
+            **prepared_as,
         )
         request = Request(str(number), prepared, SamplingParams(max_tokens=max_tokens), 2, 0.0)
         self.requests.append(request)
@@ -504,3 +510,33 @@ class Scheduling(RuleBasedStateMachine):
 
 Scheduling.TestCase.settings = settings(max_examples=30, stateful_step_count=25, deadline=None)
 test_scheduling = Scheduling.TestCase
+
+
+def test_packed_jobs_turns_and_images_that_do_not_fit_together_take_sweeps_by_turns() -> None:
+    """The packed ones take part together, and every request takes part at some time."""
+    few = 3
+
+    def fits(jobs: Sequence[GenerationJob]) -> bool:
+        return len(jobs) <= few and sum(bool(job.model_inputs) for job in jobs) <= 1
+
+    images = {"in_turns": True, "model_inputs": {"pixel_values": torch.zeros(1)}}
+    with closing(Sweeps(traits=TurnTraits(chunks=True), fits=fits)) as sweeps:
+        packed = [sweeps.add_decoding(), sweeps.add_decoding()]
+        turns = [sweeps.add_decoding(in_turns=True), sweeps.add_decoding(in_turns=True)]
+        prompts = [sweeps.add(5, **images), sweeps.add(5, **images)]
+        seen: list[set[Request]] = []
+        for _ in range(30):
+            seen.append({job.request for job in sweeps.run()})
+            assert 0 < len(seen[-1]) <= few
+            assert len(seen[-1].intersection(packed)) in (0, len(packed))
+        for request in (*packed, *turns, *prompts):
+            assert sum(request in together for together in seen) >= 3
+
+
+def test_a_prompt_with_images_is_not_divided() -> None:
+    images = {"in_turns": True, "model_inputs": {"pixel_values": torch.zeros(1)}}
+    with closing(Sweeps(20, traits=TurnTraits(chunks=True), fits=lambda jobs: True)) as sweeps:
+        text, image = sweeps.add(10), sweeps.add(15, **images)
+        assert sweeps.shares() == [(text, 10, True)]
+        sweeps.run()
+        assert sweeps.shares() == [(text, 1, True), (image, 15, True)]
