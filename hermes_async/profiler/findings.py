@@ -26,6 +26,7 @@ EXTRAS = {
     "structured": "answers that follow a JSON schema, a regular expression or a list of choices",
     "vision": "models of images",
     "ray": "replicas on Ray Serve",
+    "audio": "files of audio other than WAV",
 }
 """What each extra is for."""
 

@@ -58,6 +58,8 @@ ARGUMENTS: dict[str, tuple[Any, ...]] = {
     "stream": ([5],),
     "token_strings": ([5],),
     "tokenize": ("text",),
+    "transcribe": ("speech.wav",),
+    "transcribe_stream": ("speech.wav",),
 }
 KEYWORDS: dict[str, dict[str, Any]] = {"forward": {"input_ids": [[5]]}, "edit": {"token_ids": [5]}}
 

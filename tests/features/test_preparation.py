@@ -35,10 +35,10 @@ def held(monkeypatch: pytest.MonkeyPatch, tiny_model: Any) -> Iterator[threading
     """Prompts of 12 tokens are not prepared before the event is set."""
     let_go, works = threading.Event(), streaming.prepare
 
-    def prepare(opened: Any, token_ids: list[int], *args: Any, **options: Any) -> Any:
-        if len(token_ids) == 12:
+    def prepare(opened: Any, prompt: Any, *args: Any, **options: Any) -> Any:
+        if len(prompt.token_ids) == 12:
             assert let_go.wait(60)
-        return works(opened, token_ids, *args, **options)
+        return works(opened, prompt, *args, **options)
 
     monkeypatch.setattr(streaming, "prepare", prepare)
     yield let_go
