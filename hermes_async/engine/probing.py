@@ -92,7 +92,9 @@ def build_and_probe(
     exits.callback(attention.close)
     with _BUILDING:
         model_config = load_config(checkpoint)
-        skeleton = build_skeleton(checkpoint, model_config, attention.name)
+        # In turns, with transformers' default attention, which some architectures choose when they are built.
+        named_attention = None if config.batching == "turns" else attention.name
+        skeleton = build_skeleton(checkpoint, model_config, named_attention)
         skeleton = with_context_length(skeleton, config.context_length)
         if not skeleton.generates:
             return ProbedModel(skeleton, attention, probe_forward(skeleton))
@@ -112,9 +114,8 @@ def build_and_probe(
                 if config.batching == "packed":
                     raise
                 refusal = error
+                skeleton = with_context_length(build_skeleton(checkpoint, model_config, None), config.context_length)
         traits = _traits(model_config, config)
-        # With transformers' default attention, which some architectures choose when they are built.
-        skeleton = with_context_length(build_skeleton(checkpoint, model_config, None), config.context_length)
         model = ProbedModel(skeleton, attention, probe_turns(skeleton, traits), refusal)
         return _with_images(model, model_config, config, preparation)
 

@@ -6,7 +6,7 @@ modules while its call runs, and taken off while another call does.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -48,11 +48,9 @@ class ModuleState:
 
 def tensor_attributes(model: nn.Module) -> dict[tuple[str, str], torch.Tensor]:
     """The attributes that are tensors but neither parameters nor buffers, by module and name."""
-    return dict(_attributes(model))
-
-
-def _attributes(model: nn.Module) -> Iterator[tuple[tuple[str, str], torch.Tensor]]:
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, torch.Tensor):
-                yield (path, name), value
+    return {
+        (path, name): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, torch.Tensor)
+    }

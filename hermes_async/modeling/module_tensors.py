@@ -48,6 +48,18 @@ def places_of(model: nn.Module, names: Iterable[str]) -> dict[str, Place]:
     return {name: Place(modules[path], leaf) for name, (path, _, leaf) in parts.items()}
 
 
+def ones_for_numbers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Ones in place of those tensors that are whole numbers, for a model that runs without its checkpoint.
+
+    Whole numbers count or index something: one is a valid value everywhere, zero is not a divisor.
+    """
+    return {
+        name: torch.ones_like(tensor, device="cpu")
+        for name, tensor in tensors.items()
+        if not (tensor.is_floating_point() or tensor.is_complex())
+    }
+
+
 @contextmanager
 def replaced_tensors(model: nn.Module, values: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """Within the block, `values` are the parameters and buffers of `model` with these names."""

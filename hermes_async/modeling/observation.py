@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.foreign_errors import reason_of
-from hermes_async.modeling.module_tensors import replaced_tensors
+from hermes_async.modeling.module_tensors import ones_for_numbers, replaced_tensors
 from hermes_async.modeling.row_tables import TableUse, joined_uses, row_taken
 from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
 from hermes_async.storage.buffers import MAP_NORESERVE
@@ -218,19 +218,9 @@ def _alike(given: torch.Tensor, weight: torch.Tensor | None) -> bool:
 
 
 def _zeros_like(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Zeros that take no memory, as matrices may be larger than the machine's memory; ones for whole numbers.
-
-    Whole numbers count or index something: one is a valid value everywhere, zero is not a divisor.
-    """
-    numbers = {
-        name: torch.ones_like(tensor, device="cpu") for name, tensor in tensors.items() if not _is_weight(tensor)
-    }
-    tensors = {name: tensor for name, tensor in tensors.items() if _is_weight(tensor)}
-    return numbers | _zero_weights(tensors)
-
-
-def _is_weight(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
+    """Zeros that take no memory, as matrices may be larger than the machine's memory; ones for whole numbers."""
+    numbers = ones_for_numbers(tensors)
+    return numbers | _zero_weights({name: tensor for name, tensor in tensors.items() if name not in numbers})
 
 
 def _zero_weights(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ from hermes_async.errors import UnsupportedModelError
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.kv_cache import KVLayout, KVPool, SequenceKV, num_blocks
-from hermes_async.modeling.module_tensors import replaced_tensors
+from hermes_async.modeling.module_tensors import ones_for_numbers, replaced_tensors
 from hermes_async.modeling.packed import PackedBatch, PackedSequence, forward_packed
 from hermes_async.modeling.probe import probe_model
 from hermes_async.modeling.skeleton import build_model
@@ -78,10 +78,15 @@ def check_packing(config: PreTrainedConfig, attention: PackedAttention) -> None:
                 )
         return
     assert reason is not None  # the last of the configurations is the model's own
-    raise UnsupportedModelError(
+    raise not_checked(config, reason) from reason
+
+
+def not_checked(config: PreTrainedConfig, reason: Exception) -> UnsupportedModelError:
+    """The error of a model of which no copy could be run."""
+    return UnsupportedModelError(
         f"{config.model_type} could not be checked against transformers ({reason_of(reason)}), so its tokens might be "
         'wrong; EngineConfig(self_check="skip") runs it unchecked'
-    ) from reason
+    )
 
 
 def small_copies(config: PreTrainedConfig) -> Iterator[PreTrainedConfig]:
@@ -194,8 +199,7 @@ def _packed(config: PreTrainedConfig, attention: PackedAttention) -> list[torch.
 def noise(model: PreTrainedModel) -> Iterator[None]:
     """Within the block every matrix is a view of one block of noise, from its own offset; norms are near one."""
     weights = dict(_weights(model))
-    # Whole numbers count or index something: one is a valid value everywhere, zero is not a divisor.
-    numbers = {name: torch.ones_like(tensor, device="cpu") for name, tensor in _other_tensors(model)}
+    numbers = ones_for_numbers(model.state_dict(keep_vars=True))
     largest = max(tensor.numel() for tensor in weights.values())
     if largest * 4 > _MAX_NOISE_BYTES:
         raise MemoryError(f"the largest matrix has {largest} elements")
@@ -214,10 +218,6 @@ def noise(model: PreTrainedModel) -> Iterator[None]:
         values[name] = 1 + value if tensor.dim() <= 1 and not name.endswith("bias") else value
     with replaced_tensors(model, values | numbers):
         yield
-
-
-def _other_tensors(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:
-    return (item for item in model.state_dict(keep_vars=True).items() if not item[1].is_floating_point())
 
 
 def _weights(model: nn.Module) -> Iterable[tuple[str, torch.Tensor]]:

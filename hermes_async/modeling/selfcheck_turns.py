@@ -18,11 +18,10 @@ import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
-from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.encoder_inputs import example_encoder_inputs
 from hermes_async.modeling.generation_api import generated_logits
 from hermes_async.modeling.module_state import ModuleState, tensor_attributes
-from hermes_async.modeling.selfcheck import TOLERANCE, noise, small_copies
+from hermes_async.modeling.selfcheck import TOLERANCE, noise, not_checked, small_copies
 from hermes_async.modeling.skeleton import build_model
 from hermes_async.modeling.turns import TurnCache, TurnInput, Turns, TurnTraits
 
@@ -60,10 +59,7 @@ def check_turns(config: PreTrainedConfig) -> TurnTraits:
             )
         return traits
     assert reason is not None  # the last of the configurations is the model's own
-    raise UnsupportedModelError(
-        f"{config.model_type} could not be checked against transformers ({reason_of(reason)}), so its tokens might be "
-        'wrong; EngineConfig(self_check="skip") runs it unchecked'
-    ) from reason
+    raise not_checked(config, reason) from reason
 
 
 def _traits(config: PreTrainedConfig) -> TurnTraits | None:

@@ -137,11 +137,6 @@ class KVBlocks(SequenceCaches):
         return len(self._unused) * self.pool.layout.block_bytes
 
     @property
-    def most_bytes(self) -> int:
-        """Bytes that one sequence could have if there were no others; less after the budget has shrunk."""
-        return min(self.pool.num_blocks * self.pool.layout.block_bytes, self._governor.budget_bytes)
-
-    @property
     def is_short(self) -> bool:
         """Whether a sequence waits for room."""
         return self._governor.shortfall_bytes > 0

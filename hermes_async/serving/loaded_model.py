@@ -80,7 +80,7 @@ class LoadedModel:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all caches of sequences, unused prefixes included."""
-        return self.blocks.kv_bytes + (0 if self.turn_caches is None else self.turn_caches.kv_bytes)
+        return self.kv_memory.budget_bytes - self.kv_memory.free_bytes
 
     def memory(self) -> GovernorStatistics:
         """The leases of the budget. KV counts with the bytes in use, not with those set aside for it."""

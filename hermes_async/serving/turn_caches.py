@@ -122,13 +122,6 @@ class TurnCaches(SequenceCaches):
     def __init__(self, turns: Turns, layout: TurnLayout, governor: MemoryGovernor, *, drafts: bool) -> None:
         self.traits = turns.traits
         self._turns, self._layout, self._governor, self._drafts = turns, layout, governor, drafts
-        # All mutable state: the leases that are out.
-        self._leases: set[Lease] = set()
-
-    @property
-    def kv_bytes(self) -> int:
-        """Bytes of all caches."""
-        return sum(lease.nbytes for lease in self._leases if not lease.released)
 
     def nbytes(self, capacity: int) -> int:
         return self._layout.nbytes(capacity)
@@ -159,9 +152,7 @@ class TurnCaches(SequenceCaches):
 
     def lease(self, holder: str, nbytes: int) -> Lease:
         """Takes a lease; `can_grant` must hold."""
-        lease = self._governor.acquire_nowait(holder, nbytes)
-        self._leases = {one for one in self._leases if not one.released} | {lease}
-        return lease
+        return self._governor.acquire_nowait(holder, nbytes)
 
 
 class _Staging:
