@@ -34,6 +34,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.checkpoints import llama_config, random_checkpoint
+from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
 from benchmarks.soak import float32_copy
 from benchmarks.sweep import disk_seconds
@@ -100,24 +101,13 @@ def report(args: argparse.Namespace, path: Path) -> None:
     if not args.skip_lookup:
         result |= {"demo": run_child("demo", path), "copies": run_child("copies", path)}
     checks = _checks(result)
-    print()
-    for name, check in checks.items():
-        if isinstance(check, str):
-            print(f"  {name:40} not measured: {check}")
-            continue
-        figure, target, sense = check
-        met = figure >= target if sense == "at least" else figure <= target
-        print(f"  {name:40} {figure:7.3f}  ({sense} {target:g}: {'met' if met else 'MISSED'})")
+    print_checks(checks)
     for kind, part in result.items():
         if part["limit_error"] is not None:
             print(f"  {kind}: the disk was not held: {part['limit_error']}")
     if args.plot is not None:
         draw(result["sessions"]["points"], args.plot)
-    print(json.dumps({"checks": {name: None if isinstance(c, str) else c[0] for name, c in checks.items()}, **result}))
-
-
-Check = tuple[float, float, str] | str
-"""Figure, target and sense; or why there is none."""
+    print(json.dumps({"checks": figures_of(checks), **result}))
 
 
 def _checks(result: dict[str, Any]) -> dict[str, Check]:

@@ -24,6 +24,7 @@ import torch
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from benchmarks.checkpoints import llama_config, random_checkpoint
+from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
 from hermes_async import Engine, SamplingParams, format_bytes
 
@@ -58,8 +59,8 @@ def report(args: argparse.Namespace, path: Path) -> None:
     held = run_child("streamed", path, budget, args.rounds, held=args.limit)
     free = run_child("streamed", path, budget, args.rounds)
     resident = run_child("resident", path, num_bytes * 2, args.rounds)
-    checks = {
-        "sweep_share_held": (held["share_of_disk"], 0.95, "at least") if held["limit_error"] is None else None,
+    checks: dict[str, Check] = {
+        "sweep_share_held": held["limit_error"] or (held["share_of_disk"], 0.95, "at least"),
         "sweep_share_unthrottled": (free["share_of_disk"], 0.85, "at least"),
         "bytes_per_sweep": (abs(free["bytes_per_sweep"] / free["bytes_expected"] - 1), 0.01, "at most"),
         "peak_in_use_of_budget": (max(held["peak_in_use"], free["peak_in_use"]), 1.0, "at most"),
@@ -68,18 +69,11 @@ def report(args: argparse.Namespace, path: Path) -> None:
         "sweeps_of_eight_sessions": (held["eight_sweeps"], 1.1, "at most"),
         "time_of_eight_sessions": (held["eight_time"], 1.2, "at most"),
     }
-    print()
-    for name, check in checks.items():
-        if check is None:
-            print(f"  {name:30} not measured: {held['limit_error']}")
-            continue
-        figure, target, sense = check
-        met = figure >= target if sense == "at least" else figure <= target
-        print(f"  {name:30} {figure:7.3f}  ({sense} {target}: {'met' if met else 'MISSED'})")
+    print_checks(checks)
     print(json.dumps({
         "weight_bytes": num_bytes,
         "budget_bytes": budget,
-        "checks": {name: None if check is None else check[0] for name, check in checks.items()},
+        "checks": figures_of(checks),
         "held": held,
         "unthrottled": free,
         "resident": resident,

@@ -28,6 +28,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from benchmarks.checkpoints import llama_config, random_checkpoint
+from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
 from benchmarks.paper_modes import weight_bytes
 from benchmarks.processes import preload, run_alone
@@ -78,25 +79,14 @@ def report(path: Path, share: float, limits: list[int], numbers: list[int], num_
         runs.append(run_alone(run_points, path, budget, limit, numbers, num_tokens, rounds))
         _print_run(runs[-1])
     checks = _checks(runs, opening)
-    print()
-    for name, check in checks.items():
-        if isinstance(check, str):
-            print(f"  {name:44} not measured: {check}")
-            continue
-        figure, target, sense = check
-        met = figure >= target if sense == "at least" else figure <= target
-        print(f"  {name:44} {figure:7.3f}  ({sense} {target:g}: {'met' if met else 'MISSED'})")
+    print_checks(checks)
     print(json.dumps({
-        "checks": {name: None if isinstance(check, str) else check[0] for name, check in checks.items()},
+        "checks": figures_of(checks),
         "weight_bytes": weights,
         "budget_bytes": budget,
         "opening": opening,
         "runs": runs,
     }))  # fmt: skip
-
-
-Check = tuple[float, float, str] | str
-"""Figure, target and sense; or why there is none."""
 
 
 def _checks(runs: Sequence[Record], opening: Record) -> dict[str, Check]:

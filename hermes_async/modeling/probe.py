@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -137,6 +137,11 @@ def probe_packed(skeleton: Skeleton, attention: PackedAttention) -> Probe:
     return without_unused(first, names, partial(probe_model, skeleton.model, attention))
 
 
+def idle_parameters(names: Iterable[str], used: Collection[str], needed: Collection[str]) -> frozenset[str]:
+    """The parameters of modules that are not among `used`, without those in `needed`."""
+    return frozenset(name for name in names if name.rpartition(".")[0] not in used).difference(needed)
+
+
 def without_unused(
     first: Probe, names: Sequence[str], probe: Callable[[list[str]], Probe], needed: Collection[str] = ()
 ) -> Probe:
@@ -147,8 +152,7 @@ def without_unused(
     Args:
         needed: Parameters that count as used.
     """
-    used = first.used_outside.union(first.visits)
-    idle = frozenset(name for name in names if name.rpartition(".")[0] not in used).difference(needed)
+    idle = idle_parameters(names, first.used_outside.union(first.visits), needed)
     if not idle:
         return first
     try:

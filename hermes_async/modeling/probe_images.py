@@ -11,7 +11,7 @@ import torch
 from hermes_async.errors import UnsupportedModelError
 from hermes_async.modeling.inputs import num_values
 from hermes_async.modeling.observation import Alive, Observation, observe
-from hermes_async.modeling.probe import ImageProbe, Probe
+from hermes_async.modeling.probe import ImageProbe, Probe, idle_parameters
 from hermes_async.modeling.probe_turns import in_layers
 from hermes_async.modeling.row_tables import joined_uses
 from hermes_async.modeling.skeleton import Skeleton
@@ -65,8 +65,7 @@ def with_images(
     names = list(model.state_dict())
     seen, nbytes = look(names)
     called = {*probe.visits, *probe.used_outside, *seen.visits, *seen.used_outside}
-    idle = frozenset(name for name in names if name.rpartition(".")[0] not in called)
-    idle -= in_layers(model, names, called)
+    idle = idle_parameters(names, called, in_layers(model, names, called))
     if idle:
         try:  # parameters of a module that is not called may still be used by the module around it
             look([name for name in names if name not in idle])
