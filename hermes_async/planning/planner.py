@@ -186,8 +186,9 @@ def _partitions(
 def _cost(plan: Plan, sizes: ModelSizes, config: EngineConfig) -> float:
     """The seconds by which plans are compared.
 
-    For a model that generates: one session alone, plus `config.max_sequences` sessions, in rounds of as many as run at
-    once. For another model: the geometric mean over texts from short to long, which gives them equal weight.
+    The geometric mean over several cases, which gives them equal weight. For a model that generates: one session alone,
+    and `config.max_sequences` sessions, in rounds of as many as run at once. For another model: texts from short to
+    long.
     """
     if not sizes.generates:
         lengths = [min(length, plan.max_tokens_per_sweep) for length in sizes.text_lengths]
@@ -196,7 +197,7 @@ def _cost(plan: Plan, sizes: ModelSizes, config: EngineConfig) -> float:
     prompt_tokens = min(_PROMPT_TOKENS, max(1, (sizes.context_length or sys.maxsize) - 1))
     alone_s = generation_seconds(plan, 1, prompt_tokens, _NEW_TOKENS)
     together_s = generation_seconds(plan, plan.max_sequences, prompt_tokens, _NEW_TOKENS)
-    return alone_s + config.max_sequences / plan.max_sequences * together_s
+    return math.sqrt(alone_s * together_s * config.max_sequences / plan.max_sequences)
 
 
 def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, config: EngineConfig) -> list[str]:

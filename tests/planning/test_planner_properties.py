@@ -391,7 +391,7 @@ def seconds_of_all(plan: Plan, model: FakeModel) -> float:
 
 def test_reasons_tell_of_what_was_left_out() -> None:
     model = FakeModel((900 * KIB,) * 8, 2000 * KIB, 4 * KIB, 64, 128, 64, 64, 0)
-    reasons = model.plan(5000 * KIB).explanation
+    reasons = model.plan(7000 * KIB).explanation
     assert any(reason.startswith("stages of up to ") for reason in reasons)
     assert any("longer, and cost" in reason and "left out" in reason for reason in reasons)
     assert any(reason.startswith("KV caches: a tenth") for reason in reasons)

@@ -75,7 +75,8 @@ class OpenPage:
 
     def open(self, path: str = f"{PREFIX}/") -> OpenPage:
         self.tab.goto(self.url + path)
-        self.tab.locator("#strip .cell").first.wait_for()
+        self.tab.locator("#strip .cell").first.wait_for()  # from the stream of events
+        self.tab.locator("#model:not(:empty)").wait_for()  # from a request of its own
         return self
 
     def conversation(self, number: int = 1) -> Any:
