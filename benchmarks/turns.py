@@ -40,6 +40,7 @@ MIB = 2**20
 BATCHINGS = ("packed", "turns")
 
 _PROMPT_TOKENS = 8
+_COUNTED_TOKENS = 32  # a plan has a sequence for each so many tokens of KV memory
 _PASSES = 24  # over a layer, of which the median counts
 _OPENINGS = 5  # of each batching
 _AGGREGATE_AT = 16  # sessions
@@ -245,7 +246,7 @@ def kv_needed(path: Path, number: int, num_tokens: int) -> int:
     for batching in BATCHINGS:
         opened = open_model(path, "1TiB", EngineConfig(batching=batching))
         opened.close()
-        needed.append(number * opened.probe.cache.nbytes(_PROMPT_TOKENS + num_tokens))
+        needed.append(number * opened.probe.cache.nbytes(max(_PROMPT_TOKENS + num_tokens, _COUNTED_TOKENS)))
     return max(needed)
 
 
