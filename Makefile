@@ -1,6 +1,6 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo test test-oldest test-newest test-optimized test-wheel outdated coverage lint bench
+.PHONY: help setup environments demo test test-oldest test-optimized test-wheel outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -13,8 +13,8 @@ PIP_INSTALL = -m pip install --disable-pip-version-check --quiet $(PIP_OPTIONS)
 help:
 	@echo "make demo    run the model that ships with the package in less memory than its weights take"
 	@echo "make test    run the tests; make coverage also measures their coverage, and takes longer"
-	@echo "make test-oldest, make test-newest"
-	@echo "             run the tests that depend on other libraries with the oldest and the newest tested versions"
+	@echo "make test-oldest"
+	@echo "             run the tests that depend on other libraries with their oldest tested versions"
 	@echo "make test-optimized"
 	@echo "             run the tests under python -O, on one event loop"
 	@echo "make test-wheel"
@@ -26,7 +26,7 @@ help:
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only create the virtual environment and install the dependencies for development"
 	@echo "make environments"
-	@echo "             create this environment and those of test-oldest and test-newest; make -j3 does all at once"
+	@echo "             create this environment and that of test-oldest; make -j2 does both at once"
 
 setup: $(INSTALLED)
 
@@ -47,15 +47,13 @@ test: $(INSTALLED)
 
 # What depends on the versions of other libraries: parity, checkpoints, forward passes, tokenizers. To stay short, these
 # tests run on one event loop, and leave out features that are the engine's own. Tokens are compared with transformers' at
-# the smallest budget, where all weights are streamed and prompts are computed in chunks; `make test` has all budgets. The
-# newest versions are today's but for transformers, so there grammars and the server's application are left out.
+# the smallest budget, where all weights are streamed and prompts are computed in chunks; `make test` has all budgets, with
+# the newest tested versions.
 VERSION_FEATURES := classification context_length embedding forwarding kernels prompt sampling_params sentences \
 	structured_outputs text_length tokenizer
-VERSION_TESTS := tests/parity tests/modeling tests/engine tests/faults/test_checkpoints.py tests/serving/test_text_stream.py \
-	$(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py))
+VERSION_TESTS := tests/parity tests/modeling tests/quantization tests/engine tests/faults/test_checkpoints.py \
+	tests/serving/test_text_stream.py tests/server/test_app.py $(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py))
 VERSION_CHOICE = not uvloop and not (those_of_transformers and (middle or resident))
-test-oldest: VERSION_TESTS += tests/server/test_app.py
-test-newest: VERSION_CHOICE += and not hostile
 
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
@@ -63,10 +61,10 @@ test-newest: VERSION_CHOICE += and not hostile
 	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e ".[test]"
 	@touch $@
 
-environments: $(INSTALLED) .venv-newest/.installed .venv-oldest/.installed
+environments: $(INSTALLED) .venv-oldest/.installed
 
-test-oldest test-newest: test-%: .venv-%/.installed
-	.venv-$*/bin/python -m pytest -q -n auto --dist loadfile $(VERSION_TESTS) -k "$(VERSION_CHOICE)"
+test-oldest: .venv-oldest/.installed
+	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile $(VERSION_TESTS) -k "$(VERSION_CHOICE)"
 
 # pytest's own asserts hold under `python -O` too. Bytecode is kept, because no other run has compiled the libraries so.
 test-optimized: $(INSTALLED)

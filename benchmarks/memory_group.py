@@ -38,11 +38,15 @@ class MemoryGroup:
         """Processes that the kernel ended because the limit was reached."""
         return self._counts("memory.oom_control")["oom_kill"]
 
-    def start(self, arguments: Sequence[str]) -> subprocess.Popen[str]:
-        """Starts Python with these arguments in the group, with pipes as standard streams."""
+    def limit(self, limit_bytes: int) -> None:
+        """Sets another hard limit."""
+        (self._path / "memory.limit_in_bytes").write_text(str(limit_bytes))
+
+    def start(self, arguments: Sequence[str], python: Path = Path(sys.executable)) -> subprocess.Popen[str]:
+        """Starts `python` with these arguments in the group, with pipes as standard streams."""
         script = f'echo $$ > {self._path}/tasks && exec "$@"'
         return subprocess.Popen(
-            ["/bin/sh", "-c", script, "sh", sys.executable, *arguments],
+            ["/bin/sh", "-c", script, "sh", str(python), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -71,8 +75,8 @@ class MemoryGroup:
 
 
 @contextmanager
-def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
-    """Makes a group with a hard limit, and removes it when all its processes have ended.
+def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
+    """Makes a group with a hard limit, or none yet, and removes it when all its processes have ended.
 
     Raises:
         SystemExit: There is no version 1 hierarchy of the memory controller, or only root may make groups in it.
@@ -83,8 +87,10 @@ def memory_group(limit_bytes: int) -> Iterator[MemoryGroup]:
     except OSError as error:
         raise SystemExit(f"a memory cgroup of version 1 cannot be made in {_MOUNT} ({error}); be root") from error
     try:
-        (path / "memory.limit_in_bytes").write_text(str(limit_bytes))
-        yield MemoryGroup(path)
+        group = MemoryGroup(path)
+        if limit_bytes is not None:
+            group.limit(limit_bytes)
+        yield group
     finally:
         (path / "memory.force_empty").write_text("0")
         path.rmdir()

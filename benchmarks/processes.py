@@ -19,11 +19,11 @@ def preload(*modules: str) -> None:
     _CONTEXT.set_forkserver_preload(list(modules))
 
 
-def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
-    """Drops the page cache, and returns what `measure(*args)` returns in a process of its own.
+def drop_page_cache() -> None:
+    """Empties the page cache.
 
     Raises:
-        SystemExit: The cache cannot be dropped (only root may), or the measurement failed.
+        SystemExit: Only root may.
     """
     subprocess.run(["sync"], check=True)
     try:
@@ -32,6 +32,15 @@ def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, A
         raise SystemExit(
             f"the page cache cannot be dropped ({error}), and every figure would be wrong; be root"
         ) from error
+
+
+def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
+    """Drops the page cache, and returns what `measure(*args)` returns in a process of its own.
+
+    Raises:
+        SystemExit: The cache cannot be dropped (only root may), or the measurement failed.
+    """
+    drop_page_cache()
     receive, send = _CONTEXT.Pipe(duplex=False)
     process = _CONTEXT.Process(target=_send, args=(send, measure, args))
     process.start()

@@ -369,7 +369,11 @@ class EngineConfig:
         direct_io: Reads bypass the page cache where the file system allows it.
         kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
             where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
-            differently, and the setting holds for the whole process while such a sweep computes.
+            differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
+            memory, and are 4-bit or 8-bit numbers in bfloat16, they are laid out for torch's kernels for such numbers.
+        dtype: What the model computes in: "float32", "bfloat16" or "float16". "auto" takes the dtype in the model's
+            configuration, or else that of its first weight, as transformers does. Weights of another dtype are cast
+            when their stage is computed.
         batching: How the sequences of a sweep are computed. "packed": in one row, which is fastest, where the
             architecture allows it. "turns": each in a call of its own, which works for every architecture; the calls
             share the reads. "auto" takes turns only where a packed row does not give transformers' tokens.
@@ -393,6 +397,7 @@ class EngineConfig:
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
     kernels: str = "default"
+    dtype: str = "auto"
     batching: str = "auto"
     self_check: str = "require"
 
@@ -417,6 +422,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.kernels not in ("default", "fastest"):
             raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {self.dtype!r}")
         if self.batching not in ("auto", "packed", "turns"):
             raise ConfigError(f"batching must be 'auto', 'packed' or 'turns', not {self.batching!r}")
         if self.self_check not in ("require", "skip"):

@@ -14,7 +14,18 @@ import hermes_async
 PACKAGE = Path(hermes_async.__file__).parent
 MODULES = sorted(PACKAGE.rglob("*.py"))
 BASE = {"config", "errors", "foreign_errors", "results"}
-ROOMS = ("storage", "memory", "pipeload", "planning", "modeling", "serving", "engine", "profiler")
+ROOMS = (
+    "storage",
+    "memory",
+    "pipeload",
+    "planning",
+    "quantization",
+    "modeling",
+    "serving",
+    "engine",
+    "profiler",
+    "conversion",
+)
 MAX_LINES = 450
 
 

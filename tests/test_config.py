@@ -275,6 +275,7 @@ def test_the_engine_s_defaults() -> None:
         "parking_dir": None,
         "direct_io": True,
         "kernels": "default",
+        "dtype": "auto",
         "batching": "auto",
         "self_check": "require",
     }

@@ -49,6 +49,7 @@ def generate(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    dtype: options.Dtype = "auto",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
     log_level: options.LogLevel = None,
@@ -73,7 +74,7 @@ def generate(
             ignore_eos=ignore_eos,
         )
         config = options.engine_config(
-            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length
+            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length, dtype=dtype
         )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))

@@ -14,7 +14,7 @@ from hermes_async.config import MODEL_FIELDS, EngineConfig, SamplingParams, form
 
 Model = Annotated[
     str,
-    typer.Argument(help="A checkpoint's directory, or an id on the Hugging Face hub.", show_default=False),
+    typer.Argument(help="A checkpoint's directory, a GGUF file, or an id on the Hugging Face hub.", show_default=False),
 ]
 Memory = Annotated[
     str,
@@ -79,6 +79,13 @@ Kernels = Annotated[
         metavar="WHICH",
         help="default computes as transformers does; fastest uses the kernels that `profile` found to be faster, which "
         "round differently.",
+    ),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        metavar="DTYPE",
+        help="What the model computes in: float32, bfloat16, float16, or auto, which the checkpoint names.",
     ),
 ]
 Trace = Annotated[
@@ -159,6 +166,7 @@ def engine_config(
     *,
     kv_budget: int | None = None,
     kernels: str = "default",
+    dtype: str = "auto",
     context_length: int | None = None,
     max_waiting: int | None = 1024,
 ) -> EngineConfig:
@@ -169,5 +177,6 @@ def engine_config(
         max_resident_layers=max_resident_layers,
         kv_budget=kv_budget,
         kernels=kernels,
+        dtype=dtype,
         context_length=context_length,
     )

@@ -123,7 +123,7 @@ class EngineProgress:
             self._clear()
             return
         if self._display is None:
-            self._display = _new_display(self._console)
+            self._display = new_display(self._console)
             self._display.start()
         for what in self._tasks.keys() - {row.what for row in rows}:
             self._display.remove_task(self._tasks.pop(what))
@@ -141,7 +141,8 @@ class EngineProgress:
         self._display, self._tasks = None, {}
 
 
-def _new_display(console: Console | None) -> Progress:
+def new_display(console: Console | None) -> Progress:
+    """A display without rows, which vanishes when it stops."""
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
     columns = (

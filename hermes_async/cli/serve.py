@@ -26,7 +26,7 @@ def serve(
     model: Annotated[
         str,
         typer.Argument(
-            help="A checkpoint's directory, or an id on the Hugging Face hub.",
+            help="A checkpoint's directory, a GGUF file, or an id on the Hugging Face hub.",
             envvar=f"{_ENVIRONMENT}MODEL",
             show_default=False,
         ),
@@ -149,6 +149,7 @@ def serve(
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
+    dtype: options.Dtype = "auto",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
     log_level: options.LogLevel = "info",
@@ -185,6 +186,7 @@ def serve(
             loading_agents,
             max_resident_layers,
             kernels=kernels,
+            dtype=dtype,
             context_length=context_length,
             max_waiting=max_waiting,
         )

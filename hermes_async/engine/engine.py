@@ -38,7 +38,7 @@ class Engine(Transcribing):
     `EngineClosedError`. Use an engine from one event loop (asyncio or uvloop); it is not thread-safe.
 
     Args:
-        source: A checkpoint's directory, or an id on the Hugging Face hub.
+        source: A checkpoint's directory, a GGUF file, or an id on the Hugging Face hub.
         memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, in addition to the
             baseline of the process. "auto" takes what the machine and its cgroups have free. It gives memory back
             within a sweep when they have less, and takes it again when they have more for a while.

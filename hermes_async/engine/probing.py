@@ -14,13 +14,14 @@ from hermes_async.engine.image_prompt import example_with_image, takes_images
 from hermes_async.errors import CheckpointError, RequestError, UnsupportedModelError
 from hermes_async.modeling.activations import WorkspaceBounds
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_dense
 from hermes_async.modeling.probe import Probe, probe_forward, probe_packed
 from hermes_async.modeling.probe_images import with_images, with_turns
 from hermes_async.modeling.probe_turns import probe_turns
 from hermes_async.modeling.selfcheck import check_packing
 from hermes_async.modeling.selfcheck_turns import check_turns
-from hermes_async.modeling.skeleton import Skeleton, build_skeleton, load_config, with_context_length
+from hermes_async.modeling.skeleton import Skeleton, build_skeleton, with_context_length
 from hermes_async.modeling.transformers_api import AttentionChoice, warn_of_untested_versions
 from hermes_async.modeling.turns import TurnTraits
 from hermes_async.serving.processor import SharedProcessor
@@ -94,7 +95,7 @@ def build_and_probe(
         model_config = load_config(checkpoint)
         # In turns, with transformers' default attention, which some architectures choose when they are built.
         named_attention = None if config.batching == "turns" else attention.name
-        skeleton = build_skeleton(checkpoint, model_config, named_attention)
+        skeleton = build_skeleton(checkpoint, model_config, named_attention, config.dtype)
         skeleton = with_context_length(skeleton, config.context_length)
         if not skeleton.generates:
             return ProbedModel(skeleton, attention, probe_forward(skeleton))
@@ -114,7 +115,8 @@ def build_and_probe(
                 if config.batching == "packed":
                     raise
                 refusal = error
-                skeleton = with_context_length(build_skeleton(checkpoint, model_config, None), config.context_length)
+                skeleton = build_skeleton(checkpoint, model_config, None, config.dtype)
+                skeleton = with_context_length(skeleton, config.context_length)
         traits = _traits(model_config, config)
         model = ProbedModel(skeleton, attention, probe_turns(skeleton, traits), refusal)
         return _with_images(model, model_config, config, preparation)

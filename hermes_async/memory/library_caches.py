@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 BESIDE_BUDGET_BYTES = 64 << 20
 """What an engine may take in addition to the baseline and its budget, for any model, prompt length and budget.
@@ -39,22 +42,80 @@ for _variable in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):
     os.environ.setdefault(_variable, str(KERNELS_PER_CACHE))  # a user's own setting stays
 
 
+REUSED_BYTES = 8 << 20
+"""Within `reused_heap`, blocks of memory of less than this come from the heap."""
+
+
 def bound_heap() -> bool:
     """Sets both thresholds of the heap, for the whole process.
 
     Returns:
         False if the user has set one of them, or the allocator is not glibc's.
     """
-    if not sys.platform.startswith("linux") or any(name in os.environ for name in _HEAP_VARIABLES):
-        return False
-    tunables = os.environ.get("GLIBC_TUNABLES", "")
-    if "glibc.malloc.mmap_threshold" in tunables or "glibc.malloc.trim_threshold" in tunables:
-        return False
-    import ctypes  # not needed by `import hermes_async`
+    return _HEAP.bound()
 
+
+@contextmanager
+def reused_heap() -> Iterator[None]:
+    """Within the block, memory that is freed stays in the heap, and is used again for blocks of the same size.
+
+    The system zeroes each page of a new mapping, which takes longer than to dequantize the numbers that are written
+    there. Where `bound_heap` has set no thresholds, this changes nothing. They hold for the whole process; after the
+    block, the heaps shrink again to what `bound_heap` allows.
+    """
+    _HEAP.raise_thresholds()
     try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except AttributeError:  # not glibc
-        return False
-    # Both, because setting one freezes the other at its current value.
-    return bool(mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD))
+        yield
+    finally:
+        _HEAP.lower_thresholds()
+
+
+class _Heap:
+    """The heap of glibc. All state: how to set a threshold, if they are set here; and how many have raised them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._set: Callable[[int, int], int] | None = None
+        self._num_raised = 0
+
+    def bound(self) -> bool:
+        if not sys.platform.startswith("linux") or any(name in os.environ for name in _HEAP_VARIABLES):
+            return False
+        tunables = os.environ.get("GLIBC_TUNABLES", "")
+        if "glibc.malloc.mmap_threshold" in tunables or "glibc.malloc.trim_threshold" in tunables:
+            return False
+        import ctypes  # not needed by `import hermes_async`
+
+        try:
+            mallopt = ctypes.CDLL(None).mallopt
+        except AttributeError:  # not glibc
+            return False
+        with self._lock:
+            # Both, because setting one freezes the other at its current value.
+            if not (mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD) and mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)):
+                return False
+            self._set = mallopt
+            if self._num_raised:
+                self._raise()
+        return True
+
+    def raise_thresholds(self) -> None:
+        with self._lock:
+            self._num_raised += 1
+            if self._num_raised == 1:
+                self._raise()
+
+    def lower_thresholds(self) -> None:
+        with self._lock:
+            self._num_raised -= 1
+            if self._num_raised == 0 and self._set is not None:
+                self._set(_M_MMAP_THRESHOLD, MMAP_THRESHOLD)
+                self._set(_M_TRIM_THRESHOLD, TRIM_THRESHOLD)
+
+    def _raise(self) -> None:
+        if self._set is not None:
+            self._set(_M_MMAP_THRESHOLD, REUSED_BYTES)
+            self._set(_M_TRIM_THRESHOLD, 4 * REUSED_BYTES)
+
+
+_HEAP = _Heap()

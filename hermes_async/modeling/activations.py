@@ -59,7 +59,15 @@ class WorkspaceBounds:
         self._row_tables = row_tables(skeleton, probe)
         # Rows of all layers, as Gemma 3n has them: as they are looked up, and joined with something else.
         rows_of_layers = (one for one in token_tables(skeleton, probe) if not is_input_embedding(skeleton, one))
-        self._rows_token_bytes = 2 * sum(table.spec.shape[1] for table in rows_of_layers) * skeleton.dtype.itemsize
+        shapes = [(table.spec if table.encoded is None else table.encoded).shape for table in rows_of_layers]
+        self._rows_token_bytes = 2 * sum(columns for _, columns in shapes) * skeleton.dtype.itemsize
+        self._scratch_bytes = max(
+            (
+                one.scratch_bytes + (one.nbytes if name in probe.used_whole and not one.whole else 0)
+                for name, one in skeleton.encoded.items()
+            ),
+            default=0,
+        )
         self._itemsize = skeleton.dtype.itemsize
         self._num_layers = len(layers_of(model))
         self._hidden_size = int(getattr(config, "hidden_size", 0))
@@ -140,7 +148,7 @@ class WorkspaceBounds:
             outputs: Positions whose logits are wanted.
             kv_bytes: Of the KV caches of all sequences.
         """
-        total = tokens * (self._layer_token_bytes + self._rows_token_bytes)
+        total = self._scratch_bytes + tokens * (self._layer_token_bytes + self._rows_token_bytes)
         total += self._vocab_size * (outputs * 2 * self._itemsize + 16)
         kv, context_length = self._probe.kv, self._context_length
         kv_tokens = kv_bytes // kv.bytes_per_token
@@ -171,7 +179,12 @@ class WorkspaceBounds:
         """
         token_bytes = max(self._layer_token_bytes, self._turn_bytes // self._probe.tokens_of_turn)
         token_bytes += layout.bytes_per_token + layout.input_token_bytes
-        total = self._turn_bytes + tokens * token_bytes + self._vocab_size * (outputs * 2 * self._itemsize + 16)
+        total = (
+            self._scratch_bytes
+            + self._turn_bytes
+            + tokens * token_bytes
+            + self._vocab_size * (outputs * 2 * self._itemsize + 16)
+        )
         longest = tokens + min(layout.kept_within(kv_bytes), self._context_length or MOST_TOKENS)
         past_token_bytes = max((1 + self._heads_per_kv_head) * layout.most_layer_bytes, self._past_token_bytes)
         return total + longest * (tokens * self._plain_score_bytes + past_token_bytes)
@@ -187,7 +200,8 @@ class WorkspaceBounds:
         token_bytes = self._layer_token_bytes + self._rows_token_bytes + self._outer_token_bytes
         alive = sequences * tokens * self._image_token_bytes
         copied = self._convolution_bytes if self._image_token_bytes else 0
-        return max(sequences * tokens * (token_bytes + tokens * self._plain_score_bytes), 2 * alive, alive + copied)
+        of_layers = sequences * tokens * (token_bytes + tokens * self._plain_score_bytes)
+        return self._scratch_bytes + max(of_layers, 2 * alive, alive + copied)
 
     def recorded(self, *, sequences: int, tokens: int, hidden_states: bool, attentions: bool) -> int:
         """Of what a plain forward pass keeps if it is asked for every layer's hidden states, or attention weights."""

@@ -8,12 +8,15 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import torch
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from hermes_async.errors import CheckpointError, MissingTensorError, UnsupportedModelError
+from hermes_async.modeling.gguf_tensors import gguf_parameters
 from hermes_async.modeling.transformers_api import (
     conversion_mapping,
     names_that_may_be_missing,
@@ -21,14 +24,58 @@ from hermes_async.modeling.transformers_api import (
     tensor_order,
     tensor_renamer,
 )
+from hermes_async.quantization.encoded_weight import EncodedParameter
+from hermes_async.quantization.encoding import StoredMatrix
+from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
+_Stored: TypeAlias = TensorSpec | StoredMatrix
+_Found: TypeAlias = _Stored | EncodedParameter
 
-def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, TensorSpec]:
+
+@dataclass(frozen=True, slots=True)
+class ResolvedTensors:
+    """What the parameters and persistent buffers of a model are read from.
+
+    Attributes:
+        plain: The tensor of each parameter that is used as it is stored, by the parameter's name; tied names included.
+        encoded: The parameters that are computed from stored tensors, by name; tied names included.
+    """
+
+    plain: dict[str, TensorSpec]
+    encoded: dict[str, EncodedParameter]
+
+    @property
+    def all(self) -> dict[str, TensorSpec]:
+        """Every stored tensor: plain ones by their parameter's name, others by a name that begins with it."""
+        return self.plain | {name: spec for one in self.encoded.values() for name, spec in one.specs()}
+
+
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, _Stored]:
+    """The tensors of a checkpoint, and its quantized matrices by the names that their weights have unquantized.
+
+    Raises:
+        UnsupportedModelError: It was quantized in a way that is not known.
+        CorruptShardError: A quantized matrix lacks a part, or has one of another shape.
+    """
+    found = quantization(checkpoint.path, checkpoint.config)
+    if found is None:
+        return dict(checkpoint.tensors)
+    method, settings = found
+    matrices = quantized_matrices(checkpoint.path, method, settings, checkpoint.tensors)
+    parts = {spec.name for matrix in matrices.values() for spec in matrix.parts.values()}
+    return {name: spec for name, spec in checkpoint.tensors.items() if name not in parts} | matrices
+
+
+def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, _Stored]) -> ResolvedTensors:
     """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
 
     Where transformers would split a tensor along its first dimension, or join several, the bytes are used in place.
+
+    Args:
+        stored: See `stored_tensors`.
 
     Raises:
         UnsupportedModelError: A tensor would have to be converted in another way.
@@ -36,28 +83,33 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
         CheckpointError: A tensor's shape is not its parameter's, or tensors to be joined do not fit together.
     """
     expected = model.state_dict()
-    renamings, converters = conversion_mapping(model)
+    renamings, converters = ([], []) if checkpoint.gguf is not None else conversion_mapping(model)
     rename = tensor_renamer()
     prefix = model.base_model_prefix
-    found: dict[str, TensorSpec] = {}
+    found: dict[str, _Found] = {}
+    if checkpoint.gguf is not None:
+        found |= gguf_parameters(model, checkpoint)
+        stored = {}
     # Parameters that are joined: the converter, and the tensors of each of its source patterns.
-    to_join: dict[str, tuple[Any, dict[str, list[TensorSpec]]]] = {}
-    for name in sorted(checkpoint.tensors, key=tensor_order()):
+    to_join: dict[str, tuple[Any, dict[str, list[_Stored]]]] = {}
+    for name in sorted(stored, key=tensor_order()):
         renamed, converted = rename(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
             renamed, converted = rename(name, [], [], prefix, expected)
         if renamed not in expected:
             continue
-        _check_dtype(checkpoint.tensors[name], expected[renamed])
+        one = stored[name]
+        if isinstance(one, TensorSpec):
+            _check_dtype(one, expected[renamed])
         if converted is None:
-            found[renamed] = checkpoint.tensors[name]
+            found[renamed] = one
             continue
         converter = _converter(converters, converted, renamed)
-        if pieces := _pieces(renamed, checkpoint.tensors[name], converter):
+        if pieces := _pieces(renamed, one, converter):
             found.update(pieces)
         elif _joins(converter):
             _, sources = to_join.setdefault(renamed, (converter, {one: [] for one in converter.source_patterns}))
-            sources[converted].append(checkpoint.tensors[name])
+            sources[converted].append(one)
         else:
             raise UnsupportedModelError(
                 f"{type(model).__name__}: {name!r} would have to be converted to {renamed!r}; only tensors that are "
@@ -66,14 +118,10 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             )
     for renamed, (converter, sources) in to_join.items():
         found[renamed] = _joined(renamed, sources, converter)
-    for name, spec in found.items():
-        shape = tuple(expected[name].shape)
-        if spec.shape != shape:
-            raise CheckpointError(
-                f"{spec.file}: tensor {spec.name!r} has shape {list(spec.shape)}, but {type(model).__name__} with this "
-                f"config.json needs {list(shape)} for {name!r}",
-                path=spec.file,
-            )
+    for name, resolved in found.items():
+        if isinstance(resolved, StoredMatrix) and resolved.as_linear:
+            found[name] = resolved = _oriented(model, name, resolved)
+        _check_shape(model, name, resolved, tuple(expected[name].shape))
     for first, second in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         for target, source in ((first, second), (second, first)):
             if target not in found and source in found:
@@ -89,7 +137,43 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str,
             path=checkpoint.path,
             names=missing,
         )
-    return found
+    encoded = {name: _encoded(name, one, expected[name]) for name, one in found.items() if not _is_plain(one)}
+    return ResolvedTensors({name: one for name, one in found.items() if isinstance(one, TensorSpec)}, encoded)
+
+
+def _oriented(model: PreTrainedModel, name: str, matrix: StoredMatrix) -> StoredMatrix:
+    """The matrix of an `nn.Linear`, as the module that has the parameter needs it."""
+    module = model.get_submodule(name.rpartition(".")[0])
+    return replace(matrix, transposed=True) if isinstance(module, Conv1D) else matrix
+
+
+def _is_plain(one: _Found) -> bool:
+    return isinstance(one, TensorSpec)
+
+
+def _encoded(name: str, one: _Found, parameter: torch.Tensor) -> EncodedParameter:
+    """The parameter `name`, of matrices. One that is no matrix, such as a norm, is dequantized when it is loaded."""
+    if isinstance(one, EncodedParameter):
+        return replace(one, name=name, dtype=parameter.dtype)
+    assert isinstance(one, StoredMatrix)
+    shape = tuple(parameter.shape)
+    whole = one.reshaped is not None or len(shape) not in (2, 3)
+    return EncodedParameter(name, shape, parameter.dtype, tuple(one.matrices()), whole)
+
+
+def _check_shape(model: PreTrainedModel, name: str, one: _Found, expected: tuple[int, ...]) -> None:
+    if isinstance(one, EncodedParameter):
+        shape, first = one.shape, one.matrices[0].first
+    elif isinstance(one, StoredMatrix):
+        shape, first = one.parameter_shape, one.first
+    else:
+        shape, first = one.shape, one
+    if shape != expected:
+        raise CheckpointError(
+            f"{first.file}: tensor {first.name!r} has shape {list(shape)}, but {type(model).__name__} with this "
+            f"configuration needs {list(expected)} for {name!r}",
+            path=first.file,
+        )
 
 
 def _check_dtype(spec: TensorSpec, parameter: torch.Tensor) -> None:
@@ -122,7 +206,7 @@ def _joins(converter: Any) -> bool:
     return False
 
 
-def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter: Any) -> TensorSpec:
+def _joined(renamed: str, sources: Mapping[str, Sequence[_Stored]], converter: Any) -> TensorSpec | EncodedParameter:
     """The parameter that consists of several tensors, one after another.
 
     Args:
@@ -132,24 +216,35 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[TensorSpec]], converter
         CheckpointError: They do not fit together.
     """
     every = list(itertools.chain(*sources.values()))
-    first, rest = every[0], every[0].shape[1:]
     stacked = operation_of(converter.operations[0])[0] == "MergeModulelist"
     groups = list(zip(*sources.values(), strict=False)) if stacked else [tuple(every)]
-    num_rows = sum(spec.shape[0] for spec in groups[0] if spec.shape) if groups else 0
-    specs = list(itertools.chain(*groups))
-    fit = all(spec.dtype == first.dtype and spec.shape and spec.shape[1:] == rest for spec in specs)
-    alike = all([spec.shape for spec in group] == [spec.shape for spec in groups[0]] for group in groups)
-    if not fit or not alike or len(specs) != len(every):
+    in_order = list(itertools.chain(*groups))
+    shapes = [[_shape_of(one) for one in group] for group in groups]
+    fit = bool(shapes) and all(shape and shape[1:] == shapes[0][0][1:] for group in shapes for shape in group)
+    specs = [one for one in in_order if isinstance(one, TensorSpec)]
+    plain = len(specs) == len(in_order)
+    fit = fit and (not plain or all(spec.dtype == specs[0].dtype for spec in specs))
+    if not fit or any(group != shapes[0] for group in shapes) or len(in_order) != len(every):
         counts = " and ".join(f"{len(source)} of {pattern!r}" for pattern, source in sources.items())
+        first = every[0] if isinstance(every[0], TensorSpec) else every[0].first
         raise CheckpointError(
             f"{first.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
             "and they must be of one dtype and shape",
             path=first.file,
         )
-    return TensorSpec.joined(specs, (len(groups), num_rows, *rest) if stacked else (num_rows, *rest))
+    num_rows = sum(shape[0] for shape in shapes[0])
+    shape = (len(groups), num_rows, *shapes[0][0][1:]) if stacked else (num_rows, *shapes[0][0][1:])
+    if plain:
+        return TensorSpec.joined(specs, shape)
+    matrices = tuple(one if isinstance(one, StoredMatrix) else StoredMatrix.plain(one) for one in in_order)
+    return EncodedParameter(renamed, shape, torch.float32, matrices)
 
 
-def _pieces(renamed: str, spec: TensorSpec, converter: Any) -> dict[str, TensorSpec]:
+def _shape_of(one: _Stored) -> tuple[int, ...]:
+    return one.shape if isinstance(one, TensorSpec) else one.parameter_shape
+
+
+def _pieces(renamed: str, one: _Stored, converter: Any) -> dict[str, _Stored]:
     """The parameters that a tensor consists of, one after another, such as query, key and value; empty if it does not.
 
     Args:
@@ -157,15 +252,17 @@ def _pieces(renamed: str, spec: TensorSpec, converter: Any) -> dict[str, TensorS
         converter: The one that transformers would use.
     """
     operation, *others = converter.operations
-    targets = converter.target_patterns
+    targets, shape = converter.target_patterns, _shape_of(one)
     cuts = operation_of(operation) == ("Chunk", 0) and not others and len(converter.source_patterns) == 1
     plainly = len(targets) > 1 and targets[0] in renamed and not any("\\" in target for target in targets)
-    evenly = bool(spec.shape) and spec.shape[0] % len(targets) == 0
+    evenly = bool(shape) and shape[0] % len(targets) == 0
     if not (cuts and plainly and evenly):
         return {}
+    rows = shape[0] // len(targets)
+    if isinstance(one, StoredMatrix) and not one.can_give_rows(rows):
+        return {}
     before, _, behind = renamed.partition(targets[0])
-    rows = spec.shape[0] // len(targets)
-    return {f"{before}{name}{behind}": spec.rows(rows * idx, rows * (idx + 1)) for idx, name in enumerate(targets)}
+    return {f"{before}{name}{behind}": one.rows(rows * idx, rows * (idx + 1)) for idx, name in enumerate(targets)}
 
 
 def weight_bytes(module_names: Iterable[str], tensors: Mapping[str, TensorSpec]) -> int:

@@ -28,6 +28,7 @@ from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.module_tensors import ones_for_numbers, replaced_tensors
 from hermes_async.modeling.row_tables import TableUse, joined_uses, row_taken
 from hermes_async.modeling.transformers_api import own_buffers, own_parameters, storage_identity
+from hermes_async.quantization.encoded_weight import uses_rows
 from hermes_async.storage.buffers import MAP_NORESERVE
 
 logger = logging.getLogger(__name__)
@@ -39,6 +40,7 @@ class Observation:
 
     visits: Mapping[str, int]
     used_outside: frozenset[str]
+    used_whole: frozenset[str]
     table_uses: Mapping[str, TableUse]
 
 
@@ -97,20 +99,22 @@ class _UsesOutside(TorchFunctionMode):
 
     Attributes:
         modules: Their names; a module that contains one of them counts too.
+        whole: The tensors that were used in another way than row by row, wherever it was.
         table_uses: How the tables of embeddings were used, by the module's name.
     """
 
     def __init__(self, model: nn.Module, names: Collection[str], num_open: Counter[str]) -> None:
         super().__init__()
         self.modules: set[str] = set()
+        self.whole: set[str] = set()
         self.table_uses: dict[str, TableUse] = {}
         self._embeddings = {path for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self._num_open = num_open
-        self._owners = {
-            id(value): path
+        self._names = {
+            id(value): name
             for path, module in model.named_modules()
             for leaf, value in (*own_parameters(module).items(), *own_buffers(module).items())
-            if (f"{path}.{leaf}" if path else leaf) in names
+            if (name := f"{path}.{leaf}" if path else leaf) in names
         }
 
     def __torch_function__(
@@ -121,7 +125,10 @@ class _UsesOutside(TorchFunctionMode):
         if isinstance(result, (torch.Tensor, tuple, list)) and not isinstance(result, torch.Size):
             for given in (*args, *(kwargs or {}).values()):
                 for item in given if isinstance(given, (tuple, list)) else (given,):
-                    self._record(self._owners.get(id(item), ""), row_taken(func, args))
+                    name = self._names.get(id(item), "")
+                    self._record(name.rpartition(".")[0], row_taken(func, args))
+                    if name and not uses_rows(func, args):
+                        self.whole.add(name)
         return result
 
     def _record(self, owner: str, row: int | None) -> None:
@@ -267,5 +274,6 @@ def observe(
     return Observation(
         visits=calls.visits,
         used_outside=frozenset(outside.modules),
+        used_whole=frozenset(outside.whole),
         table_uses=joined_uses([calls.table_uses, outside.table_uses]),
     )

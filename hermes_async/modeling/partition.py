@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Iterable
-from dataclasses import dataclass
-from itertools import pairwise
+from dataclasses import dataclass, field
+from itertools import accumulate, pairwise
 
 from torch import nn
 
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
+from hermes_async.modeling.kernel_layouts import laying_out_bytes, layout_bytes
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.row_tables import RowTable, row_tables
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.pipeload.stage import StageLayout
+from hermes_async.quantization.encoded_weight import EncodedParameter, parameter_of
 from hermes_async.storage.tensor_spec import TensorSpec
 
 
@@ -28,6 +30,9 @@ class Partition:
         row_tables: Embeddings whose rows are read as needed, in the order in which they are looked up. All others are
             in stages.
         cast_bytes: Bytes of the parameters of one stage that are cast to the dtype they compute in, at most.
+        layout_bytes: Bytes that it takes to lay out all weights for kernels of whole numbers, in addition to the stored
+            bytes; 0 if there is no kernel for them, or if not all weights stay in memory.
+        encoded: The parameters of the stages that are computed from stored tensors, by name.
     """
 
     base: StageLayout
@@ -35,6 +40,8 @@ class Partition:
     linear_blocks: dict[str, tuple[int, ...]]
     row_tables: tuple[RowTable, ...]
     cast_bytes: int
+    layout_bytes: int = 0
+    encoded: dict[str, EncodedParameter] = field(default_factory=dict)
 
 
 def partition(skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None = None) -> Partition:
@@ -58,11 +65,16 @@ class _Divider:
         self.base: list[str] = []
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}
-        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if name not in probe.unused}
+        self.encoded = dict(skeleton.encoded)
+        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if parameter_of(name) not in probe.unused}
         self.row_tables = () if max_stage_bytes is None else row_tables(skeleton, probe)
         for table in self.row_tables:
-            del self.tensors[f"{table.name}.weight"]
+            for name in [name for name in self.tensors if parameter_of(name) == f"{table.name}.weight"]:
+                del self.tensors[name]
         self.sorted_names = sorted(self.tensors)
+        sizes = [self.tensors[name].nbytes for name in self.sorted_names]
+        self.bytes_before = list(accumulate(sizes, initial=0))
+        self.shares = weight_bytes(self.sorted_names, self.tensors) < self.bytes_before[-1]
 
     def divide(self) -> Partition:
         self._walk("", self.model, in_list=False)
@@ -72,7 +84,13 @@ class _Divider:
         self.stages.sort(key=lambda stage: stage[0])
         layouts = self._layouts(base)
         return Partition(
-            base, layouts, self.linear_blocks, self.row_tables, max(map(self._cast_bytes, (base, *layouts)))
+            base=base,
+            stages=layouts,
+            linear_blocks=self.linear_blocks,
+            row_tables=self.row_tables,
+            cast_bytes=max(map(self._cast_bytes, (base, *layouts))),
+            layout_bytes=self._layout_bytes(layouts),
+            encoded=self.encoded,
         )
 
     def _keep_shared_by_groups(self) -> None:
@@ -109,7 +127,7 @@ class _Divider:
         names = self._names_under(path)
         if not names:
             return
-        fits = self.limit is None or weight_bytes(names, self.tensors) <= self.limit
+        fits = self.limit is None or self._bytes_under(path) <= self.limit
         called = self._called(path)
         children = [(f"{path}.{name}" if path else name, child) for name, child in module.named_children()]
         children = [(name, child) for name, child in children if self._names_under(name)]
@@ -127,8 +145,8 @@ class _Divider:
                 self._walk(name, child, in_list=in_list or isinstance(module, nn.ModuleList))
         elif not called:
             self.base += names
-        elif not fits and type(module) is nn.Linear:
-            self._add_blocks(path, names)
+        elif not fits and type(module) is nn.Linear and self._divisible(path):
+            self._add_blocks(path, module)
         else:
             self._add_stage(path, names)
 
@@ -152,31 +170,64 @@ class _Divider:
     def _add_stage(self, path: str, names: Iterable[str]) -> None:
         self.stages.append((self.probe.visits[path], path, [(name, self.tensors[name]) for name in names]))
 
-    def _add_blocks(self, path: str, names: Iterable[str]) -> None:
+    def _divisible(self, path: str) -> bool:
+        """Whether the rows of a linear layer can be read apart."""
+        weight, bias = self.encoded.get(f"{path}.weight"), self.encoded.get(f"{path}.bias")
+        return (weight is None or weight.divisible) and bias is None
+
+    def _add_blocks(self, path: str, linear: nn.Linear) -> None:
         """Adds blocks of equal size; each has its rows of the bias too, if there is one."""
         assert self.limit is not None
-        specs = {name.rpartition(".")[2]: self.tensors[name] for name in names}
-        num_rows = specs["weight"].shape[0]
-        row_bytes = sum(spec.nbytes for spec in specs.values()) // num_rows
-        num_blocks = min(num_rows, -(-num_rows * row_bytes // max(self.limit, row_bytes)))
-        bounds = [num_rows * idx // num_blocks for idx in range(num_blocks + 1)]
+        num_rows, nbytes = linear.out_features, self._bytes_under(path)
+        step = self.encoded[f"{path}.weight"].row_step if f"{path}.weight" in self.encoded else 1
+        num_steps = -(-num_rows // step)
+        step_bytes = -(-nbytes // num_steps)
+        num_blocks = min(num_steps, -(-nbytes // max(self.limit, step_bytes)))
+        bounds = [min(num_rows, num_steps * idx // num_blocks * step) for idx in range(num_blocks + 1)]
         self.linear_blocks[path] = tuple(end - start for start, end in pairwise(bounds))
         for idx, (start, end) in enumerate(pairwise(bounds)):
             block = f"{path}.blocks.{idx}"
-            tensors = [(f"{block}.{leaf}", spec.rows(start, end)) for leaf, spec in specs.items()]
-            self.dtypes.update((f"{block}.{leaf}", self.dtypes[f"{path}.{leaf}"]) for leaf in specs)
+            tensors: list[tuple[str, TensorSpec]] = []
+            for leaf in ("weight", "bias"):
+                name, part = f"{path}.{leaf}", f"{block}.{leaf}"
+                if name in self.encoded:
+                    self.encoded[part] = self.encoded[name].rows(part, start, end)
+                    tensors += self.encoded[part].specs()
+                elif name in self.tensors:
+                    tensors.append((part, self.tensors[name].rows(start, end)))
+                    self.dtypes[part] = self.dtypes[name]
             self.stages.append((self.probe.visits[path], block, tensors))
 
     def _names_under(self, path: str) -> list[str]:
-        if not path:
-            return self.sorted_names
-        # "/" is the character after ".", so these bounds hold exactly the names that begin with the path and a dot.
-        start, end = bisect_left(self.sorted_names, f"{path}."), bisect_left(self.sorted_names, f"{path}/")
+        start, end = self._places_under(path)
         return self.sorted_names[start:end]
 
+    def _places_under(self, path: str) -> tuple[int, int]:
+        """Where the names of a module's tensors begin and end."""
+        if not path:
+            return 0, len(self.sorted_names)
+        # "/" is the character after ".", so these bounds hold exactly the names that begin with the path and a dot.
+        return bisect_left(self.sorted_names, f"{path}."), bisect_left(self.sorted_names, f"{path}/")
+
+    def _bytes_under(self, path: str) -> int:
+        """Bytes of a module's tensors; shared ones count once."""
+        if self.shares:
+            return weight_bytes(self._names_under(path), self.tensors)
+        start, end = self._places_under(path)
+        return self.bytes_before[end] - self.bytes_before[start]
+
+    def _layout_bytes(self, layouts: Iterable[StageLayout]) -> int:
+        if self.limit is not None:
+            return 0
+        names = {parameter_of(placement.name) for layout in layouts for placement in layout.placements}
+        encoded = [self.encoded[name] for name in names.intersection(self.encoded)]
+        return sum(map(layout_bytes, encoded)) + max(map(laying_out_bytes, encoded), default=0)
+
     def _cast_bytes(self, layout: StageLayout) -> int:
-        return sum(
+        plain = [placement for placement in layout.placements if parameter_of(placement.name) == placement.name]
+        encoded = {parameter_of(placement.name) for placement in layout.placements}.intersection(self.encoded)
+        return sum(self.encoded[name].nbytes for name in encoded if self.encoded[name].whole) + sum(
             math.prod(placement.shape) * self.dtypes[placement.name].itemsize
-            for placement in layout.placements
+            for placement in plain
             if self.dtypes[placement.name] != placement.dtype
         )

@@ -54,6 +54,7 @@ class Probe:
         visits: The modules whose forward ran and that have weights in or under them: their order, by name.
         used_outside: Modules whose weights were used while their forward did not run, whether it ran later or not.
         kv: The layers that have keys and values in a packed row, and their sizes.
+        used_whole: Parameters that were used in another way than row by row, such as in another shape.
         table_uses: How the table of each `nn.Embedding` was used, by the module's name.
         groups: The modules whose forward runs only in some calls, such as those with an image, each with the name of
             those calls' group.
@@ -75,6 +76,7 @@ class Probe:
     table_uses: Mapping[str, TableUse]
     groups: Mapping[str, str] = field(default_factory=dict)
     unused: frozenset[str] = frozenset()
+    used_whole: frozenset[str] = frozenset()
     least_tokens: int = 1
     tokens_per_image: int = 0
     pixels_per_image: int = 0
@@ -89,7 +91,13 @@ class Probe:
     @classmethod
     def of(cls, seen: Observation, kv: KVLayout) -> Probe:
         """What one call showed."""
-        return cls(visits=seen.visits, used_outside=seen.used_outside, kv=kv, table_uses=seen.table_uses)
+        return cls(
+            visits=seen.visits,
+            used_outside=seen.used_outside,
+            used_whole=seen.used_whole,
+            kv=kv,
+            table_uses=seen.table_uses,
+        )
 
     @property
     def packs(self) -> bool:

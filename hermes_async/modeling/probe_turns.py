@@ -110,6 +110,7 @@ def _probe_turns(model: PreTrainedModel, traits: TurnTraits, names: list[str]) -
     return Probe(
         visits=visits,
         used_outside=frozenset().union(*(probe.used_outside for probe in probes)),
+        used_whole=frozenset().union(*(probe.used_whole for probe in probes)),
         kv=KVLayout({}, model.dtype),
         table_uses=joined_uses(uses),
         turns=layout,

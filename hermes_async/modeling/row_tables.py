@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.storage.rows import RowReader
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -66,18 +67,33 @@ class RowTable:
 
     Attributes:
         name: The module's name in the model.
-        spec: The table, [rows, columns].
+        spec: The table, [rows, columns], or what its rows are stored as.
         other_rows: Rows that the model looks up in place of a token id's own row, or takes in any call. For example,
             Gemma 3n looks up row 0 for ids beyond the end of its table for all layers.
+        encoded: How the rows are stored, if they are not plain numbers.
     """
 
     name: str
     spec: TensorSpec
     other_rows: frozenset[int]
+    encoded: EncodedParameter | None = None
 
     @property
     def row_bytes(self) -> int:
-        return self.spec.nbytes // self.spec.shape[0]
+        """Of a row that the model computes with."""
+        if self.encoded is None:
+            return self.spec.nbytes // self.spec.shape[0]
+        return self.encoded.nbytes // self.encoded.shape[0]
+
+    def values(self, rows: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """What the model computes with, [rows, columns], from rows as they are stored."""
+        if self.encoded is None:
+            return rows.to(dtype)
+        (matrix,) = self.encoded.matrices
+        (part,) = matrix.parts
+        values = torch.empty((len(rows), matrix.shape[1]), dtype=dtype)
+        matrix.encoding.dequantize({part: rows}, 0, len(rows), values)
+        return values
 
     def rows_of(self, token_ids: Iterable[int]) -> list[int]:
         """The rows that may be looked up for these ids, sorted."""
@@ -89,10 +105,18 @@ def token_tables(skeleton: Skeleton, probe: Probe) -> tuple[RowTable, ...]:
     """All such embeddings of a model, in the order in which they are looked up."""
     tables = []
     for name in sorted(probe.table_uses.keys() & probe.visits.keys(), key=probe.visits.__getitem__):
-        spec, other_rows = skeleton.tensors.get(f"{name}.weight"), probe.table_uses[name].other_rows
+        other_rows, encoded = probe.table_uses[name].other_rows, skeleton.encoded.get(f"{name}.weight")
+        spec = skeleton.tensors.get(f"{name}.weight") if encoded is None else _only_part(encoded)
         if spec is not None and not spec.pieces and other_rows is not None:
-            tables.append(RowTable(name, spec, other_rows))
+            tables.append(RowTable(name, spec, other_rows, encoded))
     return tuple(tables)
+
+
+def _only_part(encoded: EncodedParameter) -> TensorSpec | None:
+    """The stored tensor whose rows are those of the table; None if a row is not one piece of one tensor."""
+    specs = [spec for _, spec in encoded.specs()]
+    by_row = encoded.divisible and encoded.row_step == 1 and len(specs) == 1
+    return specs[0] if by_row and specs[0].shape[0] == encoded.shape[0] else None
 
 
 def row_tables(skeleton: Skeleton, probe: Probe) -> tuple[RowTable, ...]:

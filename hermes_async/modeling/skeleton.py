@@ -3,47 +3,43 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
-import transformers
 from torch import nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    AutoModelForMaskedLM,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSpeechSeq2Seq,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.errors import (
-    CheckpointError,
     ConfigError,
     IncompatibleVersionError,
     MissingTensorError,
     UnsupportedModelError,
 )
 from hermes_async.foreign_errors import reason_of
-from hermes_async.modeling.checkpoint_tensors import resolve_tensors
+from hermes_async.modeling.checkpoint_tensors import ResolvedTensors, resolve_tensors, stored_tensors
 from hermes_async.modeling.context_length import context_length_of
 from hermes_async.modeling.generation_config import GenerationConfig, read_generation_config
+from hermes_async.modeling.gguf_api import gguf_dtype
+from hermes_async.modeling.model_classes import (
+    causal_class,
+    encoder_class,
+    encoder_decoder_class,
+    headless_class,
+    named_base,
+)
 from hermes_async.modeling.module_tensors import place_of
 from hermes_async.modeling.transformers_api import (
     from_config,
     initialize_again,
     mark_initialized,
-    model_class_of,
     names_kept_in_float32,
     supports_packed_attention,
 )
+from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +47,9 @@ class Skeleton:
     """A model on the meta device; only its non-persistent buffers, such as rotary frequencies, have values.
 
     Attributes:
-        tensors: The checkpoint's tensor of each parameter and persistent buffer, tied names included.
+        tensors: The checkpoint's tensor of each parameter and persistent buffer, tied names included. Those of an
+            encoded parameter have names of their own, which begin with the parameter's; see `parameter_of`.
+        encoded: The parameters that are computed from stored tensors when they are used, by name.
         dtype: The dtype that the model computes in.
         dtypes: The dtype of each parameter and persistent buffer; some stay in float32 whatever `dtype` is.
         generates: Whether it is a causal language model or an encoder-decoder with a head, with which the engine
@@ -73,6 +71,7 @@ class Skeleton:
     token_inputs: tuple[str, ...]
     generation: GenerationConfig
     context_length: int | None
+    encoded: dict[str, EncodedParameter] = field(default_factory=dict)
 
     @property
     def embedding(self) -> nn.Embedding | None:
@@ -139,77 +138,57 @@ class Skeleton:
         return f"<Skeleton {type(self.model).__name__} {self.dtype}: {len(self.tensors)} tensors>"
 
 
-def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
-    """Reads the model's configuration. Code from the checkpoint is never run.
-
-    Raises:
-        UnsupportedModelError: transformers does not know the architecture, or the checkpoint is quantized.
-    """
-    path = checkpoint.path
-    model_type = checkpoint.config.get("model_type")
-    if not isinstance(model_type, str):
-        raise CheckpointError(f"{path / 'config.json'} names no model_type", path=path)
-    method = quantization(path, checkpoint.config)
-    if method is not None:
-        raise UnsupportedModelError(
-            f"{path} is quantized ({method}); fp32, bf16 and fp16 checkpoints are supported", path=path
-        )
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except Exception as error:
-        custom = "auto_map" in checkpoint.config
-        needs_code = " and would need code from the checkpoint, which is never run" if custom else ""
-        raise UnsupportedModelError(
-            f"{path / 'config.json'}: transformers cannot read the configuration of model_type {model_type!r}"
-            f"{needs_code}: {_first_lines(error)}",
-            path=path,
-        ) from error
-    return config
-
-
-def build_skeleton(checkpoint: Checkpoint, config: PreTrainedConfig, attention: str | None) -> Skeleton:
+def build_skeleton(
+    checkpoint: Checkpoint, config: PreTrainedConfig, attention: str | None, dtype: str = "auto"
+) -> Skeleton:
     """Builds the model that `config` names on the meta device and finds its tensors.
 
     Args:
         attention: The name of the attention function for causal language models that let it be chosen; None for
             transformers' default.
+        dtype: As `EngineConfig.dtype`.
 
     Raises:
         UnsupportedModelError: transformers does not know the model, or its weights would have to be converted.
         MissingTensorError: A parameter has no tensor.
         CheckpointError: A tensor's shape is not its parameter's.
     """
-    dtype = _resolve_dtype(checkpoint, config)
+    computed_in = _resolve_dtype(checkpoint, config) if dtype == "auto" else _DTYPES[dtype]
     where = str(checkpoint.path)
+    stored = stored_tensors(checkpoint)
+    # Other implementations take the weights of all experts at once, which would have to be dequantized for them.
+    in_blocks = checkpoint.gguf is not None or any(not isinstance(one, TensorSpec) for one in stored.values())
+    experts = "eager" if in_blocks else None
     encoder = encoder_class(config)
     if encoder is None:
-        model = build_model(config, dtype, attention, where=where)
+        model = build_model(config, computed_in, attention, experts, where=where)
         try:
-            tensors = resolve_tensors(model, checkpoint)
+            tensors = resolve_tensors(model, checkpoint, stored)
         except MissingTensorError as error:
-            encoder = _headless_class(config, model, error.names, checkpoint)
+            encoder = headless_class(config, model, error.names, checkpoint)
             if encoder is None:
                 raise
     if encoder is not None:
-        model = _build(encoder, config, dtype, None, where)
-        tensors = resolve_tensors(model, checkpoint)
+        model = _build(encoder, config, computed_in, (None, experts), where)
+        tensors = resolve_tensors(model, checkpoint, stored)
     _compute_missing(model, tensors)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
     generates = encoder is None
-    names_base = generates and _named_base(config) is not None
+    names_base = generates and named_base(config) is not None
     generation = GenerationConfig()
     if generates:
         generation = _generation(checkpoint, model)
     return Skeleton(
         model=model,
-        tensors=tensors,
-        dtype=dtype,
+        tensors=tensors.all,
+        dtype=computed_in,
         dtypes=dtypes,
         generates=generates,
         names_base=names_base,
         token_inputs=_token_inputs(model),
         generation=generation,
         context_length=context_length_of(model),
+        encoded=tensors.encoded,
     )
 
 
@@ -251,83 +230,15 @@ def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skele
     return replace(skeleton, context_length=context_length)
 
 
-def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that `config` names, if it is no causal language model: an encoder, or a model with another head.
-
-    Models such as EmbeddingGemma, whose tokens attend to later tokens, are encoders. A decoder without a head
-    (`LlamaModel`) counts as the causal language model that it is part of; `build_skeleton` finds out whether the
-    checkpoint has a head for it.
-    """
-    is_decoder = model_class_of(AutoModelForCausalLM, config) and not model_class_of(AutoModelForMaskedLM, config)
-    if not config.architectures:
-        return None if is_decoder else model_class_of(AutoModel, config)
-    model_class = getattr(transformers, config.architectures[0], None)
-    if not isinstance(model_class, type) or not issubclass(model_class, PreTrainedModel):
-        return None
-    if model_class is causal_class(config):
-        return None
-    if config.is_encoder_decoder or getattr(config, "use_bidirectional_attention", None) is True:
-        return model_class
-    return None if is_decoder and model_class is model_class_of(AutoModel, config) else model_class
-
-
-def causal_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class that generates text one token after another; None if there is none for `config`.
-
-    It is that of `AutoModelForCausalLM`, unless `config` names an encoder-decoder, or the class that also takes images.
-    Some checkpoints with images have both (Qwen3.5).
-    """
-    encoder_decoder = _encoder_decoder_class(config)
-    if encoder_decoder is not None:
-        return encoder_decoder
-    with_images = model_class_of(AutoModelForImageTextToText, config)
-    if with_images is not None and not config.is_encoder_decoder:
-        named = with_images.__name__ in (config.architectures or ())
-        if named and with_images.can_generate():
-            return with_images
-    return model_class_of(AutoModelForCausalLM, config)
-
-
-def _encoder_decoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The encoder-decoder with a head, if `config` names one."""
-    if not config.is_encoder_decoder:
-        return None
-    classes = [model_class_of(AutoModelForSeq2SeqLM, config)]
-    if config.model_type == "whisper":
-        classes.append(model_class_of(AutoModelForSpeechSeq2Seq, config))
-    named = (one for one in classes if one is not None and one.__name__ in (config.architectures or ()))
-    return next((one for one in named if one.can_generate()), None)
-
-
-def _headless_class(
-    config: PreTrainedConfig, model: PreTrainedModel, missing: Iterable[str], checkpoint: Checkpoint
-) -> type[PreTrainedModel] | None:
-    """The decoder without a head, if only the head of `model` is missing in the checkpoint.
-
-    Embedding models are such decoders; their configuration still names the causal language model.
-    """
-    prefix = f"{model.base_model_prefix}."
-    if any(name.startswith(prefix) for name in missing):
-        return None
-    bare = not any(name.startswith(prefix) for name in checkpoint.tensors)
-    if bare and model_class_of(AutoModelForMaskedLM, config) is None:
-        return model_class_of(AutoModel, config)
-    embeds = ((checkpoint.root or checkpoint.path) / "modules.json").is_file()
-    return model_class_of(AutoModel, config) if embeds else _named_base(config)
-
-
-def _named_base(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
-    """The class without a head, if `config` names that class."""
-    base = model_class_of(AutoModel, config)
-    return base if base is not None and base.__name__ in (config.architectures or ()) else None
-
-
-def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, *, where: str) -> PreTrainedModel:
+def build_model(
+    config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, experts: str | None = None, *, where: str
+) -> PreTrainedModel:
     """Makes the causal language model of `config` on the meta device, in eval mode, with real non-persistent buffers.
 
     Args:
         attention: The attention implementation, for models that support the choice; other models take "eager". None,
             and encoder-decoders, take transformers' default.
+        experts: The implementation of experts; None for transformers' default.
         where: The beginning of error messages.
 
     Raises:
@@ -338,9 +249,9 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
         architectures = ", ".join(config.architectures or ()) or config.model_type
         raise UnsupportedModelError(f"{where}: {architectures} is no model that transformers knows by this name")
     implementation = attention if attention is None or supports_packed_attention(model_class) else "eager"
-    if model_class is _encoder_decoder_class(config):
+    if model_class is encoder_decoder_class(config):
         implementation = None
-    model = _build(model_class, config, dtype, implementation, where)
+    model = _build(model_class, config, dtype, (implementation, experts), where)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if None in embeddings:
         raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
@@ -348,12 +259,16 @@ def build_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
 
 
 def _build(
-    model_class: type[PreTrainedModel], config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, where: str
+    model_class: type[PreTrainedModel],
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    implementations: tuple[str | None, str | None],
+    where: str,
 ) -> PreTrainedModel:
-    """`attention`: the implementation; None for transformers' default."""
+    """`implementations`: of attention and experts; None for transformers' default."""
     try:
         with torch.device("meta"):
-            model = from_config(model_class, config, dtype, attention)
+            model = from_config(model_class, config, dtype, *implementations)
     except IncompatibleVersionError:
         raise
     except Exception as error:
@@ -374,9 +289,9 @@ def _build(
     return model
 
 
-def _compute_missing(model: PreTrainedModel, tensors: Mapping[str, TensorSpec]) -> None:
+def _compute_missing(model: PreTrainedModel, tensors: ResolvedTensors) -> None:
     """Gives parameters that a checkpoint may lack the values that transformers computes, such as positions."""
-    missing = [name for name in model.state_dict() if name not in tensors]
+    missing = [name for name in model.state_dict() if name not in tensors.plain and name not in tensors.encoded]
     for name in missing:
         place = place_of(model, name)
         place.put(torch.empty_like(place.get(), device="cpu"))
@@ -407,20 +322,17 @@ def layers_of(model: nn.Module) -> list[nn.Module]:
     return [layer for module in model.modules() if isinstance(module, nn.ModuleList) for layer in module]
 
 
-def _first_lines(error: BaseException) -> str:
-    """The first two lines: the first says which field is wrong, and the second why."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:2])[:1000] or type(error).__name__
-
-
 def _resolve_dtype(checkpoint: Checkpoint, config: PreTrainedConfig) -> torch.dtype:
     """As transformers does: the dtype in config.json, or else that of the first floating-point tensor."""
+    if checkpoint.gguf is not None:
+        dtypes = {None if spec.packed else spec.dtype for spec in checkpoint.tensors.values()}
+        return gguf_dtype(checkpoint.gguf, dtypes)
     dtype = getattr(config, "dtype", None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, None)
     if dtype is None:
         dtype = next((spec.dtype for spec in checkpoint.tensors.values() if spec.dtype.is_floating_point), None)
-    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+    if dtype not in _DTYPES.values():
         raise UnsupportedModelError(
             f"{checkpoint.path} is in {dtype}; fp32, bf16 and fp16 checkpoints are supported", path=checkpoint.path
         )

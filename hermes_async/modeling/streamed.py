@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from enum import Enum, auto
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Protocol, Self
 
 import torch
@@ -15,13 +16,15 @@ from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
+from hermes_async.modeling.kernel_layouts import lay_out
 from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
-from hermes_async.modeling.row_tables import row_taken
+from hermes_async.modeling.row_tables import RowTable, row_taken
 from hermes_async.modeling.transformers_api import AttentionChoice, own_parameters
 from hermes_async.pipeload.agents import SweepAbandoned
-from hermes_async.pipeload.stage import Stage
+from hermes_async.pipeload.stage import Placement, Stage
+from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, parameter_of, reads_no_values
 from hermes_async.storage.buffers import Buffer
 
 
@@ -64,23 +67,6 @@ def replace_linears(model: nn.Module, linear_blocks: Mapping[str, Sequence[int]]
         setattr(model.get_submodule(parent), leaf, StreamedLinear(linear, block_rows).eval())
 
 
-# Functions that do not read a tensor's values. Attributes such as dtype and shape are read by `__get__`.
-_READS_NO_VALUES = frozenset(
-    {
-        "__get__",
-        "__len__",
-        "__repr__",
-        "data_ptr",
-        "dim",
-        "element_size",
-        "is_complex",
-        "is_floating_point",
-        "numel",
-        "size",
-    }
-)
-
-
 class _NotLoaded(nn.Parameter):
     """A placeholder for a weight or buffer that is not loaded. It has the shape and dtype, but cannot be computed with.
 
@@ -96,7 +82,7 @@ class _NotLoaded(nn.Parameter):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", str(func))
-        if name not in _READS_NO_VALUES:
+        if not reads_no_values(func):
             raise NotLoadedError(f"a part of its weights was to be used ({name}) while it is not loaded")
         result = super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
         return result.as_subclass(cls) if isinstance(result, torch.Tensor) else result
@@ -106,10 +92,10 @@ class _RowsElsewhere(_NotLoaded):
     """A placeholder for a table that is read by row. A row can be taken from it if the running call has brought it.
 
     Attributes:
-        table_name: The embedding's name.
+        table: How its rows are stored.
     """
 
-    table_name: str
+    table: RowTable
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -117,10 +103,12 @@ class _RowsElsewhere(_NotLoaded):
         if row is None:
             return super().__torch_function__(func, types, args, kwargs)
         table, index = args
-        brought = Turn.current().call.rows.get(table.table_name)
+        name = table.table.name
+        brought = Turn.current().call.rows.get(name)
         if brought is None:
-            raise NotLoadedError(f"row {row} of {table.table_name} was to be used, and is not loaded")
-        taken = brought.rows[brought.index_of(torch.tensor(row))].to(table.dtype)
+            raise NotLoadedError(f"row {row} of {name} was to be used, and is not loaded")
+        stored = brought.rows[brought.index_of(torch.tensor([row]))]
+        taken = table.table.values(stored, table.dtype)[0]
         return taken[index[1:]] if isinstance(index, tuple) else taken
 
 
@@ -141,8 +129,10 @@ class StreamedModel:
     Args:
         attention: The one that the model was built with, if it lets its attention be chosen.
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
-        row_tables: The embeddings that are not loaded, by name; each call brings the rows that it looks up.
+        row_tables: The embeddings that are not loaded; each call brings the rows that it looks up.
+        encoded: The parameters that are computed from stored tensors, by name.
         native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
+        lays_out: Weights of resident stages are written in a kernel's layout when they are first bound.
         gate: Asked before and after each stage.
     """
 
@@ -152,21 +142,27 @@ class StreamedModel:
         attention: PackedAttention,
         stages: Sequence[Stage],
         *,
-        row_tables: Sequence[str] = (),
+        row_tables: Sequence[RowTable] = (),
+        encoded: Mapping[str, EncodedParameter] = MappingProxyType({}),
         native_tokens: int = 0,
+        lays_out: bool = False,
         gate: StageGate,
     ) -> None:
         self.model = model
         self._attention = attention
         self._native_tokens = native_tokens
+        self._lays_out = lays_out
         self._gate = gate
-        # All mutable state: the stages whose weights are bound, the setting of the call that runs, and how to undo it.
+        # All mutable state: the stages whose weights are bound, the parameters of resident stages that lie in memory in
+        # a kernel's layout with their tensors, the setting of the call that runs, and how to undo it.
         self._bound: set[Stage] = set()
+        self._laid_out: dict[str, tuple[EncodedParameter, dict[str, torch.Tensor]]] = {}
         self._setting = _Setting.PACKED
         self._undo_setting = ExitStack()
         self._packed_attention = AttentionChoice(model)
         self._plain_attention = self._packed_attention.or_plain_for(attention.name)
-        names = {placement.name for stage in stages for placement in stage.layout.placements}
+        self._encoded = encoded
+        names = {parameter_of(placement.name) for stage in stages for placement in stage.layout.placements}
         self._places = places_of(model, names)
         self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
         self._stages = tuple(stages)
@@ -181,16 +177,16 @@ class StreamedModel:
             self._hooks.append(module.register_forward_pre_hook(_entering(stage)))
             self._hooks.append(module.register_forward_hook(_leaving(stage)))
         self._row_places: dict[str, Place] = {}
-        for name in row_tables:
-            embedding = model.get_submodule(name)
+        for table in row_tables:
+            name, embedding = table.name, model.get_submodule(table.name)
             assert isinstance(embedding, nn.Embedding)
             embedding.padding_idx = None  # means nothing without gradients, and need not be a row here
             self._row_places[name] = Place(embedding, "weight")
             unloaded = _RowsElsewhere.of(embedding.weight)
-            unloaded.table_name = name
+            unloaded.table = table
             self._unloaded[name] = unloaded
             self._unbind_rows(name)
-            self._hooks.append(embedding.register_forward_pre_hook(partial(self._bind_rows, name)))
+            self._hooks.append(embedding.register_forward_pre_hook(partial(self._bind_rows, table)))
             self._hooks.append(embedding.register_forward_hook(partial(self._unbind_rows, name)))
         for module in model.modules():
             if own_parameters(module):
@@ -290,22 +286,46 @@ class StreamedModel:
 
     def _bind(self, stage: Stage, buffer: Buffer) -> None:
         """Puts a stage's weights into the model, as views of `buffer`."""
+        stored: dict[str, Placement] = {}
         for placement in stage.layout.placements:
+            if placement.name not in self._places:
+                stored[placement.name] = placement
+                continue
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
             self._places[placement.name].put(view.to(self._unloaded[placement.name].dtype))
+
+        def part_of(name: str) -> torch.Tensor:
+            placement = stored[name]
+            return buffer.tensor(placement.position, placement.dtype, placement.shape)
+
+        for name in dict.fromkeys(map(parameter_of, stored)):
+            if self._lays_out and stage.resident and not stage.layout.is_shared and name not in self._laid_out:
+                laid_out = lay_out(self._encoded[name], part_of)
+                if laid_out is not None:
+                    self._laid_out[name] = laid_out
+            if name in self._laid_out:
+                encoded, tensors = self._laid_out[name]
+                weight: torch.Tensor = EncodedWeight.of(encoded, tensors.__getitem__)
+            else:
+                encoded = self._encoded[name]
+                weight = encoded.dequantized(part_of) if encoded.whole else EncodedWeight.of(encoded, part_of)
+            self._places[name].put(weight)
         self._bound.add(stage)
 
     def unbind(self, stage: Stage) -> None:
         """Takes a stage's weights out of the model."""
         self._bound.discard(stage)
-        for placement in stage.layout.placements:
-            self._places[placement.name].put(self._unloaded[placement.name])
+        for name in dict.fromkeys(parameter_of(placement.name) for placement in stage.layout.placements):
+            self._places[name].put(self._unloaded[name])
+            self._laid_out.pop(name, None)  # the stage is read again before it is bound again
 
-    def _bind_rows(self, name: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        embedding = Turn.current().call.rows.get(name)
+    def _bind_rows(
+        self, table: RowTable, module: nn.Module, args: tuple[torch.Tensor, ...]
+    ) -> tuple[torch.Tensor, ...]:
+        embedding = Turn.current().call.rows.get(table.name)
         if embedding is None:
             raise NotLoadedError("token ids were to be embedded, and no row of them is loaded")
-        self._row_places[name].put(embedding.rows.to(self._unloaded[name].dtype))
+        self._row_places[table.name].put(table.values(embedding.rows, self._unloaded[table.name].dtype))
         return (embedding.index_of(args[0]), *args[1:])
 
     def _unbind_rows(self, name: str, *_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,18 +66,18 @@ class StageLayout:
         distinct = {(spec.file, spec.offset, spec.nbytes): spec for _, spec in tensors}
         ranges, end = _plain_ranges(spec for spec in distinct.values() if not spec.pieces)
         starts, joined, end = _joined_ranges([spec for spec in distinct.values() if spec.pieces], end)
+        ranges_of: dict[Path, list[ReadRange]] = {}
+        for item in ranges:
+            ranges_of.setdefault(item.file, []).append(item)  # ascending by offset
 
         def position_of(spec: TensorSpec) -> int:
             if spec.pieces:
                 return starts[spec.file, spec.offset]
-            within = (
-                item.position + spec.offset - item.offset
-                for item in ranges
-                if item.offset <= spec.offset
-                and spec.offset + spec.nbytes <= item.offset + item.nbytes
-                and item.file == spec.file
-            )
-            return next(within) if spec.nbytes else 0
+            if not spec.nbytes:
+                return 0
+            of_file = ranges_of[spec.file]
+            item = of_file[bisect_right(of_file, spec.offset, key=lambda item: item.offset) - 1]
+            return item.position + spec.offset - item.offset
 
         placements = tuple(Placement(name, position_of(spec), spec.dtype, spec.shape) for name, spec in tensors)
         weight_bytes = sum(spec.nbytes for spec in distinct.values())

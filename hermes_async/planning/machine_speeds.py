@@ -86,6 +86,21 @@ class MachineSpeeds:
         """Seconds of one agent to read `nbytes` at once, if `num_agents` read at the same time."""
         return interpolate(read_curve(self.disk, num_agents), nbytes)
 
+    def with_dequantizing(self, larger: float, seconds_per_byte: float, *, in_head: bool) -> MachineSpeeds:
+        """The speeds for weights that are dequantized before they are multiplied. Measured speeds count that already.
+
+        Args:
+            larger: Bytes of the dequantized weights for each stored byte.
+            seconds_per_byte: To dequantize one stored byte.
+            in_head: Whether the head is stored so, too.
+        """
+
+        def dequantized(curve: Mapping[int, float]) -> dict[int, float]:
+            return {count: seconds * larger + seconds_per_byte for count, seconds in curve.items()}
+
+        head_s = dequantized(self.head_seconds) if in_head else self.head_seconds
+        return replace(self, layer_seconds=dequantized(self.layer_seconds), head_seconds=head_s)
+
     def with_fastest_kernels(self) -> MachineSpeeds:
         """The speeds with torch's own kernels for sweeps of few tokens, as long as those are faster."""
         faster = list(takewhile(lambda count: self.native_gain[count] > _FASTER_NATIVE, sorted(self.native_gain)))

@@ -5,7 +5,29 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hermes_async.config import format_bytes
 from hermes_async.pipeload.stage import StageLayout
+from hermes_async.planning.machine_speeds import MachineSpeeds, estimated
+
+_SHORT_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+_ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class WeightFormat:
+    """The weights of a model that are stored in one way.
+
+    Attributes:
+        name: The format, such as "fp8 (e4m3, blocks of 128x128)".
+        stored_bytes: Of the checkpoint.
+        num_elements: Numbers that these weights are.
+        dequantizing_s: An estimate of the seconds in which one core dequantizes all of them.
+    """
+
+    name: str
+    stored_bytes: int
+    num_elements: int
+    dequantizing_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +48,9 @@ class ModelSizes:
             if long texts are divided.
         head_name: The module that makes logits. It and its submodules compute only the wanted positions.
         embedding_names: The modules whose rows are looked up. Each is a stage of its own if all weights are resident.
+        formats: The weights that are dequantized when they are used, by how they are stored.
+        dtype: That the model computes with.
+        scratch_bytes: The part of the workspace in which blocks of rows are dequantized.
     """
 
     largest_layer_bytes: int
@@ -42,6 +67,36 @@ class ModelSizes:
     long_text_tokens: int = 0
     head_name: str = ""
     embedding_names: frozenset[str] = frozenset()
+    formats: tuple[WeightFormat, ...] = ()
+    dtype: str = "bfloat16"
+    scratch_bytes: int = 0
+
+    @property
+    def weights_explanation(self) -> tuple[str, ...]:
+        """How weights are stored that are not used as they are stored; empty if there are none."""
+        lines = [
+            f"weights: {one.name}, {format_bytes(one.stored_bytes)} as stored, "
+            f"{format_bytes(one.num_elements * _ITEM_BYTES[self.dtype])} in {_SHORT_NAMES[self.dtype]}"
+            for one in self.formats
+        ]
+        if lines:
+            lines[-1] += f"; dequantized a block of rows at a time, {format_bytes(self.scratch_bytes)} of scratch"
+        return tuple(lines)
+
+    def estimated_speeds(self, num_threads: int, *, in_head: bool) -> MachineSpeeds:
+        """The speeds of a machine that was not measured, with so many threads.
+
+        Args:
+            in_head: Whether the weights of the head are dequantized, too.
+        """
+        stored_bytes = sum(one.stored_bytes for one in self.formats)
+        if not stored_bytes:
+            return estimated()
+        dequantized_bytes = sum(one.num_elements for one in self.formats) * _ITEM_BYTES[self.dtype]
+        dequantizing_s = sum(one.dequantizing_s for one in self.formats) / num_threads
+        return estimated().with_dequantizing(
+            dequantized_bytes / stored_bytes, dequantizing_s / stored_bytes, in_head=in_head
+        )
 
     @property
     def generates(self) -> bool:

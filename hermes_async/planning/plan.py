@@ -21,6 +21,8 @@ class Partitioned(Protocol):
     def stages(self) -> tuple[StageLayout, ...]: ...
     @property
     def cast_bytes(self) -> int: ...
+    @property
+    def layout_bytes(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +47,8 @@ class Plan:
         context_length: The most tokens of a sequence; None without a limit.
         kv_bytes_per_sequence: What a KV cache takes whatever its length is, such as recurrent states.
         in_turns: Each sequence of a sweep has a call of the model of its own, instead of a place in a packed row.
+        layout_bytes: The part of the workspace in which weights are laid out for kernels of whole numbers. 0 where all
+            weights are used as they are stored.
     """
 
     memory_budget: int
@@ -66,6 +70,7 @@ class Plan:
     context_length: int | None = None
     kv_bytes_per_sequence: int = 0
     in_turns: bool = False
+    layout_bytes: int = 0
 
     @property
     def generates(self) -> bool:
@@ -128,8 +133,8 @@ class Plan:
         """The figures, for JSON."""
         names = (
             *("memory_budget", "minimum_budget", "weight_bytes", "resident_bytes", "num_loading_agents", "num_buffers"),
-            *("slot_bytes", "ring_bytes", "bytes_per_sweep", "kv_bytes", "workspace_bytes", "max_tokens_per_sweep"),
-            *("max_prompt_tokens", "max_sequences", "context_length"),
+            *("slot_bytes", "ring_bytes", "bytes_per_sweep", "kv_bytes", "workspace_bytes", "layout_bytes"),
+            *("max_tokens_per_sweep", "max_prompt_tokens", "max_sequences", "context_length"),
         )
         return {name: getattr(self, name) for name in names} | {
             "num_stages": len(self.stages),

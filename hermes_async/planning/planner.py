@@ -56,7 +56,9 @@ def plan(
     if config.kernels == "fastest":
         machine = machine.with_fastest_kernels()
     whole = partition(None)
-    whole_bytes = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + align_up(whole.cast_bytes)
+    layout_bytes = align_up(whole.layout_bytes) if config.kernels == "fastest" else 0
+    beside_bytes = align_up(whole.cast_bytes) + layout_bytes
+    whole_bytes = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + beside_bytes
     if config.max_resident_layers is not None and config.max_resident_layers < len(whole.stages):
         whole_bytes = sys.maxsize
     agent_counts = (config.num_loading_agents,) if config.num_loading_agents else sorted({1, *machine.agent_counts})
@@ -93,7 +95,7 @@ def plan(
         num_buffers=0,
         slot_bytes=0,
         kv_bytes=memory.kv_bytes,
-        workspace_bytes=memory.workspace_bytes + align_up(whole.cast_bytes),
+        workspace_bytes=memory.workspace_bytes + beside_bytes,
         tokens_by_outputs=division.tokens_by_outputs(memory),
         max_sequences=memory.num_sequences,
         minimum_budget=minimum,
@@ -101,8 +103,14 @@ def plan(
         head=sizes.head_of(whole.stages),
         looked_up=sizes.looked_up_of(whole.stages),
         machine=machine,
-        explanation=("all weights fit: they are read once, and no sweep waits for the disk", *machine.explanation),
+        explanation=(
+            "all weights fit: they are read once, and no sweep waits for the disk",
+            *sizes.weights_explanation,
+            *_layout_explanation(layout_bytes, config, could=whole.layout_bytes > 0),
+            *machine.explanation,
+        ),
         context_length=sizes.context_length,
+        layout_bytes=layout_bytes,
         kv_bytes_per_sequence=sizes.kv_bytes_per_sequence,
         in_turns=sizes.in_turns,
     )
@@ -112,7 +120,11 @@ def plan(
     costs = [_cost(one, sizes, config) for one in plans]
     # Of the plans close to the fastest, the first one has the largest stages, and of these the fewest agents.
     chosen = next(idx for idx, cost in enumerate(costs) if cost <= _CLOSE * min(costs))
-    explanation = (*_explanation(plans, costs, chosen, config), *machine.explanation)
+    explanation = (
+        *_explanation(plans, costs, chosen, config),
+        *sizes.weights_explanation,
+        *machine.explanation,
+    )
     return replace(plans[chosen], explanation=explanation)
 
 
@@ -155,7 +167,8 @@ class _Ring:
             num_loading_agents=self.num_agents,
             num_buffers=self.num_buffers,
             slot_bytes=self.slot_bytes,
-            workspace_bytes=resident.workspace_bytes + cast_bytes,
+            workspace_bytes=resident.workspace_bytes - resident.layout_bytes + cast_bytes,
+            layout_bytes=0,
             head=sizes.head_of(stages),
             looked_up=sizes.looked_up_of(stages),
         )
@@ -244,6 +257,18 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
         *([f"KV caches: {kv}"] if plan.generates else []),
         tokens + (", as asked for" if config.max_tokens_per_sweep else workspace),
     ]
+
+
+def _layout_explanation(layout_bytes: int, config: EngineConfig, *, could: bool) -> list[str]:
+    """Whether weights that stay are laid out for kernels of whole numbers; empty if no weight can be."""
+    if layout_bytes:
+        return [
+            "4-bit and 8-bit weights are laid out for torch's own kernels when they are loaded, which takes "
+            f"{format_bytes(layout_bytes)} more; these round otherwise than transformers"
+        ]
+    if could and config.kernels == "default":
+        return ["torch has kernels for these whole numbers, which are faster and round otherwise: kernels='fastest'"]
+    return []
 
 
 def spread(stages: Sequence[StageLayout], room: int, most: int) -> frozenset[int]:

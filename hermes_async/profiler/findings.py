@@ -27,6 +27,7 @@ EXTRAS = {
     "vision": "models of images",
     "ray": "replicas on Ray Serve",
     "audio": "files of audio other than WAV",
+    "gguf": "models in GGUF files",
 }
 """What each extra is for."""
 

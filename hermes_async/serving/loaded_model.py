@@ -287,8 +287,10 @@ def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pi
         model,
         planned.attention,
         stages,
-        row_tables=[table.name for table in partition.row_tables],
+        row_tables=partition.row_tables,
+        encoded=partition.encoded,
         native_tokens=planned.plan.native_tokens,
+        lays_out=planned.plan.layout_bytes > 0,
         gate=pipeline,
     )
 

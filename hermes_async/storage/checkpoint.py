@@ -1,7 +1,7 @@
 """A checkpoint on disk: its configuration, and the file and bytes of each tensor.
 
-It must be in safetensors, and is read in place. This module reads headers only, and no weights. A checkpoint may come
-from anywhere, so everything that a file says is checked.
+It must be in safetensors or GGUF, and is read in place. This module reads headers only, and no weights. A checkpoint
+may come from anywhere, so everything that a file says is checked.
 
 Source: https://github.com/huggingface/safetensors#format
 """
@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import json
 import os
-import stat
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
-from hermes_async.storage.hub import MAX_HEADER_BYTES, HubOptions, download, is_hub_id
+from hermes_async.storage.gguf import GgufHeader, is_gguf, only_gguf_model, read_gguf
+from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
+from hermes_async.storage.hub import HubOptions, download, is_hub_id
 from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
 from hermes_async.storage.tensor_spec import FileState, TensorSpec
 
@@ -32,9 +32,8 @@ _INDEX_NAME = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
 _MAX_CONFIG_BYTES = 16 * 2**20
 _MAX_INDEX_BYTES = 256 * 2**20
-_MAX_INT64 = 2**63 - 1  # the largest file offset or size in torch
 
-_DTYPES = {
+DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -62,20 +61,22 @@ _PACKED_BITS = {"F4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A directory with `config.json` and safetensors shards whose headers are valid.
+    """A directory with `config.json` and safetensors shards, or a GGUF file, whose headers are valid.
 
     Attributes:
-        path: The directory, resolved.
-        config: The content of `config.json`.
+        path: The directory, resolved; or the GGUF file, of several parts the one that was opened.
+        config: The content of `config.json`; empty for GGUF.
         tensors: By their names in the files. Those of one shard are in the order of their bytes.
         root: The directory that was opened, if its `modules.json` names another one for the model
             (sentence-transformers' `0_Transformer`); None otherwise.
+        gguf: What a GGUF file says beside its tensors; None for safetensors.
     """
 
     path: Path
     config: dict[str, Any] = field(repr=False)
     tensors: dict[str, TensorSpec] = field(repr=False)
     root: Path | None = field(default=None, repr=False)
+    gguf: GgufHeader | None = field(default=None, repr=False)
 
     @property
     def total_bytes(self) -> int:
@@ -92,31 +93,38 @@ class Checkpoint:
         token: str | bool | None = None,
         local_files_only: bool = False,
     ) -> Checkpoint:
-        """Opens a directory, or downloads and opens a model on the hub. Blocks: call it in a worker thread.
+        """Opens a directory or file, or downloads and opens a model on the hub. Blocks: call it in a worker thread.
 
         Args:
-            source: A directory. A str that names no directory is a hub id ("org/name").
+            source: A directory, or a GGUF file. A str that names neither is a hub id ("org/name").
             revision: A branch, tag or commit. This and the other arguments are for hub ids only.
             cache_dir: The directory for downloads, instead of the hub's default cache.
             token: The hub's token, instead of the one that is logged in.
             local_files_only: Use the files in the cache, without asking the hub.
 
         Raises:
-            UnsupportedModelError: The weights are not in safetensors.
+            UnsupportedModelError: The weights are neither in safetensors nor in GGUF.
             MissingTensorError: The index names tensors that are not in its shards.
             CorruptShardError: A shard or the index violates its format.
             CheckpointError: There is no such checkpoint, or a part of it is missing or cannot be read.
         """
         path = Path(source)
+        gguf_file: Path | None = None
         if os.fspath(source) and path.is_dir():
             path = path.resolve()
+            gguf_file = only_gguf_model(path)
         elif os.fspath(source) and path.exists():
-            raise CheckpointError(f"{path} is a file; give the directory it is in", path=path)
+            if not is_gguf(path):
+                raise CheckpointError(f"{path} is a file; give the directory it is in, or a GGUF file", path=path)
+            gguf_file = path.parent.resolve() / path.name  # a link keeps its name, by which other parts are found
         elif isinstance(source, str) and is_hub_id(source):
             hub = HubOptions(revision, token, cache_dir)
             path = download(source, hub, local_files_only=local_files_only).resolve()
         else:
-            raise CheckpointError(f"no such directory: {os.fspath(source)!r}", path=path)
+            raise CheckpointError(f"no such directory or GGUF file: {os.fspath(source)!r}", path=path)
+        if gguf_file is not None:
+            header, tensors = read_gguf(gguf_file)
+            return cls(gguf_file, {}, tensors, gguf=header)
 
         root, path = path, _model_folder(path)
         # Weights come first: if they are in another format, config.json is often missing too, and that error says less.
@@ -219,7 +227,7 @@ def _read_shards(directory: Path, listed: dict[str, list[str]]) -> dict[str, Ten
         for name, spec in header.items():
             if name in tensors:
                 both = f"{tensors[name].file.name!r} and {shard!r}"
-                raise _corrupt(directory, f"tensor {name!r} is in both {both}; remove one of them")
+                raise corrupt(directory, f"tensor {name!r} is in both {both}; remove one of them")
             tensors[name] = spec
     return tensors
 
@@ -229,11 +237,11 @@ def _shards_of_index(index: Path) -> dict[str, list[str]]:
     text = _read_bytes(index, _MAX_INDEX_BYTES, CorruptShardError)
     weight_map = _parse_json(index, text, dict, CorruptShardError, unique=True).get("weight_map")
     if not isinstance(weight_map, dict):
-        raise _corrupt(index, "no object `weight_map`")
+        raise corrupt(index, "no object `weight_map`")
     names_by_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
         if not isinstance(shard, str) or not _is_plain_name(shard):
-            raise _corrupt(index, f"puts tensor {name!r} in {shard!r}, not a *.safetensors of this directory")
+            raise corrupt(index, f"puts tensor {name!r} in {shard!r}, not a *.safetensors of this directory")
         names_by_shard.setdefault(shard, []).append(name)
     return names_by_shard
 
@@ -247,21 +255,6 @@ def _is_plain_name(name: str) -> bool:
     return plain and not any(part in ("", ".", "..") for part in name.split("/"))
 
 
-@contextmanager
-def _opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
-    """Opens a regular file, yields it with its state, and turns the operating system's errors into ours."""
-    try:
-        # Checked before opening, because opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a regular file", path=path)
-        with path.open("rb") as file:
-            yield file, FileState.of(os.fstat(file.fileno()))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
-
-
 def read_config(path: Path, kind: type[_Json]) -> _Json:
     """Reads a JSON file of a checkpoint, of at most 16 MiB.
 
@@ -272,7 +265,7 @@ def read_config(path: Path, kind: type[_Json]) -> _Json:
 
 
 def _read_bytes(path: Path, max_bytes: int, mapped: type[CheckpointError]) -> bytes:
-    with _opened(path) as (file, state):
+    with opened(path) as (file, state):
         if state.nbytes > max_bytes:
             raise mapped(f"{path}: {state.nbytes} bytes, more than the {max_bytes} that are read", path=path)
         return file.read(max_bytes)
@@ -298,40 +291,52 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return entries
 
 
-def _corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
-    # Shortened, because it may quote any length of the file.
-    return CorruptShardError(f"{path}: {message:.1000}", path=path, **numbers)
+def read_metadata(path: Path) -> dict[str, str]:
+    """What a shard's header says beside its tensors.
+
+    Raises:
+        CorruptShardError, CheckpointError: The header violates its format, or cannot be read.
+    """
+    return _read_entries(path)[1]
 
 
 def _read_header(path: Path) -> dict[str, TensorSpec]:
-    """Reads and checks a shard's header: 8 bytes of little-endian length, then as many bytes of JSON."""
-    with _opened(path) as (file, state):
+    """Reads and checks a shard's header."""
+    entries, metadata, data_offset, state = _read_entries(path)
+    check_writer(path, metadata)
+    states = {path: state}
+    specs = [_parse_entry(path, name, entry, data_offset, states) for name, entry in entries.items()]
+    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
+    _check_layout(path, specs, data_offset, state.nbytes)
+    return {spec.name: spec for spec in specs}
+
+
+def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, FileState]:
+    """Reads a header: 8 bytes of little-endian length, then as many bytes of JSON.
+
+    Returns:
+        The entries of the tensors, the metadata, where the tensors' bytes begin, and the file's state.
+    """
+    with opened(path) as (file, state):
         size = state.nbytes
-        states = {path: state}
         prefix = file.read(8)
         if len(prefix) < 8:
-            raise _corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
+            raise corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
         if prefix == b"version ":
-            raise _corrupt(path, "a Git LFS pointer in place of the weights; run `git lfs pull`")
+            raise corrupt(path, "a Git LFS pointer in place of the weights; run `git lfs pull`")
         header_bytes = int.from_bytes(prefix, "little")
         limit = min(MAX_HEADER_BYTES, size - 8)
         if header_bytes > limit:
             message = f"a header of {header_bytes} bytes, of at most {limit}"
-            raise _corrupt(path, message, expected=header_bytes, actual=limit)
+            raise corrupt(path, message, expected=header_bytes, actual=limit)
         header = file.read(header_bytes)
     if not header.startswith(b"{"):
-        raise _corrupt(path, "the header does not begin with '{'")
+        raise corrupt(path, "the header does not begin with '{'")
     entries = _parse_json(path, header, dict, CorruptShardError, unique=True)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise _corrupt(path, "`__metadata__` is not an object of strings")
-    check_writer(path, metadata)
-
-    data_offset = 8 + header_bytes
-    specs = [_parse_entry(path, name, entry, data_offset, states) for name, entry in entries.items()]
-    specs.sort(key=lambda spec: (spec.offset, spec.nbytes))
-    _check_layout(path, specs, data_offset, size)
-    return {spec.name: spec for spec in specs}
+        raise corrupt(path, "`__metadata__` is not an object of strings")
+    return entries, metadata, 8 + header_bytes, state
 
 
 def _parse_entry(
@@ -341,28 +346,24 @@ def _parse_entry(
         case {"dtype": str(dtype_name), "shape": list(shape), "data_offsets": [begin, end], **other}:
             pass
         case _:
-            raise _corrupt(path, f"tensor {name!r} lacks one of `dtype`, `shape` and two `data_offsets`")
+            raise corrupt(path, f"tensor {name!r} lacks one of `dtype`, `shape` and two `data_offsets`")
     if other:
-        raise _corrupt(path, f"tensor {name!r} has unknown entries: {', '.join(map(repr, other))}")
+        raise corrupt(path, f"tensor {name!r} has unknown entries: {', '.join(map(repr, other))}")
     numbers = (*shape, begin, end)
-    if not all(type(number) is int and 0 <= number <= _MAX_INT64 for number in numbers) or begin > end:
-        raise _corrupt(path, f"tensor {name!r} has an impossible shape or range")
+    if not all(type(number) is int and 0 <= number <= MAX_INT64 for number in numbers) or begin > end:
+        raise corrupt(path, f"tensor {name!r} has an impossible shape or range")
     bits = _PACKED_BITS.get(dtype_name)
-    dtype = torch.uint8 if bits else _DTYPES.get(dtype_name)
+    dtype = torch.uint8 if bits else DTYPES.get(dtype_name)
     if dtype is None:
-        known = ", ".join((*_DTYPES, *_PACKED_BITS))
-        raise _corrupt(path, f"tensor {name!r} has dtype {dtype_name!r}; known are {known}")
-    num_elements = 1
-    for size in shape:
-        num_elements *= size
-        if num_elements > _MAX_INT64:  # at each step, so that a long shape does not make a huge number
-            raise _corrupt(path, f"tensor {name!r} has too many elements: shape {shape}")
-    if bits and num_elements * bits % 8:
-        raise _corrupt(path, f"tensor {name!r} of {dtype_name} {shape} does not end with a whole byte")
-    nbytes = num_elements * bits // 8 if bits else num_elements * dtype.itemsize
+        known = ", ".join((*DTYPES, *_PACKED_BITS))
+        raise corrupt(path, f"tensor {name!r} has dtype {dtype_name!r}; known are {known}")
+    count = num_elements(path, name, shape)
+    if bits and count * bits % 8:
+        raise corrupt(path, f"tensor {name!r} of {dtype_name} {shape} does not end with a whole byte")
+    nbytes = count * bits // 8 if bits else count * dtype.itemsize
     if nbytes != end - begin:
         message = f"tensor {name!r} has {end - begin} bytes, where {dtype_name} {shape} takes {nbytes}"
-        raise _corrupt(path, message, expected=nbytes, actual=end - begin)
+        raise corrupt(path, message, expected=nbytes, actual=end - begin)
     return TensorSpec(
         name=name,
         file=path,
@@ -383,14 +384,14 @@ def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_si
     end, previous = data_offset, ""
     for spec in specs:
         if spec.offset < end:
-            raise _corrupt(path, f"tensors {previous!r} and {spec.name!r} overlap")
+            raise corrupt(path, f"tensors {previous!r} and {spec.name!r} overlap")
         if spec.offset > end:
             message = f"{spec.offset - end} bytes before tensor {spec.name!r} belong to no tensor"
-            raise _corrupt(path, message, expected=end, actual=spec.offset)
+            raise corrupt(path, message, expected=end, actual=spec.offset)
         end, previous = spec.offset + spec.nbytes, spec.name
     if end > file_size:
         message = f"truncated: {file_size} bytes, where the header needs {end}"
-        raise _corrupt(path, message, expected=end, actual=file_size)
+        raise corrupt(path, message, expected=end, actual=file_size)
     if end < file_size:
         message = f"{file_size - end} bytes after the last tensor belong to no tensor"
-        raise _corrupt(path, message, expected=end, actual=file_size)
+        raise corrupt(path, message, expected=end, actual=file_size)

@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from hermes_async.errors import CheckpointError, HermesError
+from hermes_async.storage.headers import MAX_HEADER_BYTES
 from hermes_async.storage.other_formats import check_repository
 
-MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 _FIRST_BYTES = 100_000  # of a shard on the hub; nearly all headers are shorter
 _TIMEOUT_S = 30.0
 _TOKEN = "a token (token=, or --token)"  # noqa: S105 - a word of messages

@@ -34,9 +34,10 @@ ONLY_SAFETENSORS = (
     "with save_pretrained(directory)"
 )
 _FROM_LLAMA_CPP = (
-    "hermes_async reads only safetensors; use the safetensors of the model that this was made from, which the model "
-    "card or the name tells"
+    "hermes_async reads only safetensors and GGUF; use the safetensors of the model that this was made from, which the "
+    "model card or the name tells"
 )
+_GGUF = "download one of these files, with all its parts if it has several, and give its path"
 _WRITERS = {
     "mlx": "MLX, which changes some weights and quantizes others; use the model that it was converted from",
     "tf": "TensorFlow, whose tensors have other names and shapes; use the model's safetensors for PyTorch",
@@ -103,6 +104,7 @@ def _check_formats(directory: Path, names: Collection[str]) -> None:
         for name in sorted(names):
             if fnmatch(name.rpartition("/")[2], pattern):
                 advice = _FROM_LLAMA_CPP if "llama.cpp's" in what else ONLY_SAFETENSORS
+                advice = _GGUF if pattern == "*.gguf" else advice
                 message = f"{directory} has its weights in {name!r}, {what}; {advice}"
                 raise UnsupportedModelError(message, path=directory)
 
@@ -118,11 +120,14 @@ def check_writer(path: Path, metadata: Mapping[str, str]) -> None:
         raise UnsupportedModelError(f"{path} was written by {writer}", path=path)
 
 
-def quantization(directory: Path, config: Mapping[str, Any]) -> str | None:
-    """The method by which a checkpoint was quantized; None if it was not quantized."""
+def quantization(directory: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+    """The method by which a checkpoint was quantized, and its settings; None if it was not quantized."""
     for key, writer in (("quantization_config", "?"), ("quantization", "MLX"), ("compression_config", "?")):
         settings = config.get(key)
         if settings:
-            method = settings.get("quant_method") if isinstance(settings, dict) else None
-            return str(method or writer)
-    return next((method for name, method in _QUANTIZED_BY.items() if (directory / name).is_file()), None)
+            settings = settings if isinstance(settings, dict) else {}
+            if settings.get("load_in_4bit") or settings.get("load_in_8bit"):  # old files name no method
+                writer = "bitsandbytes"
+            return str(settings.get("quant_method") or writer), settings
+    method = next((method for name, method in _QUANTIZED_BY.items() if (directory / name).is_file()), None)
+    return None if method is None else (method, {})

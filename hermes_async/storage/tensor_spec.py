@@ -34,8 +34,8 @@ class TensorSpec:
         offset: Its first byte, from the start of the file.
         pieces: The extents that make up the tensor, in order, if it is joined from several tensors of the checkpoint.
             `file` and `offset` are then those of the first extent.
-        packed: The format's name of its dtype, if a number takes less than a byte. `dtype` and `shape` are then those
-            of the bytes, and no model can use the tensor.
+        packed: The format's name of its dtype or type, if its numbers are packed into bytes. `dtype` and `shape` are
+            then those of the bytes, and no model can use the tensor as it is.
         file_states: Its files, as they were when their headers were read.
     """
 

@@ -91,7 +91,7 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"hermes-async {hermes_async.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "transcribe", "plan", "demo"])
+@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "transcribe", "plan", "quantize", "demo"])
 def test_help(command: str) -> None:
     assert command in hermes("--help").stdout
     assert hermes(command, "--help").exit_code == 0

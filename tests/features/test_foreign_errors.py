@@ -13,7 +13,7 @@ import torch
 from transformers import AutoTokenizer
 
 from hermes_async import CheckpointError, Engine, HermesError, RequestError, SamplingParams
-from hermes_async.engine import opening
+from hermes_async.engine import model_planner
 from hermes_async.serving.tokenizer import SharedTokenizer
 from tests.engines import check_nothing_is_left, one_loop, open_engine
 
@@ -155,7 +155,7 @@ async def test_an_error_of_a_library_while_the_model_is_opened(
     def fails(*args: Any, **options: Any) -> Any:
         raise error
 
-    monkeypatch.setattr(opening, "plan", fails)
+    monkeypatch.setattr(model_planner, "plan", fails)
     engine = open_engine(tiny_model)
     with pytest.raises(CheckpointError, match="broken") as caught:
         await engine.__aenter__()

@@ -79,11 +79,11 @@ print(libc.mallinfo2().hblks - before)
 """
 
 
-def bounded_and_mapped(**variables: str) -> list[str]:
-    """Whether thresholds were set, and how many mappings of its own a block of a MiB then is."""
+def bounded_and_mapped(program: str = FREEING, **variables: str) -> list[str]:
+    """What a program prints: whether thresholds were set, and how many mappings of its own a block of a MiB then is."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_"))}
     done = subprocess.run(
-        [sys.executable, "-c", FREEING],
+        [sys.executable, "-c", program],
         env=environment | variables,
         check=True,
         capture_output=True,
@@ -91,6 +91,34 @@ def bounded_and_mapped(**variables: str) -> list[str]:
         timeout=120,
     )
     return done.stdout.split()
+
+
+# Blocks of a MiB within `reused_heap`, and again after it, on a thread: how many new pages each takes.
+REUSING = """
+import resource, threading
+import torch
+from hermes_async.memory.library_caches import bound_heap, reused_heap
+
+def new_pages(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        for numel in (1 << 18, 3 << 16):
+            torch.ones(numel)
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // count
+
+def compute():
+    print(new_pages(20) > 200)
+    with reused_heap():
+        new_pages(2)
+        with reused_heap():
+            pass
+        print(new_pages(20) > 200)
+
+print(bound_heap())
+thread = threading.Thread(target=compute)
+thread.start()
+thread.join()
+"""
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="the heap is not glibc's, or too old to tell")
@@ -104,3 +132,6 @@ class TestHeap:
 
     def test_a_user_s_own_tunable_stands(self) -> None:
         assert bounded_and_mapped(GLIBC_TUNABLES="glibc.malloc.mmap_threshold=33554432") == ["False", "0"]
+
+    def test_a_product_uses_the_pages_of_the_one_before_again(self) -> None:
+        assert bounded_and_mapped(REUSING) == ["True", "True", "False"]

@@ -71,7 +71,7 @@ class Rig:
         self.original = original
         self.weights = original.state_dict()
         self.gate = Gate(self.weights)
-        self.row_tables = [table.name for table in parts.row_tables]
+        self.row_tables = parts.row_tables
         self.pool = KVPool(opened.probe.kv, 1 << 20)
         self.attention = opened.attention
         self.model = StreamedModel(
@@ -85,7 +85,8 @@ class Rig:
 
     def rows(self, *token_ids: int) -> dict[str, EmbeddingRows]:
         needed = torch.tensor(sorted(set(token_ids)))
-        return {name: EmbeddingRows(self.weights[f"{name}.weight"][needed], needed) for name in self.row_tables}
+        tables = [table.name for table in self.row_tables]
+        return {name: EmbeddingRows(self.weights[f"{name}.weight"][needed], needed) for name in tables}
 
     def packed(self, *prompts: list[int]) -> PackedCall:
         """Its result: the logits of each prompt's last token, [prompts, vocab]."""

@@ -13,7 +13,7 @@ from packaging.version import Version
 from tests.project import PYPROJECT, ROOT
 
 EXTRAS: dict[str, list[str]] = PYPROJECT["project"]["optional-dependencies"]
-FILES = {"constraints-dev.txt": "dev", "constraints-newest.txt": "test", "constraints-oldest.txt": "test"}
+FILES = {"constraints-dev.txt": "dev", "constraints-oldest.txt": "test"}
 
 
 def requirements(extra: str) -> Iterator[Requirement]:
@@ -52,7 +52,7 @@ def test_the_oldest_tested_versions_of_extras_are_the_lowest_declared_ones() -> 
 
 def test_what_users_install_together() -> None:
     assert {one.name for one in requirements("all")} == {
-        one.name for extra in ("audio", "ray", "serve", "structured", "vision") for one in requirements(extra)
+        one.name for extra in ("audio", "gguf", "ray", "serve", "structured", "vision") for one in requirements(extra)
     }
     assert {one.name for one in requirements("all")} <= {one.name for one in requirements("dev")}
 

@@ -40,7 +40,7 @@ from transformers import (
 
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine.opening import open_model
-from hermes_async.modeling.skeleton import encoder_class
+from hermes_async.modeling.model_classes import encoder_class
 from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio

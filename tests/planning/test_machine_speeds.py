@@ -82,3 +82,13 @@ def test_an_estimate_is_always_to_be_had(nbytes: int, agents: int, tokens: int) 
     assert guess.read_seconds(nbytes, agents) > 0
     assert guess.read_seconds(nbytes, agents + 1) >= guess.read_seconds(nbytes, agents)
     assert compute_seconds(guess, nbytes, nbytes, tokens, tokens) >= compute_seconds(guess, nbytes, nbytes, 1, 1) > 0
+
+
+def test_estimates_count_dequantizing_for_each_stored_byte() -> None:
+    plain = estimated()
+    halved = plain.with_dequantizing(2.0, 1e-9, in_head=False)
+    layer_s, head_s = plain.seconds_per_byte(8, 4)
+    assert halved.seconds_per_byte(8, 4) == pytest.approx((2 * layer_s + 1e-9, head_s))
+    assert plain.with_dequantizing(2.0, 1e-9, in_head=True).seconds_per_byte(8, 4)[1] == pytest.approx(
+        2 * head_s + 1e-9
+    )

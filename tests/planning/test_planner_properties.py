@@ -34,6 +34,7 @@ class FakePartition:
     base: StageLayout
     stages: tuple[StageLayout, ...]
     cast_bytes: int
+    layout_bytes: int = 0
 
 
 def layout(name: str, nbytes: int, offset: int = 0, group: str | None = None) -> StageLayout:

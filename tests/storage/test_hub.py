@@ -126,7 +126,7 @@ def test_shards_on_the_hub_that_are_none(hub: Hub, tmp_path: Path, data: bytes) 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("model.gguf", r"org/name has its weights in 'model\.gguf', GGUF, .* made from"),
+        ("model.gguf", r"org/name has its weights in 'model\.gguf', GGUF, .*; download one"),
         ("Q4_K_M/model-00001-of-00002.gguf", r"org/name has its weights in 'Q4_K_M/model-00001-of-00002\.gguf', GGUF"),
         (
             "pytorch_model.bin",

@@ -1,0 +1,122 @@
+"""Writes GGUF files with the true shapes of a Llama and random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from transformers import LlamaConfig
+
+_STANDARD_DEVIATION = 0.02
+_NOISE_BLOCKS = 1 << 16
+_HALVES = {  # where a block has numbers in float16, and what they are for the standard deviation above
+    "Q4_0": {0: _STANDARD_DEVIATION / 4.6},
+    "Q8_0": {0: _STANDARD_DEVIATION / 74},
+    "Q4_K": {0: _STANDARD_DEVIATION / 170, 2: _STANDARD_DEVIATION / 170 * 7.5},  # numbers of 0 to 15, less 7.5
+    "Q6_K": {208: _STANDARD_DEVIATION / 1360},
+}
+RECIPES = ("Q4_K_M", "Q8_0", "Q4_0")
+
+
+def write_gguf(path: Path, config: LlamaConfig, recipe: str) -> None:
+    """Writes a file of `config`, whose head is its table of tokens, in the types that llama.cpp chooses for `recipe`.
+
+    The tokenizer has a token of its own for each byte, and no others that a text could have.
+    """
+    from gguf import GGMLQuantizationType, GGUFWriter, TokenType
+
+    writer = GGUFWriter(path, "llama", use_temp_file=False)
+    writer.add_name("random weights")
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.hidden_size // config.num_attention_heads)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_file_type({"Q4_0": 2, "Q8_0": 7, "Q4_K_M": 15}[recipe])
+    special = [("<unk>", TokenType.UNKNOWN), ("<s>", TokenType.CONTROL), ("</s>", TokenType.CONTROL)]
+    tokens = special + [(f"<0x{byte:02X}>", TokenType.BYTE) for byte in range(256)]
+    tokens += [(f"\u2581token{idx}", TokenType.NORMAL) for idx in range(len(tokens), config.vocab_size)]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list([text for text, _ in tokens])
+    writer.add_token_scores([-float(idx) for idx in range(len(tokens))])
+    writer.add_token_types([kind for _, kind in tokens])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    tensors = list(_tensors(config, recipe))
+    for name, shape, type_name in tensors:
+        raw_type = GGMLQuantizationType[type_name]
+        if type_name == "F32":
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), 4 * shape[0])
+        else:
+            row_bytes = _row_bytes(shape[1], type_name)
+            writer.add_tensor_info(
+                name, (shape[0], row_bytes), np.dtype(np.uint8), shape[0] * row_bytes, raw_dtype=raw_type
+            )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    numbers = np.random.default_rng(0)
+    noise = {type_name: _noise(numbers, type_name) for type_name in {item[2] for item in tensors} - {"F32"}}
+    for _, shape, type_name in tensors:
+        if type_name == "F32":
+            writer.write_tensor_data(np.ones(shape, np.float32))
+        else:
+            nbytes = shape[0] * _row_bytes(shape[1], type_name)
+            blocks = np.roll(noise[type_name], int(numbers.integers(_NOISE_BLOCKS)), 0).reshape(-1)
+            writer.write_tensor_data(np.resize(blocks, nbytes))
+    writer.close()
+
+
+def _tensors(config: LlamaConfig, recipe: str) -> Iterator[tuple[str, tuple[int, ...], str]]:
+    """The name, shape and type of each tensor."""
+    hidden, intermediate = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
+    usual = "Q4_K" if recipe == "Q4_K_M" else recipe
+    better = "Q6_K" if recipe in ("Q4_K_M", "Q4_0") else recipe
+    yield "token_embd.weight", (config.vocab_size, hidden), better
+    yield "output_norm.weight", (hidden,), "F32"
+    for idx in range(config.num_hidden_layers):
+        layer = f"blk.{idx}"
+        finer = better if recipe == "Q4_K_M" and _more_bits(idx, config.num_hidden_layers) else usual
+        yield f"{layer}.attn_norm.weight", (hidden,), "F32"
+        yield f"{layer}.attn_q.weight", (hidden, hidden), usual
+        yield f"{layer}.attn_k.weight", (keys, hidden), usual
+        yield f"{layer}.attn_v.weight", (keys, hidden), finer
+        yield f"{layer}.attn_output.weight", (hidden, hidden), usual
+        yield f"{layer}.ffn_norm.weight", (hidden,), "F32"
+        yield f"{layer}.ffn_gate.weight", (intermediate, hidden), usual
+        yield f"{layer}.ffn_up.weight", (intermediate, hidden), usual
+        yield f"{layer}.ffn_down.weight", (hidden, intermediate), finer
+
+
+def _more_bits(layer: int, num_layers: int) -> bool:
+    """Whether llama.cpp stores a layer's values and down projection in Q6_K: the outer layers, and each third one."""
+    eighth = num_layers // 8
+    return layer < eighth or layer >= 7 * num_layers // 8 or (layer - eighth) % 3 == 2
+
+
+def _row_bytes(columns: int, type_name: str) -> int:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    elements, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    if columns % elements:
+        raise ValueError(f"rows of {columns} numbers cannot be stored in {type_name}")
+    return columns // elements * nbytes
+
+
+def _noise(numbers: np.random.Generator, type_name: str) -> np.ndarray:
+    """Random blocks, uint8 [blocks, bytes]. Numbers in the blocks are random, and their scales in float16 are not."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    _, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType[type_name]]
+    blocks = numbers.integers(0, 256, (_NOISE_BLOCKS, nbytes), np.uint8)
+    for offset, value in _HALVES[type_name].items():
+        blocks[:, offset : offset + 2] = np.array([value], np.float16).view(np.uint8)
+    return blocks

@@ -1,0 +1,1 @@
+"""Makes a checkpoint of fewer bytes from another one."""

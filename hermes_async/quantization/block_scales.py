@@ -1,0 +1,129 @@
+"""Multiplies a matrix with one number for each of its blocks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+from math import isfinite
+
+import torch
+
+_E8M0_BIAS = 127
+SCRATCH_BYTES = 192 << 10
+"""Of memory that an operation takes piece by piece. It is less than what glibc gives as a new mapping."""
+_VECTOR = 32
+"""Numbers of 16 bits that a processor multiplies at once: torch multiplies shorter rows one by one."""
+_WIDE = 64
+"""Columns of a block from which on it is worth an operator's inner loop of its own."""
+
+
+@dataclass(frozen=True)
+class BlockSize:
+    """Rows and columns of a block; None for all rows, or all columns, of the matrix.
+
+    Where blocks do not divide the matrix, the last ones are smaller.
+    """
+
+    rows: int | None
+    columns: int | None
+
+    def grid(self, rows: int, columns: int) -> tuple[int, int]:
+        """The blocks of a matrix: how many are below each other, and how many beside each other."""
+        return _count(rows, self.rows), _count(columns, self.columns)
+
+    def grid_rows(self, start: int, stop: int) -> slice:
+        """The rows of blocks that the rows `start` to `stop` lie in. `start` is the first row of a block."""
+        return slice(None) if self.rows is None else slice(start // self.rows, -(-stop // self.rows))
+
+
+def _count(size: int, block: int | None) -> int:
+    return 1 if block is None else -(-size // block)
+
+
+def scale_values(scale: torch.Tensor) -> torch.Tensor:
+    """Scales in float32. They may be stored as exponents alone: as a dtype of its own, or as bytes."""
+    if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+        return scale.float()
+    codes = scale.view(torch.uint8).reshape(-1).to(torch.int32)
+    return _powers(scale.dtype).index_select(0, codes).view(scale.shape)
+
+
+@cache
+def _powers(dtype: torch.dtype) -> torch.Tensor:
+    """The number that each byte of a dtype of exponents stands for. Of bytes, 255 is 2**128: infinity."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    return torch.exp2(codes.float() - _E8M0_BIAS) if dtype == torch.uint8 else codes.view(dtype).float()
+
+
+def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: BlockSize) -> None:
+    """Multiplies each block with its scale, in place. Products are computed in float32, and rounded once.
+
+    Args:
+        values: [rows, columns], contiguous. The first row is the first of a block.
+        scale: The grid of these rows' blocks, in float32.
+    """
+    rows, columns = values.shape
+    height, width = block.rows or rows, block.columns or columns
+    num_down, num_across = rows // height, columns // width  # of whole blocks
+    if num_down * height == rows and num_across * width == columns:
+        _multiply(values.view(num_down, height, num_across, width), scale)
+        return
+    bottom, right = num_down * height, num_across * width
+    for down, lines in ((slice(0, num_down), slice(0, bottom)), (slice(num_down, None), slice(bottom, rows))):
+        for across, those in (
+            (slice(0, num_across), slice(0, right)),
+            (slice(num_across, None), slice(right, columns)),
+        ):
+            piece, factors = values[lines, those], scale[down, across]
+            if piece.numel():
+                (below, beside), (tall, wide) = factors.shape, piece.shape
+                _multiply(piece.view(below, tall // below, beside, wide // beside), factors)
+
+
+def _multiply(blocks: torch.Tensor, factors: torch.Tensor) -> None:
+    """Blocks [M, height, N, width] times factors [M, N]."""
+    num_down, height, num_across, width = blocks.shape
+    if blocks.dtype is torch.float32:
+        blocks.mul_(factors[:, None, :, None])
+    elif factors.numel() == 1:
+        blocks.mul_(factors.item())  # of a number of Python, torch rounds only the product
+    elif width >= _WIDE and blocks.is_contiguous() and all(map(isfinite, bounds_of(factors))):
+        if height == 1:
+            _multiply_channels(blocks.view(1, 1, num_down * num_across, width), factors.reshape(1, -1))
+        else:
+            _multiply_channels(blocks, factors)
+    elif width >= _VECTOR and torch.equal((same := factors.to(blocks.dtype)).float(), factors):
+        blocks.mul_(same[:, None, :, None])
+    else:
+        step = max(1, SCRATCH_BYTES // (4 * height * num_across * width))
+        scratch = torch.empty((min(step, num_down), height, num_across, width))
+        for some, those in zip(torch.split(blocks, step), torch.split(factors, step), strict=True):
+            some.copy_(scratch[: len(some)].copy_(some).mul_(those[:, None, :, None]))
+
+
+def bounds_of(factors: torch.Tensor) -> tuple[float, float]:
+    """The smallest and the largest; NaN if one of them is."""
+    lowest, highest = torch.aminmax(factors)
+    return float(lowest), float(highest)
+
+
+def _multiply_channels(blocks: torch.Tensor, factors: torch.Tensor) -> None:
+    """As `_multiply`, for numbers of 16 bits and finite factors.
+
+    Of torch's operators, only the normalization of batches does that without a copy of the numbers in float32. It
+    computes `number * factor + bias - mean * factor`. The signs of its zeros are such that a zero keeps its sign.
+    """
+    bias, mean, one = torch.full_like(factors[0], -0.0), factors * 0.0, torch.ones_like(factors[0])
+    nothing = factors.new_empty(0), factors.new_empty(0)
+    for values, row, zero in zip(blocks, factors, mean, strict=True):
+        torch.native_batch_norm(
+            values,
+            weight=row,
+            bias=bias,
+            running_mean=zero,
+            running_var=one,
+            training=False,
+            momentum=0.0,
+            eps=0.0,
+            out=(values, *nothing),
+        )

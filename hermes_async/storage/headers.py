@@ -1,0 +1,58 @@
+"""Opens files whose headers are read, and names what is wrong with them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from hermes_async.errors import CheckpointError, CorruptShardError
+from hermes_async.storage.tensor_spec import FileState
+
+MAX_HEADER_BYTES = 100_000_000
+"""The most bytes of a header that are read. It is also the limit of the safetensors format."""
+
+MAX_INT64 = 2**63 - 1
+"""The largest file offset or size in torch."""
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
+    """Opens a regular file, and yields it with its state.
+
+    Raises:
+        CheckpointError: It is missing, is no regular file, or cannot be read.
+    """
+    try:
+        # Checked before opening, because opening a named pipe would wait for a writer.
+        if not stat.S_ISREG(path.stat().st_mode):
+            raise CheckpointError(f"{path} is not a regular file", path=path)
+        with path.open("rb") as file:
+            yield file, FileState.of(os.fstat(file.fileno()))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
+
+
+def corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:
+    """The error for a file that violates its format. `numbers` are `expected` and `actual`."""
+    # Shortened, because it may quote any length of the file.
+    return CorruptShardError(f"{path}: {message:.1000}", path=path, **numbers)
+
+
+def num_elements(path: Path, name: str, shape: list[int] | tuple[int, ...]) -> int:
+    """The elements of the tensor `name` in the file `path`.
+
+    Raises:
+        CorruptShardError: There are more than any tensor can have.
+    """
+    count = 1
+    for size in shape:
+        count *= size
+        if count > MAX_INT64:  # at each step, so that a long shape does not make a huge number
+            raise corrupt(path, f"tensor {name!r} has too many elements: shape {list(shape)}")
+    return count

@@ -1,0 +1,199 @@
+"""Weights of whole numbers in the layout of a kernel are the same weights, and are multiplied to nearly the same."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hermes_async import Engine, EngineConfig, SamplingParams
+from hermes_async.modeling import kernel_layouts
+from hermes_async.modeling.kernel_layouts import Int4Layout, Int8Layout, lay_out, layout_bytes
+from hermes_async.modeling.partition import Partition
+from hermes_async.modeling.transformers_api import int4_product
+from hermes_async.quantization.awq import AwqEncoding
+from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight
+from hermes_async.quantization.encoding import Encoding, StoredMatrix
+from hermes_async.quantization.gguf_blocks import GgufEncoding
+from hermes_async.quantization.gptq import GptqEncoding
+from hermes_async.quantization.packed_integers import PackedEncoding
+from hermes_async.quantization.scaled_numbers import ScaledEncoding
+from hermes_async.storage.tensor_spec import TensorSpec
+from tests.engines import one_loop
+
+anyio_backend = one_loop(use_uvloop=False)
+
+ROWS, COLUMNS, GROUP = 128, 256, 64
+Parts = dict[str, torch.Tensor]
+
+
+def random_parts(encoding: Encoding) -> Parts:
+    """Stored tensors of a matrix. Scales are powers of two, so each weight is a bfloat16."""
+    if isinstance(encoding, GgufEncoding):
+        blocks = torch.randint(0, 256, (ROWS, COLUMNS // 32, 18), dtype=torch.uint8)
+        blocks[..., :2] = torch.tensor([2.0**-6], dtype=torch.float16).view(torch.uint8)
+        return {"weight": blocks.view(ROWS, -1)}
+    generator = torch.Generator().manual_seed(0)
+    parts: Parts = {}
+    for part, shape in encoding.shapes(ROWS, COLUMNS).items():
+        if part == "scale":
+            parts[part] = torch.exp2(torch.randint(-8, -4, shape, generator=generator)).bfloat16()
+        elif part == "packed" or (part == "zero_point" and not isinstance(encoding, PackedEncoding)):
+            octets = torch.randint(0, 256, (*shape, 4), dtype=torch.uint8, generator=generator)
+            parts[part] = octets.view(torch.int32).view(shape)
+        elif part == "weight":
+            parts[part] = torch.randint(-128, 128, shape, dtype=torch.int8, generator=generator)
+        else:
+            parts[part] = torch.randint(-8, 8, shape, dtype=torch.int8, generator=generator)
+    return parts
+
+
+def encoded(encoding: Encoding, parts: Parts, dtype: torch.dtype = torch.bfloat16) -> EncodedParameter:
+    specs = {
+        part: TensorSpec(part, Path("model.safetensors"), 0, tensor.nbytes, tensor.dtype, tuple(tensor.shape))
+        for part, tensor in parts.items()
+    }
+    matrix = StoredMatrix(encoding, (ROWS, COLUMNS), specs)
+    return EncodedParameter("w", (ROWS, COLUMNS), dtype, (matrix,))
+
+
+LAID_OUT = [
+    (PackedEncoding(4, GROUP), Int4Layout),
+    (PackedEncoding(4, None), Int4Layout),
+    (PackedEncoding(4, GROUP, "plain"), Int4Layout),
+    (GptqEncoding(4, GROUP, less_one=True, ordered=False), Int4Layout),
+    (AwqEncoding(GROUP), Int4Layout),
+    (GgufEncoding("Q4_0"), Int4Layout),
+    (PackedEncoding(8, None), Int8Layout),
+    (ScaledEncoding("int8", 1, None), Int8Layout),
+    (ScaledEncoding("int8", None, None), Int8Layout),
+]
+
+
+@pytest.mark.parametrize(("encoding", "layout"), LAID_OUT)
+@torch.inference_mode()
+def test_a_laid_out_weight_has_the_same_values(encoding: Encoding, layout: type[Encoding]) -> None:
+    parts = random_parts(encoding)
+    stored = encoded(encoding, parts)
+    weight = EncodedWeight.of(stored, lambda name: parts[name.rpartition("/")[2]])
+    expected = weight.dequantized()
+    few, many = torch.randn(2, COLUMNS).bfloat16(), torch.randn(80, COLUMNS).bfloat16()
+    bias = torch.randn(ROWS).bfloat16()
+    of_many = weight.product(many, bias)
+
+    laid_out = lay_out(stored, lambda name: parts[name.rpartition("/")[2]])
+    assert laid_out is not None
+    in_memory, tensors = laid_out
+    assert isinstance(in_memory.matrices[0].encoding, layout)
+    weight = EncodedWeight.of(in_memory, tensors.__getitem__)
+    assert torch.equal(weight.dequantized(), expected)
+    assert torch.equal(weight.product(many, bias), of_many)
+    exact = few.double() @ expected.double().t() + bias
+    torch.testing.assert_close(weight.product(few, bias).double(), exact, rtol=1e-2, atol=2e-2)
+
+    codes = parts["packed" if "packed" in parts else "weight"]
+    added = [tensor for tensor in tensors.values() if tensor.untyped_storage().data_ptr() != codes.data_ptr()]
+    assert sum(tensor.nbytes for tensor in added) == layout_bytes(stored)  # the numbers lie where they lay
+
+
+@pytest.mark.parametrize(
+    ("encoding", "dtype"),
+    [
+        (PackedEncoding(4, GROUP), torch.float32),
+        (PackedEncoding(2, GROUP), torch.bfloat16),
+        (PackedEncoding(8, GROUP), torch.bfloat16),
+        (PackedEncoding(8, None, "plain"), torch.bfloat16),
+        (PackedEncoding(4, GROUP, ordered=True), torch.bfloat16),
+        (ScaledEncoding("fp8", 1, None), torch.bfloat16),
+    ],
+)
+def test_a_weight_that_no_kernel_takes_stays_as_it_is(encoding: Encoding, dtype: torch.dtype) -> None:
+    stored = encoded(encoding, random_parts(PackedEncoding(4, GROUP)), dtype)
+    assert layout_bytes(stored) == 0
+
+    def part_of(name: str) -> torch.Tensor:
+        raise AssertionError(f"{name} was looked at")
+
+    assert lay_out(stored, part_of) is None
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama in bfloat16, whose layers have 4-bit numbers in groups of 64."""
+    path = tmp_path_factory.mktemp("int4")
+    config = LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=300,
+        dtype=torch.bfloat16,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        (rows, columns), module = tensors.pop(name).shape, name.removesuffix(".weight")
+        octets = torch.randint(0, 256, (rows, columns // 8, 4), dtype=torch.uint8)
+        tensors[f"{module}.weight_packed"] = octets.view(torch.int32).view(rows, columns // 8)
+        tensors[f"{module}.weight_scale"] = torch.full((rows, columns // GROUP), 0.01, dtype=torch.bfloat16)
+        tensors[f"{module}.weight_shape"] = torch.tensor([rows, columns])
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+    settings = {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+        "ignore": ["lm_head"],
+    }
+    described = json.loads((path / "config.json").read_text()) | {"quantization_config": settings}
+    (path / "config.json").write_text(json.dumps(described))
+    return path
+
+
+@pytest.mark.anyio
+async def test_an_engine_lays_out_weights_that_stay_only_if_asked_to(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = []
+
+    def counted(*args: Any) -> torch.Tensor:
+        products.append(len(args[0]))
+        return int4_product(*args)
+
+    monkeypatch.setattr(kernel_layouts, "int4_product", counted)
+    prompt, params = [5, 9, 2, 33], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
+    input_ids = torch.tensor([[7]])
+    async with Engine(checkpoint, memory_budget="64MiB") as engine:
+        assert engine.plan.layout_bytes == 0
+        assert any("kernels='fastest'" in line for line in engine.plan.explanation)
+        expected = (await engine.complete(prompt, params)).token_ids
+        logits = (await engine.forward(input_ids=input_ids)).logits
+    assert not products
+    fastest = EngineConfig(kernels="fastest")
+    async with Engine(checkpoint, memory_budget="64MiB", config=fastest) as engine:
+        partition = engine.plan.partition
+        assert isinstance(partition, Partition)
+        added = sum(map(layout_bytes, partition.encoded.values()))
+        assert 0 < added <= engine.plan.layout_bytes <= engine.plan.workspace_bytes
+        assert any("laid out" in line for line in engine.plan.explanation)
+        assert any("int4 (groups of 64)" in line and "as stored" in line for line in engine.plan.explanation)
+        assert (await engine.complete(prompt, params)).token_ids == expected
+        torch.testing.assert_close((await engine.forward(input_ids=input_ids)).logits, logits, rtol=2e-2, atol=2e-2)
+        assert {1, len(prompt)} <= set(products)
+        await engine.resize(engine.plan.memory_budget // 2)
+        least = engine.plan.minimum_budget
+        await engine.resize(engine.plan.memory_budget * 2)
+        assert (await engine.complete(prompt, params)).token_ids == expected
+    async with Engine(checkpoint, memory_budget=least, config=fastest) as engine:
+        products.clear()
+        assert engine.plan.num_buffers and engine.plan.layout_bytes == 0
+        assert (await engine.complete(prompt, params)).token_ids == expected
+    assert not products
