@@ -1,7 +1,7 @@
 """The Pipeline Planner: divides a budget between resident stages, the ring, KV caches and workspace.
 
 Candidates are all stage sizes with all numbers of loading agents. The cost model gives the seconds of each. Of the
-candidates that are close to the fastest, the planner takes the simplest.
+candidates that are close to the fastest, and read little, the planner takes the simplest.
 
 Source: Hermes (arXiv 2409.04249), section IV (Pipeline Planner), extended by a fixed resident set. All stages are used
 in a cycle, so with R resident bytes every sweep reads at least all other bytes, whatever is kept.
@@ -25,7 +25,8 @@ from hermes_async.planning.plan import Partitioned, Plan
 from hermes_async.planning.workspace import BudgetDivision
 from hermes_async.storage.buffers import align_up
 
-_CLOSE = 1.01  # a simpler plan may take this multiple of the fastest plan's time
+_CLOSE = 1.01  # a simpler plan may take this multiple of the time of the fastest plan,
+_FEW_BYTES = 1.05  # and read this multiple of the fewest bytes a sweep
 _UNDIVIDED = 1.1  # a buffer above the stage limit by more than this factor holds a module that cannot be divided
 _PROMPT_TOKENS = _NEW_TOKENS = 64  # of the sessions by which plans are compared
 
@@ -118,8 +119,11 @@ def plan(
         return resident
     plans = [ring.plan(resident, weights_bytes, sizes) for ring in rings if ring.weights_bytes <= weights_bytes]
     costs = [_cost(one, sizes, config) for one in plans]
-    # Of the plans close to the fastest, the first one has the largest stages, and of these the fewest agents.
-    chosen = next(idx for idx, cost in enumerate(costs) if cost <= _CLOSE * min(costs))
+    # Of the plans close to the fastest that read little, the first one has the largest stages, and of these the fewest
+    # agents. Where computing is the limit, all may be as fast, but disks are slower than expected more often than not.
+    close = [idx for idx, cost in enumerate(costs) if cost <= _CLOSE * min(costs)]
+    fewest_bytes = min(plans[idx].bytes_per_sweep for idx in close)
+    chosen = next(idx for idx in close if plans[idx].bytes_per_sweep <= _FEW_BYTES * fewest_bytes)
     explanation = (
         *_explanation(plans, costs, chosen, config),
         *sizes.weights_explanation,
