@@ -28,8 +28,9 @@ from hermes_async.errors import CheckpointError, ConfigError, ReadError, ShortRe
 from hermes_async.modeling.transformers_api import tensor_order
 from hermes_async.quantization.write import GROUP_SIZES, PackedIntegers, RowScaledFp8, WeightFormat
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.shard_writer import NewTensor, ShardWriter, aligned, is_whole
-from hermes_async.storage.tensor_spec import FileState, TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 SHARD_BYTES = 2**30
 _INDEX_NAME = "model.safetensors.index.json"

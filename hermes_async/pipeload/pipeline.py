@@ -23,8 +23,8 @@ from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import AgentTrace, Trace
 from hermes_async.storage.buffers import Buffer, BufferPool
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.reader import Reader, ReadStatistics
-from hermes_async.storage.tensor_spec import FileState
 from hermes_async.storage.threads import DaemonExecutor
 
 T = TypeVar("T")

@@ -19,11 +19,12 @@ from typing import Any, TypeVar
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.gguf import GgufHeader, is_gguf, only_gguf_model, read_gguf
 from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
 from hermes_async.storage.hub import HubOptions, download, is_hub_id
 from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
-from hermes_async.storage.tensor_spec import FileState, TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 _Json = TypeVar("_Json", dict[str, Any], list[Any])
 

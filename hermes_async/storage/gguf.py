@@ -17,8 +17,9 @@ from typing import Any, BinaryIO, NamedTuple, TypeAlias
 import torch
 
 from hermes_async.errors import CheckpointError, UnsupportedModelError
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
-from hermes_async.storage.tensor_spec import FileState, TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)

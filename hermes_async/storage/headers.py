@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from hermes_async.errors import CheckpointError, CorruptShardError
-from hermes_async.storage.tensor_spec import FileState
+from hermes_async.storage.file_state import FileState
 
 MAX_HEADER_BYTES = 100_000_000
 """The most bytes of a header that are read. It is also the limit of the safetensors format."""

@@ -27,7 +27,7 @@ import anyio.lowlevel
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, align_down, align_up
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
-from hermes_async.storage.tensor_spec import FileState
+from hermes_async.storage.file_state import FileState
 
 
 @dataclass(frozen=True, slots=True)

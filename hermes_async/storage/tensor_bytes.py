@@ -14,7 +14,8 @@ from pathlib import Path
 
 from hermes_async.errors import CheckpointError, CorruptShardError
 from hermes_async.storage.direct_io import drop_cache
-from hermes_async.storage.tensor_spec import Extent, FileState, TensorSpec
+from hermes_async.storage.file_state import FileState
+from hermes_async.storage.tensor_spec import Extent, TensorSpec
 from hermes_async.storage.threads import DaemonExecutor, check_cancelled
 
 _NUM_THREADS = 8

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -10,19 +9,7 @@ from pathlib import Path
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class FileState:
-    """Identifies a file and its version without reading it."""
-
-    nbytes: int
-    modified_ns: int
-    device: int
-    inode: int
-
-    @classmethod
-    def of(cls, status: os.stat_result) -> FileState:
-        return cls(status.st_size, status.st_mtime_ns, status.st_dev, status.st_ino)
+from hermes_async.storage.file_state import FileState
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,8 @@ from safetensors.torch import save_file
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError, UnsupportedModelError
 from hermes_async.storage import checkpoint as checkpoint_module
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.tensor_spec import Extent, FileState, TensorSpec, merge_extents
+from hermes_async.storage.file_state import FileState
+from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 
 INDEX = "model.safetensors.index.json"

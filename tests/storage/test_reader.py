@@ -17,8 +17,8 @@ import pytest
 
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
-from hermes_async.storage.tensor_spec import FileState
 from tests.disks import Disk, Read
 
 pytestmark = pytest.mark.anyio

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError
+from hermes_async.storage.file_state import FileState
 from hermes_async.storage.tensor_bytes import read_small_tensor, read_tensors
-from hermes_async.storage.tensor_spec import FileState, TensorSpec
+from hermes_async.storage.tensor_spec import TensorSpec
 
 MIB = 1 << 20
 
