@@ -179,9 +179,8 @@ def _check_shape(model: PreTrainedModel, name: str, one: _Found, expected: tuple
 def _check_dtype(spec: TensorSpec, parameter: torch.Tensor) -> None:
     if spec.packed is None and spec.dtype.is_complex == parameter.dtype.is_complex:
         return
-    dtype = spec.packed or str(spec.dtype).removeprefix("torch.")
     raise UnsupportedModelError(
-        f"{spec.file}: tensor {spec.name!r} is in {dtype}; fp32, bf16 and fp16 checkpoints are supported",
+        f"{spec.file}: tensor {spec.name!r} is in {spec.dtype_name}; fp32, bf16 and fp16 checkpoints are supported",
         path=spec.file,
     )
 

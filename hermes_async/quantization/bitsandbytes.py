@@ -235,15 +235,11 @@ def _part(name: str, dtype: torch.dtype | None, user: TensorSpec, tensors: Mappi
         raise CorruptShardError(f"{user.file}: tensor {user.name!r} needs {name!r}, which is missing", path=user.file)
     if dtype is not None and spec.dtype != dtype:
         raise CorruptShardError(
-            f"{spec.file}: tensor {name!r} is in {_dtype_name(spec.dtype)}, and {user.name!r} needs it in "
-            f"{_dtype_name(dtype)}",
+            f"{spec.file}: tensor {name!r} is in {spec.dtype_name}, and {user.name!r} needs it in "
+            f"{str(dtype).removeprefix('torch.')}",
             path=spec.file,
         )
     return spec
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 @dataclass(frozen=True, slots=True)

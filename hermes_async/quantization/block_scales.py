@@ -8,7 +8,11 @@ from math import isfinite
 
 import torch
 
-_E8M0_BIAS = 127
+from hermes_async.quantization.encoding import Encoding
+
+E8M0_BIAS = 127
+EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
+"""Of scales that are stored as exponents alone."""
 SCRATCH_BYTES = 192 << 10
 """Of memory that an operation takes piece by piece. It is less than what glibc gives as a new mapping."""
 _VECTOR = 32
@@ -36,13 +40,36 @@ class BlockSize:
         return slice(None) if self.rows is None else slice(start // self.rows, -(-stop // self.rows))
 
 
+class BlockEncoding(Encoding):
+    """An encoding whose part "weight" has the rows of the matrix, and other parts something for each block of it.
+
+    Attributes:
+        block: Rows and columns of a block.
+    """
+
+    block: BlockSize
+
+    @property
+    def row_step(self) -> int:
+        return self.block.rows or 1
+
+    def part_rows(self, part: str, rows: int) -> int | None:
+        if part == "weight":
+            return rows
+        return None if self.block.rows is None else _count(rows, self.block.rows)
+
+    @property
+    def divisible(self) -> bool:
+        return True
+
+
 def _count(size: int, block: int | None) -> int:
     return 1 if block is None else -(-size // block)
 
 
 def scale_values(scale: torch.Tensor) -> torch.Tensor:
     """Scales in float32. They may be stored as exponents alone: as a dtype of its own, or as bytes."""
-    if scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+    if scale.dtype not in EXPONENT_DTYPES:
         return scale.float()
     codes = scale.view(torch.uint8).reshape(-1).to(torch.int32)
     return _powers(scale.dtype).index_select(0, codes).view(scale.shape)
@@ -52,7 +79,7 @@ def scale_values(scale: torch.Tensor) -> torch.Tensor:
 def _powers(dtype: torch.dtype) -> torch.Tensor:
     """The number that each byte of a dtype of exponents stands for. Of bytes, 255 is 2**128: infinity."""
     codes = torch.arange(256, dtype=torch.uint8)
-    return torch.exp2(codes.float() - _E8M0_BIAS) if dtype == torch.uint8 else codes.view(dtype).float()
+    return torch.exp2(codes.float() - E8M0_BIAS) if dtype == torch.uint8 else codes.view(dtype).float()
 
 
 def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: BlockSize) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
+from hermes_async.quantization.block_scales import EXPONENT_DTYPES, BlockSize
 from hermes_async.quantization.column_groups import without_groups_in_order
 from hermes_async.quantization.derived import Bfloat16Values
 from hermes_async.quantization.encoding import StoredMatrix
@@ -37,7 +38,6 @@ _PACKED_BITS = (2, 4, 8)
 _REGEX = "re:"
 _EXPERTS = ".experts."
 _INTEGERS = (torch.int8, torch.uint8, torch.int32, torch.int64)
-_E8M0 = (torch.uint8, torch.float8_e8m0fnu)
 _NUMBERS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 
 
@@ -226,7 +226,7 @@ def _fp4_matrix(module: str, packed: TensorSpec, group: _Group, tensors: Mapping
         matrix = nvfp4_matrix(packed, parts["scale"], _part(module, "global_scale", packed, tensors), divides=True)
         return replace(matrix, encoding=Bfloat16Values(matrix.encoding))
     for spec in (packed, parts["scale"]):
-        check_dtype(spec, _E8M0, "part")
+        check_dtype(spec, EXPONENT_DTYPES, "part")
     if len(packed.shape) not in (2, 3):
         raise _misshapen(packed, packed)
     shape = (*packed.shape[:-1], 2 * packed.shape[-1])
@@ -268,15 +268,13 @@ def _scaled_matrix(module: str, weight: TensorSpec, group: _Group, tensors: Mapp
     parts = {"weight": weight, **dict(_parts(module, weight, group, tensors))}
     if "g_idx" in parts:
         raise _misshapen(parts["g_idx"], weight, "which is not packed, and has no order of columns")
-    check_dtype(parts["scale"], SCALE_DTYPES + (_E8M0 if group.format == "mxfp8-quantized" else ()), "scale")
+    check_dtype(parts["scale"], SCALE_DTYPES + (EXPONENT_DTYPES if group.format == "mxfp8-quantized" else ()), "scale")
     num_stacked = len(weight.shape) - 2
     parts |= {part: _as_grid(parts[part], num_stacked) for part in ("scale", "zero_point") if part in parts}
-    rows, columns = _block_of(group, parts["scale"].shape[num_stacked:])
     kind = _NUMBERS[weight.dtype]
     encoding = ScaledEncoding(
         kind,
-        rows,
-        columns,
+        _block_of(group, parts["scale"].shape[num_stacked:]),
         zero_point="zero_point" in parts,
         # transformers multiplies experts in float32, and all other weights in the dtype of the scale.
         in_scale_dtype=not (kind == "fp8" and _EXPERTS in module),
@@ -294,14 +292,14 @@ def _as_grid(spec: TensorSpec, num_stacked: int) -> TensorSpec:
     return replace(spec, shape=shape)
 
 
-def _block_of(group: _Group, grid: Sequence[int]) -> tuple[int | None, int | None]:
-    """The rows and columns that share a scale; None for all."""
+def _block_of(group: _Group, grid: Sequence[int]) -> BlockSize:
+    """The rows and columns that share a scale."""
     if group.strategy == "block" and group.block is not None:
-        return group.block
+        return BlockSize(*group.block)
     if group.strategy in ("group", "tensor_group") or (group.strategy is None and group.group_size):
-        return 1, group.group_size
+        return BlockSize(1, group.group_size)
     per_tensor = group.strategy == "tensor" or (group.strategy is None and tuple(grid) == (1, 1))
-    return (None if per_tensor else 1), None
+    return BlockSize(None if per_tensor else 1, None)
 
 
 def _misshapen(spec: TensorSpec, weight: TensorSpec, why: str = "") -> CorruptShardError:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
-from hermes_async.quantization.block_scales import BlockSize, bounds_of, multiply_blocks, scale_values
-from hermes_async.quantization.encoding import Encoding, Parts, StoredMatrix
+from hermes_async.quantization.block_scales import BlockEncoding, BlockSize, bounds_of, multiply_blocks, scale_values
+from hermes_async.quantization.encoding import Parts, StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -50,7 +50,7 @@ _WIDENINGS = {
 
 
 @dataclass(frozen=True)
-class Fp8Encoding(Encoding):
+class Fp8Encoding(BlockEncoding):
     """Numbers in e4m3, the part "weight" [rows, columns], times the numbers of their blocks, the part "scale".
 
     Attributes:
@@ -72,7 +72,7 @@ class Fp8Encoding(Encoding):
         widening = _WIDENINGS[out.dtype]
         largest = 2.0 ** (127 - widening.fold)
         lowest, highest = bounds_of(scale)
-        if _has_nan(weight) or not -largest <= lowest <= highest <= largest:
+        if has_nan(weight) or not -largest <= lowest <= highest <= largest:
             numbers = weight.float()
             multiply_blocks(numbers, scale, self.block)
             out.copy_(numbers)
@@ -80,26 +80,24 @@ class Fp8Encoding(Encoding):
         _widen(weight, widening, out)
         multiply_blocks(out, scale * 2.0**widening.fold, self.block)
 
-    @property
-    def row_step(self) -> int:
-        return self.block.rows or 1
-
-    def part_rows(self, part: str, rows: int) -> int | None:
-        if part == "weight":
-            return rows
-        return None if self.block.rows is None else -(-rows // self.block.rows)
-
-    @property
-    def divisible(self) -> bool:
-        return True
-
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         return 4 * rows * columns + 16 * prod(self.block.grid(rows, columns))
 
 
-def _has_nan(weight: torch.Tensor) -> bool:
+def has_nan(weight: torch.Tensor) -> bool:
     """Whether an e4m3 tensor has one of the two bytes that are not a number."""
     return int(weight.view(torch.int8).amax()) == _NAN or int(weight.view(torch.uint8).amax()) == _NEGATIVE_NAN
+
+
+BFLOAT16_FOLD = 2.0 ** _WIDENINGS[torch.bfloat16].fold
+"""What `folded` divides numbers by."""
+
+
+def folded(weight: torch.Tensor) -> torch.Tensor:
+    """A tensor of e4m3 in bfloat16, divided by `BFLOAT16_FOLD`. It must not have NaN."""
+    out = torch.empty(weight.shape, dtype=torch.bfloat16)
+    _widen(weight, _WIDENINGS[torch.bfloat16], out)
+    return out
 
 
 def _widen(weight: torch.Tensor, widening: _Widening, out: torch.Tensor) -> None:
@@ -111,7 +109,7 @@ def _widen(weight: torch.Tensor, widening: _Widening, out: torch.Tensor) -> None
 
 def e4m3_values(weight: torch.Tensor) -> torch.Tensor:
     """A tensor of e4m3 in float32; much faster than torch's own conversion."""
-    if _has_nan(weight):
+    if has_nan(weight):
         return weight.float()
     widening, values = _WIDENINGS[torch.float32], torch.empty(weight.shape)
     _widen(weight, widening, values)
@@ -135,20 +133,20 @@ def fp8_matrices(settings: Mapping[str, Any], tensors: Mapping[str, TensorSpec])
             continue
         if scale is None:
             raise CorruptShardError(
-                f"{spec.file}: tensor {name!r} is quantized ({_dtype_name(spec)}), and its scale "
+                f"{spec.file}: tensor {name!r} is quantized ({spec.dtype_name}), and its scale "
                 f"({next(_scale_names(name))!r}) is missing",
                 path=spec.file,
             )
         if spec.dtype in _OTHER_FP8:
             raise UnsupportedModelError(
-                f"{spec.file}: tensor {name!r} is in {_dtype_name(spec)}; of FP8 numbers, hermes_async reads e4m3fn. "
+                f"{spec.file}: tensor {name!r} is in {spec.dtype_name}; of FP8 numbers, hermes_async reads e4m3fn. "
                 "Use the model that this one was made from",
                 path=spec.file,
             )
         if scale.dtype not in _SCALE_DTYPES or len(spec.shape) not in (2, 3):
             raise CorruptShardError(
-                f"{scale.file}: tensor {scale.name!r} ({_dtype_name(scale)}, shape {list(scale.shape)}) cannot be the "
-                f"scale of {name!r} ({_dtype_name(spec)}, shape {list(spec.shape)})",
+                f"{scale.file}: tensor {scale.name!r} ({scale.dtype_name}, shape {list(scale.shape)}) cannot be the "
+                f"scale of {name!r} ({spec.dtype_name}, shape {list(spec.shape)})",
                 path=scale.file,
             )
         found[name] = fp8_matrix(spec, scale, block)
@@ -191,10 +189,6 @@ def _is_quantized(name: str, spec: TensorSpec, *, has_scale: bool) -> bool:
         return has_scale or len(spec.shape) > 1
     is_packed = spec.dtype in _PACKED_FP4 and spec.packed is None and len(spec.shape) > 1
     return is_packed and (has_scale or name.endswith(".weight"))
-
-
-def _dtype_name(spec: TensorSpec) -> str:
-    return spec.packed or str(spec.dtype).removeprefix("torch.")
 
 
 def fp8_matrix(spec: TensorSpec, scale: TensorSpec, block: tuple[int, int] | None = None) -> StoredMatrix:

@@ -15,15 +15,22 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError
-from hermes_async.quantization.block_scales import SCRATCH_BYTES, BlockSize, multiply_blocks, scale_values
-from hermes_async.quantization.encoding import Encoding, Parts, StoredMatrix
+from hermes_async.quantization.block_scales import (
+    E8M0_BIAS,
+    EXPONENT_DTYPES,
+    SCRATCH_BYTES,
+    BlockEncoding,
+    BlockSize,
+    multiply_blocks,
+    scale_values,
+)
+from hermes_async.quantization.encoding import Parts, StoredMatrix
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _GROUP = 32  # numbers that share a scale
 _BLOCK = BlockSize(1, _GROUP)
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_E8M0_BIAS = 127
 
 
 @dataclass(frozen=True)
@@ -39,7 +46,7 @@ _LAYOUTS = {torch.bfloat16: _Layout(7, 125, 125), torch.float16: _Layout(10, 13,
 
 
 @dataclass(frozen=True)
-class Mxfp4Encoding(Encoding):
+class Mxfp4Encoding(BlockEncoding):
     """Numbers in e2m1, the part "weight" [rows, columns / 2], times the numbers of their blocks, the part "scale".
 
     The first of two numbers is in the lower half of its byte.
@@ -68,19 +75,6 @@ class Mxfp4Encoding(Encoding):
         if self.block != _BLOCK or not _raise_exponents(packed, scale, out):
             unpack_e2m1(packed, out)
             multiply_blocks(out, scale_values(scale), self.block)
-
-    @property
-    def row_step(self) -> int:
-        return self.block.rows or 1
-
-    def part_rows(self, part: str, rows: int) -> int | None:
-        if part == "weight":
-            return rows
-        return None if self.block.rows is None else -(-rows // self.block.rows)
-
-    @property
-    def divisible(self) -> bool:
-        return True
 
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         unpacked = 2 * rows * columns if itemsize == 4 else 0  # in bfloat16 first
@@ -118,9 +112,9 @@ def _raise_exponents(packed: torch.Tensor, scale: torch.Tensor, out: torch.Tenso
         False if it wrote nothing: a scale is no power of two, or a number would leave the exponents of `out`'s dtype.
     """
     layout = _LAYOUTS.get(out.dtype)
-    if layout is None or scale.dtype not in (torch.uint8, torch.float8_e8m0fnu):
+    if layout is None or scale.dtype not in EXPONENT_DTYPES:
         return False
-    exponents = scale.view(torch.uint8).to(torch.int16).sub_(_E8M0_BIAS)
+    exponents = scale.view(torch.uint8).to(torch.int16).sub_(E8M0_BIAS)
     lowest, highest = torch.aminmax(exponents)
     if int(lowest) < -layout.lowering or int(highest) > layout.raising:
         return False
@@ -173,9 +167,8 @@ def mxfp4_matrices(settings: Mapping[str, Any], tensors: Mapping[str, TensorSpec
 def _experts(blocks: TensorSpec, scales: TensorSpec) -> StoredMatrix:
     for spec in (blocks, scales):
         if spec.dtype != torch.uint8 or spec.packed:
-            dtype = spec.packed or str(spec.dtype).removeprefix("torch.")
             raise CorruptShardError(
-                f"{spec.file}: tensor {spec.name!r} is in {dtype}; MXFP4 is stored as uint8", path=spec.file
+                f"{spec.file}: tensor {spec.name!r} is in {spec.dtype_name}; MXFP4 is stored as uint8", path=spec.file
             )
     match blocks.shape:
         case (int(num_experts), int(rows), int(num_groups), num_bytes) if num_bytes == _GROUP // 2:

@@ -99,9 +99,8 @@ def _matrix(spec: TensorSpec, scale: TensorSpec | None, of_all: TensorSpec | Non
         )
     if scale.dtype != torch.float8_e4m3fn:
         raise UnsupportedModelError(
-            f"{spec.file}: tensor {name!r} is packed, and its scales are in "
-            f"{str(scale.dtype).removeprefix('torch.')}; of ModelOpt's formats, hermes_async reads NVFP4, whose scales "
-            "are in float8_e4m3fn, MXFP4, and FP8. Use the model that this one was made from",
+            f"{spec.file}: tensor {name!r} is packed, and its scales are in {scale.dtype_name}; of ModelOpt's "
+            "formats, hermes_async reads NVFP4, whose scales are in float8_e4m3fn, MXFP4, and FP8. Use the model that this one was made from",
             path=spec.file,
         )
     if of_all is None:
@@ -125,9 +124,10 @@ def nvfp4_matrix(packed: TensorSpec, scale: TensorSpec, of_all: TensorSpec, *, d
     expected = ((packed, torch.uint8), (scale, torch.float8_e4m3fn), (of_all, torch.float32))
     for spec, dtype in expected:
         if spec.dtype != dtype or spec.packed:
-            is_in, should_be = (str(one).removeprefix("torch.") for one in (spec.packed or spec.dtype, dtype))
+            should_be = str(dtype).removeprefix("torch.")
             raise CorruptShardError(
-                f"{spec.file}: tensor {spec.name!r} is in {is_in}; NVFP4 has it in {should_be}", path=spec.file
+                f"{spec.file}: tensor {spec.name!r} is in {spec.dtype_name}; NVFP4 has it in {should_be}",
+                path=spec.file,
             )
     if len(packed.shape) not in (2, 3):
         raise CorruptShardError(

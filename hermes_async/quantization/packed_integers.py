@@ -292,7 +292,7 @@ def check_dtype(spec: TensorSpec, dtypes: tuple[torch.dtype, ...], what: str) ->
     if spec.dtype not in dtypes or spec.packed is not None:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         raise CorruptShardError(
-            f"{spec.file}: tensor {spec.name!r} is in {spec.packed or str(spec.dtype).removeprefix('torch.')}; as the "
-            f"{what} of a quantized matrix it would be in {allowed}",
+            f"{spec.file}: tensor {spec.name!r} is in {spec.dtype_name}; as the {what} of a quantized "
+            f"matrix it would be in {allowed}",
             path=spec.file,
         )

@@ -10,13 +10,13 @@ from dataclasses import dataclass
 import torch
 
 from hermes_async.errors import CorruptShardError
+from hermes_async.quantization.block_scales import EXPONENT_DTYPES
 from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.quantization.encoding import Encoding
 from hermes_async.storage.tensor_bytes import TensorBytes, read_tensors
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _E8M0_NAN = 255
-_EXPONENTS = (torch.uint8, torch.float8_e8m0fnu)
 
 
 def check_scales(parameters: Iterable[EncodedParameter]) -> None:
@@ -72,7 +72,7 @@ def _wrong(content: memoryview, dtype: torch.dtype, *, zeros: bool) -> tuple[int
     Args:
         zeros: Whether zeros are right.
     """
-    if dtype in _EXPONENTS:
+    if dtype in EXPONENT_DTYPES:
         exponents = torch.frombuffer(content, dtype=torch.uint8)
         return None if exponents.max() < _E8M0_NAN else (int(exponents.argmax()), "is not a number")
     values = torch.frombuffer(content, dtype=dtype)

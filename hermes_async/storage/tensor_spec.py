@@ -36,6 +36,11 @@ class TensorSpec:
     packed: str | None = None
     file_states: Mapping[Path, FileState] = field(default_factory=dict, compare=False, repr=False)
 
+    @property
+    def dtype_name(self) -> str:
+        """The dtype as torch names it, or the format if a number takes less than a byte; for messages."""
+        return self.packed or str(self.dtype).removeprefix("torch.")
+
     @classmethod
     def joined(cls, specs: Sequence[TensorSpec], shape: tuple[int, ...]) -> TensorSpec:
         """One tensor of `shape`, made of the bytes of `specs` in this order. All `specs` must have one dtype."""

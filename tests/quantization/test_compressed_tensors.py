@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig, Qwen3MoeConfig
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
+from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.derived import Bfloat16Values
 from hermes_async.quantization.encoding import StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
@@ -110,8 +111,8 @@ def test_numbers_of_a_byte(kind: str, block: tuple[int | None, int | None], scal
     )
     expected = products(numbers.to(scale_dtype) - zeros.to(scale_dtype), scales)
     parts = {"weight": numbers, "scale": scale} | ({"zero_point": zero} if kind == "int8" else {})
-    check(ScaledEncoding(kind, *block, zero_point=kind == "int8"), parts, expected)
-    check_scratch(ScaledEncoding(kind, *block, zero_point=kind == "int8"), parts)
+    check(ScaledEncoding(kind, BlockSize(*block), zero_point=kind == "int8"), parts, expected)
+    check_scratch(ScaledEncoding(kind, BlockSize(*block), zero_point=kind == "int8"), parts)
 
 
 def test_fp8_numbers_that_are_none_and_large_scales() -> None:
@@ -119,7 +120,7 @@ def test_fp8_numbers_that_are_none_and_large_scales() -> None:
     for scale in (1.0, 500.0, -3000.0):
         parts = {"weight": numbers, "scale": torch.full((4, 1), scale)}
         out = torch.empty(4, 64)
-        ScaledEncoding("fp8", 1, None).dequantize(parts, 0, 4, out)
+        ScaledEncoding("fp8", BlockSize(1, None)).dequantize(parts, 0, 4, out)
         torch.testing.assert_close(out, numbers.float() * scale, rtol=0, atol=0, equal_nan=True)
 
 
@@ -264,10 +265,10 @@ def test_forms_of_scales() -> None:
         weights = {"strategy": strategy, "num_bits": 8, **({"group_size": 32} if strategy == "group" else {})}
         settings = settings_of("int-quantized", a=group(["Linear"], **weights))
         matrix = encoding_of(settings, **{"m.weight": int8, "m.weight_scale": (F32, shape)})
-        assert matrix.encoding == ScaledEncoding("int8", *block)
+        assert matrix.encoding == ScaledEncoding("int8", BlockSize(*block))
     settings = settings_of("mxfp8-quantized", a=group(["Linear"], num_bits=8, type="float", group_size=32))
     matrix = encoding_of(settings, **{"m.weight": (FP8, (16, 64)), "m.weight_scale": (U8, (16, 2))})
-    assert matrix.encoding == ScaledEncoding("fp8", 1, 32)
+    assert matrix.encoding == ScaledEncoding("fp8", BlockSize(1, 32))
 
 
 def test_stacked_matrices_and_fp4() -> None:

@@ -17,6 +17,7 @@ from hermes_async.modeling.kernel_layouts import Int4Layout, Int8Layout, lay_out
 from hermes_async.modeling.partition import Partition
 from hermes_async.modeling.transformers_api import int4_product
 from hermes_async.quantization.awq import AwqEncoding
+from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight
 from hermes_async.quantization.encoding import Encoding, StoredMatrix
 from hermes_async.quantization.gguf_blocks import GgufEncoding
@@ -70,8 +71,8 @@ LAID_OUT = [
     (AwqEncoding(GROUP), Int4Layout),
     (GgufEncoding("Q4_0"), Int4Layout),
     (PackedEncoding(8, None), Int8Layout),
-    (ScaledEncoding("int8", 1, None), Int8Layout),
-    (ScaledEncoding("int8", None, None), Int8Layout),
+    (ScaledEncoding("int8", BlockSize(1, None)), Int8Layout),
+    (ScaledEncoding("int8", BlockSize(None, None)), Int8Layout),
 ]
 
 
@@ -109,7 +110,7 @@ def test_a_laid_out_weight_has_the_same_values(encoding: Encoding, layout: type[
         (PackedEncoding(8, GROUP), torch.bfloat16),
         (PackedEncoding(8, None, "plain"), torch.bfloat16),
         (PackedEncoding(4, GROUP, ordered=True), torch.bfloat16),
-        (ScaledEncoding("fp8", 1, None), torch.bfloat16),
+        (ScaledEncoding("fp8", BlockSize(1, None)), torch.bfloat16),
     ],
 )
 def test_a_weight_that_no_kernel_takes_stays_as_it_is(encoding: Encoding, dtype: torch.dtype) -> None:
