@@ -26,7 +26,7 @@ from hermes_async.conversion.output_folder import (
 from hermes_async.conversion.targets import LinearWeight, Targets, check_no_gguf, find_targets
 from hermes_async.errors import CheckpointError, ConfigError, ReadError, ShortReadError, UnsupportedModelError
 from hermes_async.modeling.transformers_api import tensor_order
-from hermes_async.quantization.write import GROUP_SIZES, PackedIntegers, RowScaledFp8, WeightFormat
+from hermes_async.quantization.write import GROUP_SIZES, OutputFormat, PackedIntegers, RowScaledFp8
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.shard_writer import NewTensor, ShardWriter, aligned, is_whole
@@ -106,7 +106,7 @@ class QuantizedCheckpoint:
     context_length: int | None
 
 
-def choose_format(name: str, group_size: int | None, columns: dict[str, int]) -> WeightFormat:
+def choose_format(name: str, group_size: int | None, columns: dict[str, int]) -> OutputFormat:
     """The format of this name, with groups that divide all matrices.
 
     Args:
@@ -206,7 +206,7 @@ class _Progress:
         self._on_progress(self._done, self._total)
 
 
-def _plan_shards(checkpoint: Checkpoint, targets: Targets, chosen: WeightFormat, shard_bytes: int) -> list[_Shard]:
+def _plan_shards(checkpoint: Checkpoint, targets: Targets, chosen: OutputFormat, shard_bytes: int) -> list[_Shard]:
     """The files that are written, layer after layer, each with whole matrices."""
     order = tensor_order()
     groups: list[list[_Item]] = [[]]
@@ -226,7 +226,7 @@ def _plan_shards(checkpoint: Checkpoint, targets: Targets, chosen: WeightFormat,
     ]
 
 
-def _items(spec: TensorSpec, weights: Sequence[LinearWeight], chosen: WeightFormat, dtype: torch.dtype) -> list[_Item]:
+def _items(spec: TensorSpec, weights: Sequence[LinearWeight], chosen: OutputFormat, dtype: torch.dtype) -> list[_Item]:
     if spec.packed is not None:
         raise UnsupportedModelError(f"{spec.file}: tensor {spec.name!r} is in {spec.packed}", path=spec.file)
     if not weights:
@@ -239,7 +239,7 @@ def _items(spec: TensorSpec, weights: Sequence[LinearWeight], chosen: WeightForm
     return items
 
 
-def _settings(checkpoint: Checkpoint, chosen: WeightFormat, targets: Targets, shard_bytes: int) -> dict[str, Any]:
+def _settings(checkpoint: Checkpoint, chosen: OutputFormat, targets: Targets, shard_bytes: int) -> dict[str, Any]:
     """All that the output depends on."""
     states: dict[str, FileState] = {}
     for spec in checkpoint.tensors.values():
@@ -264,7 +264,7 @@ class _Work:
         threads: Quantize blocks, each with torch's operations on one thread; that many blocks are in memory.
     """
 
-    chosen: WeightFormat
+    chosen: OutputFormat
     scale_dtype: torch.dtype
     progress: _Progress
     threads: ThreadPoolExecutor
@@ -365,7 +365,7 @@ def _index(shards: Sequence[_Shard]) -> dict[str, Any]:
 
 
 def _summary(
-    checkpoint: Checkpoint, targets: Targets, chosen: WeightFormat, shards: Sequence[_Shard], left_out: Sequence[str]
+    checkpoint: Checkpoint, targets: Targets, chosen: OutputFormat, shards: Sequence[_Shard], left_out: Sequence[str]
 ) -> QuantizedCheckpoint:
     items = [item for shard in shards for item in shard.items]
     quantized = [item for item in items if item.weight is not None]

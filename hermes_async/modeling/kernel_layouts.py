@@ -144,9 +144,7 @@ def lay_out(encoded: EncodedParameter, part_of: PartOf) -> tuple[EncodedParamete
 
 
 def _has_layout(encoded: EncodedParameter) -> bool:
-    if (
-        encoded.dtype != torch.bfloat16 or encoded.whole
-    ):  # of other dtypes, products with dequantized weights are faster
+    if encoded.dtype != torch.bfloat16 or encoded.whole:  # of other dtypes, dequantized weights are faster
         return False
     return all(_layout_of(matrix) is not None for matrix in encoded.matrices)
 

@@ -15,10 +15,8 @@ from hermes_async.errors import UnsupportedModelError
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts, StoredMatrix
 from hermes_async.quantization.gptq import bits_of, folder_of, group_size_of, misshapen, named_parts
 from hermes_async.quantization.packed_integers import (
-    INT8_ELEMENTS,
     WORD_BITS,
     num_groups,
-    pieces,
     scratch_bytes,
     turned,
     unpacked,
@@ -26,6 +24,7 @@ from hermes_async.quantization.packed_integers import (
     write_packed,
     write_scaled,
 )
+from hermes_async.quantization.pieces import INT8_ELEMENTS, pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _BITS = (4,)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
-from hermes_async.quantization.byte_tables import piece_bytes, row_pieces
 from hermes_async.quantization.encoding import Encoding, Parts, StoredMatrix
+from hermes_async.quantization.pieces import piece_bytes, row_pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _WEIGHT = ".weight"

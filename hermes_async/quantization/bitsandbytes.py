@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
-from hermes_async.quantization.byte_tables import PIECE_ELEMENTS, byte_table, look_up, piece_bytes, row_pieces
+from hermes_async.quantization.byte_tables import byte_table, look_up
 from hermes_async.quantization.encoding import Encoding, Parts, StoredMatrix
+from hermes_async.quantization.pieces import FLOAT32_ELEMENTS, piece_bytes, row_pieces
 from hermes_async.storage.tensor_bytes import read_small_tensor
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -79,9 +80,9 @@ class Bits4Encoding(Encoding):
         scales = self._scales(parts, first // self.block, -(-last // self.block))
         codes = parts["weight"][first // 2 : -(-last // 2)]
         values, table = out.view(-1), _table(self.kind)
-        scratch = torch.empty(min(PIECE_ELEMENTS, last - first + 1), dtype=torch.float32)
-        for begin in range(0, last - first, PIECE_ELEMENTS):
-            end = min(last - first, begin + PIECE_ELEMENTS)
+        scratch = torch.empty(min(FLOAT32_ELEMENTS, last - first + 1), dtype=torch.float32)
+        for begin in range(0, last - first, FLOAT32_ELEMENTS):
+            end = min(last - first, begin + FLOAT32_ELEMENTS)
             some = codes[begin // 2 : -(-end // 2)]
             numbers = scratch[: 2 * len(some)]
             look_up(some, table, numbers)
@@ -129,7 +130,7 @@ class Bits4Encoding(Encoding):
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         elements = rows * columns
         scales = -(-elements // self.block) * (4 + (16 if self.nested_block else 0))
-        return min(elements, PIECE_ELEMENTS) * 10 + scales
+        return min(elements, FLOAT32_ELEMENTS) * 10 + scales
 
 
 @cache

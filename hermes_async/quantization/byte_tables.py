@@ -1,14 +1,10 @@
-"""Looks up all numbers of a byte at once, in pieces whose memory stays in the processor's cache."""
+"""Looks up all numbers of a byte at once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-
-PIECE_ELEMENTS = 15 << 12
-"""Elements that are dequantized at once. In float32 they take less than 256 KiB. The heap gives larger pieces back to
-the system when they are freed, and getting them anew takes time."""
 
 _ELEMENTS = {1: torch.float32, 2: torch.float64, 4: torch.complex128}
 """A dtype as large as so many numbers in float32. Its values mean nothing."""
@@ -38,15 +34,3 @@ def look_up(codes: torch.Tensor, table: torch.Tensor, out: torch.Tensor) -> None
         out: [bytes * numbers of a byte] float32, contiguous.
     """
     torch.index_select(table, 0, codes.int(), out=out.view(table.dtype))
-
-
-def row_pieces(start: int, stop: int, columns: int) -> Iterator[tuple[int, int]]:
-    """Divides the rows `start` to `stop` into pieces of at most `PIECE_ELEMENTS`, or of one row."""
-    step = max(1, PIECE_ELEMENTS // max(1, columns))
-    for begin in range(start, stop, step):
-        yield begin, min(stop, begin + step)
-
-
-def piece_bytes(rows: int, columns: int, element_bytes: int) -> int:
-    """Of the largest of these pieces, with so many bytes an element."""
-    return min(rows * columns, max(PIECE_ELEMENTS, columns)) * element_bytes

@@ -24,21 +24,21 @@ from hermes_async.storage.tensor_spec import TensorSpec
 _Finder = Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], dict[str, StoredMatrix]]
 
 _METHODS: dict[str, _Finder] = {
-    "NVIDIA ModelOpt": modelopt_matrices,
+    "auto-round": auto_round_matrices,
+    "awq": awq_matrices,
+    "bitnet": bitnet_matrices,
+    "bitsandbytes": bitsandbytes_matrices,
+    "compressed-tensors": compressed_tensors_matrices,
     "fbgemm_fp8": fbgemm_matrices,
     "fp8": fp8_matrices,
+    "gptq": gptq_matrices,
+    "metal": metal_matrices,
     "modelopt": modelopt_matrices,
     "modelopt_fp4": modelopt_matrices,
     "mxfp4": mxfp4_matrices,
-    "auto-round": auto_round_matrices,
-    "awq": awq_matrices,
-    "compressed-tensors": compressed_tensors_matrices,
-    "gptq": gptq_matrices,
     "mxfp8": fp8_matrices,
     "nvfp4": modelopt_matrices,
-    "bitnet": bitnet_matrices,
-    "bitsandbytes": bitsandbytes_matrices,
-    "metal": metal_matrices,
+    "NVIDIA ModelOpt": modelopt_matrices,
     "torchao": torchao_matrices,
 }
 """By `quant_method`: from the settings and all tensors of a checkpoint to its quantized matrices."""

@@ -100,7 +100,8 @@ def _matrix(spec: TensorSpec, scale: TensorSpec | None, of_all: TensorSpec | Non
     if scale.dtype != torch.float8_e4m3fn:
         raise UnsupportedModelError(
             f"{spec.file}: tensor {name!r} is packed, and its scales are in {scale.dtype_name}; of ModelOpt's "
-            "formats, hermes_async reads NVFP4, whose scales are in float8_e4m3fn, MXFP4, and FP8. Use the model that this one was made from",
+            "formats, hermes_async reads NVFP4, whose scales are in float8_e4m3fn, MXFP4, and FP8. Use the model that "
+            "this one was made from",
             path=spec.file,
         )
     if of_all is None:

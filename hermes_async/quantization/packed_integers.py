@@ -9,7 +9,7 @@ Source: the layout of `weight_packed` in compressed-tensors; of `qweight` in GPT
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -17,15 +17,11 @@ import torch
 
 from hermes_async.errors import CorruptShardError
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
+from hermes_async.quantization.pieces import FLOAT32_ELEMENTS, INT8_ELEMENTS, pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 WORD_BITS = 32
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_FLOAT32_ELEMENTS = 15 << 12
-INT8_ELEMENTS = 15 << 14
-"""Elements that are computed at once. What is made of them takes less than 256 KiB: the heap gives larger blocks of
-memory back to the system when they are freed, and getting them anew takes longer than all of the computation."""
 
 
 def numbers_per_step(bits: int) -> int:
@@ -98,7 +94,7 @@ def write_packed(
         out, rounded_to: See `write_scaled`.
     """
     rows, columns = out.shape
-    for start, stop in pieces(rows, columns, INT8_ELEMENTS if g_idx is None else _FLOAT32_ELEMENTS):
+    for start, stop in pieces(rows, columns, INT8_ELEMENTS if g_idx is None else FLOAT32_ELEMENTS):
         own_scale = _of_columns(scale[start:stop], g_idx).unsqueeze(-1)
         own_zero = zero if isinstance(zero, int) else _of_columns(zero[start:stop], g_idx).unsqueeze(-1)
         numbers = unpacked(words[start:stop], bits, columns).view(stop - start, own_scale.shape[1], -1)
@@ -136,7 +132,7 @@ def write_scaled(
         return
     rows, columns = out.shape
     scale, buffer = scale.float(), None
-    for start, stop in pieces(rows, columns, _FLOAT32_ELEMENTS):
+    for start, stop in pieces(rows, columns, FLOAT32_ELEMENTS):
         if out.dtype == torch.float32:
             products = into[start:stop]
         elif buffer is None:
@@ -151,13 +147,6 @@ def write_scaled(
             into[start:stop].copy_(products.to(rounded_to))
         elif out.dtype != torch.float32:
             into[start:stop].copy_(products)
-
-
-def pieces(rows: int, columns: int, most: int) -> Iterator[tuple[int, int]]:
-    """Divides rows into even pieces of at most so many elements, or of one row."""
-    count = -(-rows // max(1, most // max(1, columns)))
-    step = -(-rows // max(1, count))
-    return ((start, min(rows, start + step)) for start in range(0, rows, max(1, step)))
 
 
 def _of_columns(values: torch.Tensor, g_idx: torch.Tensor | None) -> torch.Tensor:
@@ -266,7 +255,7 @@ class PackedEncoding(OrderedEncoding):
 def scratch_bytes(rows: int, columns: int, group_size: int | None, *, ordered: bool = False, bits: int = 4) -> int:
     """Of a piece's numbers and what they are made of, of their products, and of all scales and zero points."""
     numbers = max(columns, min(rows * columns, INT8_ELEMENTS))
-    products = max(columns, min(rows * columns, _FLOAT32_ELEMENTS))
+    products = max(columns, min(rows * columns, FLOAT32_ELEMENTS))
     scales = rows * -(-columns // (group_size or columns)) + (products if ordered else 0)
     return (8 if bits == 3 else 3) * numbers + 6 * products + 12 * scales + (1 << 14)
 

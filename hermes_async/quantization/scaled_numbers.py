@@ -14,7 +14,8 @@ import torch
 from hermes_async.quantization.block_scales import EXPONENT_DTYPES, BlockEncoding, BlockSize, scale_values
 from hermes_async.quantization.encoding import IntegerGroups, IntegerRows, Parts
 from hermes_async.quantization.fp8 import BFLOAT16_FOLD, folded, has_nan
-from hermes_async.quantization.packed_integers import INT8_ELEMENTS, pieces, scratch_bytes, write_scaled
+from hermes_async.quantization.packed_integers import scratch_bytes, write_scaled
+from hermes_async.quantization.pieces import INT8_ELEMENTS, pieces
 
 _LARGE_SCALE = 2.0**7
 """Of numbers in FP8, smaller scales can be multiplied with `BFLOAT16_FOLD`."""

@@ -19,9 +19,10 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
-from hermes_async.quantization.byte_tables import byte_table, look_up, piece_bytes, row_pieces
+from hermes_async.quantization.byte_tables import byte_table, look_up
 from hermes_async.quantization.encoding import Encoding, Parts, StoredMatrix
 from hermes_async.quantization.fp8 import fp8_matrix
+from hermes_async.quantization.pieces import piece_bytes, row_pieces
 from hermes_async.storage.checkpoint import read_metadata
 from hermes_async.storage.tensor_spec import TensorSpec
 

@@ -29,7 +29,7 @@ class PartLayout:
     whole: bool = False
 
 
-class WeightFormat(ABC):
+class OutputFormat(ABC):
     """How the rows of a matrix are quantized. A value: one object serves all matrices of a model."""
 
     name: str
@@ -97,7 +97,7 @@ class WeightFormat(ABC):
 
 
 @dataclass(frozen=True)
-class PackedIntegers(WeightFormat):
+class PackedIntegers(OutputFormat):
     """Integers of 4 or 8 bits, packed into int32, and a scale for each group of a row.
 
     Column `c` of a row lies in bits `num_bits * (c % n)` and up of the int32 number `c // n`, where `n` integers fit
@@ -147,7 +147,7 @@ class PackedIntegers(WeightFormat):
 
 
 @dataclass(frozen=True)
-class RowScaledFp8(WeightFormat):
+class RowScaledFp8(OutputFormat):
     """Numbers in e4m3, and a scale for each row."""
 
     name = "float-quantized"

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hermes_async.quantization.rounding import round_to_integers
-from hermes_async.quantization.write import PackedIntegers, RowScaledFp8, WeightFormat
+from hermes_async.quantization.write import OutputFormat, PackedIntegers, RowScaledFp8
 
 
 def matrix(rows: int, columns: int, *, spread: float = 0.02, seed: int = 0) -> torch.Tensor:
@@ -70,7 +70,7 @@ def test_fp8_has_half_a_step_of_error() -> None:
 
 @pytest.mark.parametrize("chosen", [PackedIntegers(4, 32), PackedIntegers(8, None), RowScaledFp8()])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_zeros_and_tiny_weights_have_a_scale(chosen: WeightFormat, dtype: torch.dtype) -> None:
+def test_zeros_and_tiny_weights_have_a_scale(chosen: OutputFormat, dtype: torch.dtype) -> None:
     weights = torch.zeros(3, 32)
     weights[1, 5], weights[2] = 1e-7, 1e-30
     parts = chosen.quantize(weights, dtype)
