@@ -30,6 +30,7 @@ from hermes_async.quantization.write import GROUP_SIZES, OutputFormat, PackedInt
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.shard_writer import NewTensor, ShardWriter, aligned, is_whole
+from hermes_async.storage.tensor_bytes import read_into
 from hermes_async.storage.tensor_spec import TensorSpec
 
 SHARD_BYTES = 2**30
@@ -344,18 +345,15 @@ def _blocks(item: _Item, block_bytes: int) -> Iterator[torch.Tensor]:
 
 
 def _fill(fd: int, spec: TensorSpec, offset: int, view: memoryview) -> None:
-    done = 0
-    while done < len(view):
-        count = os.preadv(fd, [view[done:]], offset + done)
-        if not count:
-            raise ShortReadError(
-                f"{spec.file} ends within tensor {spec.name!r}",
-                path=spec.file,
-                offset=offset,
-                expected=len(view),
-                actual=done,
-            )
-        done += count
+    done = read_into(fd, view, offset)
+    if done < len(view):
+        raise ShortReadError(
+            f"{spec.file} ends within tensor {spec.name!r}",
+            path=spec.file,
+            offset=offset,
+            expected=len(view),
+            actual=done,
+        )
 
 
 def _index(shards: Sequence[_Shard]) -> dict[str, Any]:

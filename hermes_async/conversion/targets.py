@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hermes_async.errors import UnsupportedModelError
+from hermes_async.modeling.checkpoint_tensors import stored_tensors
 from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, layers_of
 from hermes_async.modeling.transformers_api import conversion_mapping, operation_of
@@ -104,7 +105,7 @@ def find_targets(checkpoint: Checkpoint) -> Targets:
         CheckpointError: As `build_skeleton`.
     """
     check_not_quantized(checkpoint)
-    skeleton = build_skeleton(checkpoint, load_config(checkpoint), None)
+    skeleton = build_skeleton(checkpoint, load_config(checkpoint), stored_tensors(checkpoint), None)
     wanted = set(_wanted(skeleton))
     users = _users(checkpoint.tensors, skeleton.tensors)
     cuts = _cuts(skeleton.model)

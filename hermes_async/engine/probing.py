@@ -14,6 +14,7 @@ from hermes_async.engine.image_prompt import example_with_image, takes_images
 from hermes_async.errors import CheckpointError, RequestError, UnsupportedModelError
 from hermes_async.modeling.activations import WorkspaceBounds
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.checkpoint_tensors import stored_tensors
 from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.pooling import PoolingConfig, pooling_config, with_dense
 from hermes_async.modeling.probe import Probe, probe_forward, probe_packed
@@ -95,7 +96,8 @@ def build_and_probe(
         model_config = load_config(checkpoint)
         # In turns, with transformers' default attention, which some architectures choose when they are built.
         named_attention = None if config.batching == "turns" else attention.name
-        skeleton = build_skeleton(checkpoint, model_config, named_attention, config.dtype)
+        stored = stored_tensors(checkpoint)
+        skeleton = build_skeleton(checkpoint, model_config, stored, named_attention, config.dtype)
         skeleton = with_context_length(skeleton, config.context_length)
         if not skeleton.generates:
             return ProbedModel(skeleton, attention, probe_forward(skeleton))
@@ -115,7 +117,7 @@ def build_and_probe(
                 if config.batching == "packed":
                     raise
                 refusal = error
-                skeleton = build_skeleton(checkpoint, model_config, None, config.dtype)
+                skeleton = build_skeleton(checkpoint, model_config, stored, None, config.dtype)
                 skeleton = with_context_length(skeleton, config.context_length)
         traits = _traits(model_config, config)
         model = ProbedModel(skeleton, attention, probe_turns(skeleton, traits), refusal)

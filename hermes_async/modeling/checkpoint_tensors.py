@@ -31,8 +31,9 @@ from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.other_formats import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
-_Stored: TypeAlias = TensorSpec | StoredMatrix
-_Found: TypeAlias = _Stored | EncodedParameter
+Stored: TypeAlias = TensorSpec | StoredMatrix
+"""A tensor that is used as it is stored, or a matrix that is not."""
+_Found: TypeAlias = Stored | EncodedParameter
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ class ResolvedTensors:
         return self.plain | {name: spec for one in self.encoded.values() for name, spec in one.specs()}
 
 
-def stored_tensors(checkpoint: Checkpoint) -> dict[str, _Stored]:
+def stored_tensors(checkpoint: Checkpoint) -> dict[str, Stored]:
     """The tensors of a checkpoint, and its quantized matrices by the names that their weights have unquantized.
 
     Raises:
@@ -69,7 +70,7 @@ def stored_tensors(checkpoint: Checkpoint) -> dict[str, _Stored]:
     return {name: spec for name, spec in checkpoint.tensors.items() if name not in parts} | matrices
 
 
-def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, _Stored]) -> ResolvedTensors:
+def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> ResolvedTensors:
     """Finds the tensor of every parameter and persistent buffer, by transformers' own renamings.
 
     Where transformers would split a tensor along its first dimension, or join several, the bytes are used in place.
@@ -83,15 +84,45 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapp
         CheckpointError: A tensor's shape is not its parameter's, or tensors to be joined do not fit together.
     """
     expected = model.state_dict()
-    renamings, converters = ([], []) if checkpoint.gguf is not None else conversion_mapping(model)
+    found: dict[str, _Found] = {}
+    found |= gguf_parameters(model, checkpoint) if checkpoint.gguf is not None else _renamed(model, checkpoint, stored)
+    for name, resolved in found.items():
+        if isinstance(resolved, StoredMatrix) and resolved.as_linear:
+            found[name] = resolved = _oriented(model, name, resolved)
+        _check_shape(model, name, resolved, tuple(expected[name].shape))
+    for first, second in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        for target, source in ((first, second), (second, first)):
+            if target not in found and source in found:
+                found[target] = found[source]
+    ignored = [re.compile(pattern) for pattern in names_that_may_be_missing(model)]
+    missing = tuple(
+        name for name in expected if name not in found and not any(pattern.search(name) for pattern in ignored)
+    )
+    if missing:
+        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
+        raise MissingTensorError(
+            f"{checkpoint.path} lacks {len(missing)} of the {len(expected)} tensors of {type(model).__name__}: {shown}",
+            path=checkpoint.path,
+            names=missing,
+        )
+    plain, encoded = {}, {}
+    for name, one in found.items():
+        if isinstance(one, TensorSpec):
+            plain[name] = one
+        else:
+            encoded[name] = _encoded(name, one, expected[name])
+    return ResolvedTensors(plain, encoded)
+
+
+def _renamed(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str, Stored]) -> dict[str, _Found]:
+    """What is stored for each parameter, by the parameter's name."""
+    expected = model.state_dict()
+    renamings, converters = conversion_mapping(model)
     rename = tensor_renamer()
     prefix = model.base_model_prefix
     found: dict[str, _Found] = {}
-    if checkpoint.gguf is not None:
-        found |= gguf_parameters(model, checkpoint)
-        stored = {}
     # Parameters that are joined: the converter, and the tensors of each of its source patterns.
-    to_join: dict[str, tuple[Any, dict[str, list[_Stored]]]] = {}
+    to_join: dict[str, tuple[Any, dict[str, list[Stored]]]] = {}
     for name in sorted(stored, key=tensor_order()):
         renamed, converted = rename(name, renamings, converters, prefix, expected)
         if renamed not in expected and name in expected:
@@ -118,27 +149,7 @@ def resolve_tensors(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapp
             )
     for renamed, (converter, sources) in to_join.items():
         found[renamed] = _joined(renamed, sources, converter)
-    for name, resolved in found.items():
-        if isinstance(resolved, StoredMatrix) and resolved.as_linear:
-            found[name] = resolved = _oriented(model, name, resolved)
-        _check_shape(model, name, resolved, tuple(expected[name].shape))
-    for first, second in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        for target, source in ((first, second), (second, first)):
-            if target not in found and source in found:
-                found[target] = found[source]
-    ignored = [re.compile(pattern) for pattern in names_that_may_be_missing(model)]
-    missing = tuple(
-        name for name in expected if name not in found and not any(pattern.search(name) for pattern in ignored)
-    )
-    if missing:
-        shown = ", ".join(missing[:5]) + (f" and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise MissingTensorError(
-            f"{checkpoint.path} lacks {len(missing)} of the {len(expected)} tensors of {type(model).__name__}: {shown}",
-            path=checkpoint.path,
-            names=missing,
-        )
-    encoded = {name: _encoded(name, one, expected[name]) for name, one in found.items() if not _is_plain(one)}
-    return ResolvedTensors({name: one for name, one in found.items() if isinstance(one, TensorSpec)}, encoded)
+    return found
 
 
 def _oriented(model: PreTrainedModel, name: str, matrix: StoredMatrix) -> StoredMatrix:
@@ -147,27 +158,17 @@ def _oriented(model: PreTrainedModel, name: str, matrix: StoredMatrix) -> Stored
     return replace(matrix, transposed=True) if isinstance(module, Conv1D) else matrix
 
 
-def _is_plain(one: _Found) -> bool:
-    return isinstance(one, TensorSpec)
-
-
-def _encoded(name: str, one: _Found, parameter: torch.Tensor) -> EncodedParameter:
+def _encoded(name: str, one: StoredMatrix | EncodedParameter, parameter: torch.Tensor) -> EncodedParameter:
     """The parameter `name`, of matrices. One that is no matrix, such as a norm, is dequantized when it is loaded."""
     if isinstance(one, EncodedParameter):
         return replace(one, name=name, dtype=parameter.dtype)
-    assert isinstance(one, StoredMatrix)
     shape = tuple(parameter.shape)
     whole = one.reshaped is not None or len(shape) not in (2, 3)
     return EncodedParameter(name, shape, parameter.dtype, tuple(one.matrices()), whole)
 
 
 def _check_shape(model: PreTrainedModel, name: str, one: _Found, expected: tuple[int, ...]) -> None:
-    if isinstance(one, EncodedParameter):
-        shape, first = one.shape, one.matrices[0].first
-    elif isinstance(one, StoredMatrix):
-        shape, first = one.parameter_shape, one.first
-    else:
-        shape, first = one.shape, one
+    shape, first = _shape_of(one), _first_of(one)
     if shape != expected:
         raise CheckpointError(
             f"{first.file}: tensor {first.name!r} has shape {list(shape)}, but {type(model).__name__} with this "
@@ -205,7 +206,7 @@ def _joins(converter: Any) -> bool:
     return False
 
 
-def _joined(renamed: str, sources: Mapping[str, Sequence[_Stored]], converter: Any) -> TensorSpec | EncodedParameter:
+def _joined(renamed: str, sources: Mapping[str, Sequence[Stored]], converter: Any) -> TensorSpec | EncodedParameter:
     """The parameter that consists of several tensors, one after another.
 
     Args:
@@ -225,7 +226,7 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[_Stored]], converter: A
     fit = fit and (not plain or all(spec.dtype == specs[0].dtype for spec in specs))
     if not fit or any(group != shapes[0] for group in shapes) or len(in_order) != len(every):
         counts = " and ".join(f"{len(source)} of {pattern!r}" for pattern, source in sources.items())
-        first = every[0] if isinstance(every[0], TensorSpec) else every[0].first
+        first = _first_of(every[0])
         raise CheckpointError(
             f"{first.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
             "and they must be of one dtype and shape",
@@ -239,11 +240,18 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[_Stored]], converter: A
     return EncodedParameter(renamed, shape, torch.float32, matrices)
 
 
-def _shape_of(one: _Stored) -> tuple[int, ...]:
-    return one.shape if isinstance(one, TensorSpec) else one.parameter_shape
+def _shape_of(one: _Found) -> tuple[int, ...]:
+    return one.parameter_shape if isinstance(one, StoredMatrix) else one.shape
 
 
-def _pieces(renamed: str, one: _Stored, converter: Any) -> dict[str, _Stored]:
+def _first_of(one: _Found) -> TensorSpec:
+    """The stored tensor that messages name."""
+    if isinstance(one, EncodedParameter):
+        one = one.matrices[0]
+    return one.first if isinstance(one, StoredMatrix) else one
+
+
+def _pieces(renamed: str, one: Stored, converter: Any) -> dict[str, Stored]:
     """The parameters that a tensor consists of, one after another, such as query, key and value; empty if it does not.
 
     Args:

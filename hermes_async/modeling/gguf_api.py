@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from copy import deepcopy
+from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,7 +67,8 @@ def _check_package(header: GgufHeader) -> None:
         )
 
 
-def gguf_settings(header: GgufHeader) -> dict[str, Any]:
+@lru_cache(maxsize=1)  # the tokenizer, the configuration and the names of a model each need them
+def gguf_settings(header: GgufHeader) -> Mapping[str, Any]:
     """The fields of the model's configuration, as transformers takes them from the metadata.
 
     transformers reads all lists of a vocabulary for this, which can take ten seconds. So it gets an outline of the file
@@ -121,7 +124,7 @@ def gguf_config(header: GgufHeader) -> PreTrainedConfig:
     settings = gguf_settings(header)
     with _refused(header, "the configuration"):
         config_class: Any = CONFIG_MAPPING[settings["model_type"]]
-        config: PreTrainedConfig = config_class.from_dict(settings)
+        config: PreTrainedConfig = config_class.from_dict(deepcopy(settings))
     return config
 
 
@@ -168,7 +171,7 @@ def gguf_names(header: GgufHeader, model: PreTrainedModel) -> tuple[Mapping[str,
     settings = gguf_settings(header)
     with needs("reader of GGUF files"):
         old = import_module(_OLD)
-        processor = old.TENSOR_PROCESSORS.get(header.architecture, old.TensorProcessor)(config=settings)
+        processor = old.TENSOR_PROCESSORS.get(header.architecture, old.TensorProcessor)(config=deepcopy(settings))
         find = old.get_gguf_hf_weights_map
     with _refused(header, "the tensors' names"):
         names: Mapping[str, str] = find(_WithoutLayers(model, model.config), processor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,7 +17,7 @@ from hermes_async.errors import (
     UnsupportedModelError,
 )
 from hermes_async.foreign_errors import reason_of
-from hermes_async.modeling.checkpoint_tensors import ResolvedTensors, resolve_tensors, stored_tensors
+from hermes_async.modeling.checkpoint_tensors import ResolvedTensors, Stored, resolve_tensors
 from hermes_async.modeling.context_length import context_length_of
 from hermes_async.modeling.generation_config import GenerationConfig, read_generation_config
 from hermes_async.modeling.gguf_api import gguf_dtype
@@ -139,11 +140,16 @@ class Skeleton:
 
 
 def build_skeleton(
-    checkpoint: Checkpoint, config: PreTrainedConfig, attention: str | None, dtype: str = "auto"
+    checkpoint: Checkpoint,
+    config: PreTrainedConfig,
+    stored: Mapping[str, Stored],
+    attention: str | None,
+    dtype: str = "auto",
 ) -> Skeleton:
     """Builds the model that `config` names on the meta device and finds its tensors.
 
     Args:
+        stored: See `stored_tensors`.
         attention: The name of the attention function for causal language models that let it be chosen; None for
             transformers' default.
         dtype: As `EngineConfig.dtype`.
@@ -155,7 +161,6 @@ def build_skeleton(
     """
     computed_in = _resolve_dtype(checkpoint, config) if dtype == "auto" else _DTYPES[dtype]
     where = str(checkpoint.path)
-    stored = stored_tensors(checkpoint)
     # Other implementations take the weights of all experts at once, which would have to be dequantized for them.
     in_blocks = checkpoint.gguf is not None or any(not isinstance(one, TensorSpec) for one in stored.values())
     experts = "eager" if in_blocks else None

@@ -100,7 +100,7 @@ class _Entry(NamedTuple):
     is_long: bool
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class GgufHeader:
     """What a model's files say beside its tensors.
 

@@ -147,10 +147,18 @@ def _neighbours(task: Sequence[_Piece]) -> Iterator[Sequence[_Piece]]:
 
 def _read_range(fd: int, file: Path, start: int, stop: int) -> bytearray:
     content = bytearray(stop - start)
-    done = 0
-    while done < len(content):
-        count = os.preadv(fd, [memoryview(content)[done:]], start + done)
-        if not count:
-            raise CorruptShardError(f"{file} ends at byte {start + done}, within a tensor", path=file)
-        done += count
+    done = read_into(fd, memoryview(content), start)
+    if done < len(content):
+        raise CorruptShardError(f"{file} ends at byte {start + done}, within a tensor", path=file)
     return content
+
+
+def read_into(fd: int, view: memoryview, offset: int) -> int:
+    """Reads a file from a byte on, until the view is full or the file ends; returns the bytes that were read."""
+    done = 0
+    while done < len(view):
+        count = os.preadv(fd, [view[done:]], offset + done)
+        if not count:
+            break
+        done += count
+    return done
