@@ -1,22 +1,31 @@
 """Measures what fewer bytes give: quantized checkpoints beside the same model in bf16, in the same memory budget.
 
-    python -m benchmarks.bytes [--size 3] [--budget 0.4] [--limits 500,0] [--formats fp8,int4,q4_k_m] [--tokens 16]
-                               [--rounds 3] [--folder FOLDER]
+    python -m benchmarks.bytes [--size 3] [--budget 0.4] [--limits 500,0] [--formats fp8,int4,int8,q4_k_m]
+                               [--tokens 16] [--rounds 3] [--no-llama-cpp] [--folder FOLDER]
 
-A quick try: --size 0.3 --tokens 6 --rounds 1. While the disk is the limit, a sweep takes its stored bytes over the
-disk's rate. So a token of a model in 8 or 4 bits costs a half or a quarter, and less in the same budget, because more
-of the model stays in memory. A sweep takes at least max(read, dequantize and compute). The read is measured with plain
-direct reads of the same extents. Dequantizing and computing alone is a sweep of an engine in which all weights stay.
+A quick try: --size 0.6 --tokens 6 --rounds 1. Needs root: the page cache is dropped before each measurement, and the
+disk is held by a cgroup. llama.cpp is built once, as for `benchmarks.gguf`.
+
+While the disk is the limit, a sweep takes its stored bytes over the disk's rate. So a token of a model in 8 or 4 bits
+costs a half or a quarter, and less in the same budget, because more of the model stays in memory. A sweep takes at
+least max(read, dequantize and compute). The read is measured with plain direct reads of the same extents. Dequantizing
+and computing alone is a sweep of an engine in which all weights stay.
+
+The Layer Profiler measures each checkpoint first, with the disk held as in the measurement, so that plans are made for
+this disk. Its profiles are kept in a folder of the benchmark, which is deleted at the end.
 
 Each format is given a share of its own bytes as budget, and bf16 the same bytes. Both engines are open at once, and
-take turns: what the machine does meanwhile, it does to both. Weights are random; each format has its true layout.
+take turns: what the machine does meanwhile, it does to both. Weights are random; each format has its true layout. Last
+come rows with all weights in memory: the engine with both kinds of kernels, and llama.cpp on the same shape.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import signal
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -26,13 +35,24 @@ from typing import Any
 import anyio
 import torch
 
+from benchmarks.bytes_in_memory import (
+    checks_in_memory,
+    config,
+    figures,
+    prompt,
+    report_in_memory,
+    run_in_memory,
+    stored_bytes,
+    warm_up,
+)
 from benchmarks.checkpoints import llama_config
 from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
 from benchmarks.processes import preload, run_alone
+from benchmarks.profiles import print_profile, profile_store, run_profile
 from benchmarks.quantized_checkpoints import FORMATS, quantized_checkpoint
 from benchmarks.sessions import measure_point, read_seconds
-from hermes_async import Engine, EngineConfig, HermesError, SamplingParams, format_bytes
+from hermes_async import Engine, EngineConfig, HermesError, format_bytes
 from hermes_async.engine.opening import open_model
 from hermes_async.memory.library_caches import reused_heap
 from hermes_async.quantization.encoded_weight import EncodedParameter
@@ -41,11 +61,10 @@ from hermes_async.storage.tensor_spec import TensorSpec
 
 MIB = 2**20
 
-_PROMPT_TOKENS = 8
 _HELD_AT = 500  # MiB/s, where tokens a second have a target
 _RATIO_TARGETS = {"fp8": 1.9, "int4": 3.3}  # tokens a second to those of bf16
 _ELEMENT_TARGETS = {"fp8": 4e9, "int4": 1e9, "q4_k_m": 1e9}  # a second and core
-_BLOCK_ELEMENTS = 1 << 18
+_BLOCK_ELEMENTS = 1 << 20
 _DEQUANTIZED_ELEMENTS = 1 << 27  # of several matrices, more than caches have
 _DEQUANTIZING_ROUNDS = 5
 
@@ -57,47 +76,72 @@ def main() -> None:
     parser.add_argument("--size", type=float, default=3.0, help="GiB of weights in bf16 (default 3)")
     parser.add_argument("--budget", type=float, default=0.4, help="share of a format's bytes as budget (default 0.4)")
     parser.add_argument("--limits", default="500,0", help="MiB/s that the disk is held at; 0: not held (default 500,0)")
-    parser.add_argument("--formats", default="fp8,int4,q4_k_m", help="default fp8,int4,q4_k_m; there is int8, too")
+    parser.add_argument("--formats", default="fp8,int4,int8,q4_k_m", help="default fp8,int4,int8,q4_k_m")
     parser.add_argument("--tokens", type=int, default=16, help="new tokens of each measurement (default 16)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, whose medians count (default 3)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make checkpoints: the disk to measure")
+    parser.add_argument("--no-llama-cpp", action="store_true", help="leave llama.cpp out")
+    parser.add_argument("--cache", type=Path, default=Path("~/.cache/hermes-async").expanduser(), help="for llama.cpp")
     args = parser.parse_args()
-    names = args.formats.split(",")
+    names, limits = args.formats.split(","), [int(limit) for limit in args.limits.split(",")]
     unknown = [name for name in names if name not in FORMATS or name == "bf16"]
     if unknown or args.tokens < 3:
         parser.error(f"unknown formats: {', '.join(unknown)}" if unknown else "three tokens are needed")
-    preload("benchmarks.sessions", "benchmarks.quantized_checkpoints")
-    config = llama_config(int(args.size * 2**30), torch.bfloat16)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
+    preload("benchmarks.sessions", "benchmarks.quantized_checkpoints", "hermes_async.profiler.profiler")
+    model = llama_config(int(args.size * 2**30), torch.bfloat16)
     with ExitStack() as exits:
+        exits.enter_context(profile_store())
         paths = {
-            name: exits.enter_context(quantized_checkpoint(FORMATS[name], config, args.folder))
+            name: exits.enter_context(quantized_checkpoint(FORMATS[name], model, args.folder))
             for name in ("bf16", *names)
         }
-        report(paths, args.budget, [int(limit) for limit in args.limits.split(",")], args.tokens, args.rounds)
-
-
-def report(paths: dict[str, Path], share: float, limits: Sequence[int], num_tokens: int, rounds: int) -> None:
-    bf16 = paths.pop("bf16")
-    print(f"bf16: {format_bytes(stored_bytes(bf16))} of weights; page cache bypassed (direct reads)", flush=True)
-    runs: list[Record] = []
-    dequantizers: Record = {}
-    for name, path in paths.items():
-        dequantizers[name] = run_alone(measure_dequantizer, path)
-        _print_dequantizer(name, dequantizers[name])
-        if "error" in dequantizers[name]:
-            continue
-        for limit in limits:
-            runs.append(run_alone(run_pair, name, path, bf16, share, limit, num_tokens, rounds))
-            _print_run(runs[-1])
-    checks = _checks(runs, dequantizers)
+        print(f"bf16: {format_bytes(stored_bytes(paths['bf16']))} of weights; page cache bypassed (direct reads)")
+        dequantizers = report_dequantizers({name: paths[name] for name in names})
+        measured = {"bf16": paths["bf16"]} | {name: paths[name] for name in names if "error" not in dequantizers[name]}
+        runs = report_limits(measured, args.budget, limits, args.tokens, args.rounds)
+        llama_cpp = None if args.no_llama_cpp else (args.cache, args.folder)
+        in_memory = report_in_memory(measured, model, args.tokens, args.rounds, llama_cpp)
+    checks = _checks(runs, dequantizers) | checks_in_memory(in_memory, names)
     print_checks(checks)
-    print(json.dumps({"checks": figures_of(checks), "dequantizers": dequantizers, "runs": runs}))
+    result = {"dequantizers": dequantizers, "runs": runs, "in_memory": in_memory}
+    print(json.dumps({"checks": figures_of(checks), **result}))
 
 
-def stored_bytes(path: Path) -> int:
-    """Bytes of a checkpoint's files of weights."""
-    files = [path] if path.is_file() else list(path.glob("*.safetensors"))
-    return sum(file.stat().st_size for file in files)
+def report_dequantizers(paths: dict[str, Path]) -> dict[str, Record]:
+    records = {}
+    for name, path in paths.items():
+        records[name] = run_alone(measure_dequantizer, path)
+        _print_dequantizer(name, records[name])
+    return records
+
+
+def report_limits(
+    paths: dict[str, Path], share: float, limits: Sequence[int], num_tokens: int, rounds: int
+) -> list[Record]:
+    """Profiles each checkpoint at each limit, and runs each format beside bf16."""
+    runs: list[Record] = []
+    bf16 = paths["bf16"]
+    alone = {name: run_alone(run_in_memory, path, num_tokens) for name, path in paths.items() if name != "bf16"}
+    for limit in limits:
+        print()
+        profiles = {}
+        for name, path in paths.items():
+            profiles[name] = run_alone(run_profile, path, int(share * stored_bytes(path)), limit)
+            print_profile(name, profiles[name])
+        for name, resident in alone.items():
+            pair = run_alone(run_pair, paths[name], bf16, share, limit, num_tokens, rounds)
+            runs.append(_with_limits({"format": name, "limit": limit, "resident": resident, **pair}))
+            runs[-1]["profiles"] = {"quantized": profiles[name], "bf16": profiles["bf16"]}
+            _print_run(runs[-1])
+    return runs
+
+
+def _with_limits(run: Record) -> Record:
+    own, plain = run["quantized"], run["bf16"]
+    own["to_read"] = own["sweep_seconds"] / own["read_seconds"]
+    own["to_limit"] = own["sweep_seconds"] / max(own["read_seconds"], run["resident"]["sweep_seconds"])
+    return run | {"tokens_to_bf16": own["decode_tokens_per_s"] / plain["decode_tokens_per_s"]}
 
 
 def _checks(runs: Sequence[Record], dequantizers: Record) -> dict[str, Check]:
@@ -128,80 +172,41 @@ def _checks(runs: Sequence[Record], dequantizers: Record) -> dict[str, Check]:
 # --- one format beside bf16, in a process of its own ---
 
 
-def run_pair(name: str, path: Path, bf16: Path, share: float, limit: int, num_tokens: int, rounds: int) -> Record:
+def run_pair(path: Path, bf16: Path, share: float, limit: int, num_tokens: int, rounds: int) -> Record:
     """One session on the format and on bf16, in the same budget, with the disk held at `limit` MiB/s (0: not held)."""
     nbytes = stored_bytes(path)
-    uvloop = {"use_uvloop": True}
-    resident = anyio.run(measure_resident, path, nbytes, num_tokens, backend_options=uvloop)
     with limited_disk(bf16, limit * MIB or None) as error:
-        pair = anyio.run(measure_pair, path, bf16, int(share * nbytes), num_tokens, rounds, backend_options=uvloop)
-    own, plain = pair["quantized"], pair["bf16"]
-    own["to_read"] = own["sweep_seconds"] / own["read_seconds"]
-    own["to_limit"] = own["sweep_seconds"] / max(own["read_seconds"], resident["sweep_seconds"])
-    return {
-        "format": name,
-        "limit": limit,
-        "limit_error": error,
-        "stored_bytes": nbytes,
-        "budget_bytes": int(share * nbytes),
-        "resident": resident,
-        "tokens_to_bf16": own["decode_tokens_per_s"] / plain["decode_tokens_per_s"],
-        **pair,
-    }
-
-
-async def measure_resident(path: Path, nbytes: int, num_tokens: int) -> Record:
-    """One session with all weights in memory: what dequantizing and computing take alone."""
-    async with Engine(path, memory_budget=2 * nbytes + 2**30, config=_config()) as engine:
-        if engine.plan.bytes_per_sweep:
-            raise SystemExit(f"{path}: not all weights are resident in twice their bytes")
-        await _warm_up(engine)
-        return _figures(await measure_point(engine, [_prompt()], max(num_tokens, _PROMPT_TOKENS)))
+        pair = anyio.run(
+            measure_pair, path, bf16, int(share * nbytes), num_tokens, rounds, backend_options={"use_uvloop": True}
+        )
+    return {"limit_error": error, "stored_bytes": nbytes, "budget_bytes": int(share * nbytes), **pair}
 
 
 async def measure_pair(path: Path, bf16: Path, budget: int, num_tokens: int, rounds: int) -> Record:
     """The medians of some rounds, in which both engines generate, in alternating order."""
     rows: dict[str, list[Record]] = {"quantized": [], "bf16": []}
     async with (
-        Engine(path, memory_budget=budget, config=_config()) as quantized,
-        Engine(bf16, memory_budget=budget, config=_config()) as plain,
+        Engine(path, memory_budget=budget, config=config()) as quantized,
+        Engine(bf16, memory_budget=budget, config=config()) as plain,
     ):
         engines = {"quantized": quantized, "bf16": plain}
         for name, engine in engines.items():
             print(f"{name}: {engine.plan}", flush=True)
             if engine.plan.bytes_per_sweep == 0:
                 raise SystemExit("everything is resident, and nothing is read: give a smaller --budget")
-            await _warm_up(engine)
+            await warm_up(engine)
         for idx in range(rounds):
             for name, engine in list(engines.items())[:: 1 if idx % 2 else -1]:
                 before = await read_seconds(engine.plan)
-                point = await measure_point(engine, [_prompt()], num_tokens)
+                point = await measure_point(engine, [prompt()], num_tokens)
                 read_s = (before + await read_seconds(engine.plan)) / 2
-                rows[name].append(_figures(point) | {"read_seconds": read_s})
+                rows[name].append(figures(point) | {"read_seconds": read_s})
         plans = {name: engine.plan.as_dict() for name, engine in engines.items()}
     medians = {
         name: {key: statistics.median(each[key] for each in rounds_of) for key in rounds_of[0]}
         for name, rounds_of in rows.items()
     }
     return medians | {"plans": plans}
-
-
-def _figures(point: Record) -> Record:
-    if point["sweep_seconds"] is None:
-        raise SystemExit("the prompt took all the time: give more --tokens")
-    return {key: point[key] for key in ("sweep_seconds", "decode_tokens_per_s", "compute_seconds")}
-
-
-async def _warm_up(engine: Engine) -> None:
-    await engine.complete(_prompt(), SamplingParams(max_tokens=2, temperature=0, ignore_eos=True))
-
-
-def _config() -> EngineConfig:
-    return EngineConfig(max_sequences=1, prompt_lookup=False, share_prefixes=False)
-
-
-def _prompt() -> list[int]:
-    return [300 + idx * 17 for idx in range(_PROMPT_TOKENS)]
 
 
 # --- the dequantizer alone, in a process of its own ---

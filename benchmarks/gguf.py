@@ -11,7 +11,8 @@ Each run is a process of its own in a memory cgroup. Its limit is a share of the
 holds when it has imported everything, so that both have as much for the model. The page cache is empty before each run,
 and it counts towards the limit: llama.cpp maps the file, as it does by default. With a limit it computes with the
 mapped bytes (`--no-repack`). By default it copies weights into the layout of its kernels; the copy does not fit, and
-the kernel ends the process. Without a limit it does that.
+the kernel ends the process. Without a limit it does that. The Layer Profiler measures each file first, with the disk
+held as in the runs; its profiles are deleted at the end.
 
 A token needs all weights. Those that are not in memory are read, so a token takes at least (file - memory) / rate. A
 mapped file whose pages are used in turn keeps few of them until they are used again. Then nearly the whole file is read
@@ -25,6 +26,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -34,7 +36,6 @@ import venv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
 from benchmarks.gguf_files import RECIPES, write_gguf
 from benchmarks.memory_group import line_of, memory_group
-from benchmarks.processes import drop_page_cache
+from benchmarks.processes import drop_page_cache, preload, run_alone
+from benchmarks.profiles import print_profile, profile_store, run_profile
 from benchmarks.sessions import measure_point
 from hermes_async import Engine, EngineConfig, format_bytes
 
@@ -57,6 +59,7 @@ SIDES = ("engine", "llama.cpp")
 
 _LLAMA_CPP_CHILD = str(Path(__file__).with_name("llama_cpp_decode.py"))
 _PROMPT_TOKENS = 8
+_PROFILED_IN = 0.5  # of the file, so that some stages stream and some stay
 _TARGETS = {0.3: 1.3, 0.5: 1.8, 0.8: 4.0}  # times llama.cpp's tokens/s of one session, the disk held
 _TARGET_LIMIT = 500  # MiB/s
 
@@ -85,13 +88,17 @@ def main() -> None:
     if find_spec("gguf") is None:
         raise SystemExit("files are written with the package gguf: pip install gguf")
     python = llama_cpp_environment(args.cache)
-    cases = list(product(map(float, args.shares.split(",")), map(int, args.limits.split(","))))
+    shares, limits = [float(share) for share in args.shares.split(",")], [int(one) for one in args.limits.split(",")]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are deleted
+    preload("hermes_async.profiler.profiler")
     config = llama_config(int(args.size * 2**30), torch.bfloat16)
     files = []
-    for recipe in args.types.split(","):
-        with gguf_file(config, recipe, args.folder) as path:
-            asked = [{"python": python, "path": path, "share": share, "limit": limit} for share, limit in cases]
-            files.append(report(recipe, path, asked, {"numbers": numbers, "tokens": args.tokens}, args.rounds))
+    with profile_store():
+        for recipe in args.types.split(","):
+            with gguf_file(config, recipe, args.folder) as path:
+                case = {"python": python, "path": path}
+                cases = [case | {"share": share, "limit": limit} for limit in limits for share in shares]
+                files.append(report(recipe, path, cases, {"numbers": numbers, "tokens": args.tokens}, args.rounds))
     checks = _checks(files)
     print_checks(checks)
     print(json.dumps({"checks": figures_of(checks), "llama_cpp": LLAMA_CPP, "files": files}))
@@ -163,7 +170,12 @@ def report(recipe: str, path: Path, cases: Sequence[Record], asked: Record, roun
     print(f"\n{recipe}: {format_bytes(nbytes)}", flush=True)
     print(f"  {'memory':>7} {'MiB/s':>6} {'sessions':>8} {'side':>10} {'tokens/s':>9} {'of disk':>9} {'ratio':>7}")
     done = []
-    for case in cases:
+    profiles: dict[int, Record] = {}
+    for case in cases:  # those of one limit come one after another: a file has one profile at a time
+        limit = case["limit"]
+        if limit not in profiles:
+            profiles[limit] = run_alone(run_profile, path, int(_PROFILED_IN * nbytes), limit)
+            print_profile(f"  {recipe}", profiles[limit])
         runs: dict[str, list[Record]] = {side: [] for side in SIDES}
         for idx in range(rounds):
             for side in SIDES[:: 1 if idx % 2 else -1]:
@@ -183,7 +195,7 @@ def report(recipe: str, path: Path, cases: Sequence[Record], asked: Record, roun
             record["disk_tokens_per_s"] = _disk_limit(nbytes, case, number)
             _print_point(record)
             done.append(record)
-    return {"type": recipe, "file_bytes": nbytes, "points": done}
+    return {"type": recipe, "file_bytes": nbytes, "profiles": profiles, "points": done}
 
 
 def _disk_limit(nbytes: int, case: Record, sessions: int) -> float | None:

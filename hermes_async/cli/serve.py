@@ -215,10 +215,10 @@ def serve(
 
 
 def _named(settings: ServerSettings, model: str, path: Path) -> ServerSettings:
-    """The settings with a name for the model: the hub's id, or the name of the folder."""
+    """The settings with a name for the model: the hub's id, or the name of the folder or file."""
     from dataclasses import replace
 
     if settings.served_model_name is not None:
         return settings
-    name = model if not Path(model).exists() else path.resolve().name
+    name = model if not Path(model).exists() else path.name
     return replace(settings, served_model_name=name)

@@ -19,7 +19,8 @@ from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, layers_of
 from hermes_async.modeling.transformers_api import conversion_mapping, operation_of
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.other_formats import quantization
+from hermes_async.storage.hub import names_gguf
+from hermes_async.storage.quantization_settings import quantization
 from hermes_async.storage.tensor_spec import Extent, TensorSpec
 
 _WEIGHT = ".weight"
@@ -87,10 +88,10 @@ def check_no_gguf(source: str | os.PathLike[str]) -> None:
     """Refuses a GGUF file, whose weights have few bits already, or may have.
 
     Raises:
-        UnsupportedModelError: It is one.
+        UnsupportedModelError: It is one, here or on the hub.
     """
     path = Path(source)
-    if path.suffix == ".gguf" and path.is_file():
+    if (path.suffix == ".gguf" and path.is_file()) or (not path.exists() and names_gguf(os.fspath(source))):
         raise UnsupportedModelError(_already(path, "GGUF"), path=path)
 
 

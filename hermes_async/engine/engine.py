@@ -38,7 +38,8 @@ class Engine(Transcribing):
     `EngineClosedError`. Use an engine from one event loop (asyncio or uvloop); it is not thread-safe.
 
     Args:
-        source: A checkpoint's directory, a GGUF file, or an id on the Hugging Face hub.
+        source: A checkpoint's directory, a GGUF file, or an id on the Hugging Face hub: "org/name", or for a GGUF file
+            "org/name:Q4_K_M", with the end of its name.
         memory_budget: Bytes, or "3GiB", for weights, buffers, KV caches and workspace together, in addition to the
             baseline of the process. "auto" takes what the machine and its cgroups have free. It gives memory back
             within a sweep when they have less, and takes it again when they have more for a while.
@@ -65,9 +66,11 @@ class Engine(Transcribing):
 
     @property
     def model_name(self) -> str:
-        """The model's id on the hub, or the name of its directory."""
+        """The model's id on the hub, or the name of its directory or file."""
         source = Path(self._source)
-        return source.resolve().name if source.exists() else str(self._source)
+        if not source.exists():
+            return str(self._source)
+        return source.resolve().name if source.is_dir() else source.name  # a link's name says more than its file's
 
     @property
     def is_open(self) -> bool:

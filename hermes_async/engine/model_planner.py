@@ -31,7 +31,7 @@ from hermes_async.quantization.formats import weight_formats
 from hermes_async.quantization.methods import notes_of
 from hermes_async.serving.planned_model import PlannedDraft
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.other_formats import quantization
+from hermes_async.storage.quantization_settings import quantization
 
 _ANSWER_TOKENS = 128
 """There is always KV memory for a prompt with an image and a question, and an answer of this length."""

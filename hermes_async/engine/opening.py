@@ -38,6 +38,7 @@ from hermes_async.storage.threads import check_cancelled, only_waiting
 _DRAFT_TOKENS = 256
 """The most tokens of one pass of a draft model. Only a new prompt has more."""
 
+_ANY_MODEL_BYTES = 1 << 50  # a budget that every model fits into
 _SECONDS_FOR_OTHERS = 10.0
 _SECONDS_BETWEEN_LOOKS = 0.1
 
@@ -156,8 +157,8 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
         preparation = shared_tokenizer, error, SharedProcessor(checkpoint.path)
         model, _ = with_pooling(build_and_probe(checkpoint, config, exits, preparation), checkpoint)
         planner = ModelPlanner.of(model, checkpoint, config, draft=None)
-        largest = planner.sizes.weight_bytes * 2
-        smallest = planner.plan(largest).minimum_budget
+        smallest = planner.plan(_ANY_MODEL_BYTES).minimum_budget
+        largest = 2 * max(smallest, planner.sizes.weight_bytes)
         steps = max(1, count - 1)
         budgets = [round(smallest * (largest / smallest) ** (step / steps)) for step in range(count)]
         plans: list[Plan] = []

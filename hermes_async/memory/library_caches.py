@@ -22,7 +22,7 @@ BESIDE_BUDGET_BYTES = 64 << 20
 """What an engine may take in addition to the baseline and its budget, for any model, prompt length and budget.
 
 The kernels in the caches took 35 MiB at most, with matrices of 2 to 3,000 tokens. The rest is for thread stacks and
-pieces of the heap. `python -m benchmarks.memory` checks it.
+pieces of the heap. `python -m benchmarks.memory` checks it, also with weights that are dequantized.
 """
 
 KERNELS_PER_CACHE = 16

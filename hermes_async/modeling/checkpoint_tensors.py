@@ -28,7 +28,7 @@ from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.quantization.encoding import StoredMatrix
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.other_formats import quantization
+from hermes_async.storage.quantization_settings import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 
 Stored: TypeAlias = TensorSpec | StoredMatrix

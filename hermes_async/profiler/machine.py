@@ -37,7 +37,9 @@ async def measure_disk(checkpoint: Checkpoint, *, direct: bool = True) -> tuple[
     """The rates of reading the checkpoint's largest shard, by number of agents and read size."""
     file, size = await run_in_thread(_largest_shard, checkpoint, left_at_exit=True)
     rates = []
-    for num_agents, read_bytes in itertools.product(AGENTS, READ_BYTES):
+    # Of a file that is shorter than all of these, one agent reads the whole.
+    sizes = READ_BYTES if size >= min(READ_BYTES) else (size,) if size else ()
+    for num_agents, read_bytes in itertools.product(AGENTS, sizes):
         if num_agents * read_bytes <= size:
             rate = await _disk_rate(file, size, num_agents, read_bytes, direct=direct)
             rates.append(DiskRate(num_agents, read_bytes, rate))

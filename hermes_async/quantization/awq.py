@@ -17,14 +17,16 @@ from hermes_async.quantization.gptq import bits_of, folder_of, group_size_of, mi
 from hermes_async.quantization.packed_integers import (
     WORD_BITS,
     num_groups,
+    scale_whole,
     scratch_bytes,
     turned,
     unpacked,
+    whole_numbers_for,
     words_of,
     write_packed,
     write_scaled,
 )
-from hermes_async.quantization.pieces import INT8_ELEMENTS, pieces
+from hermes_async.quantization.pieces import FLOAT16_ELEMENTS, INT8_ELEMENTS, pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _BITS = (4,)
@@ -62,15 +64,18 @@ class AwqEncoding(Encoding):
         return {"packed": (columns, words), "zero_point": (groups, words), "scale": (groups, rows)}
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        columns = out.shape[1]
-        scale = parts["scale"][:, start:stop].t().unsqueeze(-1)
+        columns, scale = out.shape[1], parts["scale"][:, start:stop].t()
         of_rows = slice(start // _IN_A_WORD, stop // _IN_A_WORD)
-        zero = _zero_points(parts["zero_point"][:, of_rows]).unsqueeze(-1)
-        words = turned(parts["packed"][:, of_rows])
-        for first, last in pieces(len(words), columns * _IN_A_WORD, INT8_ELEMENTS):
+        zero = _zero_points(parts["zero_point"][:, of_rows])
+        words, whole = turned(parts["packed"][:, of_rows]), whole_numbers_for(scale, out)
+        for first, last in pieces(len(words), columns * _IN_A_WORD, FLOAT16_ELEMENTS if whole else INT8_ELEMENTS):
             rows = slice(first * _IN_A_WORD, last * _IN_A_WORD)
-            numbers = _rows_of(words[first:last]).view(-1, scale.shape[1], columns // scale.shape[1])
-            write_scaled(numbers.sub_(zero[rows]), 0, scale[rows], out[rows])
+            if whole:
+                _write_rows(words[first:last], out[rows].view(torch.int16), whole.bits)
+                scale_whole(out[rows], whole, zero[rows], scale[rows])
+            else:
+                numbers = _rows_of(words[first:last]).view(-1, scale.shape[1], columns // scale.shape[1])
+                write_scaled(numbers.sub_(zero[rows].unsqueeze(-1)), 0, scale[rows].unsqueeze(-1), out[rows])
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         return IntegerGroups(4, self.group_size or columns, "packed", symmetric=False)
@@ -96,6 +101,15 @@ def _rows_of(words: torch.Tensor) -> torch.Tensor:
     for idx, row in enumerate(_ROWS):
         numbers[:, row].copy_((words >> 4 * idx).bitwise_and_(0xF))
     return numbers.view(-1, columns)
+
+
+def _write_rows(words: torch.Tensor, out: torch.Tensor, bits: int) -> None:
+    """Writes the numbers in words [words, columns] to int16 [rows, columns], each with some other bits."""
+    rows = out.view(len(words), _IN_A_WORD, -1)
+    halves = words.to(torch.int16), (words >> 16).to(torch.int16)
+    for idx, row in enumerate(_ROWS):
+        torch.bitwise_right_shift(halves[idx // 4], idx % 4 * 4, out=rows[:, row])
+    out.bitwise_and_(0xF).bitwise_or_(bits)
 
 
 def _zero_points(words: torch.Tensor) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from math import isfinite
@@ -9,15 +10,16 @@ from math import isfinite
 import torch
 
 from hermes_async.quantization.encoding import Encoding
+from hermes_async.quantization.pieces import pieces
 
 E8M0_BIAS = 127
 EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 """Of scales that are stored as exponents alone."""
 SCRATCH_BYTES = 192 << 10
-"""Of memory that an operation takes piece by piece. It is less than what glibc gives as a new mapping."""
+"""Of memory that an operation takes piece by piece, so that it stays in the processor's cache."""
 _VECTOR = 32
 """Numbers of 16 bits that a processor multiplies at once: torch multiplies shorter rows one by one."""
-_WIDE = 64
+WIDE = 64
 """Columns of a block from which on it is worth an operator's inner loop of its own."""
 
 
@@ -36,8 +38,16 @@ class BlockSize:
         return _count(rows, self.rows), _count(columns, self.columns)
 
     def grid_rows(self, start: int, stop: int) -> slice:
-        """The rows of blocks that the rows `start` to `stop` lie in. `start` is the first row of a block."""
+        """The rows of blocks that the rows `start` to `stop` lie in."""
         return slice(None) if self.rows is None else slice(start // self.rows, -(-stop // self.rows))
+
+    def pieces(self, rows: int, columns: int, most: int) -> Iterator[slice]:
+        """Divides rows into pieces of at most so many elements: of whole blocks, or of rows of one row of blocks."""
+        height = self.rows or max(1, rows)
+        span = max(height, most // max(1, columns) // height * height)
+        for top in range(0, rows, span):
+            for start, stop in pieces(min(span, rows - top), columns, most):
+                yield slice(top + start, top + stop)
 
 
 class BlockEncoding(Encoding):
@@ -86,7 +96,7 @@ def multiply_blocks(values: torch.Tensor, scale: torch.Tensor, block: BlockSize)
     """Multiplies each block with its scale, in place. Products are computed in float32, and rounded once.
 
     Args:
-        values: [rows, columns], contiguous. The first row is the first of a block.
+        values: [rows, columns], contiguous. The first row is the first of a block, or all are in one row of blocks.
         scale: The grid of these rows' blocks, in float32.
     """
     rows, columns = values.shape
@@ -114,7 +124,7 @@ def _multiply(blocks: torch.Tensor, factors: torch.Tensor) -> None:
         blocks.mul_(factors[:, None, :, None])
     elif factors.numel() == 1:
         blocks.mul_(factors.item())  # of a number of Python, torch rounds only the product
-    elif width >= _WIDE and blocks.is_contiguous() and all(map(isfinite, bounds_of(factors))):
+    elif width >= WIDE and blocks.is_contiguous() and all(map(isfinite, bounds_of(factors))):
         if height == 1:
             _multiply_channels(blocks.view(1, 1, num_down * num_across, width), factors.reshape(1, -1))
         else:
@@ -135,22 +145,30 @@ def bounds_of(factors: torch.Tensor) -> tuple[float, float]:
 
 
 def _multiply_channels(blocks: torch.Tensor, factors: torch.Tensor) -> None:
-    """As `_multiply`, for numbers of 16 bits and finite factors.
+    """As `_multiply`, for numbers of 16 bits and finite factors. A zero keeps its sign."""
+    bias = torch.full_like(factors[0], -0.0)
+    for values, row in zip(blocks, factors, strict=True):
+        multiply_and_add(values, row, bias, row * 0.0)
 
-    Of torch's operators, only the normalization of batches does that without a copy of the numbers in float32. It
-    computes `number * factor + bias - mean * factor`. The signs of its zeros are such that a zero keeps its sign.
+
+def multiply_and_add(values: torch.Tensor, factor: torch.Tensor, bias: torch.Tensor, mean: torch.Tensor) -> None:
+    """Computes `value * factor + (bias - mean * factor)` in float32, in place, and rounds once.
+
+    Of torch's operators, only the normalization of batches does that without a copy of the numbers in float32.
+
+    Args:
+        values: [batch, channels, width], of 16 bits each; contiguous.
+        factor, bias, mean: Of each channel, in float32; finite.
     """
-    bias, mean, one = torch.full_like(factors[0], -0.0), factors * 0.0, torch.ones_like(factors[0])
-    nothing = factors.new_empty(0), factors.new_empty(0)
-    for values, row, zero in zip(blocks, factors, mean, strict=True):
-        torch.native_batch_norm(
-            values,
-            weight=row,
-            bias=bias,
-            running_mean=zero,
-            running_var=one,
-            training=False,
-            momentum=0.0,
-            eps=0.0,
-            out=(values, *nothing),
-        )
+    nothing = factor.new_empty(0), factor.new_empty(0)
+    torch.native_batch_norm(
+        values,
+        weight=factor,
+        bias=bias,
+        running_mean=mean,
+        running_var=torch.ones_like(factor),
+        training=False,
+        momentum=0.0,
+        eps=0.0,
+        out=(values, *nothing),
+    )

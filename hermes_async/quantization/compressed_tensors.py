@@ -9,7 +9,6 @@ of numbers and scales to the dtype of the scales.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,6 +21,7 @@ from hermes_async.quantization.column_groups import without_groups_in_order
 from hermes_async.quantization.derived import Bfloat16Values
 from hermes_async.quantization.encoding import StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
+from hermes_async.quantization.name_patterns import NamePatterns
 from hermes_async.quantization.nvfp4 import nvfp4_matrix
 from hermes_async.quantization.packed_integers import SCALE_DTYPES, WORD_BITS, PackedEncoding, check_dtype
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
@@ -71,14 +71,15 @@ def compressed_tensors_matrices(
         CorruptShardError: A matrix lacks a part, or has one of another shape or dtype.
     """
     groups = _groups(_checked(settings, tensors), tensors)
+    patterns = NamePatterns(next((spec.file.parent for spec in tensors.values()), None))
     found: dict[str, StoredMatrix] = {}
     for name, spec in tensors.items():
         if name.endswith(".weight_packed"):
             module = name.removesuffix(".weight_packed")
-            found[f"{module}.weight"] = _packed_matrix(module, spec, _group_of(module, spec, groups), tensors)
+            found[f"{module}.weight"] = _packed_matrix(module, spec, _group_of(module, spec, groups, patterns), tensors)
         elif name.endswith(".weight") and (f"{name}_scale" in tensors or spec.dtype in _NUMBERS):
             module = name.removesuffix(".weight")
-            found[name] = _scaled_matrix(module, spec, _group_of(module, spec, groups), tensors)
+            found[name] = _scaled_matrix(module, spec, _group_of(module, spec, groups, patterns), tensors)
     return without_groups_in_order(found)
 
 
@@ -155,7 +156,7 @@ def _unsupported(tensors: Mapping[str, TensorSpec], what: str) -> UnsupportedMod
     )
 
 
-def _group_of(module: str, spec: TensorSpec, groups: Sequence[_Group]) -> _Group:
+def _group_of(module: str, spec: TensorSpec, groups: Sequence[_Group], patterns: NamePatterns) -> _Group:
     """The group of a module, by its name and then by its class; or the only one.
 
     Raises:
@@ -166,7 +167,7 @@ def _group_of(module: str, spec: TensorSpec, groups: Sequence[_Group]) -> _Group
     in_order = sorted(by_target, key=lambda target: (target.startswith(_REGEX), target))
     of_class = "Embedding" if "embed" in module.rpartition(".")[2] else "Linear"
     group = next(
-        (by_target[target] for target in in_order if _names(target, module)),
+        (by_target[target] for target in in_order if _names(target, module, patterns)),
         by_target.get(of_class, groups[0] if len(groups) == 1 else None),
     )
     if group is None:
@@ -183,13 +184,10 @@ def _group_of(module: str, spec: TensorSpec, groups: Sequence[_Group]) -> _Group
     return group
 
 
-def _names(target: str, module: str) -> bool:
-    if not target.startswith(_REGEX):
-        return target == module
-    try:
-        return re.match(target.removeprefix(_REGEX), module) is not None
-    except re.error:
-        return False
+def _names(target: str, module: str, patterns: NamePatterns) -> bool:
+    if target.startswith(_REGEX):
+        return patterns.match(target.removeprefix(_REGEX), module)
+    return target == module
 
 
 # --- packed weights ---

@@ -27,10 +27,11 @@ PartOf: TypeAlias = Callable[[str], torch.Tensor]
 SEPARATOR = "/"
 """Between a parameter's name and the names of its stored tensors. No parameter of transformers has it in its name."""
 
+_BLOCK = 1 << 20
+"""Elements that are dequantized and then multiplied."""
+_SMALL_BLOCK = 1 << 18
+"""The same in float32 with few rows of inputs, which are multiplied faster with what is in the processor's cache."""
 _FEW_ROWS = 32
-"""Inputs of fewer rows than this are multiplied with small blocks, which stay in the processor's cache."""
-_SMALL_BLOCK = 1 << 18  # elements
-_LARGE_BLOCK = 1 << 20
 
 
 def parameter_of(name: str) -> str:
@@ -126,7 +127,7 @@ def _blocks(matrix: StoredMatrix, elements: int) -> Iterator[tuple[int, int]]:
 
 
 def _block_bytes(matrix: StoredMatrix, itemsize: int) -> int:
-    rows, columns = min(matrix.shape[-2], _block_rows(matrix, _LARGE_BLOCK)), matrix.shape[-1]
+    rows, columns = min(matrix.shape[-2], _block_rows(matrix, _BLOCK)), matrix.shape[-1]
     return rows * columns * itemsize + matrix.encoding.scratch_bytes(rows, columns, itemsize)
 
 
@@ -187,8 +188,9 @@ class EncodedWeight(nn.Parameter):
         lines = stored.view(-1, columns)
         for matrix, parts, offset in self._pieces():
             own = lines[offset : offset + matrix.shape[0]]
-            for start, stop in _blocks(matrix, _LARGE_BLOCK):
-                matrix.encoding.dequantize(parts, start, stop, own[start:stop])
+            with reused_heap():
+                for start, stop in _blocks(matrix, _BLOCK):
+                    matrix.encoding.dequantize(parts, start, stop, own[start:stop])
             if matrix.row_order is not None:
                 own.copy_(own[_order(matrix.row_order)])
         return stored.transpose(-1, -2) if self._flipped else stored
@@ -235,14 +237,17 @@ class EncodedWeight(nn.Parameter):
         self, matrix: StoredMatrix, parts: Parts, lines: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         rows, columns = matrix.shape
-        elements = _SMALL_BLOCK if lines.shape[0] < _FEW_ROWS else _LARGE_BLOCK
+        elements = _SMALL_BLOCK if self.dtype == torch.float32 and lines.shape[0] < _FEW_ROWS else _BLOCK
         out = torch.empty((lines.shape[0], rows), dtype=lines.dtype)
-        scratch = torch.empty((min(rows, _block_rows(matrix, elements)), columns), dtype=self.dtype)
         with reused_heap():
+            scratch = torch.empty((min(rows, _block_rows(matrix, elements)), columns), dtype=self.dtype)
             for start, stop in _blocks(matrix, elements):
                 block = scratch[: stop - start]
                 matrix.encoding.dequantize(parts, start, stop, block)
-                out[:, start:stop] = F.linear(lines, block, None if bias is None else bias[start:stop])
+                if bias is None and _is_one_vector(lines):
+                    torch.mv(block, lines[0], out=out[0, start:stop])
+                else:
+                    out[:, start:stop] = F.linear(lines, block, None if bias is None else bias[start:stop])
         return out
 
     def looked_up(self, ids: torch.Tensor) -> torch.Tensor:
@@ -274,6 +279,11 @@ class EncodedWeight(nn.Parameter):
         for one in self._matrices:
             yield one.matrix, one.parts(), offset
             offset += one.matrix.shape[0]
+
+
+def _is_one_vector(lines: torch.Tensor) -> bool:
+    """Whether the product of a matrix and a vector is faster than that of two matrices. In float16 it is slower."""
+    return lines.shape[0] == 1 and lines.dtype == torch.bfloat16
 
 
 def _plain(value: Any) -> Any:

@@ -19,6 +19,7 @@ from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.block_scales import BlockEncoding, BlockSize, bounds_of, multiply_blocks, scale_values
 from hermes_async.quantization.encoding import Parts, StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
+from hermes_async.quantization.pieces import FLOAT16_ELEMENTS
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _FP8 = torch.float8_e4m3fn
@@ -67,21 +68,28 @@ class Fp8Encoding(BlockEncoding):
         return {"weight": (rows, columns), "scale": self.block.grid(rows, columns)}
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
+        num_rows, columns = out.shape
         scale = scale_values(parts["scale"][self.block.grid_rows(start, stop)])
-        weight = parts["weight"][start:stop]
         widening = _WIDENINGS[out.dtype]
         largest = 2.0 ** (127 - widening.fold)
         lowest, highest = bounds_of(scale)
-        if has_nan(weight) or not -largest <= lowest <= highest <= largest:
-            numbers = weight.float()
-            multiply_blocks(numbers, scale, self.block)
-            out.copy_(numbers)
-            return
-        _widen(weight, widening, out)
-        multiply_blocks(out, scale * 2.0**widening.fold, self.block)
+        can_fold = -largest <= lowest <= highest <= largest
+        folded_scale = scale * 2.0**widening.fold
+        for rows in self.block.pieces(num_rows, columns, FLOAT16_ELEMENTS):
+            weight, own = parts["weight"][start:stop][rows], out[rows]
+            blocks = self.block.grid_rows(rows.start, rows.stop)
+            if can_fold:
+                _widen(weight, widening, own)
+            if can_fold and not has_nan(weight):  # which is in the cache now
+                multiply_blocks(own, folded_scale[blocks], self.block)
+            else:
+                numbers = weight.float()
+                multiply_blocks(numbers, scale[blocks], self.block)
+                own.copy_(numbers)
 
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return 4 * rows * columns + 16 * prod(self.block.grid(rows, columns))
+        piece = max(columns, min(rows * columns, FLOAT16_ELEMENTS))
+        return 4 * piece + 20 * prod(self.block.grid(rows, columns))
 
 
 def has_nan(weight: torch.Tensor) -> bool:

@@ -5,7 +5,7 @@ Source: the `gguf` package's `constants.GGML_QUANT_SIZES` (sizes) and `quants` (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
 
-_CHUNK = 1 << 17  # elements that are dequantized at once: their temporary tensors stay in the processor's cache
+_CHUNK = 1 << 18  # elements that are dequantized at once: their temporary tensors stay in the processor's cache
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,8 @@ def _in_each_byte(byte: int) -> int:
 def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
     scale = _half(blocks, 0)
     for rows, target in _chunks(out):
-        torch.mul(blocks[rows, 2:].view(torch.int8), scale[rows], out=target)
+        target.copy_(blocks[rows, 2:].view(torch.int8))
+        target.mul_(scale[rows])
 
 
 def _two_runs(blocks: torch.Tensor, out: torch.Tensor, *, signed: bool, bits: int) -> None:
@@ -162,16 +163,17 @@ def _two_runs(blocks: torch.Tensor, out: torch.Tensor, *, signed: bool, bits: in
             for run, plane in enumerate(planes):
                 fifth = packed - 4 + 2 * run
                 plane.bitwise_or_(_spread(blocks[rows, fifth : fifth + 2], table))
-        _multiply_runs(planes.view(dtype), (scale[rows], scale[rows]), target, 16)
+        _multiply_runs(planes.view(dtype), scale[rows], target, 16)
         if minimum is not None:
             target.add_(minimum[rows])
 
 
-def _multiply_runs(planes: torch.Tensor, scales: Sequence[torch.Tensor], target: torch.Tensor, length: int) -> None:
-    """Multiplies two planes, which hold runs of so many numbers in turns, by their runs' scales."""
-    targets = target.view(-1, 2, length)
+def _multiply_runs(planes: torch.Tensor, scale: torch.Tensor, target: torch.Tensor, length: int) -> None:
+    """Writes two planes, which hold runs of so many numbers in turns, times a scale of one or more runs."""
+    runs = target.view(-1, 2, length)
     for run, plane in enumerate(planes.view(2, -1, length)):
-        torch.mul(plane, scales[run], out=targets[:, run])
+        runs[:, run].copy_(plane)  # each by itself: torch copies a transposed tensor slowly
+    target.view(scale.numel(), -1).mul_(scale.view(-1, 1))
 
 
 def _spread(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
@@ -213,8 +215,7 @@ def _from_table(
     for rows, target in _chunks(out):
         pairs = _planes(_words(blocks[rows], *packed), 4).view(torch.int16).int()
         numbers = torch.index_select(table, 0, pairs.view(-1)).view(torch.int8)
-        factors = scale[rows].view(-1, 1)
-        _multiply_runs(numbers, (factors, factors), target, 16)
+        _multiply_runs(numbers, scale[rows], target, 16)
 
 
 def _pair_table(numbers: tuple[int, ...]) -> torch.Tensor:
@@ -235,7 +236,7 @@ def _q4_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     scale, minimum = _scales_and_minimums(blocks)
     for rows, target in _chunks(out):
         planes = _planes(blocks[rows, 16:].view(torch.int64), 4)
-        _multiply_runs(planes.view(torch.uint8), scale[rows].view(-1, 2, 1).unbind(1), target, 32)
+        _multiply_runs(planes.view(torch.uint8), scale[rows], target, 32)
         target.view(-1, 32).sub_(minimum[rows].view(-1, 1))
 
 
@@ -246,7 +247,7 @@ def _q5_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
         planes, bits = _planes(quants, 4), _planes(high, 1)
         bits.bitwise_left_shift_(4)
         planes.view(2, -1, 4, 4).bitwise_or_(bits.view(4, 2, -1, 4).permute(1, 2, 0, 3))
-        _multiply_runs(planes.view(torch.uint8), scale[rows].view(-1, 2, 1).unbind(1), target, 32)
+        _multiply_runs(planes.view(torch.uint8), scale[rows], target, 32)
         target.view(-1, 32).sub_(minimum[rows].view(-1, 1))
 
 
@@ -307,7 +308,9 @@ def _tq2_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _unpack(planes: torch.Tensor, target: torch.Tensor) -> None:
     """Writes four planes, which hold runs of 32 numbers in turns."""
-    target.view(-1, 4, 32).transpose(0, 1).copy_(planes.view(4, -1, 32))
+    runs = target.view(-1, 4, 32)
+    for run, plane in enumerate(planes.view(4, -1, 32)):
+        runs[:, run].copy_(plane)
 
 
 # --- the others ---
@@ -321,7 +324,8 @@ def _float16(blocks: torch.Tensor, out: torch.Tensor) -> None:
 def _q8_k(blocks: torch.Tensor, out: torch.Tensor) -> None:
     scale = blocks[:, :4].view(torch.float32)
     for rows, target in _chunks(out):
-        torch.mul(blocks[rows, 4:260].view(torch.int8), scale[rows], out=target)
+        target.copy_(blocks[rows, 4:260].view(torch.int8))
+        target.mul_(scale[rows])
 
 
 def _tq1_0(blocks: torch.Tensor, out: torch.Tensor) -> None:

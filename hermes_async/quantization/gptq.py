@@ -5,7 +5,6 @@ Source: GPTQModel (ModelCloud/GPTQModel), `PackableQuantLinear.dequantize_weight
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
@@ -15,6 +14,7 @@ import torch
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.column_groups import without_groups_in_order
 from hermes_async.quantization.encoding import IntegerGroups, IntegerRows, Parts, StoredMatrix
+from hermes_async.quantization.name_patterns import NamePatterns
 from hermes_async.quantization.packed_integers import (
     SCALE_DTYPES,
     WORD_BITS,
@@ -138,26 +138,23 @@ def matrices_in_gptq_layout(
         overrides: Other settings of some modules, by a name or a pattern of names.
     """
     found: dict[str, StoredMatrix] = {}
+    patterns = NamePatterns(folder_of(tensors))
     for name, spec in tensors.items():
         if not name.endswith(".qweight"):
             continue
         module = name.removesuffix(".qweight")
-        own = {**settings, **_override(module, overrides)}
+        own = {**settings, **_override(module, overrides, patterns)}
         found[f"{module}.weight"] = _matrix(module, spec, own, tensors, less_one=less_one)
     return without_groups_in_order(found)
 
 
-def _override(module: str, overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+def _override(module: str, overrides: Mapping[str, Any], patterns: NamePatterns) -> Mapping[str, Any]:
     """The settings of the first pattern that matches a module. It may have "+:" before it."""
     for pattern, settings in overrides.items():
         if not isinstance(settings, Mapping) or pattern.startswith("-:"):
             continue
         expression = pattern.removeprefix("+:")
-        try:
-            matches = expression == module or re.match(expression, module) is not None
-        except re.error:
-            matches = False
-        if matches:
+        if expression == module or patterns.match(expression, module):
             return settings
     return {}
 

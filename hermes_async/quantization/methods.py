@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,6 @@ _METHODS: dict[str, _Finder] = {
     "mxfp4": mxfp4_matrices,
     "mxfp8": fp8_matrices,
     "nvfp4": modelopt_matrices,
-    "NVIDIA ModelOpt": modelopt_matrices,
     "torchao": torchao_matrices,
 }
 """By `quant_method`: from the settings and all tensors of a checkpoint to its quantized matrices."""
@@ -80,7 +80,8 @@ def quantized_matrices(
 ) -> dict[str, StoredMatrix]:
     """The quantized matrices of a checkpoint, by the names that their weights have in an unquantized one.
 
-    Tensors that take no part in any of them are the others' own.
+    Tensors that take no part in any of them are the others' own. Numbers in the dtype F4 of safetensors are what other
+    files have as bytes: two in each, of which the first is in the lower half.
 
     Args:
         path: The checkpoint, for messages.
@@ -91,6 +92,7 @@ def quantized_matrices(
         UnsupportedModelError: The method is not known. The message says which are.
         CorruptShardError: A matrix lacks a part, or has one of another shape.
     """
+    tensors = {name: replace(spec, packed=None) if spec.packed == "F4" else spec for name, spec in tensors.items()}
     finder = _METHODS.get(method)
     if method in _REFUSED:
         raise UnsupportedModelError(f"{path} is quantized by {method}, {_REFUSED[method]}", path=path)
@@ -103,8 +105,8 @@ def quantized_matrices(
     found = finder(settings, tensors)
     if not found:
         raise UnsupportedModelError(
-            f"{path} is quantized ({method}), as its config.json says, but has no tensor that is stored so; if its "
-            "weights are plain numbers, remove the settings of the quantization from config.json",
+            f"{path} is quantized ({method}), as its configuration says, but has no tensor that is stored so; if its "
+            "weights are plain numbers, remove the settings of the quantization",
             path=path,
         )
     for matrix in found.values():

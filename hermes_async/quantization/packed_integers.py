@@ -16,8 +16,9 @@ from typing import Self
 import torch
 
 from hermes_async.errors import CorruptShardError
+from hermes_async.quantization.block_scales import WIDE, multiply_and_add
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
-from hermes_async.quantization.pieces import FLOAT32_ELEMENTS, INT8_ELEMENTS, pieces
+from hermes_async.quantization.pieces import FLOAT16_ELEMENTS, FLOAT32_ELEMENTS, INT8_ELEMENTS, pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 WORD_BITS = 32
@@ -94,6 +95,17 @@ def write_packed(
         out, rounded_to: See `write_scaled`.
     """
     rows, columns = out.shape
+    if bits == 4 and g_idx is None and columns % 2 == 0 and rounded_to in (None, out.dtype):
+        whole = whole_numbers_for(scale, out)
+        if whole is not None:
+            octets = words.view(torch.uint8)[:, : columns // 2]
+            for start, stop in pieces(rows, columns, FLOAT16_ELEMENTS):
+                pairs = out[start:stop].view(torch.int32)
+                pairs.copy_(octets[start:stop])
+                pairs.mul_(0x1001).bitwise_and_(0x000F000F).bitwise_or_(whole.bits * 0x10001)
+                own_zero = zero if isinstance(zero, int) else zero[start:stop]
+                scale_whole(out[start:stop], whole, own_zero, scale[start:stop])
+            return
     for start, stop in pieces(rows, columns, INT8_ELEMENTS if g_idx is None else FLOAT32_ELEMENTS):
         own_scale = _of_columns(scale[start:stop], g_idx).unsqueeze(-1)
         own_zero = zero if isinstance(zero, int) else _of_columns(zero[start:stop], g_idx).unsqueeze(-1)
@@ -102,6 +114,45 @@ def write_packed(
             numbers.sub_(own_zero)
             own_zero = 0
         write_scaled(numbers, own_zero, own_scale, out[start:stop], rounded_to=rounded_to)
+
+
+@dataclass(frozen=True)
+class WholeNumbers:
+    """Floats of 16 bits whose lowest bits are a whole number, if their other bits are `bits`: `first + number`."""
+
+    first: int
+    bits: int
+
+
+_WHOLE_NUMBERS = {torch.bfloat16: WholeNumbers(128, 0x4300), torch.float16: WholeNumbers(1024, 0x6400)}
+_LARGEST_SCALE = 2.0**100  # of larger ones, the product with 1024 could be infinite
+
+
+def whole_numbers_for(scale: torch.Tensor, out: torch.Tensor) -> WholeNumbers | None:
+    """How numbers of 4 bits are written to `out` for `scale_whole`.
+
+    None if it would not be exact, or not faster: for wide or very large scales, small groups, and `out` in float32.
+    """
+    wide_groups = out.shape[1] // scale.shape[1] >= WIDE
+    if scale.dtype == torch.float32 or not wide_groups or not float(scale.abs().amax()) < _LARGEST_SCALE:
+        return None
+    return _WHOLE_NUMBERS.get(out.dtype)
+
+
+def scale_whole(out: torch.Tensor, whole: WholeNumbers, zero: torch.Tensor | int, scale: torch.Tensor) -> None:
+    """Makes (number - zero) * scale of numbers that are written as `whole` says.
+
+    The products of the scale with `first + number`, and with `first + zero`, are exact in float32. So is their
+    difference, and it is rounded once.
+
+    Args:
+        out: [rows, columns], contiguous.
+        zero: int8 [rows, groups], or one number.
+        scale: [rows, groups], floating point.
+    """
+    factor = scale.float().reshape(-1)
+    middle = whole.first + (zero if isinstance(zero, int) else zero.float().reshape(-1))
+    multiply_and_add(out.view(1, len(factor), -1), factor, factor * -middle, torch.zeros_like(factor))
 
 
 def write_scaled(

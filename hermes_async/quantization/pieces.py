@@ -1,18 +1,20 @@
 """Divides work on rows into pieces whose memory stays in the processor's cache.
 
-What is made of a piece takes less than 256 KiB: the heap gives larger blocks of memory back to the system when they are
-freed, and getting them anew takes longer than all of the computation.
+A piece is large enough for two or more threads to compute it together.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-FLOAT32_ELEMENTS = 15 << 12
+FLOAT32_ELEMENTS = 1 << 17
 """Elements that are computed at once in float32."""
 
-INT8_ELEMENTS = 15 << 14
+INT8_ELEMENTS = 1 << 18
 """Elements of one byte that are computed at once."""
+
+FLOAT16_ELEMENTS = 1 << 19
+"""Elements of 16 bits that are computed at once, without other memory."""
 
 
 def pieces(rows: int, columns: int, most: int) -> Iterator[tuple[int, int]]:

@@ -20,7 +20,8 @@ import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
 from hermes_async.storage.file_state import FileState
-from hermes_async.storage.gguf import GgufHeader, is_gguf, only_gguf_model, read_gguf
+from hermes_async.storage.gguf import GgufHeader, is_gguf, read_gguf
+from hermes_async.storage.gguf_models import only_gguf_model
 from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
 from hermes_async.storage.hub import HubOptions, download, is_hub_id
 from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
@@ -97,7 +98,8 @@ class Checkpoint:
         """Opens a directory or file, or downloads and opens a model on the hub. Blocks: call it in a worker thread.
 
         Args:
-            source: A directory, or a GGUF file. A str that names neither is a hub id ("org/name").
+            source: A directory, or a GGUF file. A str that names neither is a hub id: "org/name", or
+                "org/name:Q4_K_M" for the GGUF file whose name ends so.
             revision: A branch, tag or commit. This and the other arguments are for hub ids only.
             cache_dir: The directory for downloads, instead of the hub's default cache.
             token: The hub's token, instead of the one that is logged in.
@@ -120,7 +122,10 @@ class Checkpoint:
             gguf_file = path.parent.resolve() / path.name  # a link keeps its name, by which other parts are found
         elif isinstance(source, str) and is_hub_id(source):
             hub = HubOptions(revision, token, cache_dir)
-            path = download(source, hub, local_files_only=local_files_only).resolve()
+            path = download(source, hub, local_files_only=local_files_only)
+            if path.is_file():
+                gguf_file = path.parent.resolve() / path.name
+            path = path.resolve()
         else:
             raise CheckpointError(f"no such directory or GGUF file: {os.fspath(source)!r}", path=path)
         if gguf_file is not None:
@@ -371,10 +376,17 @@ def _parse_entry(
         offset=data_offset + begin,
         nbytes=nbytes,
         dtype=dtype,
-        shape=(nbytes,) if bits else tuple(shape),
+        shape=_shape_of_bytes(shape, nbytes, bits) if bits else tuple(shape),
         packed=dtype_name if bits else None,
         file_states=states,
     )
+
+
+def _shape_of_bytes(shape: list[int], nbytes: int, bits: int) -> tuple[int, ...]:
+    """The shape of the bytes of packed numbers; all in one row if rows do not end with a byte."""
+    if not shape or shape[-1] * bits % 8:
+        return (nbytes,)
+    return (*shape[:-1], shape[-1] * bits // 8)
 
 
 def _check_layout(path: Path, specs: list[TensorSpec], data_offset: int, file_size: int) -> None:

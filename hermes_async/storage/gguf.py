@@ -7,17 +7,17 @@ Source: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 
 from hermes_async.errors import CheckpointError, UnsupportedModelError
 from hermes_async.storage.file_state import FileState
+from hermes_async.storage.gguf_models import PART
 from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -87,9 +87,14 @@ _BLOCKS = {
 }
 """By the format's number of a tensor's type: its name, and the numbers and bytes of a block."""
 
-_PART = re.compile(r"(?P<name>.*)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL | re.IGNORECASE)
-
 Value: TypeAlias = "int | float | bool | str | list[int | float | bool]"
+
+
+class ByteSource(Protocol):
+    """What a header is read from, from its first byte to its last."""
+
+    def read(self, nbytes: int, /) -> bytes:
+        """The next `nbytes` bytes."""
 
 
 class _Entry(NamedTuple):
@@ -160,31 +165,16 @@ def is_gguf(path: Path) -> bool:
         return file.read(4) == _MAGIC
 
 
-def only_gguf_model(directory: Path) -> Path | None:
-    """The GGUF model in a directory without safetensors; of several parts, the first. None if there is none.
+def read_header(path: Path, file: ByteSource, nbytes: int) -> None:
+    """Reads the header of a file that is `nbytes` long, and no byte behind it.
+
+    Args:
+        path: For messages.
 
     Raises:
-        UnsupportedModelError: There are several models.
+        CorruptShardError, UnsupportedModelError: As `read_gguf`.
     """
-    try:
-        names = sorted(entry.name for entry in directory.iterdir() if not entry.name.startswith("."))
-    except OSError as error:
-        raise CheckpointError(f"{directory} cannot be listed: {error.strerror}", path=directory) from error
-    if any(name.endswith(".safetensors") for name in names):
-        return None
-    # Files that begin so hold only what an image goes through before the model.
-    found = [name for name in names if name.lower().endswith(".gguf") and not name.lower().startswith("mmproj")]
-    models: dict[str, str] = {}
-    for name in found:
-        part = _PART.fullmatch(name)
-        models.setdefault(name if part is None else f"{part['name']}/{part['count']}", name)
-    if len(models) > 1:
-        shown = ", ".join(list(models.values())[:5]) + (f" and {len(models) - 5} more" if len(models) > 5 else "")
-        raise UnsupportedModelError(
-            f"{directory} has {len(models)} models in GGUF: {shown}; give the path of one of these files",
-            path=directory,
-        )
-    return directory / found[0] if models else None
+    _Reader(path, file, FileState(nbytes, 0, 0, 0)).read_all()
 
 
 def read_gguf(path: Path) -> tuple[GgufHeader, dict[str, TensorSpec]]:
@@ -203,7 +193,7 @@ def read_gguf(path: Path) -> tuple[GgufHeader, dict[str, TensorSpec]]:
     count = first.metadata.get("split.count", 1)
     if not isinstance(count, int) or count <= 1:
         return _joined([first])
-    named = _PART.fullmatch(path.name)
+    named = PART.fullmatch(path.name)
     if named is None or int(named["count"]) != count:
         raise CheckpointError(
             f"{path} is a part of a model of {count} files, which are found by their names; its name must end in "
@@ -242,7 +232,7 @@ def _joined(parts: list[_Reader]) -> tuple[GgufHeader, dict[str, TensorSpec]]:
 class _Reader:
     """Reads one file's header from its first byte to its last. The state is in `_left`, `metadata` and `tensors`."""
 
-    def __init__(self, path: Path, file: BinaryIO, state: FileState) -> None:
+    def __init__(self, path: Path, file: ByteSource, state: FileState) -> None:
         self.path = path
         self.metadata: dict[str, Value] = {}
         self.entries: dict[str, _Entry] = {}
@@ -255,11 +245,15 @@ class _Reader:
     def read(cls, path: Path) -> _Reader:
         with opened(path) as (file, state):
             reader = cls(path, file, state)
-            num_tensors, num_entries = reader._counts()
-            for _ in range(num_entries):
-                reader._read_entry()
-            reader._read_tensors(num_tensors)
+            reader.read_all()
         return reader
+
+    def read_all(self) -> None:
+        """Reads the whole header."""
+        num_tensors, num_entries = self._counts()
+        for _ in range(num_entries):
+            self._read_entry()
+        self._read_tensors(num_tensors)
 
     # --- numbers and texts ---
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
 
 from hermes_async.errors import UnsupportedModelError
 
@@ -44,11 +43,6 @@ _WRITERS = {
     "flax": "Flax, whose tensors have other names and shapes; use the model's safetensors for PyTorch",
 }
 _MAX_NAMED_FILES = 5  # in a message
-_QUANTIZED_BY = {
-    "hf_quant_config.json": "NVIDIA ModelOpt",
-    "quantize_config.json": "GPTQ",
-    "quant_config.json": "AWQ",
-}
 
 
 def check_names(directory: Path, names: Collection[str]) -> None:
@@ -118,16 +112,3 @@ def check_writer(path: Path, metadata: Mapping[str, str]) -> None:
     writer = _WRITERS.get(metadata.get("format", "").lower())
     if writer is not None:
         raise UnsupportedModelError(f"{path} was written by {writer}", path=path)
-
-
-def quantization(directory: Path, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """The method by which a checkpoint was quantized, and its settings; None if it was not quantized."""
-    for key, writer in (("quantization_config", "?"), ("quantization", "MLX"), ("compression_config", "?")):
-        settings = config.get(key)
-        if settings:
-            settings = settings if isinstance(settings, dict) else {}
-            if settings.get("load_in_4bit") or settings.get("load_in_8bit"):  # old files name no method
-                writer = "bitsandbytes"
-            return str(settings.get("quant_method") or writer), settings
-    method = next((method for name, method in _QUANTIZED_BY.items() if (directory / name).is_file()), None)
-    return None if method is None else (method, {})

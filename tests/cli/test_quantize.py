@@ -46,6 +46,8 @@ def test_it_refuses_in_one_line(tiny_model: TinyModel, tmp_path: Path) -> None:
     (tmp_path / "m.gguf").write_bytes(b"GGUF")
     result = hermes("quantize", tmp_path / "m.gguf", tmp_path / "a", "--format", "fp8")
     assert (result.exit_code, "quantized already (GGUF)" in result.stderr) == (1, True)
+    result = hermes("quantize", "org/name:Q8_0", tmp_path / "a", "--format", "fp8")  # nothing is downloaded
+    assert (result.exit_code, "quantized already (GGUF)" in result.stderr) == (1, True)
     assert hermes("quantize", tiny_model.path, tmp_path / "a").exit_code == 2
     assert hermes("quantize", tiny_model.path, tmp_path / "a", "--format", "int3").exit_code == 2
     assert not (tmp_path / "a").exists()

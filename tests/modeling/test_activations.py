@@ -153,7 +153,7 @@ def allocated(compute: Callable[[], object]) -> Allocated:
         compute()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     events.sort(key=lambda event: event.start_ns())
-    in_use = list(accumulate(event.nbytes() for event in events))
+    in_use = list(accumulate((event.nbytes() for event in events), initial=0))
     return Allocated(max(in_use), in_use[-1])
 
 

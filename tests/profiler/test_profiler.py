@@ -85,6 +85,16 @@ async def test_every_stage_is_measured(tiny_model: Any, no_blocking: Any) -> Non
     assert all(flops > 0 for kernel in profile.kernels for flops in kernel.flops.values())
 
 
+async def test_a_file_that_is_shorter_than_all_reads_is_read_whole(
+    tiny_model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "READ_BYTES", (1 << 40,))
+    (rate,) = await machine.measure_disk(Checkpoint.open(tiny_model.path))
+    size = (tiny_model.path / "model.safetensors").stat().st_size
+    assert (rate.num_agents, rate.read_bytes) == (1, size // 4096 * 4096)
+    assert rate.bytes_per_s > 0
+
+
 async def test_resident_stages_were_loaded_once_and_are_measured_too(tiny_model: Any) -> None:
     profile = await measure(tiny_model.path, "64MiB", EngineConfig())
     assert all(stage.resident and stage.load_s > 0 and stage.compute_s for stage in profile.stages)

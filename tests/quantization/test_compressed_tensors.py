@@ -14,7 +14,7 @@ from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.derived import Bfloat16Values
 from hermes_async.quantization.encoding import StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
-from hermes_async.quantization.packed_integers import PackedEncoding
+from hermes_async.quantization.packed_integers import PackedEncoding, unpacked
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
 from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
@@ -75,6 +75,15 @@ def test_packed_numbers(bits: int, zero: str | None, scale_dtype: torch.dtype) -
         encoding = PackedEncoding(bits, None if size == columns else size, zero)
         check(encoding, parts, expected)
         check_scratch(encoding, parts)
+
+
+@pytest.mark.parametrize("lowest", [-60, 60], ids=["scales of models", "huge scales"])
+def test_scales_of_each_size_and_sign(lowest: int) -> None:
+    parts, _ = packed(4, 64, 128, 64)
+    exponents = torch.arange(lowest, lowest + 64).float()
+    parts["scale"] = torch.stack([1.5 * torch.exp2(exponents), -torch.exp2(exponents)], 1).to(torch.bfloat16)
+    numbers = unpacked(parts["packed"], 4, 128).float() - 8
+    check(PackedEncoding(4, 64), parts, products(numbers, parts["scale"].repeat_interleave(64, 1)))
 
 
 def test_columns_in_another_order() -> None:
@@ -249,7 +258,7 @@ def test_which_group_a_module_belongs_to() -> None:
     assert of("Embedding", "re:x", "Linear") == 32
     assert of("LinearBase", size=8) == 8  # the only one
     with pytest.raises(CorruptShardError, match=r"no group of config\.json has 'm' as a target"):
-        of("Embedding", "re:[", "x")
+        of("Embedding", "re:n", "x")
 
 
 def test_forms_of_scales() -> None:

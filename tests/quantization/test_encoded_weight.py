@@ -24,7 +24,12 @@ def spec(name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> TensorSpec:
 
 
 def made(
-    *, experts: int = 0, per_expert: int = 1, transposed: bool = False, order: tuple[int, ...] | None = None
+    *,
+    experts: int = 0,
+    per_expert: int = 1,
+    transposed: bool = False,
+    order: tuple[int, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[EncodedWeight, torch.Tensor]:
     """A weight of FP8 matrices, and the same weight as a plain tensor."""
     generator = torch.Generator().manual_seed(0)
@@ -45,8 +50,8 @@ def made(
     if experts:
         weight = weight.view(experts, per_expert * ROWS, COLUMNS)
     weight = weight.mT if transposed else weight
-    parameter = EncodedParameter("w", tuple(weight.shape), torch.float32, tuple(matrices))
-    return EncodedWeight.of(parameter, parts.__getitem__), weight
+    parameter = EncodedParameter("w", tuple(weight.shape), dtype, tuple(matrices))
+    return EncodedWeight.of(parameter, parts.__getitem__), weight.to(dtype)
 
 
 INPUTS = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(1))
@@ -58,6 +63,17 @@ BIAS = torch.arange(float(ROWS))
 def test_linear(order: tuple[int, ...] | None, bias: torch.Tensor | None) -> None:
     encoded, plain = made(order=order)
     torch.testing.assert_close(F.linear(INPUTS, encoded, bias), F.linear(INPUTS, plain, bias))
+
+
+@pytest.mark.parametrize("order", [None, ORDER], ids=["as stored", "other order"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_linear_in_16_bits(order: tuple[int, ...] | None, dtype: torch.dtype, num_tokens: int) -> None:
+    encoded, plain = made(order=order, per_expert=2, dtype=dtype)
+    inputs = INPUTS[0, :num_tokens].to(dtype)
+    torch.testing.assert_close(F.linear(inputs, encoded), F.linear(inputs, plain))
+    bias = torch.cat([BIAS, -BIAS]).to(dtype)
+    torch.testing.assert_close(F.linear(inputs, encoded, bias), F.linear(inputs, plain, bias))
 
 
 def test_matrices_behind_one_another() -> None:

@@ -90,6 +90,19 @@ def test_blocks_of_each_size(block: tuple[int | None, int | None], dtype: torch.
     check_equal(part, expected[start:stop])
 
 
+@pytest.mark.parametrize("piece", [96, 96 * 5, 96 * 40])
+@pytest.mark.parametrize("block", [(16, 32), (5, 32), (None, None), (1, None)])
+def test_a_matrix_in_pieces(block: tuple[int | None, int | None], piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, columns = 48, 96
+    encoding, generator = Fp8Encoding(BlockSize(*block)), torch.Generator().manual_seed(1)
+    weight = torch.randn(rows, columns, generator=generator).to(FP8)
+    weight.view(torch.uint8)[20, 3] = 0x7F  # NaN: its piece is computed another way
+    parts = {"weight": weight, "scale": torch.randn(*encoding.shapes(rows, columns)["scale"], generator=generator)}
+    expected = dequantized(encoding, parts, (rows, columns), torch.bfloat16)
+    monkeypatch.setattr("hermes_async.quantization.fp8.FLOAT16_ELEMENTS", piece)
+    check_equal(dequantized(encoding, parts, (rows, columns), torch.bfloat16), expected)
+
+
 @pytest.mark.parametrize("dtype", [E8M0, torch.uint8])
 def test_scales_that_are_exponents(dtype: torch.dtype) -> None:
     exponents = torch.arange(90, 160, dtype=torch.uint8)[:, None]

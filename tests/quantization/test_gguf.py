@@ -208,6 +208,8 @@ async def test_the_vector_of_a_text_is_the_last_token_s_as_of_safetensors(llama_
 def test_commands_take_a_file(llama_file: Path) -> None:
     planned = CliRunner().invoke(app, ["plan", str(llama_file), "--memory", "2MiB", "--json"])
     assert json.loads(planned.stdout)["weight_bytes"] < llama_file.stat().st_size
+    budgets = CliRunner().invoke(app, ["plan", str(llama_file), "--sweep", "--json"])
+    assert json.loads(budgets.stdout)[-1]["bytes_per_sweep"] == 0  # also where no model fits into twice its weights
     args = ["--memory", "2MiB", "--max-tokens", "3", "--temperature", "0", "--json"]
     generated = CliRunner().invoke(app, ["generate", str(llama_file), "Hello", *args])
     assert json.loads(generated.stdout)["usage"]["completion_tokens"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,10 @@ from transformers import Qwen3MoeConfig
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.fp8 import Fp8Encoding
-from hermes_async.quantization.methods import quantized_matrices
+from hermes_async.quantization.methods import notes_of, quantized_matrices
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.quantization.nvfp4 import Nvfp4Encoding
+from hermes_async.storage.quantization_settings import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
 from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
@@ -55,13 +57,17 @@ async def test_a_mixture_of_experts_in_the_layout_of_modelopt(tmp_path: Path) ->
         scale = (torch.rand(weight.shape[0], weight.shape[1] // 16) * 50 + 10).to(FP8)
         of_all = torch.tensor(0.003)
         values = e2m1(packed) * (scale.float() * of_all).repeat_interleave(16, 1)
+        packed = packed.view(torch.float4_e2m1fn_x2) if "down_proj" in name else packed  # F4 in safetensors
         return {name: packed, f"{name}_scale": scale, f"{name}_scale_2": of_all}, values
 
     config = Qwen3MoeConfig(
         **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
     )
-    settings = {"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "ignore": ["lm_head"]}
-    await check_engine(tmp_path, save(tmp_path, config, settings, quantize), "packed")
+    plain = save(tmp_path, config, {}, quantize)
+    settings = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps({"quantization": settings}))  # and not in config.json
+    await check_engine(tmp_path, plain, "packed")
+    assert "keys and values keep the model's dtype" in notes_of(*quantization(tmp_path, {}))[-1]  # type: ignore[misc]
 
 
 def found_in(*tensors: tuple[str, torch.dtype, tuple[int, ...]]) -> dict[str, Any]:

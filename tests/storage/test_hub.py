@@ -20,8 +20,10 @@ from hermes_async.engine.opening import plans_by_budget
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.hub import HubOptions, download, without_weights
 from tests.engines import one_loop
+from tests.gguf_models import save_gguf
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 from tests.inside import inside
+from tests.quantization.test_gguf import llama
 
 anyio_backend = one_loop(use_uvloop=False)
 
@@ -126,8 +128,8 @@ def test_shards_on_the_hub_that_are_none(hub: Hub, tmp_path: Path, data: bytes) 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ("model.gguf", r"org/name has its weights in 'model\.gguf', GGUF, .*; download one"),
-        ("Q4_K_M/model-00001-of-00002.gguf", r"org/name has its weights in 'Q4_K_M/model-00001-of-00002\.gguf', GGUF"),
+        ("model.gguf", r"org/name has its weights in GGUF; choose .*: org/name:model\. It has model$"),
+        ("Q4_K_M/model-00001-of-00002.gguf", r"org/name has its weights in GGUF; .* It has Q4_K_M/model$"),
         (
             "pytorch_model.bin",
             r"org/name has its weights in 'pytorch_model\.bin', PyTorch.s pickles.*save_pretrained",
@@ -193,3 +195,85 @@ def test_a_download_prints_nothing_unless_at_a_terminal(
     hub.files["org/name"] = files_of(saved["sharded"])
     download("org/name", HubOptions(cache_dir=tmp_path / "cache"))
     assert capfd.readouterr() == ("", "")
+
+
+# --- models in GGUF ---
+
+
+@pytest.fixture(scope="module")
+def gguf_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A repository with three models, one of them in parts in a folder."""
+    folder = tmp_path_factory.mktemp("gguf")
+    parts = folder / "Q8_0"
+    parts.mkdir()
+    save_gguf(llama(), folder / "small-F32.gguf")
+    save_gguf(llama(), parts / "small.gguf", quantization="Q8_0", split_max_tensors=12)
+    (folder / "small-UD-F32.gguf").write_bytes(b"never sent")
+    (folder / "mmproj-F32.gguf").write_bytes(b"never sent")
+    return files_of(folder)
+
+
+PARTS = ["Q8_0/small-00001-of-00002.gguf", "Q8_0/small-00002-of-00002.gguf"]
+
+
+@pytest.mark.parametrize("first_bytes", [100_000, 100])
+def test_a_plan_takes_the_headers_of_all_parts(
+    hub: Hub, gguf_files: dict[str, bytes], tmp_path: Path, first_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_async.storage.hub._FIRST_BYTES", first_bytes)
+    hub.files["org/name"] = gguf_files
+    options = HubOptions(cache_dir=tmp_path / "cache")
+    with without_weights("org/name:Q8_0", options) as source:
+        planned = Checkpoint.open(source).tensors
+    assert set(hub.ranges) == {Path(name).name for name in PARTS}
+    assert not list((tmp_path / "cache").rglob("*.gguf"))
+    path = Checkpoint.open("org/name:Q8_0", cache_dir=options.cache_dir).path
+    here = Checkpoint.open(path).tensors
+    assert {name: (spec.file.name, spec.offset, spec.shape) for name, spec in planned.items()} == {
+        name: (spec.file.name, spec.offset, spec.shape) for name, spec in here.items()
+    }
+    with without_weights("org/name:Q8_0", options) as source:
+        assert Path(source).resolve() == path.resolve()
+
+
+@pytest.mark.anyio
+async def test_an_engine_takes_the_end_of_a_file_s_name(hub: Hub, gguf_files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.files["org/name"] = gguf_files
+    for source in ("org/name:q8_0", "org/name:Q8_0/small.gguf"):
+        async with Engine(source, memory_budget="8MiB", cache_dir=tmp_path / "cache") as engine:
+            assert inside(engine).checkpoint_path.name == "small-00001-of-00002.gguf"
+            assert engine.model_name == source
+    assert hub.downloads == set(PARTS)
+    hub.files.clear()
+    again = Checkpoint.open("org/name:Q8_0", cache_dir=tmp_path / "cache", local_files_only=True)
+    assert [file.name for file in again.gguf.files] == [Path(name).name for name in PARTS]  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [
+        (
+            "",
+            r"^org/name has its weights in GGUF; .*: org/name:Q8_0/small\. It has Q8_0/small, small-F32, small-UD-F32$",
+        ),
+        (
+            ":Q4_K_M",
+            "^org/name has no model in GGUF whose name ends with 'Q4_K_M'; it has Q8_0/small, small-F32, small",
+        ),
+        (":F32", "^org/name has 2 models in GGUF whose names end with 'F32'; it has small-F32, small-UD-F32$"),
+        (":32", "^org/name has no model in GGUF whose name ends with '32'"),
+    ],
+)
+def test_models_in_gguf_are_listed(
+    hub: Hub, gguf_files: dict[str, bytes], tmp_path: Path, wanted: str, message: str
+) -> None:
+    hub.files["org/name"] = gguf_files
+    with pytest.raises(CheckpointError, match=message):
+        download(f"org/name{wanted}", HubOptions(cache_dir=tmp_path / "cache"))
+    assert not hub.downloads
+
+
+def test_a_name_in_a_repository_without_gguf(hub: Hub, saved: dict[str, Path], tmp_path: Path) -> None:
+    hub.files["org/name"] = files_of(saved["whole"])
+    with pytest.raises(CheckpointError, match=r"^org/name has no model in GGUF; without ':Q8_0', its safetensors are"):
+        download("org/name:Q8_0", HubOptions(cache_dir=tmp_path / "cache"))
