@@ -352,7 +352,8 @@ class EngineConfig:
         num_loading_agents: The number of stages that may be read at once; None lets the planner choose.
         max_resident_layers: The most layers in memory at once, resident and streamed ones together. Each transformer
             layer is then one stage. None lets the budget decide. `num_loading_agents + 1` is the paper's PIPELOAD,
-            which frees every layer after its computation.
+            which frees every layer after its computation. Experts that are read one by one do not count, and are then
+            not kept longer than they are used.
         max_tokens_per_sweep: The most prompt and decode tokens in one sweep. Longer prompts are split into chunks. None
             lets the planner choose.
         max_sequences: The most sequences in one sweep. Further requests wait.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -218,6 +217,8 @@ class EngineStatistics:
 
     Attributes:
         bytes_read: Read from disk, including resident weights and embedding rows.
+        bytes_read_by_kind: The same by kind: "resident weights" (a draft model's included), "streamed weights",
+            "experts" (those that are read one by one) and "embedding rows". A kind that was never read is not in it.
         bytes_resident: Weights that stay in memory.
         bytes_in_use: Leased from the budget now: weights, ring, workspace and KV caches.
         peak_bytes_in_use: The most that was leased at any time.
@@ -233,6 +234,12 @@ class EngineStatistics:
         read_seconds: The sum over all loading agents, whose reads overlap.
         compute_seconds: Time in sweeps, without stalls.
         stall_seconds: Time that sweeps waited for a stage.
+        expert_hits: Experts that were in memory, or on their way there, when a sweep asked for them.
+        expert_misses: Experts that had to be read when a sweep asked for them.
+        experts_read_ahead: Experts that were read before a sweep asked for them.
+        num_experts: Experts of all layers that are read one by one; 0 if the model has none, or all are resident.
+        num_experts_in_memory: Those of them that are in memory, or on their way there.
+        expert_bytes: The memory that these take. The holder "experts" has what is set aside for them.
         num_running: Requests that have their KV memory, including paused ones.
         num_paused: Running requests whose user does not take the chunks.
         num_waiting: Requests that wait for memory or a place, or whose prompts are still being tokenized.
@@ -250,6 +257,7 @@ class EngineStatistics:
     """
 
     bytes_read: int
+    bytes_read_by_kind: dict[str, int]
     bytes_resident: int
     bytes_in_use: int
     peak_bytes_in_use: int
@@ -264,6 +272,12 @@ class EngineStatistics:
     read_seconds: float
     compute_seconds: float
     stall_seconds: float
+    expert_hits: int
+    expert_misses: int
+    experts_read_ahead: int
+    num_experts: int
+    num_experts_in_memory: int
+    expert_bytes: int
     num_running: int
     num_paused: int
     num_waiting: int
@@ -278,6 +292,12 @@ class EngineStatistics:
     num_leases: int
     num_free_buffers: int
     holders: dict[str, int]
+
+    @property
+    def expert_hit_rate(self) -> float | None:
+        """The share of the experts that sweeps asked for that were in memory; None if none was asked for."""
+        asked = self.expert_hits + self.expert_misses
+        return self.expert_hits / asked if asked else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -316,6 +336,7 @@ class MemorySnapshot:
     Attributes:
         weights_bytes: Leased for weights that stay in memory, whether they are loaded yet or not.
         ring_bytes: The buffers that the other weights stream through.
+        expert_bytes: Set aside for experts that are read one by one, whether they are loaded yet or not.
         kv_bytes: Keys and values of requests and sessions, kept prefixes included.
         workspace_bytes: Activations of a sweep.
         other_bytes: A draft model with its keys and values.
@@ -326,6 +347,7 @@ class MemorySnapshot:
     budget_bytes: int
     weights_bytes: int
     ring_bytes: int
+    expert_bytes: int
     kv_bytes: int
     workspace_bytes: int
     other_bytes: int
@@ -380,7 +402,8 @@ class EngineSnapshot:
         read_seconds: The sum over all loading agents, whose reads overlap.
         compute_seconds: Time in sweeps so far, without stalls.
         stall_seconds: Time that sweeps waited for a stage.
-        bytes_per_sweep: Bytes that a sweep reads from disk, without embedding rows.
+        expert_hits, expert_misses, num_experts, num_experts_in_memory: See `EngineStatistics`.
+        bytes_per_sweep: Bytes of streamed stages that each sweep reads. Embedding rows and experts come on top.
         disk_sweep_seconds: The time that the disk takes for these bytes, at the speed that the plan was made for. No
             sweep can be shorter in the long run.
         disk_measured: That speed was measured on this machine; otherwise it is an estimate.
@@ -402,6 +425,10 @@ class EngineSnapshot:
     read_seconds: float
     compute_seconds: float
     stall_seconds: float
+    expert_hits: int
+    expert_misses: int
+    num_experts: int
+    num_experts_in_memory: int
     bytes_per_sweep: int
     disk_sweep_seconds: float
     disk_measured: bool
@@ -414,10 +441,3 @@ class EngineSnapshot:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def aborted_chunk(request_id: str, created_at: float) -> Chunk:
-    """The only chunk of a request that was aborted while its prompt was prepared."""
-    waited = time.perf_counter() - created_at
-    timings = Timings(queued_s=waited, first_token_s=waited, total_s=waited, tokens_per_s=0.0)
-    return Chunk("", (), "abort", usage=Usage(0, 0), timings=timings, request_id=request_id)

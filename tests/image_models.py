@@ -117,10 +117,13 @@ class ImageModel:
         processor.update(placeholder="<boi>", shown="<boi>")
         return Gemma3ForConditionalGeneration(config), tokenizer, images, processor
 
-    def _llava(self) -> tuple[Any, Any, Any, dict[str, Any]]:
+    def _mixture(self) -> tuple[Any, Any, Any, dict[str, Any]]:
+        return self._llava(model_type="mixtral", num_local_experts=16)
+
+    def _llava(self, **text: Any) -> tuple[Any, Any, Any, dict[str, Any]]:
         tokenizer = self._tokenizer(image_token="<image>")
         config = LlavaConfig(
-            text_config={"model_type": "llama", **_TEXT},
+            text_config={"model_type": "llama", **_TEXT, **text},
             vision_config={**_VISION, "model_type": "clip_vision_model", "image_size": 16, "patch_size": 4},
             image_token_index=tokenizer.convert_tokens_to_ids("<image>"), image_seq_length=16,
         )  # fmt: skip

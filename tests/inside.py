@@ -14,6 +14,7 @@ from hermes_async import Engine
 from hermes_async.engine.session import Session
 from hermes_async.modeling.row_tables import RowTable
 from hermes_async.modeling.turn_state import state_bytes
+from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.serving.jobs import GenerationJob
@@ -224,8 +225,26 @@ class EngineInside:
 
     @property
     def is_loading(self) -> bool:
-        """Whether any stage is being read or freed."""
-        return any(stage.state in (StageState.LOADING, StageState.SPENT) for stage in self.stages)
+        """Whether any stage or expert is being read or freed."""
+        every = (*self.stages, *self.expert_cache.experts)
+        return any(stage.state in (StageState.LOADING, StageState.SPENT) for stage in every)
+
+    @property
+    def expert_cache(self) -> ExpertCache:
+        """Experts that are read one by one."""
+        return self._loaded.pipeline.experts
+
+    def check_experts(self) -> None:
+        """No call needs an expert; each that is in memory was read as a whole, and has the one lease of its place."""
+        cache = self.expert_cache
+        assert cache.num_asked == 0
+        loaded = [expert for expert in cache.experts if expert.state is not StageState.EMPTY]
+        assert all(expert.state is StageState.READY and expert.error is None for expert in loaded)
+        statistics = cache.memory.statistics()
+        assert set(statistics.holders) == {expert.name for expert in loaded}
+        assert statistics.num_leases == len(loaded) == len({id(expert.buffer) for expert in loaded})
+        assert statistics.num_waiting == 0
+        assert statistics.peak_bytes_in_use <= statistics.budget_bytes
 
     @property
     def embedding(self) -> TensorSpec:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Sequence
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from hermes_async import EngineConfig, SamplingParams
+from hermes_async.engine.opening import open_model
 
 
 class TinyModel:
@@ -33,12 +43,11 @@ class TinyModel:
     def __init__(self, path: Path) -> None:
         self.path = path
         torch.manual_seed(self.seed)
-        config = LlamaConfig(
+        self.model = self.make_model(
             hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
             vocab_size=self.vocab_size, max_position_embeddings=self.context, initializer_range=0.3,
             tie_word_embeddings=False, bos_token_id=0, eos_token_id=1, pad_token_id=0,
-        )  # fmt: skip
-        self.model = LlamaForCausalLM(config).eval()
+        ).eval()  # fmt: skip
         self.change_weights()
         self.model.save_pretrained(path)
         self.save_tokenizer()
@@ -49,6 +58,9 @@ class TinyModel:
     @property
     def shard(self) -> Path:
         return self.path / "model.safetensors"
+
+    def make_model(self, **sizes: Any) -> PreTrainedModel:
+        return LlamaForCausalLM(LlamaConfig(**sizes))
 
     def change_weights(self) -> None:
         """Nothing here."""
@@ -125,3 +137,25 @@ class BareModel(TinyModel):
 
     def save_tokenizer(self) -> None:
         pass
+
+
+class TinyMixture(BareModel):
+    """Eight experts in each layer, of which a token has two.
+
+    Attributes:
+        smallest_budget: At which few experts are in memory at once.
+    """
+
+    config = EngineConfig(num_loading_agents=2, max_tokens_per_sweep=16, max_sequences=4, kv_budget="128KiB")
+    num_tokens = 6
+
+    def make_model(self, **sizes: Any) -> PreTrainedModel:
+        return Qwen3MoeForCausalLM(
+            Qwen3MoeConfig(**sizes, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=64, head_dim=8)
+        )
+
+    @cached_property
+    def smallest_budget(self) -> int:
+        opened = open_model(self.path, 1 << 26, self.config)
+        opened.close()
+        return opened.plan.minimum_budget

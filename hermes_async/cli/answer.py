@@ -63,7 +63,9 @@ async def stream_answer(
 
 def statistics_line(statistics: EngineStatistics) -> str:
     """A summary of what the engine has done."""
+    hit_rate = statistics.expert_hit_rate
+    experts = "" if hit_rate is None else f"{hit_rate:.0%} of the experts were in memory when they were needed; "
     return (
-        f"{format_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; "
+        f"{format_count(statistics.sweeps, 'sweep')}, {format_bytes(statistics.bytes_read)} read; {experts}"
         f"peak {format_bytes(statistics.peak_bytes_in_use)} of {format_bytes(statistics.memory_budget)}"
     )

@@ -95,7 +95,9 @@ def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
 
     table = Table(title=f"predicted; speeds {chosen.machine.source}", title_justify="left")
     what = "token" if chosen.generates else "text"
-    names = ("sessions" if chosen.generates else "at once", "s a sweep", "reading", "computing")
+    names = ["sessions" if chosen.generates else "at once", "s a sweep", "reading", "computing"]
+    if chosen.experts:
+        names += ["reads", "hits"]
     for name in (*names, f"{what}s/s", f"first {what if what == 'token' else 'output'}, s", "memory"):
         table.add_column(name, justify="right")
     for prediction in predicted:
@@ -107,6 +109,8 @@ def _sessions_table(chosen: Plan, predicted: Sequence[Prediction]) -> Table:
             prediction.first_token_seconds,
         )
         numbers = [f"{value:.3g}" for value in seconds]
+        if prediction.expert_hit_rate is not None:
+            numbers[3:3] = [format_bytes(prediction.bytes_per_sweep), f"{prediction.expert_hit_rate:.0%}"]
         table.add_row(str(prediction.num_sessions), *numbers, format_bytes(prediction.peak_bytes))
     return table
 
@@ -125,14 +129,23 @@ def _budgets_table(plans: Sequence[Plan], predictions: Sequence[Sequence[Predict
         pad_edge=False,
     )
     what = "tokens" if first.generates else "texts"
-    for name in ("budget", "resident", "reads", "s/sweep", "first, s", f"{what}/s", "most at once"):
+    has_experts = any(chosen.experts for chosen in plans)
+    for name in (
+        "budget",
+        "hits" if has_experts else "resident",
+        "reads",
+        "s/sweep",
+        "first, s",
+        f"{what}/s",
+        "most at once",
+    ):
         table.add_column(name, justify="right", no_wrap=True)
     for chosen, predicted in zip(plans, predictions, strict=True):
         one, most = predicted[0], predicted[-1]
         table.add_row(
             format_bytes(chosen.memory_budget),
-            format_bytes(chosen.resident_bytes),
-            format_bytes(chosen.bytes_per_sweep),
+            f"{chosen.expert_hit_rate(1):.0%}" if has_experts else format_bytes(chosen.resident_bytes),
+            format_bytes(one.bytes_per_sweep),
             f"{one.sweep_seconds:.3g}",
             f"{one.first_token_seconds:.3g}",
             f"{one.tokens_per_second:.3g}",

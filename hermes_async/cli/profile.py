@@ -27,6 +27,10 @@ if TYPE_CHECKING:
     from hermes_async.planning.profile import Profile, StageProfile
 
 
+_EXPERT_SHARES = (0.05, 0.1, 0.25, 0.5)
+_EXPERT_TOKENS = (1, 8)
+
+
 def profile(
     model: options.Model,
     memory: options.Memory = "auto",
@@ -70,6 +74,8 @@ def profile(
             return
         for table in (_stage_table(measured), _disk_table(measured), _kernel_table(measured)):
             print_table(table)
+        if measured.expert_uses:
+            print_table(_expert_table(measured))
 
 
 def _write(file: Path, stream: IO[str], events: list[Event]) -> None:
@@ -131,6 +137,20 @@ def _kernel_table(measured: Profile) -> Table:
             f"{kernel.flops[count] / 1e9:.1f}{'*' if kernel.flops[count] == best[count] else ' '}" for count in counts
         ]
         table.add_row(kernel.dtype, kernel.kernel, *rates)
+    return table
+
+
+def _expert_table(measured: Profile) -> Table:
+    from hermes_async.planning.expert_use import expected_use
+
+    table = new_table(title="hit rate of the expert cache, expected from a text")
+    for name in ("tokens a sweep", *(f"{share:.0%} in memory" for share in _EXPERT_SHARES)):
+        table.add_column(name, justify="right")
+    for count in _EXPERT_TOKENS:
+        uses = [
+            expected_use(measured.expert_uses, count, share * len(measured.expert_uses)) for share in _EXPERT_SHARES
+        ]
+        table.add_row(str(count), *(f"{one.num_hits / one.num_used:.0%}" for one in uses))
     return table
 
 

@@ -12,9 +12,10 @@ from torch import nn
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.engine.probing import ProbedModel
 from hermes_async.errors import MemoryBudgetError
-from hermes_async.modeling.activations import QUESTION_TOKENS, TEXT_TOKENS, WorkspaceBounds
+from hermes_async.modeling.activations import QUESTION_TOKENS, TEXT_TOKENS, WorkspaceBounds, experts_per_token
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.encoder_inputs import PROMPT_OF_AUDIO, positions_of_audio
+from hermes_async.modeling.experts import expert_layers
 from hermes_async.modeling.kv_cache import BLOCK_TOKENS
 from hermes_async.modeling.partition import Partition, partition
 from hermes_async.modeling.probe import Probe
@@ -67,7 +68,9 @@ class ModelPlanner:
         bounds = model.bounds()
         sizes = _sizes(model, bounds, draft)
         return cls(
-            partition=cache(partial(partition, model.skeleton, model.probe)),
+            partition=cache(
+                partial(partition, model.skeleton, model.probe, experts=expert_layers(model.skeleton, model.probe))
+            ),
             bounds=bounds,
             sizes=_with_room_for_images(sizes, model, bounds, config),
             text_sizes=sizes,
@@ -132,6 +135,7 @@ def _sizes(model: ProbedModel, bounds: WorkspaceBounds, draft: PlannedDraft | No
         formats=weight_formats(skeleton.encoded.values()),
         dtype=str(skeleton.dtype).removeprefix("torch."),
         scratch_bytes=max((one.scratch_bytes for one in skeleton.encoded.values()), default=0),
+        num_experts_per_token=experts_per_token(skeleton.model.config.get_text_config()),
     )
     if positions := positions_of_audio(skeleton.model):
         return replace(sizes, least_sweep_tokens=positions + PROMPT_OF_AUDIO)

@@ -163,7 +163,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
         budgets = [round(smallest * (largest / smallest) ** (step / steps)) for step in range(count)]
         plans: list[Plan] = []
         for budget in sorted({max(smallest, budget) for budget in budgets}):
-            if not plans or plans[-1].num_buffers:
+            if not plans or plans[-1].reads_weights:
                 plans.append(planner.plan(budget))
     return plans
 
@@ -237,7 +237,7 @@ def _open_draft(
         raise ConfigError(
             f"the draft model in {checkpoint.path} must have the model's tokenizer, but has a different one"
         )
-    whole = partition(model.skeleton, model.probe, None)
+    whole = partition(model.skeleton, model.probe)
     weights = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + whole.cast_bytes
     workspace = model.bounds().packed(tokens=_DRAFT_TOKENS, outputs=config.max_sequences, kv_bytes=0)
     return PlannedDraft(

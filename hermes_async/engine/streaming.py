@@ -15,7 +15,7 @@ from hermes_async.config import SamplingParams
 from hermes_async.engine.prompt import prepare
 from hermes_async.engine.tokenizing import Tokenizing
 from hermes_async.errors import EngineError, RequestError, SessionClosedError
-from hermes_async.results import Chunk, aborted_chunk
+from hermes_async.results import Chunk, Timings, Usage
 from hermes_async.serving.preparations import PreparationAbortedError
 from hermes_async.serving.request import EncodedPrompt, Request, check_deadline
 from hermes_async.serving.request_log import log_aborted_early, refusals_logged
@@ -151,7 +151,7 @@ class _RequestStream(AbstractAsyncContextManager[AsyncIterator[Chunk]]):
                 self._tokenize, self._params, self._request_id, self._deadline, self._session
             )
             if request is None:
-                chunks = _Chunks(partial(_only, [aborted_chunk(self._request_id, created_at)]))
+                chunks = _Chunks(partial(_only, [_aborted_chunk(self._request_id, created_at)]))
             else:
                 serving = engine._model()
                 exits.callback(engine._on_own_loop, serving.leave, request)
@@ -191,3 +191,10 @@ class _Chunks:
 
 async def _only(chunks: list[Chunk]) -> Chunk | None:
     return chunks.pop() if chunks else None
+
+
+def _aborted_chunk(request_id: str, created_at: float) -> Chunk:
+    """The only chunk of a request that was aborted while its prompt was prepared."""
+    waited = time.perf_counter() - created_at
+    timings = Timings(queued_s=waited, first_token_s=waited, total_s=waited, tokens_per_s=0.0)
+    return Chunk("", (), "abort", usage=Usage(0, 0), timings=timings, request_id=request_id)

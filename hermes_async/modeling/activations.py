@@ -71,7 +71,7 @@ class WorkspaceBounds:
         self._itemsize = skeleton.dtype.itemsize
         self._num_layers = len(layers_of(model))
         self._hidden_size = int(getattr(config, "hidden_size", 0))
-        layers, num_experts = layers_of(model) or [model], _experts_per_token(config)
+        layers, num_experts = layers_of(model) or [model], experts_per_token(config)
         self._layer_token_bytes = max(_layer_token_bytes(layer, self._itemsize, num_experts) for layer in layers)
         self._num_heads = _num_heads(model)
         if skeleton.generates:
@@ -247,7 +247,7 @@ def _num_heads(model: PreTrainedModel) -> int:
     return max(_counts(configs, ("num_attention_heads", "n_heads", "n_head")), default=1)
 
 
-def _experts_per_token(config: PreTrainedConfig) -> int:
+def experts_per_token(config: PreTrainedConfig) -> int:
     """How many experts of a layer a token passes; 0 where there are none."""
     return max(_counts([config], _EXPERTS_PER_TOKEN), default=0)
 

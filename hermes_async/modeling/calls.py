@@ -7,7 +7,7 @@ rests there until the stage's weights are bound. Each call computes exactly what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -122,17 +122,20 @@ class PackedCall(ModelCall):
 class Turn(greenlet):
     """A call on a greenlet. It rests before each stage, and behind each streamed one.
 
+    Experts are stages, too. A call names all experts of a layer that it needs, and rests until one of them is there. It
+    computes it, and rests again.
+
     Attributes:
-        at: The stage that the call is about to enter, or has just left; None where it waits for no stage.
-        entering: Whether it is about to enter that stage.
+        at: The stage that the call has entered last, or has just left; None before the first one.
+        wants: The stages of which it enters one next; empty if it has just left one.
         ended: It will never run again.
     """
 
     def __init__(self, call: ModelCall, first: Stage | None) -> None:
         super().__init__()
         self.call = call
-        self.at = first
-        self.entering = True
+        self.at: Stage | None = None
+        self.wants: Sequence[Stage] = () if first is None else (first,)
         self.ended = False
         self._unwinding = False
 
@@ -157,13 +160,38 @@ class Turn(greenlet):
         while not self.ended:  # code of the model may come to further stages while it is unwound
             self.switch()
 
+    @property
+    def is_among_experts(self) -> bool:
+        """Whether it rests inside of a layer, until experts are there."""
+        return not self.ended and bool(self.wants) and self.wants[0].is_expert
+
     def rest(self, stage: Stage, *, entering: bool) -> None:
-        """Called by the call itself: gives the thread to the others.
+        """Called by the call itself, before a stage or behind it: gives the thread to the others.
 
         Raises:
             CallDropped: The call is not to go on.
         """
-        self.at, self.entering = stage, entering
+        if entering:
+            self.rest_for_one((stage,))
+        else:
+            self.at, self.wants = stage, ()
+            self._rest()
+
+    def rest_for_one(self, stages: Sequence[Stage]) -> Stage:
+        """Called by the call itself: gives the thread to the others until one of these stages is entered.
+
+        Returns:
+            The one that was entered.
+
+        Raises:
+            CallDropped: The call is not to go on.
+        """
+        self.wants = stages
+        self._rest()
+        assert self.at is not None
+        return self.at
+
+    def _rest(self) -> None:
         assert self.parent is not None
         own_modes = exchange_function_modes(self._outer_modes)
         self.call.put_away()
@@ -187,7 +215,7 @@ def run_calls(
     calls: Sequence[ModelCall],
     *,
     first: Stage | None,
-    enter: Callable[[Stage], bool],
+    enter: Callable[[Sequence[Stage]], Stage | None],
     leave: Callable[[Stage], None],
     switch_to: Callable[[ModelCall], None],
 ) -> None:
@@ -195,7 +223,8 @@ def run_calls(
 
     Args:
         first: The stage that every call needs from its beginning to its end, so it is not left; None if there is none.
-        enter: Waits for a stage and binds its weights. False: somebody was aborted meanwhile, and nothing is bound.
+        enter: Waits for one of these stages, binds its weights, and returns it. None: somebody was aborted meanwhile,
+            and nothing is bound.
         leave: Unbinds the stage's weights, unless it is resident.
         switch_to: Called before a call runs; sets what the model and the process must have for it.
 
@@ -203,11 +232,21 @@ def run_calls(
         BaseException: What `enter` raised, or a call that ended by something that is no `Exception`. All calls end.
     """
     turns = [Turn(call, first) for call in calls]
+    inside: dict[Stage, list[Turn]] = {}  # the stages that were entered and not left, and who is in them
 
-    def resume(turns: Sequence[Turn]) -> None:
+    def resume(turns: Iterable[Turn]) -> None:
         for turn in turns:
             switch_to(turn.call)
             turn.resume()
+
+    def leave_stages() -> None:
+        for stage, within in list(inside.items()):
+            if any(turn.is_among_experts for turn in within):
+                continue
+            del inside[stage]
+            if stage is not first:
+                leave(stage)
+            resume([turn for turn in within if not turn.ended and not turn.wants and turn.at is stage])
 
     try:
         if first is None:
@@ -218,19 +257,35 @@ def run_calls(
             dropped = [turn for turn in waiting if turn.call.dropped]
             if dropped:
                 resume(dropped)
+                leave_stages()
                 continue
-            # Where calls are at different stages, the first stage in the model's order is next.
-            stage = min((turn.at for turn in waiting if turn.at is not None), key=lambda at: at.idx)
-            if not enter(stage):
+            stage = enter(_first_of(waiting))
+            if stage is None:
                 continue
-            here = [turn for turn in waiting if turn.at is stage]
+            here = [turn for turn in waiting if stage in turn.wants]
+            for turn in here:
+                turn.at = stage
+            inside[stage] = here
             resume(here)
-            if stage is not first:
+            if stage.is_expert:
+                del inside[stage]
                 leave(stage)
-            resume([turn for turn in here if not turn.ended and not turn.entering])
+            leave_stages()
     except BaseException:
         for turn in turns:
             if not turn.ended:
                 switch_to(turn.call)
                 turn.unwind()
         raise
+
+
+def _first_of(waiting: Sequence[Turn]) -> Sequence[Stage]:
+    """What is entered next: the first stage in the model's order, or the experts of the first layer that waits."""
+    wanted = {stage: None for turn in waiting for stage in turn.wants}  # a set that keeps the order
+    first = min(_place(stage) for stage in wanted)
+    return [stage for stage in wanted if _place(stage) == first]
+
+
+def _place(stage: Stage) -> tuple[int, bool]:
+    """Experts have the index of the stage that is entered before them."""
+    return stage.idx, stage.is_expert

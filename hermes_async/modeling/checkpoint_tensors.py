@@ -148,6 +148,7 @@ def _renamed(model: PreTrainedModel, checkpoint: Checkpoint, stored: Mapping[str
                 path=checkpoint.path,
             )
     for renamed, (converter, sources) in to_join.items():
+        _check_all_there(renamed, sources, converter, expected[renamed])
         found[renamed] = _joined(renamed, sources, converter)
     return found
 
@@ -226,11 +227,11 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[Stored]], converter: An
     fit = fit and (not plain or all(spec.dtype == specs[0].dtype for spec in specs))
     if not fit or any(group != shapes[0] for group in shapes) or len(in_order) != len(every):
         counts = " and ".join(f"{len(source)} of {pattern!r}" for pattern, source in sources.items())
-        first = _first_of(every[0])
+        odd = _odd_one(list(sources.values()))
         raise CheckpointError(
-            f"{first.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
-            "and they must be of one dtype and shape",
-            path=first.file,
+            f"{odd.file}: the tensors that {renamed!r} is made of do not fit together: there are {counts}, "
+            f"and they must be of one dtype and shape; {odd.name!r} is {odd.dtype_name} of shape {list(odd.shape)}",
+            path=odd.file,
         )
     num_rows = sum(shape[0] for shape in shapes[0])
     shape = (len(groups), num_rows, *shapes[0][0][1:]) if stacked else (num_rows, *shapes[0][0][1:])
@@ -238,6 +239,41 @@ def _joined(renamed: str, sources: Mapping[str, Sequence[Stored]], converter: An
         return TensorSpec.joined(specs, shape)
     matrices = tuple(one if isinstance(one, StoredMatrix) else StoredMatrix.plain(one) for one in in_order)
     return EncodedParameter(renamed, shape, torch.float32, matrices)
+
+
+def _check_all_there(
+    renamed: str, sources: Mapping[str, Sequence[Stored]], converter: Any, parameter: torch.Tensor
+) -> None:
+    """Of experts that are stored one by one.
+
+    Raises:
+        MissingTensorError: One of them is missing.
+    """
+    if operation_of(converter.operations[0])[0] != "MergeModulelist":
+        return
+    for pattern, source in sources.items():
+        number = re.compile(re.escape(pattern).replace(r"\*", r"(\d+)"))
+        numbers = {int(match[1]) for one in source if (match := number.search(_first_of(one).name))}
+        missing = [idx for idx in range(len(parameter)) if idx not in numbers]
+        if missing and len(source) < len(parameter) and numbers:
+            names = tuple(pattern.replace("*", str(idx)) for idx in missing)
+            file = _first_of(source[0]).file
+            raise MissingTensorError(
+                f"{file}: {renamed!r} is made of {len(parameter)} tensors, and {names[0]!r} is in no file"
+                + (f", nor are {len(names) - 1} others" if names[1:] else ""),
+                path=file,
+                names=names,
+            )
+
+
+def _odd_one(sources: Sequence[Sequence[Stored]]) -> TensorSpec:
+    """Of tensors that do not fit together, one that differs from most of its kind, if there is one."""
+    for source in sources:
+        kinds = [(_shape_of(one), _first_of(one).dtype) for one in source]
+        for one, kind in zip(source, kinds, strict=True):
+            if kinds.count(kind) * 2 < len(kinds):
+                return _first_of(one)
+    return _first_of(next(one for source in sources for one in source))
 
 
 def _shape_of(one: _Found) -> tuple[int, ...]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 
 from torch import nn
 
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
+from hermes_async.modeling.experts import ExpertLayer
 from hermes_async.modeling.kernel_layouts import laying_out_bytes, layout_bytes
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.row_tables import RowTable, row_tables
@@ -29,10 +30,13 @@ class Partition:
         linear_blocks: Linear layers that are too large for one stage, with the output rows of each block.
         row_tables: Embeddings whose rows are read as needed, in the order in which they are looked up. All others are
             in stages.
-        cast_bytes: Bytes of the parameters of one stage that are cast to the dtype they compute in, at most.
+        cast_bytes: Bytes of the parameters of one stage, and one expert, that are cast to the dtype they compute in, at
+            most.
         layout_bytes: Bytes that it takes to lay out all weights for kernels of whole numbers, in addition to the stored
             bytes; 0 if there is no kernel for them, or if not all weights stay in memory.
-        encoded: The parameters of the stages that are computed from stored tensors, by name.
+        encoded: The parameters of the stages and experts that are computed from stored tensors, by name.
+        experts: The layers whose experts are read one by one, in the order in which they are computed. Their weights
+            are in no stage. Empty for a model that is in memory as a whole.
     """
 
     base: StageLayout
@@ -42,31 +46,44 @@ class Partition:
     cast_bytes: int
     layout_bytes: int = 0
     encoded: dict[str, EncodedParameter] = field(default_factory=dict)
+    experts: tuple[ExpertLayer, ...] = ()
 
 
-def partition(skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None = None) -> Partition:
+def partition(
+    skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None = None, *, experts: Sequence[ExpertLayer] = ()
+) -> Partition:
     """Divides the model.
 
     A transformer layer is one stage if it fits in `max_stage_bytes`. Otherwise its attention, MLP or single linear
     layers are stages. A linear layer that is still too large is divided into blocks of rows. None is for a model that
-    is in memory as a whole: no linear layer is divided, and each embedding is in a stage.
+    is in memory as a whole: no linear layer is divided, each embedding is in a stage, and all experts of a layer are in
+    the layer's stage.
+
+    Args:
+        experts: The layers whose experts can be read one by one.
     """
-    return _Divider(skeleton, probe, max_stage_bytes).divide()
+    return _Divider(skeleton, probe, max_stage_bytes, () if max_stage_bytes is None else experts).divide()
 
 
 class _Divider:
     """State: the parameters not yet given to a stage's list, and the lists so far."""
 
-    def __init__(self, skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None) -> None:
+    def __init__(
+        self, skeleton: Skeleton, probe: Probe, max_stage_bytes: int | None, experts: Sequence[ExpertLayer]
+    ) -> None:
         self.model = skeleton.model
         self.probe = probe
+        self.experts = tuple(experts)
         self.limit = max_stage_bytes
         self.dtypes = dict(skeleton.dtypes)
         self.base: list[str] = []
         self.stages: list[tuple[int, str, list[tuple[str, TensorSpec]]]] = []
         self.linear_blocks: dict[str, tuple[int, ...]] = {}
         self.encoded = dict(skeleton.encoded)
-        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if parameter_of(name) not in probe.unused}
+        apart = probe.unused.union(*(layer.parameters for layer in experts))
+        self.tensors = {name: spec for name, spec in skeleton.tensors.items() if parameter_of(name) not in apart}
+        for layer in experts:
+            self.encoded |= layer.encoded
         self.row_tables = () if max_stage_bytes is None else row_tables(skeleton, probe)
         for table in self.row_tables:
             for name in [name for name in self.tensors if parameter_of(name) == f"{table.name}.weight"]:
@@ -88,10 +105,16 @@ class _Divider:
             stages=layouts,
             linear_blocks=self.linear_blocks,
             row_tables=self.row_tables,
-            cast_bytes=max(map(self._cast_bytes, (base, *layouts))),
+            cast_bytes=max(map(self._cast_bytes, (base, *layouts)))
+            + max((layer.cast_bytes for layer in self.experts), default=0),
             layout_bytes=self._layout_bytes(layouts),
             encoded=self.encoded,
+            experts=tuple(replace(layer, position=self._position(layer)) for layer in self.experts),
         )
+
+    def _position(self, layer: ExpertLayer) -> int:
+        """How many stages are entered before the experts of a layer."""
+        return sum(visit < self.probe.visits[layer.name] for visit, _, _ in self.stages)
 
     def _keep_shared_by_groups(self) -> None:
         """Moves tied tensors to the base if not all of their stages are computed in the same sweeps."""

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
+from hermes_async.modeling.experts import ExpertLayer, RoutedExperts
 from hermes_async.modeling.kernel_layouts import lay_out
 from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.module_tensors import Place, places_of
@@ -31,11 +32,13 @@ from hermes_async.storage.buffers import Buffer
 class StageGate(Protocol):
     """What the inference thread asks before and after each stage; in the engine, the `Pipeline`."""
 
-    def enter(self, stage: Stage) -> Buffer | None:
-        """Waits for a stage; None where it was woken because somebody was aborted."""
+    def enter(self, stages: Sequence[Stage]) -> Stage | None:
+        """Waits for one of these stages; None where it was woken because somebody was aborted."""
         ...
 
     def leave(self, stage: Stage) -> None: ...
+    def ask(self, experts: Sequence[Stage]) -> None: ...
+    def forget(self, experts: Sequence[Stage]) -> None: ...
 
 
 class StreamedLinear(nn.Module):
@@ -129,6 +132,7 @@ class StreamedModel:
     Args:
         attention: The one that the model was built with, if it lets its attention be chosen.
         stages: All stages; a stage's name is its module's. One without a name, the base, is entered first of all.
+        experts: The layers whose experts are read one by one, with the stages of these.
         row_tables: The embeddings that are not loaded; each call brings the rows that it looks up.
         encoded: The parameters that are computed from stored tensors, by name.
         native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
@@ -142,6 +146,7 @@ class StreamedModel:
         attention: PackedAttention,
         stages: Sequence[Stage],
         *,
+        experts: Sequence[tuple[ExpertLayer, Sequence[Stage]]] = (),
         row_tables: Sequence[RowTable] = (),
         encoded: Mapping[str, EncodedParameter] = MappingProxyType({}),
         native_tokens: int = 0,
@@ -163,8 +168,15 @@ class StreamedModel:
         self._plain_attention = self._packed_attention.or_plain_for(attention.name)
         self._encoded = encoded
         names = {parameter_of(placement.name) for stage in stages for placement in stage.layout.placements}
-        self._places = places_of(model, names)
+        of_experts = {name for layer, _ in experts for name in layer.parameters}
+        self._places = places_of(model, names | of_experts)
         self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
+        for name in of_experts:
+            self._places[name].put(self._unloaded[name])
+        self._experts: RoutedExperts | None = None
+        if experts:
+            self._experts = RoutedExperts(model, {layer.name: stages for layer, stages in experts}, gate)
+        self._dtypes_of_experts = {expert: layer.dtypes for layer, stages in experts for expert in stages}
         self._stages = tuple(stages)
         for stage in stages:
             self.unbind(stage)
@@ -188,8 +200,9 @@ class StreamedModel:
             self._unbind_rows(name)
             self._hooks.append(embedding.register_forward_pre_hook(partial(self._bind_rows, table)))
             self._hooks.append(embedding.register_forward_hook(partial(self._unbind_rows, name)))
+        routed = {model.get_submodule(layer.name) for layer, _ in experts}
         for module in model.modules():
-            if own_parameters(module):
+            if own_parameters(module) and module not in routed:
                 self._hooks.append(module.register_forward_pre_hook(_check_loaded))  # after the hooks that bind
 
     def packed_call(
@@ -219,6 +232,7 @@ class StreamedModel:
             self._change_setting(_Setting.PACKED)
             for name in self._row_places:
                 self._unbind_rows(name)
+            self._unbind_expert()
             for stage in [stage for stage in self._bound if not stage.resident]:
                 self.unbind(stage)
         if not any(call.completed for call in calls):
@@ -244,6 +258,8 @@ class StreamedModel:
         """Unbinds everything and takes the hooks off."""
         while self._hooks:
             self._hooks.pop().remove()
+        if self._experts is not None:
+            self._experts.close()
         for stage in self._stages:
             self.unbind(stage)
 
@@ -271,18 +287,44 @@ class StreamedModel:
 
     # --- stages ---
 
-    def _enter(self, stage: Stage) -> bool:
-        buffer = self._gate.enter(stage)
-        if buffer is None:
-            return False
-        if stage not in self._bound:
-            self._bind(stage, buffer)
-        return True
+    def _enter(self, stages: Sequence[Stage]) -> Stage | None:
+        stage = self._gate.enter(stages)
+        if stage is None:
+            return None
+        if stage.is_expert:
+            self._bind_expert(stage)
+        elif stage not in self._bound:
+            self._bind(stage, stage.loaded)
+        return stage
 
     def _leave(self, stage: Stage) -> None:
-        if not stage.resident:
+        if stage.is_expert:
+            self._unbind_expert()
+        elif not stage.resident:
             self.unbind(stage)
+        if stage.is_expert or not stage.resident:
             self._gate.leave(stage)
+
+    def _bind_expert(self, expert: Stage) -> None:
+        """Gives an expert's weights, as views of its buffer, to the function that computes it."""
+        assert self._experts is not None
+        dtypes = self._dtypes_of_experts[expert]
+        stored = {placement.name: placement for placement in expert.layout.placements}
+
+        def part_of(name: str) -> torch.Tensor:
+            placement = stored[name]
+            return expert.loaded.tensor(placement.position, placement.dtype, placement.shape)
+
+        weights: dict[str, torch.Tensor] = {}
+        for name in dict.fromkeys(map(parameter_of, stored)):
+            leaf = name.rpartition(".")[2]
+            encoded = self._encoded.get(name)
+            weights[leaf] = part_of(name).to(dtypes[leaf]) if encoded is None else EncodedWeight.of(encoded, part_of)
+        self._experts.weights = weights
+
+    def _unbind_expert(self) -> None:
+        if self._experts is not None:
+            self._experts.weights = {}
 
     def _bind(self, stage: Stage, buffer: Buffer) -> None:
         """Puts a stage's weights into the model, as views of `buffer`."""

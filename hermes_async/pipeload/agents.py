@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -19,11 +19,12 @@ import anyio.lowlevel
 from anyio.lowlevel import EventLoopToken
 
 from hermes_async.errors import ReadError
+from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
 from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import WAITS_FOR_MEMORY, AgentTrace
-from hermes_async.storage.buffers import Buffer, BufferPool
+from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.interpreter_exit import when_interpreter_exits
 from hermes_async.storage.reader import Reader
 from hermes_async.storage.threads import LoopEvent, only_waiting, run_in_thread
@@ -61,6 +62,7 @@ class DaemonAgent:
     """
 
     buffers: BufferPool
+    experts: ExpertCache
     trace: AgentTrace
 
     def free(self, stage: Stage) -> None:
@@ -70,13 +72,17 @@ class DaemonAgent:
         """
         started = time.perf_counter()
         buffer, lease = stage.clear()
-        if lease is None:
+        if lease is not None:
+            lease.release()
+        if stage.is_expert:
+            self.experts.give_back(stage, buffer)
+        elif lease is None:
             buffer.close()
         else:
             self.buffers.release(buffer)
-            lease.release()
         self.trace.span("daemon agent", f"free {stage.label}", started)
-        self.trace.add_weights(-stage.layout.weight_bytes)
+        add_bytes = self.trace.add_expert if stage.is_expert else self.trace.add_weights
+        add_bytes(-stage.layout.weight_bytes)
 
     def free_all(self, stages: Iterable[Stage]) -> None:
         """Frees each of these stages."""
@@ -97,6 +103,7 @@ class InferenceAgent:
         self, order: LoadOrder, daemon_agent: DaemonAgent, statistics: PipelineStatistics, trace: AgentTrace
     ) -> None:
         self._order = order
+        self._experts = daemon_agent.experts
         self._daemon_agent = daemon_agent
         self._statistics = statistics
         self._trace = trace
@@ -165,44 +172,73 @@ class InferenceAgent:
             sweep, self._sweep = self._sweep, None
             return sweep
 
-    def enter(self, stage: Stage) -> Buffer | None:
+    def enter(self, stages: Sequence[Stage]) -> Stage | None:
         """See `Pipeline.enter`."""
         self.computing = None
         self._trace.end_computing()
         self._check_abandoned()
-        if stage.state is not StageState.READY or not self._order.is_next(stage):
+        stage = self._ready(stages)
+        if stage is None:
             started = time.perf_counter()
-            is_ready = self._wait_ready(stage)
+            stage = self._wait_ready(stages)
             self._statistics.stall_seconds += time.perf_counter() - started
-            self._trace.span("inference agent", f"wait for {stage.label}", started)
+            self._trace.span("inference agent", f"wait for {stages[0].label}", started)
             self._check_abandoned()
-            if not is_ready:
+            if stage is None:
                 return None
-        self._order.enter(stage)
+        if not stage.is_expert:
+            self._order.enter(stage)
         if stage.error is not None:
             raise stage.error
         self._trace.begin_computing(stage.label)
         self.computing = stage
-        return stage.loaded
+        return stage
 
     def leave(self, stage: Stage) -> None:
         """See `Pipeline.leave`. Tells the daemon agent, and does not wait for it."""
         self.computing = None
         self._trace.end_computing()
-        if not stage.resident:
+        if stage.is_expert:
+            self._choose_again(self._experts.leave(stage))
+        elif not stage.resident:
             stage.spend()
-            assert self._loop is not None
-            with suppress(RuntimeError):  # the loop was closed: nobody waits
-                self._loop.call_soon_threadsafe(self._daemon_agent.free, stage)
+            self._tell(self._daemon_agent.free, stage)
 
-    def _wait_ready(self, stage: Stage) -> bool:
-        """Whether it is READY; False after a `look` or when the sweep was abandoned."""
-        if not self._order.is_next(stage):
-            self.call_on_loop(self._reorder, stage)
+    def ask(self, experts: Sequence[Stage]) -> None:
+        """See `Pipeline.ask`."""
+        self._choose_again(self._experts.ask(experts))
+
+    def forget(self, experts: Sequence[Stage]) -> None:
+        """See `Pipeline.forget`."""
+        self._choose_again(self._experts.forget(experts))
+
+    def _choose_again(self, has_more: bool) -> None:
+        """Lets the loading agents see that there may be an expert to read, or a place for it."""
+        if has_more:
+            self._tell(self._order.choose_again)
+
+    def _tell(self, function: Callable[[Unpack[Ts]], object], *args: *Ts) -> None:
+        assert self._loop is not None
+        with suppress(RuntimeError):  # the loop was closed: nobody waits
+            self._loop.call_soon_threadsafe(function, *args)
+
+    def _ready(self, stages: Sequence[Stage]) -> Stage | None:
+        """One that can be entered now."""
+        for stage in stages:
+            # The cache is asked first: an expert that it holds is not freed meanwhile.
+            may_enter = self._experts.holds(stage) if stage.is_expert else self._order.is_next(stage)
+            if may_enter and stage.state is StageState.READY:
+                return stage
+        return None
+
+    def _wait_ready(self, stages: Sequence[Stage]) -> Stage | None:
+        """The first that is READY; None after a `look` or when the sweep was abandoned."""
+        if not (stages[0].is_expert or self._order.is_next(stages[0])):
+            self.call_on_loop(self._reorder, stages[0])
         with only_waiting(), self._changed:
-            self._changed.wait_for(lambda: self._look or self._abandoned or stage.state is StageState.READY)
+            self._changed.wait_for(lambda: self._look or self._abandoned or self._ready(stages) is not None)
             was_look, self._look = self._look, False
-            return not was_look and stage.state is StageState.READY
+            return None if was_look else self._ready(stages)
 
     def _reorder(self, stage: Stage) -> None:
         self._daemon_agent.free_all(self._order.reorder(stage))
@@ -268,17 +304,25 @@ class LoadingAgents:
             error: ReadError | None = None
             try:
                 on_read = self.trace.read_callback(stage.label, stage.layout.read_bytes)
-                await reader.read(stage.layout.ranges, stage.loaded.view, on_read)
+                await reader.read(stage.layout.ranges, stage.loaded.view, on_read, kind=stage.read_kind)
             except ReadError as read_error:
                 error = read_error
             except BaseException:
                 self.daemon_agent.free(stage)
                 raise
-            if stage.stale:  # never READY, not even for a moment: the compute thread would take the buffer
-                self.daemon_agent.free(stage)
+            if stage.stale or self._is_given_up(stage, error):
+                self.daemon_agent.free(stage)  # never READY, not even for a moment: the compute thread would take it
             else:
                 stage.set_ready(error)
+                if stage.is_expert and error is None:
+                    self.daemon_agent.experts.loaded(stage)
                 self.inference_agent.notify()
+            if stage.is_expert:
+                self.order.choose_again()  # its place may be what another expert waits for
+
+    def _is_given_up(self, stage: Stage, error: ReadError | None) -> bool:
+        """Whether it is an expert whose read failed, and that no call needs."""
+        return stage.is_expert and error is not None and not self.daemon_agent.experts.failed(stage)
 
     async def _claim(self) -> Stage:
         """Waits for the next stage to load and for its place; returns the stage, which is LOADING then.
@@ -289,6 +333,9 @@ class LoadingAgents:
             while True:
                 with self.order.choice() as choice:
                     stage = self.order.next_stage()
+                    expert = self._claimed_expert(stage)
+                    if expert is not None:
+                        return expert
                     if stage is None:
                         await anyio.sleep_forever()  # until the choice is cancelled
                         continue
@@ -299,6 +346,27 @@ class LoadingAgents:
                     stage.start_loading(self.order.take(stage) or self.buffers.acquire_nowait(), lease)
                     self.trace.add_weights(stage.layout.weight_bytes)
                     return stage
+
+    def _claimed_expert(self, stage: Stage | None) -> Stage | None:
+        """An expert that is read before `stage`; it is LOADING then. None if there is none, or no place for it.
+
+        Experts that a sweep has asked for are needed now. Those that it is expected to ask for are read while the ring
+        is full.
+        """
+        experts = self.daemon_agent.experts
+        if self.order.is_held_back:
+            return None
+        found = experts.next_asked()
+        if found is None and (stage is None or not self.order.has_place(stage)):
+            found = experts.next_expected()
+        if found is None:
+            return None
+        expert, victims = found
+        self.daemon_agent.free_all(victims)
+        expert.start_loading(*experts.take(expert))
+        self.trace.add_expert(expert.layout.weight_bytes)
+        self.trace.tell_experts()
+        return expert
 
     async def _wait_for_place(self, stage: Stage) -> Lease:
         """Cancellation: takes nothing."""

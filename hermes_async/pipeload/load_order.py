@@ -54,7 +54,7 @@ class LoadOrder:
         self._next_compute = 0
         self._entered = -1
         self._missing: dict[Stage, Buffer] = {}
-        self._is_held_back = False
+        self.is_held_back = False
         self._choice: anyio.CancelScope | None = None
         self.find_missing()
 
@@ -84,7 +84,8 @@ class LoadOrder:
         self._choice = anyio.CancelScope()
         return self._choice
 
-    def _choose_again(self) -> None:
+    def choose_again(self) -> None:
+        """Lets the agent that waits look for the next stage again."""
         if self._choice is not None:
             self._choice.cancel()
 
@@ -93,15 +94,19 @@ class LoadOrder:
 
         If there is none, a streamed stage that must wait for its place; if nothing is to be loaded, None.
         """
-        if self._is_held_back:
+        if self.is_held_back:
             return None
         position = self._load_position()
         streamed = None if position is None else self.cycle[position[0]]
         resident = min(self._missing, key=lambda stage: not self._is_wanted(stage), default=None)
         if streamed is None or resident is None:
             return streamed or resident
-        has_place = streamed.state is StageState.EMPTY and self._ring.can_grant(streamed.layout.slot_bytes)
-        return min(streamed, resident, key=self._distance) if has_place else resident
+        return min(streamed, resident, key=self._distance) if self.has_place(streamed) else resident
+
+    def has_place(self, stage: Stage) -> bool:
+        """Whether a stage can be loaded now."""
+        has_room = stage.resident or self._ring.can_grant(stage.layout.slot_bytes)
+        return has_room and stage.state is StageState.EMPTY
 
     def _distance(self, stage: Stage) -> tuple[bool, int]:
         """How many stages there are until this one is needed; it is least for what is needed first."""
@@ -121,13 +126,13 @@ class LoadOrder:
     @contextmanager
     def held_back(self) -> Iterator[None]:
         """Within the block no agent begins another load; not to be nested."""
-        self._is_held_back = True
-        self._choose_again()
+        self.is_held_back = True
+        self.choose_again()
         try:
             yield
         finally:
-            self._is_held_back = False
-            self._choose_again()
+            self.is_held_back = False
+            self.choose_again()
 
     def begin_sweep(self, groups: Collection[str]) -> list[Stage]:
         """The next sweep asks for these groups. Their stages are loaded before those that come behind them."""
@@ -135,7 +140,7 @@ class LoadOrder:
         first = next((idx for idx, stage in enumerate(self.cycle) if stage.group in self._groups), None)
         if first is not None and first < self._next_load:
             return self.rewind(first)
-        self._choose_again()
+        self.choose_again()
         return []
 
     def is_next(self, stage: Stage) -> bool:
@@ -206,7 +211,7 @@ class LoadOrder:
         for stage in dropped:
             if stage.state is StageState.LOADING:
                 stage.stale = True
-        self._choose_again()
+        self.choose_again()
         return [stage for stage in dropped if stage.state is StageState.READY]
 
     def find_missing(self) -> None:
@@ -222,4 +227,4 @@ class LoadOrder:
         self._missing = {stage: known.pop(stage) for stage in missing}
         for buffer in known.values():  # of stages that are no longer resident
             buffer.close()
-        self._choose_again()
+        self.choose_again()

@@ -18,11 +18,12 @@ import anyio
 from hermes_async.errors import EngineClosedError
 from hermes_async.foreign_errors import ungrouped
 from hermes_async.pipeload.agents import DaemonAgent, InferenceAgent, LoadingAgents, PipelineStatistics, Sweep
+from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import AgentTrace, Trace
-from hermes_async.storage.buffers import Buffer, BufferPool
+from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.threads import DaemonExecutor
@@ -41,6 +42,7 @@ class Pipeline:
         stages: All stages, in the order they are expected to be computed in.
         num_loading_agents: How many stages may be read at once.
         ring: Grants the places of streamed stages; holds the loading agents back.
+        experts: The experts of each layer, which are not among the stages; None if there are none.
         buffers: The memory of the ring: at least as many as the ring grants leases at once.
         statistics: Added to by the readers.
         direct: Read past the page cache where possible.
@@ -55,27 +57,30 @@ class Pipeline:
         num_loading_agents: int,
         ring: MemoryGovernor,
         buffers: BufferPool,
+        experts: ExpertCache | None = None,
         statistics: ReadStatistics,
         direct: bool = True,
         trace: Trace | None = None,
         file_states: Mapping[Path, FileState] | None = None,
     ) -> None:
         self.stages = tuple(stages)
+        self.experts = experts or ExpertCache((), MemoryGovernor(0))
         self.read_statistics = statistics
         self._num_loading_agents = num_loading_agents
         self._buffers = buffers
         self._direct = direct
         self._file_states = file_states or {}
-        # All mutable state is in the stages (`StageState`), the order of loads, the ring (who has a place, who waits
-        # for one) and the inference agent (the running sweep); beside them, whether a sweep is under way, whether the
-        # agents have stopped, counts, and what ended an agent that should have gone on.
+        # All mutable state is in the stages (`StageState`), the order of loads, the expert cache, the ring (who has a
+        # place, who waits for one) and the inference agent (the running sweep); beside them, whether a sweep is under
+        # way, whether the agents have stopped, counts, and what ended an agent that should have gone on.
         self._is_sweeping = False
         self._has_stopped = False
         self.statistics = PipelineStatistics()
         self.failure: Exception | None = None
         self._trace = AgentTrace(trace)
+        self._trace.note_experts({layer[0].name.rpartition(".")[0]: len(layer) for layer in self.experts.layers})
         self.load_order = LoadOrder(self.stages, ring)
-        self._daemon_agent = DaemonAgent(buffers, self._trace)
+        self._daemon_agent = DaemonAgent(buffers, self.experts, self._trace)
         self._inference_agent = InferenceAgent(self.load_order, self._daemon_agent, self.statistics, self._trace)
         self._loading_agents = LoadingAgents(
             self.load_order,
@@ -99,11 +104,13 @@ class Pipeline:
         """
         async with AsyncExitStack() as exits:
             executor = exits.enter_context(DaemonExecutor(self._num_loading_agents, "hermes-loading-agent"))
-            files = sorted({item.file for stage in self.stages for item in stage.layout.ranges})
+            every = (*self.stages, *self.experts.experts)
+            files = sorted({item.file for stage in every for item in stage.layout.ranges})
             reader = await exits.enter_async_context(
                 Reader(files, executor, self.read_statistics, direct=self._direct, states=self._file_states)
             )
             exits.callback(self._buffers.close)
+            exits.callback(self.experts.close_free)
             exits.callback(self._free_everything)
             with ungrouped():
                 async with anyio.create_task_group() as agents:
@@ -126,7 +133,9 @@ class Pipeline:
 
     def _free_everything(self) -> None:
         self._has_stopped = True
-        self._daemon_agent.free_all(stage for stage in self.stages if stage.state is not StageState.EMPTY)
+        every = (*self.stages, *self.experts.experts)
+        self._daemon_agent.free_all(stage for stage in every if stage.state is not StageState.EMPTY)
+        self._trace.tell_experts()
         for stage in self.stages:
             stage.ready.set()  # nobody loads it any more; `wait_resident` raises
 
@@ -208,6 +217,21 @@ class Pipeline:
     def _stream(self, stages: Iterable[Stage]) -> None:
         self._daemon_agent.free_all(self.load_order.stream(stages))
 
+    async def resize_experts(self, nbytes: int) -> None:
+        """Gives the expert cache so many bytes; between sweeps only.
+
+        Raises:
+            anyio.WouldBlock: The governor has no more memory. Nothing changes.
+
+        Cancellation: some experts were freed.
+        """
+        for expert in self.experts.experts:
+            while expert.state is StageState.LOADING:
+                await expert.ready.wait()
+        self._daemon_agent.free_all(self.experts.surplus(nbytes))
+        self.experts.close_free()
+        self.experts.memory.resize(nbytes)
+
     # --- sweeps ---
 
     async def sweep(self, compute: Callable[[], T], groups: Collection[str] = ()) -> T:
@@ -228,6 +252,8 @@ class Pipeline:
         self._daemon_agent.free_all(self.load_order.begin_sweep(groups))
         self._is_sweeping = True
         started, stalled_before = time.perf_counter(), self.statistics.stall_seconds
+        experts = self.experts.statistics
+        hits_before, misses_before = experts.num_hits, experts.num_misses
         complete = False
         try:
             result = await self._compute(compute)
@@ -235,10 +261,14 @@ class Pipeline:
         finally:
             self._is_sweeping = False
             self._inference_agent.end_sweep()
-            self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started)
+            hits, misses = experts.num_hits - hits_before, experts.num_misses - misses_before
+            counts = {"expert_hits": hits, "expert_misses": misses} if hits + misses else {}
+            self._trace.span("sweeps", f"sweep {self.statistics.sweeps}", started, **counts)
             stalled = self.statistics.stall_seconds - stalled_before
             self.statistics.compute_seconds += time.perf_counter() - started - stalled
             self._daemon_agent.free_all(self.load_order.end_sweep(complete=complete))
+            self._daemon_agent.free_all(self.experts.end_sweep())
+            self._trace.tell_experts()
         self.statistics.sweeps += 1
         return result
 
@@ -274,8 +304,10 @@ class Pipeline:
         """Lets `enter` return None, if the compute thread waits for a stage or as soon as it does."""
         self._inference_agent.look()
 
-    def enter(self, stage: Stage) -> Buffer | None:
-        """Called by the compute thread: waits until `stage` is READY and returns its buffer.
+    def enter(self, stages: Sequence[Stage]) -> Stage | None:
+        """Called by the compute thread: waits until one of the stages is READY, and returns it.
+
+        Several can only be experts of a layer, which were asked for.
 
         None means that `look` was called meanwhile: look who was aborted, and call `enter` again.
 
@@ -283,8 +315,19 @@ class Pipeline:
             SweepAbandoned: The sweep was abandoned or its task cancelled.
             ReadError: The stage could not be read.
         """
-        return self._inference_agent.enter(stage)
+        return self._inference_agent.enter(stages)
 
     def leave(self, stage: Stage) -> None:
         """Called by the compute thread: `stage` was computed and nothing refers to its buffer any more."""
         self._inference_agent.leave(stage)
+
+    def ask(self, experts: Sequence[Stage]) -> None:
+        """Called by the compute thread: a call needs these experts of a layer. They are read next.
+
+        They stay in memory until they are left or forgotten.
+        """
+        self._inference_agent.ask(experts)
+
+    def forget(self, experts: Sequence[Stage]) -> None:
+        """Called by the compute thread: a call does not need these experts, which it had asked for."""
+        self._inference_agent.forget(experts)

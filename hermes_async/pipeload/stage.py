@@ -14,7 +14,7 @@ import torch
 from hermes_async.errors import HermesError
 from hermes_async.pipeload.governor import Lease
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.reader import ReadRange
+from hermes_async.storage.reader import ReadKind, ReadRange
 from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
 
 _SCRATCH_BYTES = 256 * 1024  # that pieces go through which cannot be read to where they belong
@@ -134,7 +134,8 @@ class StageState(enum.Enum):
     LOADING -> EMPTY     the same agent, when the bytes are stale or the read was cancelled
     READY   -> SPENT     the inference agent, when a streamed stage is computed
     SPENT   -> EMPTY     the daemon agent
-    READY   -> EMPTY     the daemon agent, when the ring starts over, or a resident stage leaves
+    READY   -> EMPTY     the daemon agent, when the ring starts over, a resident stage leaves, or another expert needs
+                         the place of this one
     """
 
     EMPTY = "empty"
@@ -150,8 +151,9 @@ class Stage:
     Belongs to the event loop, but for the compute thread, which reads `state`, `buffer` and `error`, and calls `spend`.
 
     Attributes:
-        idx: Its place in the model's list of stages.
+        idx: Its place in the model's list of stages. An expert has that of the stage that is entered before it.
         resident: Stays in memory; set between sweeps only.
+        is_expert: An expert of a layer: read when a sweep asks for it, and kept as long as there is room.
         buffer: Where its bytes are or come to; None while it is EMPTY.
         lease: Its place in the ring; None for a resident stage, whose buffer is its own.
         ready: Set when a load has ended, or was given up; new for each load.
@@ -163,6 +165,7 @@ class Stage:
     idx: int
     layout: StageLayout
     resident: bool
+    is_expert: bool = False
     state: StageState = StageState.EMPTY
     buffer: Buffer | None = None
     lease: Lease | None = None
@@ -185,6 +188,13 @@ class Stage:
     def label(self) -> str:
         """Its name for people."""
         return self.name or "base"
+
+    @property
+    def read_kind(self) -> ReadKind:
+        """As what its bytes are counted when they are read."""
+        if self.is_expert:
+            return "experts"
+        return "resident weights" if self.resident else "streamed weights"
 
     @property
     def loaded(self) -> Buffer:

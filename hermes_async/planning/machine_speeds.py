@@ -50,11 +50,13 @@ class MachineSpeeds:
         layer_seconds: To compute one byte of a layer's weights, by tokens of the sweep.
         head_seconds: To compute one byte of the head's weights, by outputs of the sweep.
         sweep_seconds: Outside of the stages (packing, sampling, delivering), by outputs of the sweep.
-        handover_seconds: Extra seconds of each streamed stage.
+        handover_seconds: Extra seconds of each streamed stage, and of each expert.
         source: Where the figures come from, for messages.
         notes: Other findings, one line each, for messages.
         native_gain: Speed of torch's own kernels as a multiple of oneDNN's, by tokens.
         native_tokens: The most tokens of a sweep that uses torch's own kernels.
+        expert_uses: The probability that a token uses the likeliest expert of a layer, the next one, and so on; empty
+            if that was not measured.
     """
 
     disk: tuple[DiskRate, ...]
@@ -67,13 +69,14 @@ class MachineSpeeds:
     notes: tuple[str, ...] = ()
     native_gain: Mapping[int, float] = field(default_factory=dict)
     native_tokens: int = 0
+    expert_uses: tuple[float, ...] = ()
 
     @property
     def agent_counts(self) -> tuple[int, ...]:
         """Numbers of loading agents that the disk was measured with."""
         return tuple(sorted({rate.num_agents for rate in self.disk if rate.bytes_per_s > 0}))
 
-    def seconds_per_byte(self, num_tokens: int, num_outputs: int) -> tuple[float, float]:
+    def seconds_per_byte(self, num_tokens: float, num_outputs: int) -> tuple[float, float]:
         """Seconds to compute one byte of a layer, and one byte of the head."""
         head_s = interpolate(self.head_seconds, num_outputs) if num_outputs else 0.0
         return interpolate(self.layer_seconds, num_tokens), head_s

@@ -51,6 +51,7 @@ class ModelSizes:
         formats: The weights that are dequantized when they are used, by how they are stored.
         dtype: That the model computes with.
         scratch_bytes: The part of the workspace in which blocks of rows are dequantized.
+        num_experts_per_token: Experts of a layer that each token is routed to; 0 if there are none.
     """
 
     largest_layer_bytes: int
@@ -70,6 +71,7 @@ class ModelSizes:
     formats: tuple[WeightFormat, ...] = ()
     dtype: str = "bfloat16"
     scratch_bytes: int = 0
+    num_experts_per_token: int = 0
 
     @property
     def weights_explanation(self) -> tuple[str, ...]:

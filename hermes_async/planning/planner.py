@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 from hermes_async.config import EngineConfig, format_bytes, format_count
 from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.pipeload.stage import StageLayout
-from hermes_async.planning.cost_model import generation_seconds, steady_seconds
+from hermes_async.planning.cost_model import generation_seconds, sessions_for_all_experts, steady_seconds
+from hermes_async.planning.expert_use import ExpertSizes, all_expert_bytes, expert_sizes, least_expert_bytes
 from hermes_async.planning.machine_speeds import MachineSpeeds
 from hermes_async.planning.model_sizes import ModelSizes
 from hermes_async.planning.plan import Partitioned, Plan
@@ -63,7 +64,9 @@ def plan(
     if config.max_resident_layers is not None and config.max_resident_layers < len(whole.stages):
         whole_bytes = sys.maxsize
     agent_counts = (config.num_loading_agents,) if config.num_loading_agents else sorted({1, *machine.agent_counts})
-    rings = [_Ring.of(one, agents, config) for one in _partitions(partition, sizes, config) for agents in agent_counts]
+    partitions = _partitions(partition, sizes, config)
+    expert_layers = expert_sizes(partitions[0].experts)
+    rings = [_Ring.of(one, expert_sizes(one.experts), agents, config) for one in partitions for agents in agent_counts]
     smallest = min(rings, key=lambda ring: ring.weights_bytes)
     division = BudgetDivision(
         sizes, config, least_weights=min(smallest.weights_bytes, whole_bytes), most_weights=whole_bytes
@@ -77,6 +80,8 @@ def plan(
                 f"{format_bytes(smallest.always_bytes)} of weights that always stay, {smallest.num_buffers} buffers of "
                 f"{format_bytes(smallest.slot_bytes)}"
             )
+            if smallest.expert_layers:
+                weights += f", {format_bytes(smallest.least_expert_bytes)} for experts"
         raise MemoryBudgetError(
             f"a memory budget of {format_bytes(budget)} is too small for this model: the smallest that works is "
             f"{minimum} bytes ({format_bytes(minimum)}): {weights}, {format_bytes(least.kv_bytes)} of KV and "
@@ -114,6 +119,8 @@ def plan(
         layout_bytes=layout_bytes,
         kv_bytes_per_sequence=sizes.kv_bytes_per_sequence,
         in_turns=sizes.in_turns,
+        expert_layers=expert_layers,
+        num_experts_per_token=sizes.num_experts_per_token,
     )
     if weights_bytes >= whole_bytes:
         return resident
@@ -122,14 +129,17 @@ def plan(
     # Of the plans close to the fastest that read little, the first one has the largest stages, and of these the fewest
     # agents. Where computing is the limit, all may be as fast, but disks are slower than expected more often than not.
     close = [idx for idx, cost in enumerate(costs) if cost <= _CLOSE * min(costs)]
-    fewest_bytes = min(plans[idx].bytes_per_sweep for idx in close)
-    chosen = next(idx for idx in close if plans[idx].bytes_per_sweep <= _FEW_BYTES * fewest_bytes)
+    read_bytes = [one.bytes_per_sweep + one.expert_bytes_per_sweep(1) for one in plans]
+    fewest_bytes = min(read_bytes[idx] for idx in close)
+    idx = next(idx for idx in close if read_bytes[idx] <= _FEW_BYTES * fewest_bytes)
+    chosen = replace(plans[idx], sessions_for_all_experts=sessions_for_all_experts(plans[idx]))
     explanation = (
-        *_explanation(plans, costs, chosen, config),
+        *_explanation(plans, costs, idx, config),
+        *expert_explanation(chosen),
         *sizes.weights_explanation,
         *machine.explanation,
     )
-    return replace(plans[chosen], explanation=explanation)
+    return replace(chosen, explanation=explanation)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,40 +147,73 @@ class _Ring:
     """A candidate: the stages of a model, and the buffers that they pass through."""
 
     partition: Partitioned
+    expert_layers: tuple[ExpertSizes, ...]
     num_agents: int
     num_buffers: int
     slot_bytes: int
-    max_resident: int  # stages
+    max_resident: int | None  # stages
 
     @classmethod
-    def of(cls, partition: Partitioned, num_agents: int, config: EngineConfig) -> _Ring:
+    def of(
+        cls, partition: Partitioned, expert_layers: tuple[ExpertSizes, ...], num_agents: int, config: EngineConfig
+    ) -> _Ring:
         # One buffer's stage is computed while each agent fills another buffer.
-        num_buffers, max_resident = num_agents + 1, len(partition.stages)
+        num_buffers, max_resident = num_agents + 1, None
         if config.max_resident_layers is not None:
             num_buffers = min(num_buffers, config.max_resident_layers)
             max_resident = config.max_resident_layers - num_buffers
-        return cls(partition, num_agents, num_buffers, slot_bytes_of(partition.stages), max_resident)
+        return cls(
+            partition,
+            expert_layers,
+            num_agents=num_agents,
+            num_buffers=num_buffers,
+            slot_bytes=slot_bytes_of(partition.stages),
+            max_resident=max_resident,
+        )
 
     @property
     def always_bytes(self) -> int:
         return self.partition.base.slot_bytes + align_up(self.partition.cast_bytes)
 
     @property
+    def ring_bytes(self) -> int:
+        return self.num_buffers * self.slot_bytes
+
+    @property
     def weights_bytes(self) -> int:
-        """Bytes of weights if all stages are streamed."""
-        return self.always_bytes + self.num_buffers * self.slot_bytes
+        """Bytes of weights if all stages are streamed, and as few experts as possible are kept."""
+        return self.always_bytes + self.ring_bytes + self.least_expert_bytes
+
+    @property
+    def least_expert_bytes(self) -> int:
+        return least_expert_bytes(self.expert_layers, self.num_agents)
 
     def plan(self, resident: Plan, weights_bytes: int, sizes: ModelSizes) -> Plan:
-        """The plan `resident`, with this ring and `weights_bytes` for weights."""
+        """The plan `resident`, with this ring and `weights_bytes` for weights.
+
+        Every sweep needs all stages, and an expert only if a token is routed to it. So memory goes to stages first, and
+        to experts what is left. If all stages stay, there is no ring.
+        """
         stages = self.partition.stages
         cast_bytes = align_up(self.partition.cast_bytes) - align_up(resident.partition.cast_bytes)
+        num_buffers, slot_bytes = self.num_buffers, self.slot_bytes
+        most = len(stages) if self.max_resident is None else self.max_resident
+        chosen = spread(stages, weights_bytes - self.weights_bytes, most)
+        room = weights_bytes - self.always_bytes - self.least_expert_bytes
+        if self.expert_layers and self.max_resident is None and sum(stage.slot_bytes for stage in stages) <= room:
+            chosen, num_buffers, slot_bytes = frozenset(range(len(stages))), 0, 0
+        expert_bytes = self.least_expert_bytes
+        if self.max_resident is None:
+            expert_bytes += room - num_buffers * slot_bytes - sum(stages[idx].slot_bytes for idx in chosen)
         return replace(
             resident,
             partition=self.partition,
-            resident=spread(stages, weights_bytes - self.weights_bytes, self.max_resident),
+            expert_layers=self.expert_layers,
+            resident=chosen,
             num_loading_agents=self.num_agents,
-            num_buffers=self.num_buffers,
-            slot_bytes=self.slot_bytes,
+            num_buffers=num_buffers,
+            slot_bytes=slot_bytes,
+            expert_bytes=min(all_expert_bytes(self.expert_layers), expert_bytes),
             workspace_bytes=resident.workspace_bytes - resident.layout_bytes + cast_bytes,
             layout_bytes=0,
             head=sizes.head_of(stages),
@@ -185,8 +228,10 @@ def _partitions(
 
     If a module cannot be divided, every buffer has its size. Then stages of that size are a candidate too.
     """
-    limits = [sizes.largest_layer_bytes]
-    smallest = max(16 * 1024, sizes.weight_bytes // 256)
+    whole_layers = partition(sizes.largest_layer_bytes)
+    limits = [max(slot_bytes_of(whole_layers.stages), 1) if whole_layers.experts else sizes.largest_layer_bytes]
+    stages_bytes = sum(stage.weight_bytes for stage in whole_layers.stages)
+    smallest = max(16 * 1024, (stages_bytes if whole_layers.experts else sizes.weight_bytes) // 256)
     while limits[-1] > smallest and config.max_resident_layers is None:
         limits.append(max(smallest, limits[-1] // 2))
     slots = {limit: slot_bytes_of(partition(limit).stages) for limit in limits}
@@ -227,19 +272,19 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
             return "would take as long"
         return f"would take {abs(percent):.1f} % {'longer' if percent > 0 else 'less'}"
 
-    def neighbors(name: str) -> tuple[list[int], list[int]]:
-        """The nearest plans before and after the chosen one that have the same value of attribute `name`."""
-        same = [idx for idx, one in enumerate(plans) if getattr(one, name) == getattr(plan, name)]
+    def neighbors(is_alike: Callable[[Plan], bool]) -> tuple[list[int], list[int]]:
+        """The nearest plans before and after the chosen one that are alike in something."""
+        same = [idx for idx, one in enumerate(plans) if is_alike(one)]
         return [idx for idx in same if idx < chosen][-1:], [idx for idx in same if idx > chosen][:1]
 
-    larger, smaller = neighbors("num_loading_agents")
-    fewer, more = neighbors("slot_bytes")
+    larger, smaller = neighbors(lambda one: one.num_loading_agents == plan.num_loading_agents)
+    fewer, more = neighbors(lambda one: one.partition is plan.partition)
     sizes = [f"larger ones ({format_bytes(plans[idx].slot_bytes)}) {compared(idx)}" for idx in larger]
     sizes += [f"smaller ones ({format_bytes(plans[idx].slot_bytes)}) {compared(idx)}" for idx in smaller]
     agents = [f"{plans[idx].num_loading_agents} {compared(idx)}" for idx in fewer]
     for idx in more:
-        ring = format_bytes(plans[idx].ring_bytes - plan.ring_bytes)
-        agents.append(f"{plans[idx].num_loading_agents} {compared(idx)}, and cost {ring}: left out")
+        ring = f", and cost {format_bytes(plans[idx].ring_bytes - plan.ring_bytes)}" if plan.num_buffers else ""
+        agents.append(f"{plans[idx].num_loading_agents} {compared(idx)}{ring}: left out")
     resident = "spread over the depth: what ring, KV and workspace leave"
     if config.max_resident_layers is not None:
         sizes = [f"whole layers, as max_resident_layers={config.max_resident_layers} asks for"]
@@ -250,10 +295,14 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
         tokens += f", {plan.max_prompt_tokens} of a prompt alone"
     workspace = f": their activations take {format_bytes(plan.workspace_bytes)}"
     kv = "as kv_budget asks for" if config.kv_budget else "a tenth of the budget, or more if that is little"
+    stages = f"stages of up to {format_bytes(plan.slot_bytes)}: {', '.join(sizes) or 'no other size works'}"
+    kept = f"{format_count(len(plan.resident), 'resident stage')}, {resident}; {len(plan.streamed)} streamed"
+    if not plan.num_buffers:
+        kept = "all weights but the experts stay, so there is no ring"
     return [
-        f"stages of up to {format_bytes(plan.slot_bytes)}: {', '.join(sizes) or 'no other size works'}",
+        *([stages] if plan.num_buffers else []),
         f"{name}, as asked for" if config.num_loading_agents else f"{name}: {'; '.join(agents) or 'no other fits'}",
-        f"{format_count(len(plan.resident), 'resident stage')}, {resident}; {len(plan.streamed)} streamed",
+        kept,
         *(
             f"stages of {group!r} ({format_bytes(nbytes)}) are read only in sweeps that need them"
             for group, nbytes in plan.bytes_by_group.items()
@@ -261,6 +310,22 @@ def _explanation(plans: Sequence[Plan], costs: Sequence[float], chosen: int, con
         *([f"KV caches: {kv}"] if plan.generates else []),
         tokens + (", as asked for" if config.max_tokens_per_sweep else workspace),
     ]
+
+
+def expert_explanation(plan: Plan) -> list[str]:
+    """How experts are kept and read; empty if none are read one by one."""
+    if not plan.partition.experts:
+        return []
+    known = "measured" if plan.machine.expert_uses else "estimated, for routes without skew"
+    kept, total = format_bytes(plan.expert_bytes), format_bytes(all_expert_bytes(plan.expert_layers))
+    lines = [
+        f"experts: {kept} of {total}, because every sweep needs the other weights, and these get memory first",
+        f"a hit rate of {plan.expert_hit_rate(1):.0%} for one token: {known}",
+    ]
+    if plan.sessions_for_all_experts is not None:
+        sessions = format_count(plan.sessions_for_all_experts, "session")
+        lines.append(f"from {sessions} on, reading all experts takes no longer than reading those that are used")
+    return lines
 
 
 def _layout_explanation(layout_bytes: int, config: EngineConfig, *, could: bool) -> list[str]:

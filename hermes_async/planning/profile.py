@@ -49,9 +49,10 @@ class Profile:
         layer_s: To compute one byte of a layer's weights, by tokens; fully resident if memory allowed.
         head_s: To compute one byte of the head's weights, by outputs.
         sweep_s: Outside of the stages of a sweep, by outputs.
-        handover_s: Extra seconds of a streamed stage; None if no stage was streamed.
+        handover_s: Extra seconds of a streamed stage or of an expert; None if there was neither.
         disk: Rates of the disk without an engine.
         read_share: The rate of an engine's reads, as a share of those.
+        expert_uses: See `MachineSpeeds`.
     """
 
     memory_budget: int
@@ -66,6 +67,7 @@ class Profile:
     disk: tuple[DiskRate, ...]
     read_share: float
     kernels: tuple[KernelProfile, ...]
+    expert_uses: tuple[float, ...] = ()
 
     def machine_speeds(self) -> MachineSpeeds:
         """The speeds that the planner expects of this machine."""
@@ -92,5 +94,6 @@ class Profile:
             source=f"measured here {when}, in a budget of {format_bytes(self.memory_budget)}",
             measured=True,
             notes=tuple(notes),
+            expert_uses=self.expert_uses,
             native_gain={count: native[count] / flops for count, flops in default.items() if count in native},
         )

@@ -23,7 +23,7 @@ from hermes_async.storage.checkpoint import Checkpoint
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S = 30 * 24 * 3600
-_FORMAT = 4  # of the files; files of other formats are not read
+_FORMAT = 5  # of the files; files of other formats are not read
 
 
 def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:

@@ -22,11 +22,12 @@ import torch
 from hermes_async.config import EngineConfig, SamplingParams
 from hermes_async.engine.engine import Engine
 from hermes_async.engine.opening import OpenedModel
-from hermes_async.errors import MemoryBudgetError
+from hermes_async.errors import MemoryBudgetError, RequestError
 from hermes_async.foreign_errors import ungrouped
 from hermes_async.memory.available import automatic_budget
 from hermes_async.modeling.inputs import example_inputs
 from hermes_async.pipeload.trace import Event, Timeline, Trace
+from hermes_async.planning.expert_use import measured_uses
 from hermes_async.planning.machine_speeds import DiskRate, interpolate, read_curve, without_noise
 from hermes_async.planning.plan import Plan
 from hermes_async.planning.profile import Profile, StageProfile
@@ -40,6 +41,8 @@ _RESIDENT_REPEATS = (9, 3)
 _STREAMED_SHARE = 0.3  # the budget of a second engine that streams, as a share of the weights
 _RESIDENT_SHARE = 1.5  # the budget of a second engine that does not, as a share of weights, KV and workspace
 _WAITING_SHARE = 0.1  # a sweep that waits for weights for more than this share takes as long as its reads
+_ROUTED_PROMPT = "It was"  # of a text whose tokens are routed
+_ROUTED_TOKENS = 64
 _MAX_SWEEP_SECONDS = 5.0  # no sweep is measured that would compute for longer
 
 
@@ -66,8 +69,10 @@ async def measure(
     second = await _measure_second(first, replace(plain, max_resident_layers=None), trace, events)
     kernels = await run_in_thread(measure_kernels, widest_matrix(first.opened.skeleton.model))
     engines = [first] if second is None else [first, second]
-    streamed = next((one for one in engines if one.plan.num_buffers), None)
-    resident = next((one for one in engines if not one.plan.num_buffers), first)
+    streamed = next((one for one in engines if one.plan.reads_weights), None)
+    resident = next((one for one in engines if not one.plan.reads_weights), first)
+    if streamed is not None and streamed.plan.experts:  # with all in memory, nobody sees which experts are computed
+        resident = streamed
     layer_s, head_s = resident.seconds_per_byte(head=False), resident.seconds_per_byte(head=True)
     return Profile(
         memory_budget=first.plan.memory_budget,
@@ -82,6 +87,7 @@ async def measure(
         disk=disk,
         read_share=1.0 if streamed is None else streamed.read_share(without_noise(disk)),
         kernels=kernels,
+        expert_uses=resident.expert_uses,
     )
 
 
@@ -93,19 +99,25 @@ def asked(memory_budget: int | str, config: EngineConfig) -> str:
 async def _measure_second(
     first: _Measurement, config: EngineConfig, trace: Trace, events: list[Event]
 ) -> _Measurement | None:
-    """Measures the model fully resident if the first engine streamed it, else streamed; None if that is impossible."""
+    """Measures the model fully resident if the first engine streamed it, else streamed.
+
+    None if that is impossible, or of no use because the first engine measured experts.
+    """
     plan = first.plan
+    if plan.experts:
+        return None
     counts: Sequence[int] = STAGE_TOKENS
-    if plan.num_buffers:
+    if plan.reads_weights:
         budget = int(_RESIDENT_SHARE * (plan.weight_bytes + plan.kv_bytes + plan.workspace_bytes))
         budget = min(budget, await run_in_thread(automatic_budget))
     else:
-        budget, counts = max(plan.minimum_budget, int(_STREAMED_SHARE * plan.weight_bytes)), counts[:1]
+        budget = max(plan.minimum_budget, int(_STREAMED_SHARE * plan.weight_bytes))
+        counts = counts if plan.expert_layers else counts[:1]
     if budget < plan.minimum_budget:
         return None
     try:
         async with Engine(first.opened.checkpoint.path, memory_budget=budget, config=config, trace=trace) as engine:
-            if bool(engine.plan.num_buffers) == bool(plan.num_buffers):
+            if engine.plan.reads_weights == plan.reads_weights:
                 return None
             return await _measure_sweeps(engine, counts, trace, events)
     except MemoryBudgetError:  # the options need a larger budget
@@ -125,6 +137,7 @@ class _Measurement:
         outside_s: Outside of the stages of a sweep, by outputs.
         gaps_s: From each streamed stage to the next stage.
         read_s: Each sweep that took as long as its reads.
+        expert_uses: See `MachineSpeeds`; empty if no experts are read one by one.
     """
 
     opened: OpenedModel
@@ -133,6 +146,7 @@ class _Measurement:
     outside_s: dict[int, float] = field(default_factory=dict)
     gaps_s: list[float] = field(default_factory=list)
     read_s: list[float] = field(default_factory=list)
+    expert_uses: tuple[float, ...] = ()
 
     @property
     def plan(self) -> Plan:
@@ -154,12 +168,18 @@ class _Measurement:
         )
 
     def seconds_per_byte(self, *, head: bool) -> dict[int, float]:
-        """Seconds to compute one byte of weights, by tokens, over all stages that were measured with them."""
+        """Seconds to compute one byte of weights, by tokens, over all that was measured with them.
+
+        All tokens of such a sweep are the same, so all are routed to the same experts.
+        """
+        sizes = {stage.name: stage.nbytes for stage in self.stages() if stage.head == head}
+        if not head:
+            sizes |= {expert.name: expert.read_bytes for expert in self.plan.experts}
         seconds = {}
-        for count in sorted(self.compute_s):
-            stages = [stage for stage in self.stages() if stage.head == head and count in stage.compute_s]
-            if stages:
-                seconds[count] = sum(one.compute_s[count] for one in stages) / sum(one.nbytes for one in stages)
+        for count, by_name in sorted(self.compute_s.items()):
+            names = by_name.keys() & sizes.keys()
+            if names:
+                seconds[count] = sum(by_name[name] for name in names) / sum(sizes[name] for name in names)
         return seconds
 
     def handover_s(self, layer_s: dict[int, float], head_s: dict[int, float]) -> float:
@@ -180,25 +200,25 @@ class _Measurement:
         return statistics.median(self.gaps_s or [0.0]) + max(0.0, binding_s)
 
     def read_share(self, disk: tuple[DiskRate, ...]) -> float:
-        """The rate of the engine's reads, as a share of the disk's rate alone; 1 if no sweep waited for reads."""
+        """The rate of the engine's reads, as a share of the disk's rate alone; 1 if no sweep only waited for reads."""
         agents = self.plan.num_loading_agents
         curve = read_curve(disk, agents)
         alone_s = sum(interpolate(curve, stage.read_bytes) for stage in self.plan.streamed) / agents
-        return alone_s / statistics.median(self.read_s) if self.read_s else 1.0
+        return alone_s / statistics.median(self.read_s) if self.read_s and not self.plan.experts else 1.0
 
 
 async def _measure_sweeps(engine: Engine, counts: Sequence[int], trace: Trace, events: list[Event]) -> _Measurement:
     """Runs and measures sweeps with each number of tokens in `counts` that fits."""
     opened = engine._opened_model()
     measured, plan = _Measurement(opened), opened.plan
-    streamed = {stage.name for stage in plan.streamed}
+    streamed, experts = {stage.name for stage in plan.streamed}, {expert.name for expert in plan.experts}
     head = {plan.stages[idx].name for idx in plan.head}
     for num_tokens in _token_counts(opened, counts):
         if measured.compute_s:
             count, seconds = max(measured.compute_s.items())
             if sum(seconds.values()) * num_tokens / count > _MAX_SWEEP_SECONDS:
                 break
-        repeats, warm_ups = _STREAMED_REPEATS if plan.num_buffers else _RESIDENT_REPEATS
+        repeats, warm_ups = _STREAMED_REPEATS if plan.reads_weights else _RESIDENT_REPEATS
         decodes = _can_decode(opened, num_tokens, repeats)
         if decodes:  # prompts of one token, so each sweep has a token of each session
             params = SamplingParams(max_tokens=1 + repeats, temperature=0, ignore_eos=True)
@@ -210,10 +230,7 @@ async def _measure_sweeps(engine: Engine, counts: Sequence[int], trace: Trace, e
             repeats, warm_ups = _STREAMED_REPEATS
             for _ in range(repeats + warm_ups):
                 await _run_sweep(engine, opened, num_tokens)
-        drained = trace.drain()
-        # The names of the rows are only in the first events.
-        timeline = Timeline.of([event for event in events if event["ph"] == "M"] + drained)
-        events += drained
+        timeline = _drained(trace, events)
         for row, spans in timeline.rows.items():
             for span in spans if row.startswith("loading agent") else ():
                 measured.load_s[span.name].append(span.end - span.start)
@@ -222,14 +239,50 @@ async def _measure_sweeps(engine: Engine, counts: Sequence[int], trace: Trace, e
             name: statistics.median(sweep.stage_s[name] for sweep in sweeps if name in sweep.stage_s)
             for name in {name for sweep in sweeps for name in sweep.stage_s if decodes or name not in head}
         }
-        gaps_s = [gap for sweep in sweeps for name, gap in sweep.gaps_s if name in streamed]
+        gaps_s = [gap for sweep in sweeps for name, gap in sweep.gaps_s if name in streamed or name in experts]
         measured.gaps_s += gaps_s
         if decodes or not opened.skeleton.generates:
             measured.read_s += [sweep.seconds for sweep in sweeps if sweep.waited_s > _WAITING_SHARE * sweep.seconds]
-            handovers_s = len(streamed) * statistics.median(gaps_s or [0.0])
+            num_experts = statistics.median(len(experts.intersection(sweep.stage_s)) for sweep in sweeps)
+            handovers_s = (len(streamed) + num_experts) * statistics.median(gaps_s or [0.0])
             outside_s = statistics.median(sweep.outside_s for sweep in sweeps) - handovers_s
             measured.outside_s[num_tokens if decodes else 1] = max(0.0, outside_s)
+    if experts and opened.skeleton.generates:
+        measured.expert_uses = await _measure_routes(engine, opened, trace, events)
     return measured
+
+
+def _drained(trace: Trace, events: list[Event]) -> Timeline:
+    """What the trace got since it was drained last, which is added to `events`."""
+    drained = trace.drain()
+    # The names of the rows, and the experts of each module, are only in the first events.
+    timeline = Timeline.of([event for event in events if event["ph"] == "M"] + drained)
+    events += drained
+    return timeline
+
+
+async def _measure_routes(engine: Engine, opened: OpenedModel, trace: Trace, events: list[Event]) -> tuple[float, ...]:
+    """Which experts the tokens of a text use that the model writes itself; see `measured_uses`.
+
+    Empty if there is no room for such a text.
+    """
+    layers = [[expert.name for expert in layer.layouts] for layer in opened.plan.partition.experts]
+    num_experts = max(map(len, layers))
+    places = {name: (layer, number) for layer, names in enumerate(layers) for number, name in enumerate(names)}
+    prompt = [0] if opened.tokenizer is None else _ROUTED_PROMPT
+    try:
+        await engine.complete(prompt, SamplingParams(max_tokens=_ROUTED_TOKENS, seed=0, ignore_eos=True))
+    except RequestError:  # the context is too short
+        return ()
+    tokens: list[list[set[int]]] = [[] for _ in layers]
+    for sweep in list(_sweeps(_drained(trace, events)))[1:]:  # the first one has all tokens of the prompt
+        used: dict[int, set[int]] = defaultdict(set)
+        for layer, number in (places[name] for name in sweep.stage_s if name in places):
+            used[layer].add(number)
+        for layer, numbers in used.items():
+            tokens[layer].append(numbers)
+    same = [one for one, names in zip(tokens, layers, strict=True) if len(names) == num_experts]
+    return measured_uses(same, num_experts)
 
 
 def _token_counts(opened: OpenedModel, counts: Sequence[int]) -> list[int]:

@@ -104,6 +104,17 @@ class EncodedParameter:
         (only,) = self.matrices
         return replace(self, name=name, shape=(stop - start, self.shape[1]), matrices=(only.rows(start, stop),))
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether it is [experts, rows, columns], and each expert has stored matrices of its own."""
+        return not self.whole and len(self.shape) == 3 and len(self.matrices) % self.shape[0] == 0
+
+    def expert(self, name: str, idx: int) -> EncodedParameter:
+        """The parameter `name` that is one of the experts. It must have experts."""
+        count = len(self.matrices) // self.shape[0]
+        chosen = self.matrices[idx * count : (idx + 1) * count]
+        return replace(self, name=name, shape=self.shape[1:], matrices=chosen)
+
     def dequantized(self, part_of: PartOf) -> torch.Tensor:
         """All of its values, in a tensor of its shape."""
         return EncodedWeight.of(self, part_of).dequantized().view(self.shape)

@@ -24,7 +24,7 @@ def weight_formats(parameters: Iterable[EncodedParameter]) -> tuple[WeightFormat
             continue
         specs = {(spec.file, spec.offset): spec for spec in matrix.parts.values()}
         num_bytes = sum(spec.nbytes for place, spec in specs.items() if place not in counted)
-        counted |= specs.keys()
+        counted.update(specs)
         detail = encoding.detail(*matrix.shape[-2:])
         name = f"{encoding.name} ({detail})" if detail else encoding.name
         before = formats.get(name, WeightFormat(name, 0, 0, 0.0))

@@ -25,6 +25,9 @@ _COUNTERS = {
     "read_seconds": "Seconds of reading, summed over the loading agents.",
     "compute_seconds": "Seconds of computing.",
     "stall_seconds": "Seconds that computing waited for weights.",
+    "expert_hits": "Experts that were in memory when a pass asked for them.",
+    "expert_misses": "Experts that had to be read when a pass asked for them.",
+    "experts_read_ahead": "Experts that were read before a pass asked for them.",
     "prefix_hits": "Requests that found the beginning of their prompt in memory.",
     "prefix_tokens": "Prompt tokens that were not computed for that reason.",
     "num_parkings": "Times that a session's KV was written to disk.",
@@ -34,6 +37,9 @@ _GAUGES = {
     "bytes_in_use": "Bytes that are leased from the budget.",
     "peak_bytes_in_use": "The most bytes that were leased at once.",
     "memory_budget": "Bytes that may be leased.",
+    "num_experts": "Experts of all layers that are read one by one.",
+    "num_experts_in_memory": "Those of them that are in memory.",
+    "expert_bytes": "Bytes of experts in memory.",
     "kv_bytes": "Bytes of keys and values.",
     "prefix_bytes": "Bytes of kept prefixes that nobody uses now.",
     "num_running": "Requests that generate, or whose prompts are computed.",
@@ -151,6 +157,12 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
+        kinds = CounterMetricFamily(
+            "hermes_async_kind_bytes_read", "Bytes that were read from disk, by kind.", labels=["kind"]
+        )
+        for kind, nbytes in statistics.bytes_read_by_kind.items():
+            kinds.add_metric([kind], nbytes)
+        yield kinds
         holders = GaugeMetricFamily("hermes_async_held_bytes", "Leased bytes, by holder.", labels=["holder"])
         kv_bytes = 0
         for holder, nbytes in statistics.holders.items():

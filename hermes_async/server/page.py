@@ -162,11 +162,18 @@ def _state(snapshot: EngineSnapshot) -> dict[str, Any]:
             "budget": memory.budget_bytes,
             "weights": memory.weights_bytes,
             "ring": memory.ring_bytes,
+            "experts": memory.expert_bytes,
             "kv": memory.kv_bytes,
             "kv_budget": memory.kv_budget_bytes,
             "workspace": memory.workspace_bytes,
             "other": memory.other_bytes,
             "free": memory.free_bytes,
+        },
+        "experts": {
+            "hits": snapshot.expert_hits,
+            "misses": snapshot.expert_misses,
+            "in_memory": snapshot.num_experts_in_memory,
+            "total": snapshot.num_experts,
         },
         "requests": [
             [

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import anyio
 
-from hermes_async.errors import HermesError, RequestError
+from hermes_async.errors import HermesError
 from hermes_async.results import FinishReason, SampledToken
 
 if TYPE_CHECKING:  # these import torch, which only an open engine needs
@@ -87,7 +87,7 @@ class Outcome:
     sampled: tuple[SampledToken, ...] = ()
     text: str = ""
     finish_reason: FinishReason | None = None
-    error: RequestError | None = None
+    error: HermesError | None = None
 
     @property
     def num_prompt_tokens(self) -> int:

@@ -7,6 +7,8 @@ from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import anyio.lowlevel
+
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import MemoryBudgetError
 from hermes_async.foreign_errors import reason_of
@@ -14,10 +16,12 @@ from hermes_async.modeling.kv_cache import KVPool
 from hermes_async.modeling.row_tables import most_rows
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
 from hermes_async.modeling.turns import Turns
+from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import GovernorStatistics, Lease, MemoryGovernor
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage
 from hermes_async.pipeload.trace import Trace
+from hermes_async.planning.expert_use import all_expert_bytes
 from hermes_async.planning.plan import Plan
 from hermes_async.planning.resize import PlanChange, resized
 from hermes_async.planning.workspace import LEAST_KV_TOKENS
@@ -35,6 +39,7 @@ from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
 WEIGHTS_HOLDER = "resident weights"
 RING_HOLDER = "ring buffers"
+EXPERTS_HOLDER = "experts"
 WORKSPACE_HOLDER = "workspace"
 _KV = "KV"
 
@@ -72,9 +77,10 @@ class LoadedModel:
 
     @property
     def bytes_for_everything(self) -> int:
-        """The budget that keeps every stage resident."""
+        """The budget that keeps every stage and every expert in memory."""
         plan = self.planned.plan
         weights = sum(stage.slot_bytes for stage in plan.stages) + plan.partition.base.slot_bytes
+        weights += all_expert_bytes(plan.expert_layers) if plan.partition.experts else 0
         return weights + plan.ring_bytes + plan.workspace_bytes + self._max_kv_bytes + self._draft_bytes
 
     @property
@@ -146,15 +152,17 @@ class LoadedModel:
         """
         change = PlanChange.between(before, after)
         staying = before.resident - change.leaving
-        self.buffers.add(change.num_added_buffers, change.slot_bytes)  # a buffer takes memory at its first use
+        self.buffers.add(max(0, change.num_added_buffers), change.slot_bytes)  # they take memory at their first use
         with self.kv_memory.closed():  # new requests must not take the memory that is freed here
             await self._set_resident(staying)
             self.weights.shrink(change.leaving_bytes)
             kv_surplus = self.kv_memory.statistics().bytes_in_use - after.kv_bytes
             self.blocks.drop_unused(max(0, -(-kv_surplus // self.planned.probe.kv.block_bytes)))
             self.kv_memory.resize(min(before.kv_bytes, after.kv_bytes))
+            await self.pipeline.resize_experts(change.expert_bytes)
         self.governor.resize(after.memory_budget)
-        self.ring.resize(after.ring_bytes, max_leases=after.num_buffers)
+        if change.num_added_buffers > 0:
+            self.ring.resize(after.ring_bytes, max_leases=after.num_buffers)
         self.weights.grow_nowait(change.coming_bytes)
         try:
             await self._set_resident(after.resident)
@@ -162,9 +170,21 @@ class LoadedModel:
             await self._set_resident(staying)
             self.weights.shrink(change.coming_bytes)
             self.governor.resize(before.memory_budget)
+            await self.pipeline.resize_experts(before.expert_bytes)
             raise
+        if change.num_added_buffers < 0:
+            await self._remove_ring()
         self.kv_memory.resize(after.kv_bytes)
+        await self.pipeline.resize_experts(after.expert_bytes)
         self.planned.plan = after
+
+    async def _remove_ring(self) -> None:
+        """All stages are resident, so no buffer of the ring holds one."""
+        with self.ring.closed():
+            while self.ring.statistics().num_leases:  # an agent gives back what it was just granted
+                await anyio.lowlevel.checkpoint()
+            self.ring.resize(0, max_leases=0)
+        self.buffers.remove_all()
 
     @property
     def _max_kv_bytes(self) -> int:
@@ -211,6 +231,9 @@ async def loaded_model(
     async with AsyncExitStack() as exits:
         weights = exits.enter_context(governor.acquire_nowait(WEIGHTS_HOLDER, plan.resident_bytes))
         ring = exits.enter_context(governor.part(RING_HOLDER, plan.ring_bytes, max_leases=plan.num_buffers))
+        expert_memory = MemoryGovernor(0)
+        if partition.experts:
+            expert_memory = exits.enter_context(governor.part(EXPERTS_HOLDER, plan.expert_bytes))
         exits.enter_context(governor.acquire_nowait(WORKSPACE_HOLDER, plan.workspace_bytes))
         kv_memory = exits.enter_context(governor.part(_KV, plan.kv_bytes))
         planned.claim.leased = lambda: governor.budget_bytes - governor.free_bytes - kv_memory.free_bytes
@@ -229,8 +252,10 @@ async def loaded_model(
         read_statistics = ReadStatistics()
         buffers = BufferPool(plan.num_buffers, plan.slot_bytes)
         stages = _stages(planned)
+        experts = _experts(planned)
         pipeline = Pipeline(
             stages,
+            experts=ExpertCache(experts, expert_memory),
             num_loading_agents=plan.num_loading_agents,
             ring=ring,
             buffers=buffers,
@@ -287,6 +312,7 @@ def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pi
         model,
         planned.attention,
         stages,
+        experts=list(zip(partition.experts, pipeline.experts.layers, strict=True)),
         row_tables=partition.row_tables,
         encoded=partition.encoded,
         native_tokens=planned.plan.native_tokens,
@@ -302,3 +328,12 @@ def _stages(planned: PlannedModel) -> list[Stage]:
     for idx, layout in enumerate(plan.stages):
         stages.append(Stage(len(stages), layout, resident=idx in plan.resident))
     return stages
+
+
+def _experts(planned: PlannedModel) -> list[list[Stage]]:
+    """The experts of each layer, with the index of the stage that is entered before them."""
+    num_before = 1 if planned.partition.base.placements else 0
+    return [
+        [Stage(num_before + layer.position - 1, layout, resident=False, is_expert=True) for layout in layer.layouts]
+        for layer in planned.partition.experts
+    ]

@@ -16,7 +16,13 @@ from hermes_async.results import (
     StageActivity,
     StageSnapshot,
 )
-from hermes_async.serving.loaded_model import RING_HOLDER, WEIGHTS_HOLDER, WORKSPACE_HOLDER, LoadedModel
+from hermes_async.serving.loaded_model import (
+    EXPERTS_HOLDER,
+    RING_HOLDER,
+    WEIGHTS_HOLDER,
+    WORKSPACE_HOLDER,
+    LoadedModel,
+)
 from hermes_async.serving.loop import ServingLoop
 from hermes_async.serving.request import Request, RequestState
 
@@ -31,7 +37,7 @@ _ACTIVITIES: dict[StageState, StageActivity] = {
 def engine_snapshot(loop: ServingLoop, engine: Literal["open", "closed", "failed"]) -> EngineSnapshot:
     """The engine at this moment, also after it was closed. Reads no file: it runs on the event loop."""
     loaded, pipeline, plan = loop.loaded, loop.loaded.pipeline, loop.loaded.planned.plan
-    computing, sweep = pipeline.computing, loop.sweep
+    computing, sweep, experts = pipeline.computing, loop.sweep, pipeline.experts
     return EngineSnapshot(
         at=time.perf_counter(),
         engine=engine,
@@ -49,6 +55,10 @@ def engine_snapshot(loop: ServingLoop, engine: Literal["open", "closed", "failed
         read_seconds=pipeline.read_statistics.seconds,
         compute_seconds=pipeline.statistics.compute_seconds,
         stall_seconds=pipeline.statistics.stall_seconds,
+        expert_hits=experts.statistics.num_hits,
+        expert_misses=experts.statistics.num_misses,
+        num_experts=len(experts.experts),
+        num_experts_in_memory=experts.num_loaded,
         bytes_per_sweep=plan.bytes_per_sweep,
         disk_sweep_seconds=_disk_sweep_seconds(plan),
         disk_measured=plan.machine.measured,
@@ -64,16 +74,17 @@ def _stage_snapshot(stage: Stage, computing: Stage | None) -> StageSnapshot:
 
 def _memory_snapshot(loaded: LoadedModel) -> MemorySnapshot:
     memory, kv = loaded.memory(), loaded.kv_memory.statistics()
-    weights, ring, workspace = (
-        memory.holders.get(holder, 0) for holder in (WEIGHTS_HOLDER, RING_HOLDER, WORKSPACE_HOLDER)
+    weights, ring, experts, workspace = (
+        memory.holders.get(holder, 0) for holder in (WEIGHTS_HOLDER, RING_HOLDER, EXPERTS_HOLDER, WORKSPACE_HOLDER)
     )
     return MemorySnapshot(
         budget_bytes=memory.budget_bytes,
         weights_bytes=weights,
         ring_bytes=ring,
+        expert_bytes=experts,
         kv_bytes=kv.bytes_in_use,
         workspace_bytes=workspace,
-        other_bytes=memory.bytes_in_use - weights - ring - workspace - kv.bytes_in_use,
+        other_bytes=memory.bytes_in_use - weights - ring - experts - workspace - kv.bytes_in_use,
         free_bytes=memory.budget_bytes - memory.bytes_in_use,
         kv_budget_bytes=kv.budget_bytes,
     )

@@ -11,9 +11,11 @@ def engine_statistics(loop: ServingLoop) -> EngineStatistics:
     """Counts since the engine opened, also after it was closed. Reads no file: it runs on the event loop."""
     loaded, pipeline, blocks = loop.loaded, loop.loaded.pipeline, loop.loaded.blocks
     memory, admission, scheduler = loaded.memory(), loop.admission, loop.scheduler
+    experts = pipeline.experts
     num_sweep_forwards = 0 if loop.sweep is None else len(loop.sweep.forwards)
     return EngineStatistics(
         bytes_read=pipeline.read_statistics.bytes_read,
+        bytes_read_by_kind=dict(pipeline.read_statistics.bytes_by_kind),
         bytes_resident=loaded.planned.plan.resident_bytes,
         bytes_in_use=memory.bytes_in_use,
         peak_bytes_in_use=memory.peak_bytes_in_use,
@@ -29,6 +31,12 @@ def engine_statistics(loop: ServingLoop) -> EngineStatistics:
         read_seconds=pipeline.read_statistics.seconds,
         compute_seconds=pipeline.statistics.compute_seconds,
         stall_seconds=pipeline.statistics.stall_seconds,
+        expert_hits=experts.statistics.num_hits,
+        expert_misses=experts.statistics.num_misses,
+        experts_read_ahead=experts.statistics.num_read_ahead,
+        num_experts=len(experts.experts),
+        num_experts_in_memory=experts.num_loaded,
+        expert_bytes=experts.loaded_bytes,
         num_running=len(scheduler.running) + admission.num_restoring,
         num_paused=len(scheduler.running) - scheduler.num_active,
         num_waiting=admission.num_waiting + loop.preparations.num_requests,

@@ -222,6 +222,8 @@ class Sweep:
             return outcome
         if isinstance(call.error, NotLoadedError):
             raise call.error
+        if isinstance(call.error, HermesError):  # such as of experts that do not exist
+            return Outcome(job, 0, error=call.error)
         name = type(self._loaded.planned.skeleton.model).__name__
         error = RequestError(f"{name}.forward failed on this sequence: {reason_of(call.error)}")
         error.__cause__ = call.error
@@ -255,7 +257,12 @@ class Sweep:
         loaded, now = self._loaded, self._loaded.pipeline.statistics
         compute_s = now.compute_seconds - before.compute_seconds
         stall_s = now.stall_seconds - before.stall_seconds
-        loaded.times.record(sum(job.num_tokens for job in self.generation), compute_s)
+        num_tokens = sum(job.num_tokens for job in self.generation)
+        if loaded.pipeline.experts.experts:  # what is read depends on the tokens, as what is computed does
+            loaded.times.record(num_tokens, compute_s + stall_s)
+            loaded.times.record_read(0.0)
+            return
+        loaded.times.record(num_tokens, compute_s)
         if loads_resident:
             return
         if loaded.pipeline.streams:

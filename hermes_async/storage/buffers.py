@@ -138,10 +138,16 @@ class BufferPool:
         self.add(num_buffers, nbytes)
 
     def add(self, num_buffers: int, nbytes: int) -> None:
-        """Makes more buffers. `nbytes` must be the size of the others."""
+        """Makes more buffers. `nbytes` must be the size of the others, if there are any."""
         for buffer in Buffer.side_by_side([nbytes] * num_buffers):
             self._num_buffers += 1
             self.release(buffer)
+
+    def remove_all(self) -> None:
+        """Frees the memory of all buffers, which must be free."""
+        assert len(self._free) == self._num_buffers
+        self.close()
+        self._num_buffers = 0
 
     def acquire_nowait(self) -> Buffer:
         """Takes a free buffer.

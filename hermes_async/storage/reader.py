@@ -11,13 +11,14 @@ import errno
 import os
 import resource
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import aiofiles
 import aiofiles.os
@@ -49,6 +50,10 @@ class ReadRange:
     scratch: tuple[int, int] | None = None
 
 
+ReadKind = Literal["resident weights", "streamed weights", "experts", "embedding rows"]
+"""What is read, for statistics."""
+
+
 @dataclass(slots=True)
 class ReadStatistics:
     """What the readers have read so far.
@@ -57,9 +62,14 @@ class ReadStatistics:
         seconds: The sum of the times of all calls, which overlap.
     """
 
-    bytes_read: int = 0
+    bytes_by_kind: Counter[str] = field(default_factory=Counter)
     num_reads: int = 0
     seconds: float = 0.0
+
+    @property
+    def bytes_read(self) -> int:
+        """Of all kinds."""
+        return self.bytes_by_kind.total()
 
 
 class Reader:
@@ -116,11 +126,17 @@ class Reader:
         await self._close()
 
     async def read(
-        self, ranges: Sequence[ReadRange], view: memoryview, on_read: Callable[[float, float], None] | None = None
+        self,
+        ranges: Sequence[ReadRange],
+        view: memoryview,
+        on_read: Callable[[float, float], None] | None = None,
+        *,
+        kind: ReadKind = "streamed weights",
     ) -> None:
         """Reads every range into `view`.
 
         Args:
+            kind: The statistics count the bytes of each kind.
             view: Page-aligned, with room for whole blocks around each range. The read writes those too, unless the
                 range has `scratch`.
             on_read: Called on the executor's thread with the beginning and the end of the reads, on the clock of
@@ -139,13 +155,15 @@ class Reader:
                     await self._read_in_thread(shards, ranges, view, spent, on_read, executor=self._executor)
             finally:
                 self._statistics.seconds += sum(spent)
-        self._statistics.bytes_read += sum(item.nbytes for item in ranges)
+        self._statistics.bytes_by_kind[kind] += sum(item.nbytes for item in ranges)
         self._statistics.num_reads += len(ranges)
         await anyio.lowlevel.checkpoint_if_cancelled()
 
-    async def read_many(self, ranges: Sequence[ReadRange], view: memoryview, at_once: int) -> None:
+    async def read_many(
+        self, ranges: Sequence[ReadRange], view: memoryview, at_once: int, *, kind: ReadKind = "streamed weights"
+    ) -> None:
         """As `read`, with `at_once` calls at the same time: for many small ranges, where the disk's latency counts."""
-        reads = [self.read(ranges[start::at_once], view) for start in range(min(at_once, len(ranges)))]
+        reads = [self.read(ranges[start::at_once], view, kind=kind) for start in range(min(at_once, len(ranges)))]
         with anyio.CancelScope(shield=True):
             outcomes = await asyncio.gather(*reads, return_exceptions=True)
         for outcome in outcomes:

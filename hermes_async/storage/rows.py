@@ -120,7 +120,7 @@ class RowReader:
 
     async def _read(self, reading: _Reading, ranges: Sequence[ReadRange]) -> None:
         try:
-            await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE)
+            await self._reader.read_many(ranges, self._buffer.view, ROWS_AT_ONCE, kind="embedding rows")
         except Exception as error:  # `read` raises it
             reading.error = error
         finally:

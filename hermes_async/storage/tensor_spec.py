@@ -84,6 +84,24 @@ class TensorSpec:
             pieces=pieces,
         )
 
+    def divided(self) -> list[TensorSpec]:
+        """The specs of all rows of the first dimension, without that dimension."""
+        num_rows = self.shape[0]
+        row_bytes = self.nbytes // max(1, num_rows)
+        pieces = _divided(self.pieces, row_bytes) if self.pieces else [()] * num_rows
+        return [
+            replace(
+                self,
+                name=f"{self.name}[{row}]",
+                file=own[0].file if own else self.file,
+                offset=own[0].offset if own else self.offset + row * row_bytes,
+                nbytes=row_bytes,
+                shape=self.shape[1:],
+                pieces=own if len(own) > 1 else (),
+            )
+            for row, own in enumerate(pieces)
+        ]
+
 
 @dataclass(frozen=True, slots=True)
 class Extent:
@@ -110,6 +128,23 @@ def _within(pieces: Iterable[Extent], start: int, stop: int) -> Iterator[Extent]
         first, last = max(begin, start), min(end, stop)
         if first < last:
             yield Extent(piece.file, piece.offset + first - begin, last - first)
+
+
+def _divided(pieces: Iterable[Extent], part_bytes: int) -> list[tuple[Extent, ...]]:
+    """The concatenation of `pieces`, cut into parts of equal size; the pieces of each part."""
+    parts: list[tuple[Extent, ...]] = []
+    own: list[Extent] = []
+    missing = part_bytes
+    for piece in pieces:
+        done = 0
+        while done < piece.nbytes:
+            nbytes = min(missing, piece.nbytes - done)
+            own.append(Extent(piece.file, piece.offset + done, nbytes))
+            done, missing = done + nbytes, missing - nbytes
+            if not missing:
+                parts.append(tuple(own))
+                own, missing = [], part_bytes
+    return parts
 
 
 def merge_extents(specs: Iterable[TensorSpec], *, max_gap: int = 65536) -> list[Extent]:

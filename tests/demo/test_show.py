@@ -34,6 +34,7 @@ def stories(number: int) -> list[Story]:
 
 STATISTICS = EngineStatistics(
     bytes_read=3 * 2**20,
+    bytes_read_by_kind={"streamed weights": 3 * 2**20},
     bytes_resident=2**20,
     bytes_in_use=0,
     peak_bytes_in_use=3 * 2**20,
@@ -48,6 +49,12 @@ STATISTICS = EngineStatistics(
     read_seconds=1.0,
     compute_seconds=2.0,
     stall_seconds=0.25,
+    expert_hits=0,
+    expert_misses=0,
+    experts_read_ahead=0,
+    num_experts=0,
+    num_experts_in_memory=0,
+    expert_bytes=0,
     num_running=0,
     num_paused=0,
     num_waiting=0,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.models import BareModel
+from tests.models import BareModel, TinyMixture
 
 
 @pytest.fixture(scope="session")
@@ -21,3 +21,8 @@ def tiny_model(bare_model: BareModel) -> Iterator[BareModel]:
     yield bare_model
     if not bare_model.shard.exists() or bare_model.shard.read_bytes() != data:
         bare_model.shard.write_bytes(data)
+
+
+@pytest.fixture(scope="session")
+def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
+    return TinyMixture(tmp_path_factory.mktemp("mixture"))

@@ -15,10 +15,11 @@ import pytest
 import torch
 
 from hermes_async import Completion, Engine, EngineConfig, SamplingParams
+from hermes_async.engine.opening import open_model
 from hermes_async.errors import CheckpointError, HermesError, MemoryBudgetError, RequestError
 from hermes_async.serving.processor import SharedProcessor
 from tests.disks import Disk, Read
-from tests.engines import check_nothing_is_left
+from tests.engines import check_nothing_is_left, settle
 from tests.image_models import NAMES, ImageModel, message, picture
 from tests.inside import inside
 
@@ -199,6 +200,27 @@ async def test_texts_and_images_share_sweeps_at_the_smallest_budget(model: Image
         await check_nothing_is_left(engine)
         after = engine.statistics()
         assert (after.bytes_in_use, after.num_leases) == (before.bytes_in_use, before.num_leases)
+
+
+async def test_images_for_a_mixture_whose_experts_are_read_one_by_one(tmp_path: Path) -> None:
+    model = ImageModel(tmp_path, "mixture")
+    expected = [answer_of_transformers(model, messages) for messages in CONVERSATIONS]
+    config = EngineConfig(kv_budget=1 << 20, max_tokens_per_sweep=64)
+    opened = open_model(tmp_path, 1 << 26, config)
+    opened.close()
+    async with Engine(tmp_path, memory_budget=opened.plan.minimum_budget, config=config) as engine:
+        assert engine.plan.expert_bytes < sum(expert.slot_bytes for expert in engine.plan.experts)
+        answers: dict[int, Completion] = {}
+
+        async def answer(idx: int) -> None:
+            answers[idx] = await engine.complete(CONVERSATIONS[idx], PARAMS)
+
+        async with anyio.create_task_group() as tasks:
+            for idx in range(len(CONVERSATIONS)):
+                tasks.start_soon(answer, idx)
+        assert [answers[idx].token_ids for idx in range(len(CONVERSATIONS))] == expected
+        await settle(engine)
+        inside(engine).check_experts()
 
 
 async def test_idle_sessions_with_images_and_with_texts_are_parked(model: ImageModel) -> None:

@@ -36,6 +36,7 @@ def check_memory(engine: Engine, snapshot: EngineSnapshot) -> None:
     """The kinds are the governor's holders, and fit into the budget."""
     memory, statistics = snapshot.memory, engine.statistics()
     kinds = memory.weights_bytes + memory.ring_bytes + memory.kv_bytes + memory.workspace_bytes + memory.other_bytes
+    kinds += memory.expert_bytes
     assert kinds == sum(statistics.holders.values()) == statistics.bytes_in_use
     assert kinds + memory.free_bytes == memory.budget_bytes == statistics.memory_budget
     assert 0 <= memory.kv_bytes <= memory.kv_budget_bytes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from hermes_async.modeling.calls import ModelCall, Turn, run_calls
 from hermes_async.pipeload.stage import Stage, StageLayout
 
 STAGES = [Stage(idx, StageLayout(f"stage {idx}", (), (), 0, 0, 0), resident=False) for idx in range(4)]
+
+EXPERTS = [Stage(0, StageLayout(f"expert {idx}", (), (), 0, 0, 0), resident=False, is_expert=True) for idx in range(4)]
 
 
 class Sweep:
@@ -40,11 +42,33 @@ class Sweep:
 
         return ModelCall(compute)
 
+    def routed(self, name: str, experts: list[int], fail_at: int | None = None) -> ModelCall:
+        """A call that visits stage 0, and these experts within it, and then stage 1."""
+
+        def compute() -> str:
+            turn = Turn.current()
+            turn.rest(STAGES[0], entering=True)
+            missing = {EXPERTS[idx]: idx for idx in experts}
+            while missing:
+                idx = missing.pop(turn.rest_for_one(tuple(missing)))
+                self.log.append((name, f"expert {idx}"))
+                if idx == fail_at:
+                    raise ValueError(name)
+            self.log.append((name, "after experts"))
+            turn.rest(STAGES[0], entering=False)
+            turn.rest(STAGES[1], entering=True)
+            turn.rest(STAGES[1], entering=False)
+            return name
+
+        return ModelCall(compute)
+
     def run(self, *calls: ModelCall) -> None:
-        def enter(stage: Stage) -> bool:
+        def enter(stages: Sequence[Stage]) -> Stage:
+            assert len(stages) == 1 or all(stage.is_expert for stage in stages)
+            stage = max(stages, key=lambda stage: stage.name)  # the expert that happens to be in memory first
             self.on_enter(stage)
-            self.log.append(("enter", stage.idx))
-            return True
+            self.log.append(("enter", stage.name if stage.is_expert else stage.idx))
+            return stage
 
         before = threading.active_count()
         try:
@@ -52,7 +76,7 @@ class Sweep:
                 calls,
                 first=None,
                 enter=enter,
-                leave=lambda stage: self.log.append(("leave", stage.idx)),
+                leave=lambda stage: self.log.append(("leave", stage.name if stage.is_expert else stage.idx)),
                 switch_to=lambda call: None,
             )
         finally:
@@ -122,3 +146,30 @@ def test_a_stage_that_cannot_be_entered_ends_all(sweep: Sweep, idx: int, error: 
 def test_no_calls(sweep: Sweep) -> None:
     sweep.run()
     assert sweep.log == []
+
+
+def test_each_expert_is_entered_once_for_all_calls_and_within_its_layer(sweep: Sweep) -> None:
+    calls = [sweep.routed("a", [0, 2]), sweep.routed("b", [2, 3]), sweep.routed("c", [])]
+    sweep.run(*calls)
+    assert [call.result for call in calls] == ["a", "b", "c"]
+    entered = [item for item in sweep.log if item[0] in ("enter", "leave")]
+    experts = [("enter", "expert 3"), ("leave", "expert 3"), ("enter", "expert 2"), ("leave", "expert 2")]
+    experts += [("enter", "expert 0"), ("leave", "expert 0")]
+    assert entered == [("enter", 0), *experts, ("leave", 0), ("enter", 1), ("leave", 1)]
+    assert [item for item in sweep.log if item[1] == "expert 2"][1:3] == [("a", "expert 2"), ("b", "expert 2")]
+
+
+def test_a_call_that_fails_in_an_expert_leaves_the_others_and_the_layer_is_left(sweep: Sweep) -> None:
+    calls = [sweep.routed("a", [1, 2], fail_at=2), sweep.routed("b", [1, 2])]
+    sweep.run(*calls)
+    assert isinstance(calls[0].error, ValueError) and calls[1].result == "b"
+    assert ("a", "expert 1") not in sweep.log
+    assert sweep.log.count(("leave", 0)) == 1
+
+
+def test_calls_that_are_dropped_among_experts_end_and_the_layer_is_left(sweep: Sweep) -> None:
+    calls = [sweep.routed("a", [1, 2]), sweep.routed("b", [2])]
+    sweep.on_enter = lambda stage: setattr(calls[0], "dropped", stage is EXPERTS[2])
+    sweep.run(*calls)
+    assert not calls[0].completed and calls[1].completed
+    assert [item for item in sweep.log if item[0] == "leave"] == [("leave", "expert 2"), ("leave", 0), ("leave", 1)]

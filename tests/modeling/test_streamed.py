@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -47,18 +47,24 @@ class Gate:
         self.on_enter: Callable[[Stage], bool] = lambda stage: True
         self.entered: list[str] = []
 
-    def enter(self, stage: Stage) -> Buffer | None:
+    def enter(self, stages: Sequence[Stage]) -> Stage | None:
+        (stage,) = stages
         if not self.on_enter(stage):
             return None
         self.entered.append(stage.name)
-        buffer = Buffer(stage.layout.slot_bytes)
+        stage.buffer = Buffer(stage.layout.slot_bytes)
         for placement in stage.layout.placements:
             values = self._weights[placement.name]
-            buffer.tensor(placement.position, placement.dtype, placement.shape).copy_(values)
-        return buffer
+            stage.buffer.tensor(placement.position, placement.dtype, placement.shape).copy_(values)
+        return stage
 
     def leave(self, stage: Stage) -> None:
         pass
+
+    def ask(self, experts: Sequence[Stage]) -> None:
+        raise NotImplementedError
+
+    forget = ask
 
 
 class Rig:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CanineConfig, CanineModel, ViTConfig, ViTModel
+from transformers import CanineConfig, CanineModel, Qwen3MoeConfig, ViTConfig, ViTModel
 from typer.testing import CliRunner
 
 from hermes_async import EngineConfig, MemoryBudgetError
@@ -112,6 +112,22 @@ async def test_where_not_all_fits_what_is_streamed_is_measured_alone(
     assert profile.layer_s.keys() == {1, 4, 8, 16}
     assert profile.handover_s is not None
     assert profile.handover_s >= 0
+
+
+async def test_the_experts_that_a_text_uses_are_measured(random_model: Any, save_model: Any) -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=300, bos_token_id=1, eos_token_id=2, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=16,
+        num_experts_per_tok=4, max_position_embeddings=128,
+    )  # fmt: skip
+    path = save_model(random_model(config))
+    profile = await measure(path, "2MiB", EngineConfig(max_sequences=4))
+    assert len(profile.expert_uses) == 16
+    assert sum(profile.expert_uses) == pytest.approx(4)
+    assert all(0 <= uses <= 1 for uses in profile.expert_uses)
+    assert sum(profile.expert_uses[:4]) > 1.5  # the likeliest ones are used more often than by chance
+    assert profile.layer_s[1] > 0
+    assert profile.machine_speeds().expert_uses == profile.expert_uses
 
 
 async def test_a_model_of_images(tmp_path: Path) -> None:

@@ -89,5 +89,8 @@ async def check_engine(path: Path, plain: PreTrainedModel, batching: str, budget
         params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
         tokens = [token async for chunk in engine.generate(PROMPT, params) for token in chunk.token_ids]
         found = await engine.forward(input_ids=ids)
+        if any(".experts." in name for name, _ in plain.named_parameters()):  # of a mixture they are read one by one
+            every_expert_bytes = sum(expert.slot_bytes for expert in engine.plan.experts)
+            assert 0 < engine.plan.expert_bytes < every_expert_bytes
     assert tokens == output[0, len(PROMPT) :].tolist()
     torch.testing.assert_close(found.logits, logits, rtol=0, atol=1e-4)

@@ -203,24 +203,27 @@ async def test_a_model_of_many_formats(tmp_path: Path, batching: str, budget: in
 
 
 @pytest.mark.anyio
-async def test_a_mixture_of_experts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("experts_bits", [8, 4])
+async def test_a_mixture_of_experts(tmp_path: Path, experts_bits: int) -> None:
     def quantize(name: str, weight: torch.Tensor) -> Any:
         if "_proj" not in name:
             return None
         rows, columns = weight.shape
-        if "experts" in name:
+        if "experts" in name and experts_bits == 8:
             numbers, scale = (weight * 100).to(FP8), some_scales(BF16, rows, 1)
             return {name: numbers, f"{name}_scale": scale}, numbers.float() * scale.float()  # not in the scale's dtype
         parts, values = packed(4, rows, columns, 32)
         return {f"{name}_{part}": tensor for part, tensor in parts.items()}, values.float()
 
     config = Qwen3MoeConfig(
-        **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+        **SMALL, head_dim=16, num_experts=48, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
     )
     settings = settings_of(
         "mixed-precision",
         attention=group(["re:.*self_attn.*"], "pack-quantized", group_size=32, strategy="group"),
-        experts=group(["re:.*experts.*"], "float-quantized", num_bits=8, type="float", strategy="channel"),
+        experts=group(["re:.*experts.*"], "float-quantized", num_bits=8, type="float", strategy="channel")
+        if experts_bits == 8
+        else group(["re:.*experts.*"], "pack-quantized", group_size=32, strategy="group"),
     )
     await check_engine(tmp_path, save(tmp_path, config, settings, quantize), "packed")
 

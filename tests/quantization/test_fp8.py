@@ -145,7 +145,7 @@ def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     prefix, names = "model.layers.1.mlp.experts", ("gate", "up", "down")
     stacked: dict[str, torch.Tensor] = {name: one for name, one in tensors.items() if not name.startswith(prefix)}
     for end in ("", "_scale_inv"):
-        each = [[tensors[f"{prefix}.{idx}.{name}_proj.weight{end}"] for idx in range(4)] for name in names]
+        each = [[tensors[f"{prefix}.{idx}.{name}_proj.weight{end}"] for idx in range(64)] for name in names]
         gate, up, down = (torch.stack([one.view(torch.uint8) for one in of_name]) for of_name in each)
         dtype = each[0][0].dtype
         stacked[f"{prefix}.gate_up_proj{end}"] = torch.cat((gate, up), dim=1).view(dtype)
@@ -157,7 +157,7 @@ def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("batching", ["packed", "turns"])
 async def test_a_mixture_of_experts(tmp_path: Path, batching: str) -> None:
     config = Qwen3MoeConfig(
-        **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+        **SMALL, head_dim=16, num_experts=64, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
     )
     settings = {"quant_method": "fp8", "weight_block_size": [24, 40], "modules_to_not_convert": ["lm_head"]}
     await check_engine(tmp_path, save(tmp_path, config, settings, stored, stack_experts), batching)

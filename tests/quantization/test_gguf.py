@@ -45,7 +45,7 @@ ATTENTION = {
 QWEN35 = {
     "head_dim": 16, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16,
     "linear_value_head_dim": 32, "layer_types": ["linear_attention", "full_attention"],
-    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "num_experts": 16, "num_experts_per_tok": 2,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1], "mrope_interleaved": True,
         "partial_rotary_factor": 0.5,
@@ -54,7 +54,7 @@ QWEN35 = {
 QWEN35_METADATA = {
     "attention__key_length": 16, "ssm__time_step_rank": 4, "full_attention_interval": 2, "ssm__conv_kernel": 4,
     "ssm__state_size": 16, "ssm__group_count": 2, "ssm__inner_size": 128, "rope__dimension_sections": [2, 1, 1, 0],
-    "rope__dimension_count": 8, "expert_count": 4, "expert_used_count": 2, "expert_feed_forward_length": 32,
+    "rope__dimension_count": 8, "expert_count": 16, "expert_used_count": 2, "expert_feed_forward_length": 32,
     "expert_shared_feed_forward_length": 32,
 }  # fmt: skip
 
@@ -98,9 +98,10 @@ def gemma3() -> Written:
 
 def qwen3moe() -> Written:
     sizes = SIZES | {
-        "head_dim": 16, "moe_intermediate_size": 768, "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True
+        "head_dim": 16, "moe_intermediate_size": 768, "num_experts": 16, "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
     }  # fmt: skip
-    metadata = ATTENTION | {"attention__key_length": 16, "expert_count": 4, "expert_used_count": 2}
+    metadata = ATTENTION | {"attention__key_length": 16, "expert_count": 16, "expert_used_count": 2}
     return written("Qwen3MoeConfig", "qwen3moe", gguf_models.expert_changes, sizes, **metadata)
 
 
@@ -152,6 +153,7 @@ async def test_tokens_and_logits_are_those_of_transformers(kind: str, tmp_path: 
         smallest = engine.plan.minimum_budget
     async with Engine(path, memory_budget=smallest) as engine:
         assert engine.plan.num_buffers
+        assert (engine.plan.expert_bytes > 0) == (make in (qwen3moe, qwen35moe))
         await check(engine, reference)
 
 

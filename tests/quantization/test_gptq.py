@@ -95,7 +95,7 @@ def quantize(settings: dict[str, Any], *, less_one: bool = True, order: bool = T
 
 LLAMA = LlamaConfig(**SMALL)
 MIXTURE = Qwen3MoeConfig(
-    **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+    **SMALL, head_dim=16, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
 )
 V2 = {**SETTINGS, "bits": 3, "checkpoint_format": "gptq_v2"}
 AUTO_ROUND = {"quant_method": "auto-round", "bits": 8, "group_size": 32, "packing_format": "auto_round"}

@@ -61,7 +61,7 @@ async def test_a_mixture_of_experts_in_the_layout_of_modelopt(tmp_path: Path) ->
         return {name: packed, f"{name}_scale": scale, f"{name}_scale_2": of_all}, values
 
     config = Qwen3MoeConfig(
-        **SMALL, head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
+        **SMALL, head_dim=16, num_experts=48, num_experts_per_tok=2, moe_intermediate_size=32, decoder_sparse_step=1
     )
     plain = save(tmp_path, config, {}, quantize)
     settings = {"quant_algo": "MIXED_PRECISION", "kv_cache_quant_algo": "FP8", "exclude_modules": ["lm_head"]}

@@ -214,7 +214,7 @@ def test_any_number_of_stages_fits(browser: Any, server: str, num_stages: int) -
         "disk_sweep_s": 12.5,
         "disk_measured": True,
     }
-    parts = {"weights": 45, "ring": 20, "kv": 10, "workspace": 5, "other": 6, "free": 14}
+    parts = {"weights": 45, "ring": 20, "kv": 10, "workspace": 5, "experts": 6, "other": 4, "free": 10}
     memory = {"budget": 100 << 28, "kv_budget": 18 << 28} | {part: share << 28 for part, share in parts.items()}
     state = {
         "at": 1.0,
@@ -224,6 +224,7 @@ def test_any_number_of_stages_fits(browser: Any, server: str, num_stages: int) -
         "stage": 7,
         "stages": ("rrreeelcd" * num_stages)[:num_stages],
         "memory": memory,
+        "experts": {"hits": 10**9, "misses": 10**8, "in_memory": 12_345, "total": 123_456},
         "requests": [[f"chatcmpl-{idx:032}", "generating", 1000, 1000, 12_345, 100_000, 0] for idx in range(64)],
         "num_requests": 640,
         "num_forwards": 12,

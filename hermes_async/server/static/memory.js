@@ -5,6 +5,7 @@ import { byId, bytes, element, percent, setText } from "./dom.js";
 const PARTS = [
   ["weights", "Weights that stay"],
   ["ring", "Ring of buffers"],
+  ["experts", "Experts"],
   ["workspace", "Workspace"],
   ["kv", "KV cache"],
   ["other", "Draft model"],

@@ -11,7 +11,7 @@ export class Rates {
   #last = null;
 
   /** Takes a state; returns the rates now. A rate is null while too little is known. */
-  add({ at, sweep, tokens, prompt_tokens: promptTokens, bytes_read: bytesRead, num_requests, num_forwards }) {
+  add({ at, sweep, tokens, prompt_tokens: promptTokens, bytes_read: bytesRead, experts, num_requests, num_forwards }) {
     const busy = num_requests + num_forwards > 0;
     if (!busy) {
       this.#samples = [];
@@ -19,7 +19,7 @@ export class Rates {
       return { busy, ...this.#last, tokensPerS: 0, bytesPerS: 0 };
     }
     if (sweep < (this.#samples.at(-1)?.sweep ?? 0)) this.#samples = []; // the server was started again
-    this.#samples.push({ at, sweep, tokens, promptTokens, bytesRead });
+    this.#samples.push({ at, sweep, tokens, promptTokens, bytesRead, experts });
     const last = this.#samples.at(-1);
     while (this.#samples.length > 2) {
       const next = this.#samples[1];
@@ -29,13 +29,17 @@ export class Rates {
     const [first] = this.#samples;
     const seconds = last.at - first.at;
     const sweeps = last.sweep - first.sweep;
+    const hits = last.experts.hits - first.experts.hits;
+    const asked = hits + last.experts.misses - first.experts.misses;
     const rates = {
       tokensPerS: seconds > 0 ? (last.tokens - first.tokens) / seconds : null,
       bytesPerS: seconds > 0 ? (last.bytesRead - first.bytesRead) / seconds : null,
       sweepS: sweeps > 0 ? seconds / sweeps : (this.#last?.sweepS ?? null),
       tokensPerSweep: sweeps > 0 ? (last.tokens - first.tokens) / sweeps : null,
+      hitRate: asked > 0 ? hits / asked : (this.#last?.hitRate ?? null),
     };
-    if (sweeps > 0) this.#last = { sweepS: rates.sweepS, tokensPerSweep: rates.tokensPerSweep };
+    const { sweepS, tokensPerSweep, hitRate } = rates;
+    if (sweeps > 0) this.#last = { sweepS, tokensPerSweep, hitRate };
     this.#remember(at, rates.tokensPerS ?? 0);
     return { busy, ...rates };
   }

@@ -1,6 +1,6 @@
-// Tokens a second, seconds a sweep beside the disk's limit, and bytes a second.
+// Tokens a second, seconds a sweep beside the disk's limit, bytes a second, and how often experts are in memory.
 
-import { byId, bytes, duration, element, percent, setText, significant } from "./dom.js";
+import { byId, bytes, counted, duration, element, integer, percent, setText, significant } from "./dom.js";
 import { Rates } from "./rates.js";
 
 const SVG = "http://www.w3.org/2000/svg";
@@ -27,6 +27,9 @@ export class Speed {
   #tokens = figure("Tokens a second", "");
   #read = figure("Read from disk", "");
   #sweep = figure("A sweep takes", "");
+  #experts = figure("Experts in memory when needed", "");
+  #expertShare = element("span");
+  #expertNote = element("p", { class: "note" });
   #share = element("span");
   #limit = element("p", { class: "note" });
   #line = svg("polyline", {});
@@ -48,7 +51,9 @@ export class Speed {
     this.#sweep.node.classList.add("wide");
     const meter = element("div", { class: "meter" }, this.#share);
     this.#sweep.node.append(element("dd", {}, meter, this.#limit));
-    byId("figures").append(this.#tokens.node, this.#read.node, chart, this.#sweep.node);
+    this.#experts.node.classList.add("wide");
+    this.#experts.node.append(element("dd", {}, element("div", { class: "meter" }, this.#expertShare), this.#expertNote));
+    byId("figures").append(this.#tokens.node, this.#read.node, chart, this.#sweep.node, this.#experts.node);
   }
 
   model({ disk_sweep_s: diskS, disk_measured: isMeasured }) {
@@ -57,7 +62,7 @@ export class Speed {
   }
 
   state(state) {
-    const { busy, tokensPerS, bytesPerS, sweepS, tokensPerSweep } = this.#rates.add(state);
+    const { busy, tokensPerS, bytesPerS, sweepS, tokensPerSweep, hitRate } = this.#rates.add(state);
     setText(this.#tokens.value, tokensPerS === null ? "–" : significant(tokensPerS));
     const [readValue, readUnit] = bytesPerS === null ? ["–", "B"] : bytes(bytesPerS).split(" ");
     setText(this.#read.value, readValue);
@@ -65,21 +70,23 @@ export class Speed {
     const [sweepValue, sweepUnit] = sweepS == null ? ["–", ""] : duration(sweepS);
     setText(this.#sweep.value, sweepValue);
     setText(this.#sweep.unit, sweepUnit);
-    this.#tellLimit(sweepS);
+    this.#tellLimit(sweepS, state.experts.total > 0);
+    this.#tellExperts(state.experts, hitRate);
     const perSweep = tokensPerSweep == null ? "" : `${significant(tokensPerSweep)} tokens a sweep`;
     setText(this.#note, busy ? perSweep : "idle");
     this.#draw();
   }
 
   /** How much of a sweep the disk needs at the least: all of the meter, where the disk is the limit. */
-  #tellLimit(sweepS) {
+  #tellLimit(sweepS, hasExperts) {
     const source = this.#isMeasured ? "as measured here" : "estimated";
     if (this.#diskS === 0) {
       this.#share.style.width = "0";
-      setText(this.#limit, "Nothing is read from disk: all weights are in memory.");
+      const nothing = "Nothing is read from disk: all weights are in memory.";
+      setText(this.#limit, hasExperts ? "Only experts that are not in memory are read from disk." : nothing);
       return;
     }
-    const limit = `The disk's limit: ${duration(this.#diskS).join(" ")}, ${source}`;
+    const limit = `The disk's limit${hasExperts ? " without experts" : ""}: ${duration(this.#diskS).join(" ")}, ${source}`;
     if (sweepS == null) {
       setText(this.#limit, limit);
       return;
@@ -87,6 +94,14 @@ export class Speed {
     const share = this.#diskS / sweepS;
     this.#share.style.width = `${100 * Math.min(1, share)}%`;
     setText(this.#limit, `${limit} (${percent(share)})`);
+  }
+
+  /** How many of the experts that sweeps asked for were in memory; and of how many they are. */
+  #tellExperts({ in_memory: inMemory, total }, hitRate) {
+    this.#experts.node.hidden = total === 0;
+    setText(this.#experts.value, hitRate == null ? "–" : percent(hitRate));
+    this.#expertShare.style.width = `${100 * (hitRate ?? 0)}%`;
+    setText(this.#expertNote, `${integer(inMemory)} of ${counted(total, "expert")} are in memory now.`);
   }
 
   #draw() {
