@@ -21,6 +21,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import anyio
 import numpy as np
@@ -186,10 +187,12 @@ def _hit_rate(routes: Routes, policy: str | float, number: int, size: float) -> 
     unions = _unions(routes, number)
     cache = _cache(routes, policy, size, unions)
     num_warmup = int(_WARMUP * len(unions))
-    for visit, union in enumerate(unions):
-        if visit == num_warmup:
-            hits, misses = -cache.statistics.num_hits, -cache.statistics.num_misses
-        _visit(cache, union)
+    kept = expert_cache.USE_KEPT if isinstance(policy, str) else policy
+    with patch.object(expert_cache, "USE_KEPT", kept):
+        for visit, union in enumerate(unions):
+            if visit == num_warmup:
+                hits, misses = -cache.statistics.num_hits, -cache.statistics.num_misses
+            _visit(cache, union)
     hits, misses = hits + cache.statistics.num_hits, misses + cache.statistics.num_misses
     return hits / (hits + misses)
 
@@ -212,7 +215,6 @@ def _cache(routes: Routes, policy: str | float, size: float, unions: Sequence[li
     memory = MemoryGovernor(round(size * routes.num_experts * len(layers)) * _SLOT_BYTES)
     if isinstance(policy, str):
         return _OTHERS[policy](layers, memory, unions)
-    expert_cache._USE_KEPT = policy
     return ExpertCache(layers, memory)
 
 
@@ -248,7 +250,7 @@ def _free(cache: ExpertCache, expert: Stage) -> None:
 
 async def _useful_guesses(routes: Routes, guesses: Guesses, extra: int) -> Record:
     """Of one session: which share of the guessed experts that are not in memory is right, and what share of misses."""
-    cache = _cache(routes, 0.9, _GUESSES_AT, ())
+    cache = _cache(routes, expert_cache.USE_KEPT, _GUESSES_AT, ())
     num_layers, num_chosen = routes.chosen.shape[2:]
     num_right, num_wrong, num_missed = 0, 0, 0
     for token in range(routes.chosen.shape[1]):

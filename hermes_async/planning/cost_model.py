@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from hermes_async.pipeload.expert_cache import MOST_AHEAD
+from hermes_async.pipeload.expert_policy import MOST_AHEAD
 from hermes_async.planning.expert_use import ExpertSizes, all_expert_bytes
 from hermes_async.planning.machine_speeds import interpolate, read_curve
 from hermes_async.planning.plan import Plan

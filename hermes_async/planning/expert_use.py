@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from hermes_async.pipeload.expert_cache import NEARLY_ALL, USE_KEPT, slot_sizes
+from hermes_async.pipeload.expert_policy import NEARLY_ALL, USE_KEPT, slot_sizes
 
 if TYPE_CHECKING:
     from hermes_async.pipeload.stage import StageLayout

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hermes_async.errors import ReadError
-from hermes_async.pipeload.expert_cache import ExpertCache, slot_sizes
+from hermes_async.pipeload.expert_cache import ExpertCache
+from hermes_async.pipeload.expert_policy import slot_sizes
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageLayout, StageState
 from hermes_async.storage.tensor_spec import TensorSpec
