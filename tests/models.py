@@ -159,3 +159,12 @@ class TinyMixture(BareModel):
         opened = open_model(self.path, 1 << 26, self.config)
         opened.close()
         return opened.plan.minimum_budget
+
+
+def mixture_config() -> Qwen3MoeConfig:
+    """Of a small mixture: two layers of 16 experts, 4 of which compute each token."""
+    return Qwen3MoeConfig(
+        vocab_size=300, bos_token_id=1, eos_token_id=2, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
+        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=16,
+        num_experts_per_tok=4, max_position_embeddings=128,
+    )  # fmt: skip

@@ -6,21 +6,16 @@ import json
 from typing import Any
 
 import pytest
-from transformers import Qwen3MoeConfig
 from typer.testing import CliRunner
 
 from hermes_async.cli import app
+from tests.models import mixture_config
 
 
 def test_a_plan_explains_what_is_read_of_experts(
     random_model: Any, save_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=300, bos_token_id=1, eos_token_id=2, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=16,
-        num_experts_per_tok=4, max_position_embeddings=128,
-    )  # fmt: skip
-    path = str(save_model(random_model(config)))
+    path = str(save_model(random_model(mixture_config())))
     monkeypatch.setenv("COLUMNS", "80")
 
     def told(*args: str) -> str:

@@ -9,13 +9,13 @@ from typing import Any
 
 import anyio
 import pytest
-from transformers import Qwen3MoeConfig
 
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, Plan
 from hermes_async.planning.expert_use import all_expert_bytes
 from hermes_async.storage.buffers import Buffer
 from tests.engines import check_nothing_is_left, greedy_params, one_loop
 from tests.inside import inside
+from tests.models import mixture_config
 
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=True)
@@ -45,12 +45,7 @@ def refuse(sizes: Sequence[int]) -> list[Buffer]:
 async def test_a_mixture_is_resized_while_it_generates(
     random_model: Any, save_model: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = Qwen3MoeConfig(
-        vocab_size=300, bos_token_id=1, eos_token_id=2, hidden_size=64, intermediate_size=64, moe_intermediate_size=64,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=16,
-        num_experts_per_tok=4, max_position_embeddings=128,
-    )  # fmt: skip
-    path, params = save_model(random_model(config)), replace(greedy_params(12), ignore_eos=True)
+    path, params = save_model(random_model(mixture_config())), replace(greedy_params(12), ignore_eos=True)
     async with Engine(path, memory_budget="16MiB", config=CONFIG) as engine:
         assert not engine.plan.reads_weights
         expected = [(await engine.complete(prompt, params)).token_ids for prompt in PROMPTS]
