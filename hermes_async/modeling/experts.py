@@ -44,6 +44,7 @@ class ExpertLayer:
         layouts: What each expert reads. Its parameters are named after its own stage, `"<module>.<expert>"`.
         encoded: The parameters of the layouts that are computed from stored tensors, by name.
         dtypes: That each projection is computed in, by its name in the module.
+        cast_bytes: Of the largest expert's parameters that are cast to the dtype they compute in.
         position: How many stages of the partition are entered before the experts.
     """
 
@@ -52,19 +53,8 @@ class ExpertLayer:
     layouts: tuple[StageLayout, ...]
     encoded: Mapping[str, EncodedParameter]
     dtypes: Mapping[str, torch.dtype]
+    cast_bytes: int
     position: int = 0
-
-    @property
-    def cast_bytes(self) -> int:
-        """Bytes of the largest expert's parameters that are cast to the dtype they compute in."""
-        return max(map(self._cast_bytes_of, self.layouts))
-
-    def _cast_bytes_of(self, layout: StageLayout) -> int:
-        nbytes = 0
-        for placement in layout.placements:
-            dtype = self.dtypes.get(placement.name.rpartition(".")[2], placement.dtype)
-            nbytes += math.prod(placement.shape) * dtype.itemsize if dtype != placement.dtype else 0
-        return nbytes
 
 
 def expert_layers(skeleton: Skeleton, probe: Probe) -> tuple[ExpertLayer, ...]:
@@ -111,7 +101,23 @@ def _layer(skeleton: Skeleton, path: str, names: Mapping[str, str]) -> ExpertLay
                 tensors.append((name, one[idx]))
         layouts.append(StageLayout.of(f"{path}.{idx}", tensors))
     dtypes = {leaf: skeleton.dtypes[name] for leaf, name in names.items()}
-    return ExpertLayer(path, tuple(names.values()), tuple(layouts), encoded, dtypes)
+    return ExpertLayer(
+        name=path,
+        parameters=tuple(names.values()),
+        layouts=tuple(layouts),
+        encoded=encoded,
+        dtypes=dtypes,
+        cast_bytes=max(_cast_bytes(layout, dtypes) for layout in layouts),
+    )
+
+
+def _cast_bytes(layout: StageLayout, dtypes: Mapping[str, torch.dtype]) -> int:
+    """Of an expert."""
+    nbytes = 0
+    for placement in layout.placements:
+        dtype = dtypes.get(placement.name.rpartition(".")[2], placement.dtype)
+        nbytes += math.prod(placement.shape) * dtype.itemsize if dtype != placement.dtype else 0
+    return nbytes
 
 
 class ExpertGate(Protocol):

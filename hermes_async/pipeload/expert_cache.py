@@ -221,7 +221,8 @@ class ExpertCache:
                     self._expected.popleft()
                     continue
                 can_go = self._is_ready & (self._num_asking == 0) & ~self._is_expected
-                victims = self._victims(idx, can_go & (self._likelihoods() <= self._likelihoods()[idx]))
+                likelihoods = self._likelihoods()
+                victims = self._victims(idx, can_go & (likelihoods <= likelihoods[idx]))
                 return None if victims is None else (self.experts[idx], self._gone(victims))
             return None
 

@@ -252,14 +252,10 @@ class StoredMatrix:
         """Each of the stacked matrices by itself; just this one if there is no stack."""
         if len(self.shape) == 2:
             return [self]
-        count = prod(self.shape[:-2])
+        divided = {part: spec.divided() for part, spec in self.parts.items()}
         return [
-            replace(
-                self,
-                shape=self.shape[-2:],
-                parts={part: _unstacked(spec, idx) for part, spec in self.parts.items()},
-            )
-            for idx in range(count)
+            replace(self, shape=self.shape[-2:], parts={part: specs[idx] for part, specs in divided.items()})
+            for idx in range(prod(self.shape[:-2]))
         ]
 
     @property
@@ -279,8 +275,3 @@ class StoredMatrix:
             first, last = self.encoding.part_rows(part, start), self.encoding.part_rows(part, stop)
             parts[part] = spec if first is None or last is None else spec.rows(first, min(last, spec.shape[0]))
         return StoredMatrix(self.encoding, (stop - start, self.shape[1]), parts)
-
-
-def _unstacked(spec: TensorSpec, idx: int) -> TensorSpec:
-    one = spec.rows(idx, idx + 1)
-    return replace(one, shape=one.shape[1:])
