@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hermes_async.quantization.processor_layout import ProcessorInt4
+
 _SHARD_BYTES = 1 << 30
 _BLOCK = 128  # rows and columns of an FP8 block
 _GROUP = 128  # columns of an int4 group
@@ -51,13 +53,13 @@ class Format:
     """A way in which the linear layers of a checkpoint are stored.
 
     Attributes:
-        settings: The configuration's `quantization_config`; None for bf16.
+        settings: The configuration's `quantization_config`, or what gives it; None for bf16.
         stored: From a weight's name without its ending, and its rows and columns, to its tensors; None for bf16.
         gguf: Of a GGUF file, its recipe.
     """
 
     name: str
-    settings: dict[str, Any] | None = None
+    settings: dict[str, Any] | Callable[[], dict[str, Any]] | None = None
     stored: Callable[[str, int, int, Noise], Tensors] | None = None
     gguf: str | None = None
 
@@ -73,6 +75,16 @@ def _int4(name: str, rows: int, columns: int, noise: Noise) -> Tensors:
         f"{name}.weight_packed": noise.tensor(rows * columns // 2).view(torch.int32).view(rows, columns // 8),
         f"{name}.weight_scale": torch.full((rows, columns // _GROUP), 0.005, dtype=torch.bfloat16),
         f"{name}.weight_shape": torch.tensor([rows, columns]),
+    }
+
+
+def _int4_machine(name: str, rows: int, columns: int, noise: Noise) -> Tensors:
+    chunk = ProcessorInt4.for_this_machine(_GROUP).block_rows(rows, columns)
+    scales = torch.zeros((rows // chunk, columns // _GROUP, chunk, 2), dtype=torch.bfloat16)
+    scales[..., 0] = 0.005
+    return {
+        f"{name}.weight_numbers": noise.tensor(rows * columns // 2).view(rows, columns // 2),
+        f"{name}.weight_scales": scales,
     }
 
 
@@ -94,6 +106,10 @@ def _compressed(layout: str, weights: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _machine_settings() -> dict[str, Any]:
+    return dict(ProcessorInt4.for_this_machine(_GROUP).settings(["lm_head"]))
+
+
 FORMATS = {
     one.name: one
     for one in (
@@ -113,6 +129,7 @@ FORMATS = {
             _compressed("pack-quantized", {"num_bits": 4, "strategy": "group", "group_size": _GROUP}),
             _int4,
         ),
+        Format("int4_machine", _machine_settings, _int4_machine),
         Format("int8", _compressed("int-quantized", {"num_bits": 8, "strategy": "channel"}), _int8),
         Format("q4_k_m", gguf="Q4_K_M"),
     )
@@ -178,6 +195,7 @@ def _write_shards(path: Path, tensors: Iterable[tuple[str, torch.Tensor]]) -> No
     (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def _add_settings(file: Path, settings: dict[str, Any] | None) -> None:
+def _add_settings(file: Path, settings: dict[str, Any] | Callable[[], dict[str, Any]] | None) -> None:
+    settings = settings() if callable(settings) else settings
     if settings is not None:
         file.write_text(json.dumps(json.loads(file.read_text()) | {"quantization_config": settings}))

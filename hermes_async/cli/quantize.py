@@ -41,6 +41,14 @@ def quantize(
             show_default=False,
         ),
     ] = None,
+    for_this_machine: Annotated[
+        bool,
+        typer.Option(
+            "--for-this-machine",
+            help="For int4: in the layout of this processor's kernel. It is several times as fast to compute, and only "
+            "this engine reads it, on processors of this kind.",
+        ),
+    ] = False,
     text: Annotated[
         Path | None,
         typer.Option(
@@ -74,7 +82,8 @@ def quantize(
         check_no_gguf(model)
         content = _read(text) if check and text is not None else None
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
-        written = _quantize(path, out, format_name, None if group is None else int(group))
+        group_size = None if group is None else int(group)
+        written = _quantize(path, out, format_name, group_size, for_this_machine=for_this_machine)
         if not json_output:
             _print_written(out, written)
         loss = None
@@ -89,12 +98,16 @@ def quantize(
             print("The loss was not measured: this is no causal language model.")
 
 
-def _quantize(path: Path, out: Path, format_name: str, group: int | None) -> QuantizedCheckpoint:
+def _quantize(
+    path: Path, out: Path, format_name: str, group: int | None, *, for_this_machine: bool
+) -> QuantizedCheckpoint:
     from hermes_async.conversion.quantizing import quantize as write_quantized
 
     try:
         with _progress("quantizing", format_bytes) as on_progress:
-            return write_quantized(path, out, format_name, group, on_progress=on_progress)
+            return write_quantized(
+                path, out, format_name, group, for_this_machine=for_this_machine, on_progress=on_progress
+            )
     except KeyboardInterrupt:
         print("hermes-async: the same command goes on from the last whole file", file=sys.stderr)
         raise

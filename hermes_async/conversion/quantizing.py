@@ -26,6 +26,7 @@ from hermes_async.conversion.output_folder import (
 from hermes_async.conversion.targets import LinearWeight, Targets, check_no_gguf, find_targets
 from hermes_async.errors import CheckpointError, ConfigError, ReadError, ShortReadError, UnsupportedModelError
 from hermes_async.modeling.transformers_api import tensor_order
+from hermes_async.quantization.processor_layout import ProcessorInt4
 from hermes_async.quantization.write import GROUP_SIZES, OutputFormat, PackedIntegers, RowScaledFp8
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.file_state import FileState
@@ -36,7 +37,6 @@ from hermes_async.storage.tensor_spec import TensorSpec
 SHARD_BYTES = 2**30
 _INDEX_NAME = "model.safetensors.index.json"
 _WEIGHT = "weight"
-_BLOCK_ELEMENTS = 1 << 18
 _COPIED_AT_ONCE = 16 * 2**20
 _MOST_THREADS = 8
 _VERSION = 1  # changes when the same settings give another output
@@ -107,7 +107,9 @@ class QuantizedCheckpoint:
     context_length: int | None
 
 
-def choose_format(name: str, group_size: int | None, columns: dict[str, int]) -> OutputFormat:
+def choose_format(
+    name: str, group_size: int | None, columns: dict[str, int], *, for_this_machine: bool = False
+) -> OutputFormat:
     """The format of this name, with groups that divide all matrices.
 
     Args:
@@ -115,10 +117,15 @@ def choose_format(name: str, group_size: int | None, columns: dict[str, int]) ->
         group_size: 32, 64, 128, or None: the largest of these that divides all matrices for int4, one scale a row for
             the others.
         columns: Of each matrix, by its name.
+        for_this_machine: In the layout of this processor's kernel; for int4.
 
     Raises:
-        ConfigError: There are no groups for this format, or they do not divide a matrix.
+        ConfigError: There are no groups or no layout for this format, or groups do not divide a matrix.
     """
+    if for_this_machine and name != "int4":
+        raise ConfigError(
+            f"--for-this-machine is for int4. {name} has no layout of its own: its bytes are read as fast as they are"
+        )
     if name == "fp8":
         if group_size is not None:
             raise ConfigError("fp8 has one scale a row; groups are for int4 and int8")
@@ -133,7 +140,9 @@ def choose_format(name: str, group_size: int | None, columns: dict[str, int]) ->
         raise ConfigError(
             f"groups of {size} do not divide the {columns[which]} columns of {which!r}; {works} would work"
         )
-    return PackedIntegers(4 if name == "int4" else 8, size)
+    return (
+        ProcessorInt4.for_this_machine(size) if for_this_machine else PackedIntegers(4 if name == "int4" else 8, size)
+    )
 
 
 def quantize(
@@ -142,6 +151,7 @@ def quantize(
     format_name: str,
     group_size: int | None = None,
     *,
+    for_this_machine: bool = False,
     shard_bytes: int = SHARD_BYTES,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizedCheckpoint:
@@ -151,12 +161,13 @@ def quantize(
 
     Args:
         out: A new or empty folder, or what an interrupted call with the same arguments left.
-        format_name, group_size: As `choose_format`.
+        format_name, group_size, for_this_machine: As `choose_format`.
         shard_bytes: Files get about this size. What was interrupted is continued from the last whole file.
         on_progress: Called after each block with the bytes of the source that are done, and all.
 
     Raises:
-        ConfigError: `out` is something else, the disk has too little space, or groups do not divide a matrix.
+        ConfigError: `out` is something else, the disk has too little space, or groups do not divide a matrix, or this
+            processor has no layout of its own.
         UnsupportedModelError: The model is quantized already, has no linear layers, or is not known.
         CheckpointError: The checkpoint cannot be opened, or a weight is infinite or no number.
         ReadError: It cannot be read.
@@ -171,7 +182,8 @@ def quantize(
     check_apart(checkpoint.path, out)
     targets = find_targets(checkpoint)
     columns = {weights[0].base.removesuffix("."): weights[0].columns for _, weights in sorted(targets.weights.items())}
-    chosen = choose_format(format_name, group_size, columns)
+    chosen = choose_format(format_name, group_size, columns, for_this_machine=for_this_machine)
+    targets = targets.only(chosen.takes)
     shards = _plan_shards(checkpoint, targets, chosen, shard_bytes)
     copied, left_out = other_files(checkpoint.path)
     names = [*(shard.name for shard in shards), *copied, "config.json", _INDEX_NAME]
@@ -310,7 +322,7 @@ def _write_quantized(writer: ShardWriter, item: _Item, weight: LinearWeight, wor
         return work.chosen.quantize(rows, work.scale_dtype)
 
     row_bytes = weight.columns * item.source.dtype.itemsize
-    blocks = _blocks(item, max(1, _BLOCK_ELEMENTS // weight.columns) * row_bytes)
+    blocks = _blocks(item, work.chosen.block_rows(weight.rows, weight.columns) * row_bytes)
     while together := list(islice(blocks, work.num_threads)):
         for parts in work.threads.map(quantized, together):
             for part, content in parts.items():

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -61,6 +61,16 @@ class Targets:
     dtype: torch.dtype
     generates: bool
     context_length: int | None
+
+    def only(self, takes: Callable[[int, int], bool]) -> Targets:
+        """The targets of which all matrices have a size that is taken, by their rows and columns."""
+        kept = {
+            name: weights
+            for name, weights in self.weights.items()
+            if all(takes(weight.rows, weight.columns) for weight in weights)
+        }
+        left = {weight.base.removesuffix(".") for name in self.weights.keys() - kept for weight in self.weights[name]}
+        return replace(self, weights=kept, ignored=tuple(sorted({*self.ignored, *left})))
 
 
 def check_not_quantized(checkpoint: Checkpoint) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from hermes_async.modeling.checkpoint_tensors import weight_bytes
 from hermes_async.modeling.experts import ExpertLayer
-from hermes_async.modeling.kernel_layouts import laying_out_bytes, layout_bytes
+from hermes_async.modeling.laying_out import laying_out_bytes, layout_bytes
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.row_tables import RowTable, row_tables
 from hermes_async.modeling.skeleton import Skeleton
@@ -202,7 +202,7 @@ class _Divider:
         """Adds blocks of equal size; each has its rows of the bias too, if there is one."""
         assert self.limit is not None
         num_rows, nbytes = linear.out_features, self._bytes_under(path)
-        step = self.encoded[f"{path}.weight"].row_step if f"{path}.weight" in self.encoded else 1
+        step = self.encoded[f"{path}.weight"].cut_step if f"{path}.weight" in self.encoded else 1
         num_steps = -(-num_rows // step)
         step_bytes = -(-nbytes // num_steps)
         num_blocks = min(num_steps, -(-nbytes // max(self.limit, step_bytes)))

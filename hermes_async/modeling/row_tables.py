@@ -115,7 +115,7 @@ def token_tables(skeleton: Skeleton, probe: Probe) -> tuple[RowTable, ...]:
 def _only_part(encoded: EncodedParameter) -> TensorSpec | None:
     """The stored tensor whose rows are those of the table; None if a row is not one piece of one tensor."""
     specs = [spec for _, spec in encoded.specs()]
-    by_row = encoded.divisible and encoded.row_step == 1 and len(specs) == 1
+    by_row = encoded.divisible and encoded.cut_step == 1 and len(specs) == 1
     return specs[0] if by_row and specs[0].shape[0] == encoded.shape[0] else None
 
 

@@ -17,8 +17,8 @@ from transformers import PreTrainedModel
 from hermes_async.modeling.attention import PackedAttention
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
 from hermes_async.modeling.experts import ExpertLayer, RoutedExperts
-from hermes_async.modeling.kernel_layouts import lay_out
 from hermes_async.modeling.kernels import without_one_dnn
+from hermes_async.modeling.laying_out import lay_out
 from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.row_tables import RowTable, row_taken

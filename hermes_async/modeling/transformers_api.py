@@ -284,41 +284,6 @@ def enable_one_dnn(enabled: bool) -> None:
         torch_c._set_mkldnn_enabled(enabled)
 
 
-# --- torch's kernels for weights of whole numbers ---
-
-
-def packed_for_int4(numbers: torch.Tensor) -> torch.Tensor:
-    """Numbers from 0 to 15, int32 [rows, columns], in the layout of `int4_product`: uint8 [rows, columns / 2].
-
-    The layout depends on the processor. It is of blocks of rows, each of which is packed by itself.
-    """
-    with needs("layout of 4-bit weights on CPUs"):
-        packed: torch.Tensor = torch.ops.aten._convert_weight_to_int4pack_for_cpu(numbers, 1)
-    return packed
-
-
-def int4_product(
-    inputs: torch.Tensor, packed: torch.Tensor, group: int, scales_and_zeros: torch.Tensor
-) -> torch.Tensor:
-    """The product of `inputs` [n, columns] with 4-bit weights, each `(number - 8) * scale + zero`: [n, rows].
-
-    Args:
-        packed: See `packed_for_int4`.
-        group: Columns that share a scale: 32, 64, 128 or 256.
-        scales_and_zeros: [groups, rows, 2], in the dtype of `inputs`.
-    """
-    with needs("product with 4-bit weights on CPUs"):
-        product: torch.Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, packed, group, scales_and_zeros)
-    return product
-
-
-def int8_product(inputs: torch.Tensor, numbers: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The product of `inputs` [n, columns] with 8-bit weights, int8 [rows, columns], and a scale for each row."""
-    with needs("product with 8-bit weights on CPUs"):
-        product: torch.Tensor = torch._weight_int8pack_mm(inputs, numbers, scales)
-    return product
-
-
 _overrides: Any = torch.overrides
 
 

@@ -31,6 +31,10 @@ class DerivedEncoding(Encoding):
     def row_step(self) -> int:
         return self.encoding.row_step
 
+    @property
+    def cut_step(self) -> int:
+        return self.encoding.cut_step
+
     def part_rows(self, part: str, rows: int) -> int | None:
         return self.encoding.part_rows(part, rows)
 

@@ -84,9 +84,9 @@ class EncodedParameter:
         return not self.whole and len(self.matrices) == 1 and self.matrices[0].divisible
 
     @property
-    def row_step(self) -> int:
-        """Blocks of rows begin at multiples of this."""
-        return max(matrix.encoding.row_step for matrix in self.matrices)
+    def cut_step(self) -> int:
+        """Blocks of rows that are read apart begin at multiples of this."""
+        return max(matrix.encoding.cut_step for matrix in self.matrices)
 
     @property
     def scratch_bytes(self) -> int:

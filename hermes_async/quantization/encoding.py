@@ -66,7 +66,7 @@ class Encoding(ABC):
         return 1
 
     def part_rows(self, part: str, rows: int) -> int | None:
-        """How many of a part's first dimension belong to the first `rows` rows, a multiple of `row_step`.
+        """How many of a part's first dimension belong to the first `rows` rows, a multiple of `cut_step`.
 
         None if all rows need the whole part. It is what allows a matrix to be divided into blocks of rows that are read
         apart from each other: see `divisible`.
@@ -77,6 +77,11 @@ class Encoding(ABC):
     def divisible(self) -> bool:
         """Whether blocks of rows can be read apart: every part has its own rows of each block, or is very small."""
         return False
+
+    @property
+    def cut_step(self) -> int:
+        """Blocks of rows that are read apart begin at multiples of this, which is a multiple of `row_step`."""
+        return self.row_step
 
     def is_scale(self, part: str) -> bool:
         """Whether a part has scales alone. They are checked when the checkpoint is opened.
@@ -266,7 +271,7 @@ class StoredMatrix:
 
     def can_give_rows(self, step: int) -> bool:
         """Whether `rows` can be cut at multiples of `step`."""
-        return self.divisible and step % self.encoding.row_step == 0
+        return self.divisible and step % self.encoding.cut_step == 0
 
     def rows(self, start: int, stop: int) -> StoredMatrix:
         """The matrix of the rows `start` to `stop` (exclusive), if it is `divisible`."""

@@ -19,6 +19,8 @@ from hermes_async.quantization.gptq import gptq_matrices
 from hermes_async.quantization.metal import metal_matrices
 from hermes_async.quantization.mxfp4 import mxfp4_matrices
 from hermes_async.quantization.nvfp4 import modelopt_matrices
+from hermes_async.quantization.processor_layout import METHOD as PROCESSOR_LAYOUT
+from hermes_async.quantization.processor_layout import processor_layout_matrices
 from hermes_async.quantization.torchao import torchao_matrices
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -32,6 +34,7 @@ _METHODS: dict[str, _Finder] = {
     "compressed-tensors": compressed_tensors_matrices,
     "fbgemm_fp8": fbgemm_matrices,
     "fp8": fp8_matrices,
+    PROCESSOR_LAYOUT: processor_layout_matrices,
     "gptq": gptq_matrices,
     "metal": metal_matrices,
     "modelopt": modelopt_matrices,

@@ -1,4 +1,4 @@
-"""Writes matrices as compressed-tensors stores them: what each becomes, and what `config.json` says of it.
+"""Writes matrices in fewer bits, as compressed-tensors stores them: what each becomes, and what `config.json` says.
 
 Source: the format of the compressed-tensors library, which transformers and vLLM read: `pack-quantized` for integers,
 `float-quantized` for FP8. Activations are not quantized.
@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from hermes_async.quantization.rounding import round_to_fp8, round_to_integers
 
 GROUP_SIZES = (32, 64, 128)
+_BLOCK_ELEMENTS = 1 << 18
 _INT32_BITS = 32
 
 
@@ -32,13 +33,14 @@ class PartLayout:
 class OutputFormat(ABC):
     """How the rows of a matrix are quantized. A value: one object serves all matrices of a model."""
 
-    name: str
-    """The name of the format in compressed-tensors."""
-
     @property
     @abstractmethod
     def title(self) -> str:
         """For people, such as "int4 in groups of 128"."""
+
+    def takes(self, rows: int, columns: int) -> bool:
+        """Whether matrices of this size can be stored so. Others stay as they are."""
+        return True
 
     @abstractmethod
     def parts(self, rows: int, columns: int, scale_dtype: torch.dtype) -> dict[str, PartLayout]:
@@ -48,12 +50,16 @@ class OutputFormat(ABC):
             ValueError: No matrix of this size can be stored so; the text says why.
         """
 
+    def block_rows(self, rows: int, columns: int) -> int:
+        """How many rows of a matrix `quantize` takes at once; at the end of the matrix they may be fewer."""
+        return max(1, _BLOCK_ELEMENTS // columns)
+
     @abstractmethod
     def quantize(self, rows: torch.Tensor, scale_dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        """The rows of each part that is not `whole`, from rows of the matrix.
+        """What each part that is not `whole` has for a block of rows.
 
         Args:
-            rows: [rows, columns], float32 and finite.
+            rows: [block rows, columns], float32 and finite.
         """
 
     def whole_parts(self, rows: int, columns: int) -> dict[str, torch.Tensor]:
@@ -61,15 +67,25 @@ class OutputFormat(ABC):
         return {}
 
     @abstractmethod
-    def weight_settings(self) -> dict[str, Any]:
-        """What the configuration says of the weights."""
-
     def settings(self, ignored: Sequence[str]) -> Mapping[str, Any]:
         """The `quantization_config` of `config.json`.
 
         Args:
             ignored: The linear layers that are left as they are.
         """
+
+
+class CompressedTensorsFormat(OutputFormat):
+    """A format of the compressed-tensors library."""
+
+    name: str
+    """The name that it has there."""
+
+    @abstractmethod
+    def weight_settings(self) -> dict[str, Any]:
+        """What the configuration says of the weights."""
+
+    def settings(self, ignored: Sequence[str]) -> Mapping[str, Any]:
         weights = {
             **self.weight_settings(),
             "symmetric": True,
@@ -97,7 +113,7 @@ class OutputFormat(ABC):
 
 
 @dataclass(frozen=True)
-class PackedIntegers(OutputFormat):
+class PackedIntegers(CompressedTensorsFormat):
     """Integers of 4 or 8 bits, packed into int32, and a scale for each group of a row.
 
     Column `c` of a row lies in bits `num_bits * (c % n)` and up of the int32 number `c // n`, where `n` integers fit
@@ -147,7 +163,7 @@ class PackedIntegers(OutputFormat):
 
 
 @dataclass(frozen=True)
-class RowScaledFp8(OutputFormat):
+class RowScaledFp8(CompressedTensorsFormat):
     """Numbers in e4m3, and a scale for each row."""
 
     name = "float-quantized"

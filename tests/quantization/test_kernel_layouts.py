@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -12,16 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hermes_async import Engine, EngineConfig, SamplingParams
-from hermes_async.modeling import kernel_layouts
-from hermes_async.modeling.kernel_layouts import Int4Layout, Int8Layout, lay_out, layout_bytes
+from hermes_async.modeling.laying_out import lay_out, layout_bytes
 from hermes_async.modeling.partition import Partition
-from hermes_async.modeling.transformers_api import int4_product
 from hermes_async.quantization.awq import AwqEncoding
 from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight
 from hermes_async.quantization.encoding import Encoding, StoredMatrix
 from hermes_async.quantization.gguf_blocks import GgufEncoding
 from hermes_async.quantization.gptq import GptqEncoding
+from hermes_async.quantization.kernel_layouts import Int4Layout, Int8Layout
 from hermes_async.quantization.packed_integers import PackedEncoding
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
 from hermes_async.storage.tensor_spec import TensorSpec
@@ -163,13 +161,13 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 async def test_an_engine_lays_out_weights_that_stay_only_if_asked_to(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    products = []
+    products, product = [], Int4Layout.product
 
-    def counted(*args: Any) -> torch.Tensor:
-        products.append(len(args[0]))
-        return int4_product(*args)
+    def counted(layout: Int4Layout, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
+        products.append(len(inputs))
+        return product(layout, parts, inputs)
 
-    monkeypatch.setattr(kernel_layouts, "int4_product", counted)
+    monkeypatch.setattr(Int4Layout, "product", counted)
     prompt, params = [5, 9, 2, 33], SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)
     input_ids = torch.tensor([[7]])
     async with Engine(checkpoint, memory_budget="64MiB") as engine:

@@ -10,98 +10,23 @@ model's dtype first. So their results differ in rounding, and they are used only
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from functools import cache
+from dataclasses import replace
 from math import lcm
 
 import torch
 
-from hermes_async.modeling.transformers_api import int4_product, int8_product, packed_for_int4
 from hermes_async.quantization.encoded_weight import SEPARATOR, EncodedParameter, PartOf
-from hermes_async.quantization.encoding import Encoding, IntegerRows, Parts, StoredMatrix
+from hermes_async.quantization.encoding import IntegerRows, Parts, StoredMatrix
+from hermes_async.quantization.kernel_layouts import (
+    INT4_GROUPS,
+    Int4Layout,
+    Int8Layout,
+    has_int8_kernel,
+    int4_block,
+    packed_for_int4,
+)
 
-_INT4_GROUPS = (256, 128, 64, 32)  # that the kernel takes
-_INT4_BLOCKS = (64, 32)  # rows that are packed together, on processors with AVX-512 and with AVX2
-_INT4_INPUTS = 64  # of more, blocks are dequantized: their products use the matrix instructions of the processor
-_INT8_INPUTS = 24
 _BLOCK_ELEMENTS = 1 << 18  # laid out at once
-
-
-@dataclass(frozen=True)
-class Int4Layout(Encoding):
-    """Numbers from 0 to 15 as torch's kernel for them takes them. A weight is `(number - 8) * scale + zero`.
-
-    Attributes:
-        group: Columns that share a scale and a zero.
-        symmetric: All zeros are 0.
-        block: Rows that are packed together: for each column one byte for each two rows, of which the first is in the
-            first half of the block.
-    """
-
-    group: int
-    symmetric: bool
-    block: int
-
-    @property
-    def name(self) -> str:
-        return "int4 in the kernel's layout"
-
-    def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
-        return {"numbers": (rows, columns // 2), "scales": (columns // self.group, rows, 2)}
-
-    def product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
-        if len(inputs) > _INT4_INPUTS or inputs.dtype != parts["scales"].dtype:
-            return None
-        return int4_product(inputs, parts["numbers"], self.group, parts["scales"])
-
-    def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        columns, half = out.shape[1], self.block // 2
-        packed = parts["numbers"].view(-1, columns, half)[start // self.block : stop // self.block]
-        octets = torch.empty((len(packed), half, columns), dtype=torch.uint8)
-        for of_block, own in zip(packed, octets, strict=True):
-            own.copy_(of_block.t())  # of two dimensions and one dtype, which torch does fast
-        values = torch.empty(out.shape, dtype=torch.float32)
-        blocks = values.view(-1, 2, half, columns)
-        blocks[:, 0] = octets & 15
-        blocks[:, 1] = octets >> 4
-        scales, zeros = parts["scales"][:, start:stop].float().permute(2, 1, 0).unsqueeze(-1)
-        groups = values.view(len(out), -1, self.group)
-        groups.sub_(8).mul_(scales)
-        if not self.symmetric:
-            groups.add_(zeros)
-        out.copy_(values)
-
-    @property
-    def row_step(self) -> int:
-        return self.block
-
-    def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns * 5 + rows * columns // self.group * 8
-
-
-@dataclass(frozen=True)
-class Int8Layout(Encoding):
-    """Numbers from -128 to 127, and a scale for each row."""
-
-    @property
-    def name(self) -> str:
-        return "int8 in the kernel's layout"
-
-    def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
-        return {"numbers": (rows, columns), "scales": (rows,)}
-
-    def product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
-        if len(inputs) > _INT8_INPUTS or inputs.dtype != parts["scales"].dtype:
-            return None
-        return int8_product(inputs, parts["numbers"], parts["scales"])
-
-    def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        values = parts["numbers"][start:stop].float()
-        out.copy_(values.mul_(parts["scales"][start:stop, None].float()))
-
-    def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns * 4
 
 
 def layout_bytes(encoded: EncodedParameter) -> int:
@@ -155,27 +80,12 @@ def _layout_of(matrix: StoredMatrix) -> Int4Layout | Int8Layout | None:
     if groups is None:
         return None
     if groups.bits == 8:
-        return Int8Layout() if groups.group == columns and groups.symmetric else None
-    block = _int4_block()
-    group = next((one for one in _INT4_GROUPS if groups.group % one == 0), None)
+        return Int8Layout() if groups.group == columns and groups.symmetric and has_int8_kernel() else None
+    block = int4_block()
+    group = next((one for one in INT4_GROUPS if groups.group % one == 0), None)
     if groups.bits != 4 or block is None or group is None or rows % block:
         return None
-    return Int4Layout(group, groups.symmetric, block)
-
-
-@cache
-def _int4_block() -> int | None:
-    """The rows that this processor's layout packs together; None if the layout is not one that is known."""
-    columns = 2
-    for block in _INT4_BLOCKS:
-        numbers = (torch.arange(2 * block * columns, dtype=torch.int32) * 7 % 16).view(2 * block, columns)
-        layout = Int4Layout(columns, symmetric=True, block=block)
-        parts = {"numbers": packed_for_int4(numbers), "scales": torch.ones(1, 2 * block, 2)}
-        values = torch.empty(2 * block, columns)
-        layout.dequantize(parts, 0, 2 * block, values)
-        if torch.equal(values, numbers - 8.0):
-            return block
-    return None
+    return Int4Layout(group, groups.symmetric, block, chunk=rows)
 
 
 def _added_bytes(matrix: StoredMatrix, dtype: torch.dtype) -> int:
@@ -198,8 +108,8 @@ def _laid_out(
         stop = min(rows, start + block_rows)
         block = matrix.encoding.integer_rows(parts, start, stop)
         if isinstance(layout, Int4Layout):
-            numbers[start:stop] = packed_for_int4(block.numbers.int())
-            scales[:, start:stop] = _scales_and_zeros(block, columns // layout.group)
+            numbers[start:stop] = packed_for_int4(block.numbers)
+            scales[0, :, start:stop] = _scales_and_zeros(block, columns // layout.group)
         else:
             numbers[start:stop] = block.numbers
             scales[start:stop] = block.scales.view(-1)
