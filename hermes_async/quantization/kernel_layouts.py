@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from hermes_async.quantization.encoding import Encoding, Parts
+from hermes_async.quantization.packed_integers import scale_whole, whole_numbers_for
 
 INT4_GROUPS = (256, 128, 64, 32)
 """The groups of columns that the kernel for 4 bits takes."""
@@ -24,6 +25,7 @@ INT4_BLOCKS: Mapping[int, str] = {64: "AVX-512", 32: "AVX2"}
 """The rows that its layout packs together, and the instructions of processors that do so."""
 _INT4_INPUTS = 64  # of more, blocks are dequantized: their products use the matrix instructions of the processor
 _INT8_INPUTS = 24
+_MIDDLE = 8
 
 _aten: Any = torch.ops.aten
 
@@ -85,20 +87,30 @@ class Int4Layout(Encoding):
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
         columns, half = out.shape[1], self.block // 2
         packed = parts["numbers"].view(-1, columns, half)[start // self.block : stop // self.block]
-        octets = torch.empty((len(packed), half, columns), dtype=torch.uint8)
-        for of_block, own in zip(packed, octets, strict=True):
-            own.copy_(of_block.t())  # of two dimensions and one dtype, which torch does fast
-        values = torch.empty(out.shape, dtype=torch.float32)
-        blocks = values.view(-1, 2, half, columns)
-        blocks[:, 0] = octets & 15
-        blocks[:, 1] = octets >> 4
         chunks = parts["scales"][start // self.chunk : -(-stop // self.chunk)]
-        by_row = chunks.transpose(1, 2).reshape(-1, chunks.shape[1], 2)[start % self.chunk :][: len(out)].float()
-        groups = values.view(len(out), -1, self.group)
-        groups.sub_(8).mul_(by_row[..., :1])
-        if not self.symmetric:
-            groups.add_(by_row[..., 1:])
-        out.copy_(values)
+        both = chunks.transpose(1, 2).reshape(-1, chunks.shape[1], 2)[start % self.chunk :][: len(out)]
+        scales, zeros = both[..., 0], both[..., 1]
+        whole = whole_numbers_for(scales, out) if self.symmetric else None
+        lanes = torch.empty(
+            (half // 2, columns), dtype=torch.int16
+        )  # each has the bytes of two rows next to each other
+        own = torch.empty((self.block, columns), dtype=torch.int16)
+        for idx, of_block in enumerate(packed):
+            lanes.copy_(of_block.view(torch.int16).t())  # of two dimensions and one dtype, which torch does fast
+            rows = slice(idx * self.block, (idx + 1) * self.block)
+            numbers = own if whole is None else out[rows].view(torch.int16)
+            by_lane = numbers.view(2, half // 2, 2, columns)
+            for shift in (0, 4, 8, 12):
+                torch.bitwise_and(lanes >> shift, 15, out=by_lane[shift // 4 % 2, :, shift // 8])
+            if whole is not None:
+                numbers |= whole.bits
+                scale_whole(out[rows], whole, _MIDDLE, scales[rows])
+            else:
+                values = numbers.float().view(self.block, -1, self.group)
+                values.sub_(_MIDDLE).mul_(scales[rows, :, None].float())
+                if not self.symmetric:
+                    values.add_(zeros[rows, :, None].float())
+                out[rows] = values.view(self.block, columns)
 
     @property
     def row_step(self) -> int:
@@ -116,7 +128,7 @@ class Int4Layout(Encoding):
         return True
 
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
-        return rows * columns * 5 + (rows + self.chunk) * (columns // self.group) * 16
+        return self.block * columns * 10 + (rows + self.chunk) * (columns // self.group) * 16
 
     def may_be_zero(self, part: str) -> bool:
         return True  # the zeros beside the scales
