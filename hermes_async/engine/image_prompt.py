@@ -59,6 +59,22 @@ def image_token_id(skeleton: Skeleton) -> int | None:
     return token_id if isinstance(token_id, int) and takes_images(skeleton) else None
 
 
+def _placeholders(skeleton: Skeleton, *, images: bool) -> dict[int, str]:
+    """Tokens in whose place a model puts what is no text, with what that is, for a prompt that has none of it.
+
+    Args:
+        images: Whether images count.
+    """
+    if not takes_images(skeleton):
+        return {}
+    named = {"video_token_id": "a video", "audio_token_id": "audio"}
+    found = {getattr(skeleton.model.config, name, None): what for name, what in named.items()}
+    found.pop(image_token_id(skeleton), None)  # some models have one token for images and videos
+    if images:
+        found[image_token_id(skeleton)] = "an image"
+    return {token_id: what for token_id, what in found.items() if isinstance(token_id, int)}
+
+
 def example_with_image(opened: PreparesImages) -> EncodedPrompt:
     """A prompt with one image, to try a model with.
 
@@ -71,19 +87,23 @@ def example_with_image(opened: PreparesImages) -> EncodedPrompt:
 
 
 def check_images(opened: OpenedModel, prompt: EncodedPrompt) -> None:
-    """Checks whether the engine can compute a prompt with images, and that one without has no placeholder of one.
+    """Checks whether the engine can compute a prompt with images, and that it has no other placeholders.
 
     Raises:
         RequestError: It cannot, or there is one.
         MemoryBudgetError: The activations may take more memory than the plan's workspace.
     """
+    placeholders = _placeholders(opened.skeleton, images=not prompt.model_inputs)
+    token_id = next((token_id for token_id in prompt.token_ids if token_id in placeholders), None)
+    if token_id is not None:
+        what = placeholders[token_id]
+        instead = (
+            "images as parts of chat messages" if what == "an image" else "text and images: the engine takes these"
+        )
+        raise RequestError(
+            f"the prompt has the token {token_id}, a placeholder for {what}, without {what}; give {instead}"
+        )
     if not prompt.model_inputs:
-        token_id = image_token_id(opened.skeleton)
-        if token_id in prompt.token_ids:
-            raise RequestError(
-                f"the prompt has the token {token_id}, a placeholder for an image, and no image; give "
-                "images as parts of chat messages"
-            )
         return
     if opened.probe.images is None:
         raise RequestError(f"this engine takes no images: {opened.images_refusal}")

@@ -7,6 +7,7 @@ import io
 import struct
 import zlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,8 +267,27 @@ def test_a_text_may_have_no_placeholder(made: Any) -> None:
     with pytest.raises(RequestError, match="2 image placeholders"):
         encode(opened, [message(f"a {piece}", picture(0))])
     for prompt in (f"a {piece}", [5, image_id], [message(f"a {piece}")]):
-        with pytest.raises(RequestError, match=f"has the token {image_id}, a placeholder for an image, and no image"):
+        with pytest.raises(
+            RequestError, match=f"has the token {image_id}, a placeholder for an image, without an image"
+        ):
             prepare(opened, encode(opened, prompt), SamplingParams(), prompt_lookup=False, prior=AcceptanceRates())
+
+
+def test_a_prompt_may_have_no_placeholder_for_a_video(opened: OpenedModel) -> None:
+    config = opened.skeleton.model.config
+    before = getattr(config, "video_token_id", None)
+    params, prior = SamplingParams(), AcceptanceRates()
+    try:
+        config.video_token_id = 7
+        for prompt in ([5, 7], [message("a", picture(0))]):
+            encoded = encode(opened, prompt)
+            encoded = replace(encoded, token_ids=[*encoded.token_ids, 7])
+            with pytest.raises(RequestError, match="has the token 7, a placeholder for a video, without a video"):
+                prepare(opened, encoded, params, prompt_lookup=False, prior=prior)
+        config.video_token_id = config.image_token_id  # as some models have it
+        prepare(opened, encode(opened, [message("a", picture(0))]), params, prompt_lookup=False, prior=prior)
+    finally:
+        config.video_token_id = before
 
 
 def test_a_template_that_leaves_an_image_out(opened: OpenedModel) -> None:
