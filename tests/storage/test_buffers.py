@@ -61,24 +61,8 @@ def test_buffers_side_by_side_do_not_overlap(sizes: list[int]) -> None:
     assert [second - first for first, second in pairwise(starts)] == [align_up(size) for size in sizes[:-1]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("nbytes", [1, 4097, 3 * 2**20 + 1])
-def test_a_pinned_buffer_is_page_locked_and_copied_to_the_device_as_it_is(nbytes: int) -> None:
-    buffers = [Buffer(nbytes, pinned=True), *Buffer.side_by_side([nbytes] * 2, pinned=True)]
-    for idx, buffer in enumerate(buffers):
-        tensor = buffer.tensor(0, torch.uint8, (buffer.nbytes,))
-        assert buffer.nbytes == len(buffer.view) == align_up(nbytes)
-        assert tensor.data_ptr() % ALIGNMENT == 0
-        assert tensor.is_pinned()
-        tensor.random_(generator=torch.Generator().manual_seed(idx))
-    copies = [buffer.tensor(0, torch.uint8, (nbytes,)).to("cuda", non_blocking=True) for buffer in buffers]
-    torch.cuda.synchronize()
-    assert [bytes(copy.cpu().numpy()) for copy in copies] == [bytes(buffer.view[:nbytes]) for buffer in buffers]
-
-
 def _mapped_addresses(buffer: Buffer) -> tuple[int, int]:
     """Of all the memory that it is a part of."""
-    assert buffer._within is not None
     mapped = torch.frombuffer(buffer._within[0]._map, dtype=torch.uint8)
     return mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
 
