@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,8 @@ import anyio
 import pytest
 import torch
 
-from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferPool, align_down, align_up
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferLock, BufferPool, align_down, align_up
+from hermes_async.storage.locked_pages import can_lock, has_locked_pages, lock_limit
 
 pytestmark = pytest.mark.anyio
 
@@ -144,3 +146,56 @@ async def test_close_frees_what_is_there() -> None:
     pool.close()
     assert pool.statistics().num_free == 0
     assert out.view[0] == 1
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_locked_buffer_takes_no_memory_before_its_first_use_and_gives_it_back() -> None:
+    nbytes, before = 3 * 2**20, _locked_bytes()
+    first, second = Buffer.side_by_side([nbytes] * 2)
+    start, end = _mapped_addresses(first)
+    for _ in range(2):
+        first.lock()
+    assert _locked_bytes() == before + nbytes
+    assert _resident_bytes(start, end) == 0
+    for buffer in (first, second):
+        buffer.tensor(0, torch.uint8, (nbytes,)).fill_(1)
+    first.close()
+    assert _locked_bytes() == before
+    assert _resident_bytes(start, end) == nbytes
+    second.lock()
+    second.unlock()
+    assert (_locked_bytes(), set(bytes(second.view))) == (before, {1})
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_lock_holds_all_buffers_or_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    before, lock = _locked_bytes(), BufferLock(is_on=True)
+    kept = Buffer.side_by_side([4096] * 3)
+    lock.add(kept)
+    lock.add([Buffer(4096)])  # nobody keeps it
+    assert (lock.is_on, _locked_bytes()) == (True, before + 3 * 4096)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("hermes_async.storage.buffers.lock_pages", refuse)
+    lock.add([Buffer(4096)])
+    assert (lock.is_on, _locked_bytes()) == (False, before)
+    assert "no longer locked" in caplog.text
+    monkeypatch.undo()
+    lock.add(kept)
+    assert _locked_bytes() == before
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_question_of_what_can_be_locked_leaves_nothing_locked() -> None:
+    before = _locked_bytes()
+    assert can_lock(4096)
+    assert not can_lock(1 << 62)
+    assert _locked_bytes() == before == lock_limit().locked
+
+
+def _locked_bytes() -> int:
+    """The kernel's count of this process."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmLck:"))
