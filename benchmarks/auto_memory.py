@@ -26,7 +26,6 @@ import json
 import random
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import AsyncExitStack, ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -38,6 +37,7 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.checkpoints import sparse_checkpoint
+from benchmarks.folders import temporary_folder
 from benchmarks.memory_group import line_of, memory_group
 from hermes_async import Engine, SamplingParams
 from hermes_async.memory.available import OVERHEAD_BYTES
@@ -131,12 +131,13 @@ def _checkpoint(shape: str, size_mib: float, folder: Path | None) -> Iterator[st
 
 @contextmanager
 def _file(num_bytes: int, folder: Path | None) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile(prefix="hermes-benchmark-", dir=folder) as file:
-        for _ in range(num_bytes // MIB):
-            file.write(bytes(MIB))
-        file.flush()
-        subprocess.run(["sync", file.name], check=True)
-        yield file.name
+    with temporary_folder(folder) as made:
+        path = made / "read"
+        with path.open("wb") as file:
+            for _ in range(num_bytes // MIB):
+                file.write(bytes(MIB))
+        subprocess.run(["sync", path], check=True)
+        yield str(path)
 
 
 # --- one trial, from outside of its group ---

@@ -23,9 +23,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -88,7 +86,6 @@ def main() -> None:
     unknown = [name for name in names if name not in FORMATS or name == "bf16"]
     if unknown or args.tokens < 3:
         parser.error(f"unknown formats: {', '.join(unknown)}" if unknown else "three tokens are needed")
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
     preload("benchmarks.sessions", "benchmarks.quantized_checkpoints", "hermes_async.profiler.profiler")
     model = llama_config(int(args.size * 2**30), torch.bfloat16)
     with ExitStack() as exits:

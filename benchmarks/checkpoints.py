@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
+from benchmarks.folders import temporary_folder
 from hermes_async import format_bytes
 
 _SHARD_BYTES = 1 << 30
@@ -46,8 +46,7 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items() if name not in tied}
     num_bytes = sum(shape.numel() for shape in shapes.values()) * dtype.itemsize
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         free = shutil.disk_usage(path).free
         if free < 1.2 * num_bytes:
             raise SystemExit(f"{path} has {format_bytes(free)} free; the checkpoint takes {format_bytes(num_bytes)}")
@@ -55,8 +54,6 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path
         config.architectures = [type(model).__name__]
         config.save_pretrained(path)
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @contextmanager
@@ -73,16 +70,13 @@ def sparse_checkpoint(config: PreTrainedConfig, folder: Path | None = None) -> I
             header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         with (path / "model.safetensors").open("wb") as file:
             file.write(struct.pack("<Q", len(text)) + text)
             file.truncate(8 + len(text) + end)
         config.architectures = [type(model).__name__]
         config.save_pretrained(path)
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _write(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> None:

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from benchmarks.folders import undone_after_sigterm
 from hermes_async.storage.buffers import Buffer, align_down, align_up
 from hermes_async.storage.reader import ReadRange
 
@@ -84,12 +85,13 @@ def limited_disk(path: Path, bytes_per_second: int | None, process_id: int | Non
     except OSError as error:
         yield f"cgroup limits are not to be had: {error}"
         return
-    (group / "cgroup.procs").write_text(str(held))
-    try:
-        yield None
-    finally:
-        (home / "cgroup.procs").write_text(str(held))
-        group.rmdir()
+    with undone_after_sigterm():
+        (group / "cgroup.procs").write_text(str(held))
+        try:
+            yield None
+        finally:
+            (home / "cgroup.procs").write_text(str(held))
+            group.rmdir()
 
 
 def _block_device(path: Path) -> str:

@@ -12,7 +12,6 @@ import math
 import os
 import shutil
 import struct
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from typing import Any
 import torch
 from transformers import GptOssConfig, PreTrainedConfig, Qwen3MoeConfig
 
+from benchmarks.folders import temporary_folder
 from hermes_async import format_bytes
 
 FORMATS = ("bf16", "fp8", "mxfp4")
@@ -97,8 +97,7 @@ def mixture_checkpoint(name: str, config: PreTrainedConfig, folder: Path | None 
     """
     tensors = list(_tensors(name, config))
     total = sum(one.nbytes for one in tensors)
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         free = shutil.disk_usage(path).free
         if free < total + (2 << 30):
             raise SystemExit(f"{path} has {format_bytes(free)} free; the checkpoint takes {format_bytes(total)}")
@@ -108,8 +107,6 @@ def mixture_checkpoint(name: str, config: PreTrainedConfig, folder: Path | None 
         config.save_pretrained(path)
         _add_settings(path / "config.json", name)
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def set_routes(path: Path, zipf: float) -> None:

@@ -26,11 +26,9 @@ import argparse
 import json
 import os
 import shutil
-import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 import venv
 from collections.abc import Iterator, Sequence
@@ -46,6 +44,7 @@ from transformers import LlamaConfig
 from benchmarks.checkpoints import llama_config
 from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
+from benchmarks.folders import temporary_folder
 from benchmarks.gguf_files import RECIPES, write_gguf
 from benchmarks.memory_group import line_of, memory_group
 from benchmarks.processes import drop_page_cache, preload, run_alone
@@ -89,7 +88,6 @@ def main() -> None:
         raise SystemExit("files are written with the package gguf: pip install gguf")
     python = llama_cpp_environment(args.cache)
     shares, limits = [float(share) for share in args.shares.split(",")], [int(one) for one in args.limits.split(",")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that files are deleted
     preload("hermes_async.profiler.profiler")
     config = llama_config(int(args.size * 2**30), torch.bfloat16)
     files = []
@@ -156,12 +154,9 @@ def _tried(python: Path, folder: Path) -> int:
 @contextmanager
 def gguf_file(config: LlamaConfig, recipe: str, folder: Path | None) -> Iterator[Path]:
     """A file of `config` with random weights, which is deleted at the end."""
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         write_gguf(path / "model.gguf", config, recipe)
         yield path / "model.gguf"
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def report(recipe: str, path: Path, cases: Sequence[Record], asked: Record, rounds: int) -> Record:

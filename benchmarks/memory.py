@@ -14,8 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import signal
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -42,7 +40,6 @@ def main() -> None:
     parser.add_argument("--step", type=int, default=3, help="tokens from one prompt to the next (default 3)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoint")
     args = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the checkpoint is deleted
     config, lengths = llama_config(int(args.size * 2**30), torch.bfloat16), range(1, args.lengths + 1, args.step)
     # What making the checkpoint takes is not the engine's, so that runs in a process of its own.
     spawn = multiprocessing.get_context("spawn")

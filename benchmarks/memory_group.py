@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from benchmarks.folders import undone_after_sigterm
+
 _MOUNT = Path("/sys/fs/cgroup/memory")
 _SECONDS_BETWEEN_SAMPLES = 0.01
 
@@ -86,14 +88,15 @@ def memory_group(limit_bytes: int | None) -> Iterator[MemoryGroup]:
         path.mkdir()
     except OSError as error:
         raise SystemExit(f"a memory cgroup of version 1 cannot be made in {_MOUNT} ({error}); be root") from error
-    try:
-        group = MemoryGroup(path)
-        if limit_bytes is not None:
-            group.limit(limit_bytes)
-        yield group
-    finally:
-        (path / "memory.force_empty").write_text("0")
-        path.rmdir()
+    with undone_after_sigterm():
+        try:
+            group = MemoryGroup(path)
+            if limit_bytes is not None:
+                group.limit(limit_bytes)
+            yield group
+        finally:
+            (path / "memory.force_empty").write_text("0")
+            path.rmdir()
 
 
 def line_of(pipe: IO[str] | None) -> str:

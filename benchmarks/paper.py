@@ -31,9 +31,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +75,6 @@ def main() -> None:
         parser.error("a token's time is that between two: --new-tokens must be at least 2")
     if args.from_json is None:
         preload("benchmarks.paper_modes")
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
         results: Results = {}
         for name in names:
             with checkpoint(name, args.folder) as path:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import BertConfig, GPT2Config, GPTJConfig, PreTrainedConfig, PreTrainedModel, ViTConfig
 
+from benchmarks.folders import temporary_folder
 from hermes_async import format_bytes
 
 _SHARD_BYTES = 1 << 30
@@ -50,8 +50,7 @@ def checkpoint(name: str, folder: Path | None) -> Iterator[Path]:
     shapes = {key: value.shape for key, value in model.state_dict().items()}
     groups = [{key: shapes[key] for key in group} for group in layer_groups(model)]
     num_bytes = sum(shape.numel() for group in groups for shape in group.values()) * dtype.itemsize
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         free = shutil.disk_usage(path).free
         if free < 2.2 * num_bytes:
             raise SystemExit(f"{name}: {path} has {format_bytes(free)} free, less than twice {format_bytes(num_bytes)}")
@@ -60,8 +59,6 @@ def checkpoint(name: str, folder: Path | None) -> Iterator[Path]:
         config.dtype = dtype
         config.save_pretrained(path)
         yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def layer_groups(model: nn.Module) -> list[list[str]]:

@@ -16,10 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import statistics
-import sys
-import tempfile
 import time
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -33,6 +30,7 @@ import torch
 from benchmarks import paper_checkpoints
 from benchmarks.checkpoints import llama_config, random_checkpoint
 from benchmarks.disk import limited_disk
+from benchmarks.folders import temporary_folder
 from benchmarks.paper_modes import measure_disk, weight_bytes
 from benchmarks.processes import preload, run_alone
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams, format_bytes
@@ -71,11 +69,10 @@ def main() -> None:
     args = parser.parse_args()
     budgets = [float(share) for share in args.budgets.split(",")]
     sessions = [int(count) for count in args.sessions.split(",")]
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that checkpoints are deleted
     preload("benchmarks.paper_modes", "hermes_async.profiler.profiler")
     results = {}
-    with tempfile.TemporaryDirectory(prefix="hermes-benchmark-") as cache:
-        os.environ["XDG_CACHE_HOME"] = cache  # nothing that was measured before, and nothing is left
+    with temporary_folder() as cache:
+        os.environ["XDG_CACHE_HOME"] = str(cache)  # nothing that was measured before, and nothing is left
         for name in args.models.split(","):
             with _checkpoint(name, args.size, args.folder) as path:
                 results[name] = evaluate(name, path, budgets, sessions, args.limit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from typing import Any
 import anyio
 
 from benchmarks.disk import limited_disk
+from benchmarks.folders import temporary_folder
 from hermes_async import EngineConfig, format_bytes
 from hermes_async.planning.machine_speeds import without_noise
 from hermes_async.planning.profile_store import profile_file, save_profile
@@ -27,8 +27,8 @@ Record = dict[str, Any]
 @contextmanager
 def profile_store() -> Iterator[None]:
     """An empty store of profiles for this program and those that it starts. It is deleted at the end."""
-    with tempfile.TemporaryDirectory(prefix="hermes-benchmark-") as folder:
-        os.environ["XDG_CACHE_HOME"] = folder  # nothing that was measured before, and nothing is left
+    with temporary_folder() as folder:
+        os.environ["XDG_CACHE_HOME"] = str(folder)  # nothing that was measured before, and nothing is left
         yield
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from benchmarks.folders import temporary_folder
 from hermes_async.quantization.processor_layout import ProcessorInt4
 
 _SHARD_BYTES = 1 << 30
@@ -146,8 +145,7 @@ def quantized_checkpoint(chosen: Format, config: LlamaConfig, folder: Path | Non
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     tied = set(model.get_expanded_tied_weights_keys(all_submodels=True))
     shapes = {name: tuple(one.shape) for name, one in model.state_dict().items() if name not in tied}
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         if chosen.gguf:
             from benchmarks.gguf_files import write_gguf  # needs the package `gguf`
 
@@ -160,8 +158,6 @@ def quantized_checkpoint(chosen: Format, config: LlamaConfig, folder: Path | Non
             config.save_pretrained(path)
             _add_settings(path / "config.json", chosen.settings)
             yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _tensors(chosen: Format, shapes: dict[str, tuple[int, ...]]) -> Iterator[tuple[str, torch.Tensor]]:

@@ -17,11 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,6 +34,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from benchmarks.checkpoints import llama_config, random_checkpoint
 from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
+from benchmarks.folders import temporary_folder
 from benchmarks.soak import float32_copy
 from benchmarks.sweep import disk_seconds
 from hermes_async import Engine, EngineConfig, EngineStatistics, Plan, SamplingParams, format_bytes
@@ -556,12 +555,9 @@ def cycling_checkpoint(folder: Path | None) -> Iterator[tuple[Path, list[int]]]:
             layer.mlp.down_proj.weight.zero_()
         rows = model.model.embed_tokens.weight
         model.lm_head.weight[torch.tensor(cycle[1:] + cycle[:1])] = rows[torch.tensor(cycle)]
-    path = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as path:
         model.save_pretrained(path)
         yield path, cycle
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def copying_prompt(cycle: Sequence[int], runs: Iterable[int], length: int) -> list[int]:

@@ -21,7 +21,6 @@ import random
 import shutil
 import statistics
 import sys
-import tempfile
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
@@ -34,6 +33,7 @@ import anyio
 import torch
 from transformers import AutoModelForCausalLM
 
+from benchmarks.folders import temporary_folder
 from hermes_async import Chunk, DeadlineExceededError, Engine, EngineConfig, SamplingParams, Session, format_bytes
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.opening import OpenedModel, open_model
@@ -79,8 +79,8 @@ def main() -> None:
     parser.add_argument("--memory", default=None, help="budget (default: the least, and half of the weights)")
     parser.add_argument("--check", type=int, default=1000, help="requests to run again alone, at most (default 1000)")
     args = parser.parse_args()
-    with float32_copy(args.checkpoint) as path, tempfile.TemporaryDirectory(prefix="hermes-soak-") as folder:
-        result, failures = anyio.run(run, args, path, Path(folder), backend_options={"use_uvloop": True})
+    with float32_copy(args.checkpoint) as path, temporary_folder() as folder:
+        result, failures = anyio.run(run, args, path, folder, backend_options={"use_uvloop": True})
     print()
     for failure in failures[:_LINES]:
         print(f"FAILED: {failure}")
@@ -93,13 +93,10 @@ def main() -> None:
 @contextmanager
 def float32_copy(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """The checkpoint in float32, in a temporary directory in `folder` that is deleted at the end."""
-    copied = Path(tempfile.mkdtemp(prefix="hermes-benchmark-", dir=folder))
-    try:
+    with temporary_folder(folder) as copied:
         shutil.copytree(path, copied, ignore=shutil.ignore_patterns("*.safetensors*"), dirs_exist_ok=True)
         AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).save_pretrained(copied)
         yield copied
-    finally:
-        shutil.rmtree(copied, ignore_errors=True)
 
 
 async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[str, Any], list[str]]:

@@ -368,6 +368,9 @@ class EngineConfig:
         parking_dir: The directory for the KV of idle sessions; it should be on a disk. None takes /var/tmp, or the
             system's temporary directory.
         direct_io: Reads bypass the page cache where the file system allows it.
+        lock_memory: Locks weights and the ring's buffers in memory, so that no swap takes them (Linux only). "auto"
+            does so if the system allows it for all of them (`RLIMIT_MEMLOCK`, CAP_IPC_LOCK); the plan says if not. True
+            makes that an error. KV caches and the workspace are not locked.
         kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
             where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
             differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
@@ -397,6 +400,7 @@ class EngineConfig:
     prompt_lookup: bool = True
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
+    lock_memory: bool | Literal["auto"] = "auto"
     kernels: str = "default"
     dtype: str = "auto"
     batching: str = "auto"
@@ -429,6 +433,8 @@ class EngineConfig:
             raise ConfigError(f"batching must be 'auto', 'packed' or 'turns', not {self.batching!r}")
         if self.self_check not in ("require", "skip"):
             raise ConfigError(f"self_check must be 'require' or 'skip', not {self.self_check!r}")
+        if not isinstance(self.lock_memory, bool) and self.lock_memory != "auto":
+            raise ConfigError(f"lock_memory must be 'auto', True or False, not {self.lock_memory!r}")
         if self.parking_dir is not None and not isinstance(self.parking_dir, (str, os.PathLike)):
             raise ConfigError(f"parking_dir must be a path or None, not {self.parking_dir!r}")
         if self.kv_budget is not None:

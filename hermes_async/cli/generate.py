@@ -50,6 +50,7 @@ def generate(
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
     dtype: options.Dtype = "auto",
+    lock_memory: options.LockMemory = "auto",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
     log_level: options.LogLevel = None,
@@ -74,7 +75,12 @@ def generate(
             ignore_eos=ignore_eos,
         )
         config = options.engine_config(
-            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length, dtype=dtype
+            loading_agents,
+            max_resident_layers,
+            kernels=kernels,
+            dtype=dtype,
+            lock_memory=lock_memory,
+            context_length=context_length,
         )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from hermes_async.cli import logs
 from hermes_async.config import MODEL_FIELDS, EngineConfig, SamplingParams, format_sampling
+from hermes_async.errors import ConfigError
 
 Model = Annotated[
     str,
@@ -86,6 +87,14 @@ Dtype = Annotated[
     typer.Option(
         metavar="DTYPE",
         help="What the model computes in: float32, bfloat16, float16, or auto, which the checkpoint names.",
+    ),
+]
+LockMemory = Annotated[
+    str,
+    typer.Option(
+        metavar="WHICH",
+        help="Lock weights and buffers in memory, so that no swap takes them: on, off, or auto, if the system "
+        "allows it.",
     ),
 ]
 Trace = Annotated[
@@ -167,10 +176,18 @@ def engine_config(
     kv_budget: int | None = None,
     kernels: str = "default",
     dtype: str = "auto",
+    lock_memory: str = "auto",
     context_length: int | None = None,
     max_waiting: int | None = 1024,
 ) -> EngineConfig:
-    """The engine's options, from the command's."""
+    """The engine's options, from the command's.
+
+    Raises:
+        ConfigError: A value is out of its range; the message names it.
+    """
+    locks: dict[str, bool | Literal["auto"]] = {"on": True, "off": False, "auto": "auto"}
+    if lock_memory not in locks:
+        raise ConfigError(f"--lock-memory must be on, off or auto, not {lock_memory!r}")
     return EngineConfig(
         max_waiting=max_waiting,
         num_loading_agents=loading_agents,
@@ -178,5 +195,6 @@ def engine_config(
         kv_budget=kv_budget,
         kernels=kernels,
         dtype=dtype,
+        lock_memory=locks[lock_memory],
         context_length=context_length,
     )

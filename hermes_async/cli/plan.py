@@ -35,6 +35,7 @@ def plan(
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
     dtype: options.Dtype = "auto",
+    lock_memory: options.LockMemory = "auto",
     context_length: options.ContextLength = None,
     sweep: Annotated[
         bool, typer.Option("--sweep", help="Plan for many budgets, from the smallest that works; ignores --memory.")
@@ -53,7 +54,12 @@ def plan(
         raise typer.BadParameter("--plot needs --sweep")
     with errors_in_one_line():
         config = options.engine_config(
-            loading_agents, max_resident_layers, kernels=kernels, context_length=context_length, dtype=dtype
+            loading_agents,
+            max_resident_layers,
+            kernels=kernels,
+            dtype=dtype,
+            lock_memory=lock_memory,
+            context_length=context_length,
         )
         from hermes_async.engine.opening import open_model, plans_by_budget
         from hermes_async.storage.hub import without_weights

@@ -150,6 +150,7 @@ def serve(
     max_resident_layers: options.MaxResidentLayers = None,
     kernels: options.Kernels = "default",
     dtype: options.Dtype = "auto",
+    lock_memory: options.LockMemory = "auto",
     context_length: options.ContextLength = None,
     trace: options.Trace = None,
     log_level: options.LogLevel = "info",
@@ -187,6 +188,7 @@ def serve(
             max_resident_layers,
             kernels=kernels,
             dtype=dtype,
+            lock_memory=lock_memory,
             context_length=context_length,
             max_waiting=max_waiting,
         )

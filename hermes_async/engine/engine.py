@@ -82,7 +82,7 @@ class Engine(Transcribing):
     def plan(self) -> Plan:
         """How the budget is divided; `print` it."""
         with self._call():
-            return self._model().loaded.planned.plan
+            return self._model().loaded.plan
 
     @property
     def ready(self) -> bool:

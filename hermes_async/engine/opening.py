@@ -19,6 +19,7 @@ from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.memory.available import process_rss_bytes
 from hermes_async.memory.claims import Claim
 from hermes_async.memory.library_caches import bound_heap
+from hermes_async.memory.locking import locking
 from hermes_async.modeling.gguf_api import gguf_tokenizer
 from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.partition import Partition, partition
@@ -119,6 +120,9 @@ def open_model(
             own_kv_bytes = chosen.kv_bytes * planner.own_kv_bytes_per_token // planner.sizes.kv_bytes_per_token
             draft = replace(draft, kv_bytes=chosen.kv_bytes - own_kv_bytes)
             chosen = replace(chosen, kv_bytes=own_kv_bytes, kv_bytes_per_token=planner.own_kv_bytes_per_token)
+        lockable = chosen.lockable_bytes + (0 if draft is None else draft.weight_bytes)
+        lock = locking(config.lock_memory, lockable)
+        chosen = replace(chosen, locked_bytes=lockable if lock.is_on else 0, lock_refusal=lock.refusal)
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
@@ -238,16 +242,16 @@ def _open_draft(
             f"the draft model in {checkpoint.path} must have the model's tokenizer, but has a different one"
         )
     whole = partition(model.skeleton, model.probe)
-    weights = whole.base.slot_bytes + sum(stage.slot_bytes for stage in whole.stages) + whole.cast_bytes
     workspace = model.bounds().packed(tokens=_DRAFT_TOKENS, outputs=config.max_sequences, kv_bytes=0)
-    return PlannedDraft(
+    planned = PlannedDraft(
         skeleton=model.skeleton,
         attention=model.attention,
         probe=model.probe,
         partition=whole,
-        fixed_bytes=weights + workspace,
+        fixed_bytes=whole.cast_bytes + workspace,
         max_tokens=_DRAFT_TOKENS,
     )
+    return replace(planned, fixed_bytes=planned.fixed_bytes + planned.weight_bytes)
 
 
 # --- the budget and the plan ---

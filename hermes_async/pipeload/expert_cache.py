@@ -11,12 +11,10 @@ from itertools import accumulate, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from hermes_async.pipeload.expert_policy import MOST_AHEAD, NEARLY_ALL, USE_KEPT, slot_sizes
+from hermes_async.pipeload.expert_policy import MOST_AHEAD, NEARLY_ALL, NEW_BUFFERS, USE_KEPT, slot_sizes
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
-from hermes_async.storage.buffers import Buffer
-
-_NEW_BUFFERS = 16  # are made at once, so that neighbours share huge pages
+from hermes_async.storage.buffers import Buffer, BufferLock
 
 
 @dataclass(slots=True)
@@ -56,12 +54,16 @@ class ExpertCache:
     Args:
         layers: The experts of each layer, in the order in which the layers are computed.
         memory: Grants their places.
+        lock: Locks their memory; None locks nothing.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Stage]], memory: MemoryGovernor) -> None:
+    def __init__(
+        self, layers: Sequence[Sequence[Stage]], memory: MemoryGovernor, lock: BufferLock | None = None
+    ) -> None:
         self.layers = tuple(map(tuple, layers))
         self.experts = tuple(expert for layer in self.layers for expert in layer)
         self.memory = memory
+        self._buffer_lock = lock or BufferLock()
         self.statistics = ExpertStatistics()
         sizes = slot_sizes([[expert.layout.slot_bytes for expert in layer] for layer in self.layers])
         self._slot_bytes = [size for layer, size in zip(self.layers, sizes, strict=True) for _ in layer]
@@ -313,8 +315,11 @@ class ExpertCache:
             return self._free[nbytes].pop()
         self.close_free()  # so that no more memory has pages than is leased
         if not self._unused[nbytes]:
-            self._unused[nbytes] = Buffer.side_by_side([nbytes] * _NEW_BUFFERS)[::-1]
-        return self._unused[nbytes].pop()
+            self._unused[nbytes] = Buffer.side_by_side([nbytes] * NEW_BUFFERS)[::-1]
+            self._buffer_lock.add(self._unused[nbytes])  # all at once: a huge page is locked as a whole
+        buffer = self._unused[nbytes].pop()
+        self._buffer_lock.add([buffer])  # it may be one that was closed
+        return buffer
 
     def close_free(self) -> None:
         """Gives the memory of free buffers back to the system."""

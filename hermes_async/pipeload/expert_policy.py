@@ -14,6 +14,9 @@ NEARLY_ALL = 0.9
 MOST_AHEAD = 8
 """Experts that are read before a sweep asks for them, at most."""
 
+NEW_BUFFERS = 16
+"""Buffers for experts that are made at once, so that neighbours share huge pages."""
+
 _SIMILAR_SIZES = 1.02  # buffers may be larger than necessary by this factor, so that more experts share a size
 
 

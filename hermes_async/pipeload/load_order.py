@@ -9,7 +9,7 @@ import anyio
 
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
-from hermes_async.storage.buffers import Buffer
+from hermes_async.storage.buffers import Buffer, BufferLock
 
 
 class LoadOrder:
@@ -36,11 +36,13 @@ class LoadOrder:
     Args:
         stages: All stages, in the order they are expected to be computed in.
         ring: Grants the places of streamed stages.
+        lock: Locks the memory of resident stages; None locks nothing.
     """
 
-    def __init__(self, stages: Sequence[Stage], ring: MemoryGovernor) -> None:
+    def __init__(self, stages: Sequence[Stage], ring: MemoryGovernor, lock: BufferLock | None = None) -> None:
         self._stages = stages
         self._ring = ring
+        self._lock = lock or BufferLock()
         # All mutable state. `cycle` has the streamed stages as the model visits them, the optional ones too. `_groups`
         # are those that the running sweep asked for. `_next_load` is where the loading agents are in the cycle,
         # `_is_ahead` whether they are there for the next sweep, `_next_compute` where the running sweep is, and
@@ -223,6 +225,7 @@ class LoadOrder:
         missing = [stage for stage in self._stages if stage.resident and stage.state is StageState.EMPTY]
         new = [stage for stage in missing if stage not in self._missing]
         buffers = Buffer.side_by_side([stage.layout.slot_bytes for stage in new])
+        self._lock.add(buffers)
         known = self._missing | dict(zip(new, buffers, strict=True))
         self._missing = {stage: known.pop(stage) for stage in missing}
         for buffer in known.values():  # of stages that are no longer resident

@@ -23,7 +23,7 @@ from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.load_order import LoadOrder
 from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import AgentTrace, Trace
-from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.buffers import BufferLock, BufferPool
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.threads import DaemonExecutor
@@ -44,6 +44,7 @@ class Pipeline:
         ring: Grants the places of streamed stages; holds the loading agents back.
         experts: The experts of each layer, which are not among the stages; None if there are none.
         buffers: The memory of the ring: at least as many as the ring grants leases at once.
+        lock: Locks the memory of resident stages; None locks nothing.
         statistics: Added to by the readers.
         direct: Read past the page cache where possible.
         trace: Told of every load, wait, computation and free.
@@ -57,6 +58,7 @@ class Pipeline:
         num_loading_agents: int,
         ring: MemoryGovernor,
         buffers: BufferPool,
+        lock: BufferLock | None = None,
         experts: ExpertCache | None = None,
         statistics: ReadStatistics,
         direct: bool = True,
@@ -79,7 +81,7 @@ class Pipeline:
         self.failure: Exception | None = None
         self._trace = AgentTrace(trace)
         self._trace.note_experts({layer[0].name.rpartition(".")[0]: len(layer) for layer in self.experts.layers})
-        self.load_order = LoadOrder(self.stages, ring)
+        self.load_order = LoadOrder(self.stages, ring, lock)
         self._daemon_agent = DaemonAgent(buffers, self.experts, self._trace)
         self._inference_agent = InferenceAgent(self.load_order, self._daemon_agent, self.statistics, self._trace)
         self._loading_agents = LoadingAgents(

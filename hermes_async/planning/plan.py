@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hermes_async.config import format_bytes, format_count
+from hermes_async.pipeload.expert_policy import NEW_BUFFERS
 from hermes_async.planning.expert_use import (
     ExpertSizes,
     ExpertUse,
@@ -64,6 +65,9 @@ class Plan:
         num_experts_per_token: Experts of a layer that each token is routed to; 0 if that is not known.
         sessions_for_all_experts: The fewest sessions with which a sweep takes no longer if it reads all experts that
             are not in memory; None if there are no experts to read, or if `max_sequences` are too few.
+        locked_bytes: The most bytes that are locked in memory: resident weights, also those of a draft model, ring and
+            experts.
+        lock_refusal: Why nothing is locked; empty if something is, or if nobody asked for it.
         layout_bytes: The part of the workspace in which weights are laid out for kernels of whole numbers. 0 where all
             weights are used as they are stored.
     """
@@ -88,6 +92,8 @@ class Plan:
     kv_bytes_per_sequence: int = 0
     in_turns: bool = False
     layout_bytes: int = 0
+    locked_bytes: int = 0
+    lock_refusal: str = ""
     expert_bytes: int = 0
     expert_layers: tuple[ExpertSizes, ...] = ()
     num_experts_per_token: int = 0
@@ -130,6 +136,13 @@ class Plan:
     def fixed_bytes(self) -> int:
         """All memory of the plan but that for KV caches."""
         return self.resident_bytes + self.ring_bytes + self.expert_bytes + self.workspace_bytes
+
+    @property
+    def lockable_bytes(self) -> int:
+        """The most bytes of the buffers for weights. Buffers for experts are made some at once, of each size."""
+        made_ahead = (NEW_BUFFERS - 1) * sum({layer.slot_bytes for layer in self.expert_layers})
+        experts = self.expert_bytes + made_ahead if self.partition.experts else 0
+        return self.resident_bytes + self.ring_bytes + experts
 
     @property
     def streamed(self) -> tuple[StageLayout, ...]:
@@ -207,7 +220,7 @@ class Plan:
         names = (
             *("memory_budget", "minimum_budget", "weight_bytes", "resident_bytes", "num_loading_agents", "num_buffers"),
             *("slot_bytes", "ring_bytes", "expert_bytes", "bytes_per_sweep", "kv_bytes", "workspace_bytes"),
-            "layout_bytes",
+            *("layout_bytes", "locked_bytes"),
             *("max_tokens_per_sweep", "max_prompt_tokens", "max_sequences", "context_length"),
             "sessions_for_all_experts",
         )
@@ -247,11 +260,13 @@ class Plan:
             ("experts", self.expert_bytes, f"room for {self.cached_share:.0%} of {len(self.experts)} experts"),
             ("KV caches", self.kv_bytes, f"for all sequences together{each}"),
             ("workspace", self.workspace_bytes, f"up to {tokens} of {sequences} a sweep{alone}"),
+            ("locked", self.locked_bytes, self.lock_refusal or "at most, of weights and buffers; no swap takes these"),
             ("each sweep", self.bytes_per_sweep, each_sweep),
             ("and experts", expert_bytes, f"{of_sessions}, at a hit rate of {self.expert_hit_rate(1):.0%}"),
             *((group, nbytes, "more in a sweep that needs it") for group, nbytes in self.bytes_by_group.items()),
         ]
-        rows = [row for row in rows if row[1] or row[0] not in ("KV caches", "experts", "and experts")]
+        unless_empty = ("KV caches", "experts", "and experts", *(() if self.lock_refusal else ("locked",)))
+        rows = [row for row in rows if row[1] or row[0] not in unless_empty]
         width = max(10, *(len(name) for name, _, _ in rows))
         lines = [f"{name:{width}}  {format_bytes(size):>9}  {text}" for name, size, text in rows]
         return "\n".join([*lines, *(f"{'because':{width}}  {line}" for line in self.explanation)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import platform
 import resource
@@ -19,6 +20,7 @@ from hermes_async.errors import ConfigError
 from hermes_async.memory.available import automatic_budget, cgroup_limits, memory_counts
 from hermes_async.profiler import system
 from hermes_async.profiler.disk_check import DiskCheck, check_disk
+from hermes_async.storage.locked_pages import can_lock, has_locked_pages, lock_limit
 
 PACKAGE = "hermes_async"
 EXTRAS = {
@@ -315,14 +317,7 @@ def _measured(measured: DiskCheck) -> Iterator[Finding]:
 
 def limits() -> Iterator[Finding]:
     """Limits on locked memory and on open files."""
-    locked, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    unlimited = locked == resource.RLIM_INFINITY
-    yield Finding(
-        "locked memory",
-        "no limit" if unlimited else f"at most {format_bytes(locked)}",
-        "Any limit works: an engine locks no memory.",
-        values={"limit_bytes": None if unlimited else locked},
-    )
+    yield _locked_memory()
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = {"limit": None if soft == resource.RLIM_INFINITY else soft}
     found = "no limit" if most["limit"] is None else f"at most {soft}"
@@ -332,6 +327,26 @@ def limits() -> Iterator[Finding]:
         yield Finding("open files", found, advice, values=most)
     else:
         yield Finding("open files", found, "This is enough, also for a server with many connections.", values=most)
+
+
+def _locked_memory() -> Finding:
+    most = lock_limit().most
+    can_lock_more = most is not None and can_lock(most + mmap.PAGESIZE)
+    found = "no limit" if most is None else f"at most {format_bytes(most)}"
+    if can_lock_more:
+        found += ", but this process may exceed it (CAP_IPC_LOCK)"
+    values = {"limit_bytes": most, "may_exceed_limit": can_lock_more, "supported": has_locked_pages()}
+    if not has_locked_pages():
+        advice = "An engine locks no memory on this system; only Linux can lock pages as they are used."
+        return Finding("locked memory", found, advice, values=values)
+    if most is None or can_lock_more:
+        advice = "An engine locks its weights and buffers (lock_memory), so that no swap takes them."
+        return Finding("locked memory", found, advice, values=values)
+    advice = (
+        "An engine with more weights and buffers than this locks none, and swap may take them. To change that: "
+        "`ulimit -l unlimited`, in a container `--ulimit memlock=-1`."
+    )
+    return Finding("locked memory", found, advice, values=values)
 
 
 def is_usable(findings: Sequence[Finding]) -> bool:

@@ -23,7 +23,7 @@ from hermes_async.serving.jobs import GenerationJob
 from hermes_async.serving.planned_model import PlannedDraft
 from hermes_async.serving.request import Request
 from hermes_async.serving.sweep_times import SweepTimes
-from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.buffers import BufferLock, BufferPool
 from hermes_async.storage.reader import ReadStatistics
 from hermes_async.storage.tensor_spec import file_states
 from hermes_async.storage.threads import run_in_thread
@@ -133,7 +133,13 @@ class DraftModel:
 
 @asynccontextmanager
 async def running_draft_model(
-    opened: PlannedDraft, governor: MemoryGovernor, statistics: ReadStatistics, vocab_size: int, *, direct: bool
+    opened: PlannedDraft,
+    governor: MemoryGovernor,
+    statistics: ReadStatistics,
+    vocab_size: int,
+    *,
+    direct: bool,
+    lock: BufferLock,
 ) -> AsyncGenerator[DraftModel, None]:
     """Leases the draft model's memory and loads its weights.
 
@@ -152,6 +158,7 @@ async def running_draft_model(
             num_loading_agents=1,
             ring=MemoryGovernor(0),
             buffers=BufferPool(0, 0),
+            lock=lock,
             statistics=statistics,
             direct=direct,
             file_states=file_states(opened.skeleton.tensors.values()),

@@ -10,8 +10,9 @@ from pathlib import Path
 import anyio.lowlevel
 
 from hermes_async.config import EngineConfig, format_bytes
-from hermes_async.errors import MemoryBudgetError
+from hermes_async.errors import ConfigError, MemoryBudgetError
 from hermes_async.foreign_errors import reason_of
+from hermes_async.memory.locking import LockMemory, locking
 from hermes_async.modeling.kv_cache import KVPool
 from hermes_async.modeling.row_tables import most_rows
 from hermes_async.modeling.streamed import StreamedModel, replace_linears
@@ -30,7 +31,7 @@ from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.planned_model import PlannedModel
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import SLOT_BYTES, TurnCaches
-from hermes_async.storage.buffers import BufferPool
+from hermes_async.storage.buffers import BufferLock, BufferPool
 from hermes_async.storage.parking import ParkingFile
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
@@ -53,6 +54,8 @@ class LoadedModel:
         weights: The lease of the resident weights.
         ring: The part of the governor for streamed stages. Loading agents wait for it.
         kv_memory: The part of the governor for KV. The first request of the queue waits for it.
+        lock: Locks weights and the ring in memory, if the plan says so.
+        lock_memory: The engine's option of this name.
         rows: Reads rows of the partition's `row_tables`; None if there are none.
         blocks: The KV of sequences that are packed; unused where they run in turns.
         turns: Runs sequences in turns; None where all are packed.
@@ -64,6 +67,8 @@ class LoadedModel:
     ring: MemoryGovernor
     kv_memory: MemoryGovernor
     buffers: BufferPool
+    lock: BufferLock
+    lock_memory: LockMemory
     pipeline: Pipeline
     model: StreamedModel
     rows: RowReader | None
@@ -74,6 +79,14 @@ class LoadedModel:
     times: SweepTimes
     draft_model: DraftModel | None
     trace: Trace | None
+
+    @property
+    def plan(self) -> Plan:
+        """The plan, with what is really locked; see `BufferLock`."""
+        plan = self.planned.plan
+        if not plan.locked_bytes or self.lock.is_on:
+            return plan
+        return replace(plan, locked_bytes=0, lock_refusal="another part of this process has locked what was left")
 
     @property
     def bytes_for_everything(self) -> int:
@@ -113,7 +126,7 @@ class LoadedModel:
         Cancellation: afterwards the model can only be closed.
         """
         before = self.planned.plan
-        after = self._plan_for(budget)
+        after = await self._with_locking(self._plan_for(budget))
         await self._claim(max(before.memory_budget, budget))
         try:
             await self._apply(before, after)
@@ -138,6 +151,29 @@ class LoadedModel:
             other_bytes=self._draft_bytes,
         )
 
+    async def _with_locking(self, after: Plan) -> Plan:
+        """Says what a new plan locks: as before, or nothing if the system does not lock what is added.
+
+        Raises:
+            MemoryBudgetError: It does not, and the engine's option is True.
+        """
+        before = self.plan
+        if not before.locked_bytes:
+            return replace(after, locked_bytes=0, lock_refusal=before.lock_refusal)
+        added_bytes = after.lockable_bytes - before.lockable_bytes
+        locked_bytes = before.locked_bytes + added_bytes
+        if added_bytes <= 0:
+            return replace(after, locked_bytes=locked_bytes)
+        try:
+            decided = await run_in_thread(locking, self.lock_memory, added_bytes)
+        except ConfigError as error:
+            raise MemoryBudgetError(
+                f"a budget of {format_bytes(after.memory_budget)} cannot be kept in memory: {error}",
+                requested_bytes=after.memory_budget,
+                budget_bytes=before.memory_budget,
+            ) from error
+        return replace(after, locked_bytes=locked_bytes if decided.is_on else 0, lock_refusal=decided.refusal)
+
     def _kv_bytes_of(self, num_tokens: int) -> int:
         """Of a sequence; of an encoder-decoder, also of an input of as many tokens."""
         turns = self.planned.probe.turns
@@ -152,7 +188,11 @@ class LoadedModel:
         """
         change = PlanChange.between(before, after)
         staying = before.resident - change.leaving
-        self.buffers.add(max(0, change.num_added_buffers), change.slot_bytes)  # they take memory at their first use
+        if self.lock.is_on and not after.locked_bytes:
+            self.lock.release()
+            self.planned.plan = replace(before, locked_bytes=0, lock_refusal=after.lock_refusal)
+        # They take memory at their first use. They are locked when what leaves is no longer.
+        added_buffers = self.buffers.add(max(0, change.num_added_buffers), change.slot_bytes)
         with self.kv_memory.closed():  # new requests must not take the memory that is freed here
             await self._set_resident(staying)
             self.weights.shrink(change.leaving_bytes)
@@ -160,6 +200,7 @@ class LoadedModel:
             self.blocks.drop_unused(max(0, -(-kv_surplus // self.planned.probe.kv.block_bytes)))
             self.kv_memory.resize(min(before.kv_bytes, after.kv_bytes))
             await self.pipeline.resize_experts(change.expert_bytes)
+        self.lock.add(added_buffers)
         self.governor.resize(after.memory_budget)
         if change.num_added_buffers > 0:
             self.ring.resize(after.ring_bytes, max_leases=after.num_buffers)
@@ -250,15 +291,19 @@ async def loaded_model(
         parking = ParkingFile(folder, slot_bytes, direct=config.direct_io)
         exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()
-        buffers = BufferPool(plan.num_buffers, plan.slot_bytes)
+        lock = BufferLock(is_on=plan.locked_bytes > 0)
+        exits.callback(lock.release)
+        buffers = BufferPool(0, plan.slot_bytes)
+        lock.add(buffers.add(plan.num_buffers, plan.slot_bytes))
         stages = _stages(planned)
         experts = _experts(planned)
         pipeline = Pipeline(
             stages,
-            experts=ExpertCache(experts, expert_memory),
+            experts=ExpertCache(experts, expert_memory, lock),
             num_loading_agents=plan.num_loading_agents,
             ring=ring,
             buffers=buffers,
+            lock=lock,
             statistics=read_statistics,
             direct=config.direct_io,
             trace=trace,
@@ -283,7 +328,9 @@ async def loaded_model(
         if planned.draft is not None:
             vocab_size = planned.skeleton.vocab_size
             draft_model = await exits.enter_async_context(
-                running_draft_model(planned.draft, governor, read_statistics, vocab_size, direct=config.direct_io)
+                running_draft_model(
+                    planned.draft, governor, read_statistics, vocab_size, direct=config.direct_io, lock=lock
+                )
             )
         yield LoadedModel(
             planned=planned,
@@ -292,6 +339,8 @@ async def loaded_model(
             ring=ring,
             kv_memory=kv_memory,
             buffers=buffers,
+            lock=lock,
+            lock_memory=config.lock_memory,
             pipeline=pipeline,
             model=model,
             rows=rows,

@@ -35,6 +35,11 @@ class PlannedDraft:
     max_tokens: int
     kv_bytes: int = 0
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the buffers that its weights lie in."""
+        return self.partition.base.slot_bytes + sum(stage.slot_bytes for stage in self.partition.stages)
+
     def close(self) -> None:
         self.attention.close()
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import mmap
 import sys
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
+from weakref import WeakSet
 
 import anyio
 import torch
+
+from hermes_async.storage.locked_pages import lock_pages, unlock_pages
+
+logger = logging.getLogger(__name__)
 
 _HUGE_PAGE = 2 << 20
 
@@ -40,31 +46,24 @@ class Buffer:
 
     Args:
         nbytes: Rounded up to whole pages.
-        pinned: Take the memory from torch's pinned allocator, for copies to a CUDA device.
         within: The memory that this buffer is a part of, and its offset there; None makes memory of its own.
     """
 
-    def __init__(self, nbytes: int, *, pinned: bool = False, within: tuple[_Mapped, int] | None = None) -> None:
+    def __init__(self, nbytes: int, *, within: tuple[_Mapped, int] | None = None) -> None:
         self.nbytes = align_up(nbytes)
-        self.view: memoryview
-        self._within: tuple[_Mapped, int] | None = None
-        if pinned:
-            tensor = torch.empty(self.nbytes + ALIGNMENT, dtype=torch.uint8, pin_memory=True)
-            start = -tensor.data_ptr() % ALIGNMENT
-            self.view = memoryview(tensor.numpy().data)[start : start + self.nbytes]
-        else:
-            mapped, start = self._within = within or (_Mapped(self.nbytes), 0)
-            self.view = mapped.view[start : start + self.nbytes]
+        mapped, start = self._within = within or (_Mapped(self.nbytes), 0)
+        self.view = mapped.view[start : start + self.nbytes]
+        self._is_locked = False
 
     @classmethod
-    def side_by_side(cls, sizes: Sequence[int], *, pinned: bool = False) -> list[Buffer]:
-        """Makes buffers of these sizes in one piece of memory, unless they are pinned.
+    def side_by_side(cls, sizes: Sequence[int]) -> list[Buffer]:
+        """Makes buffers of these sizes in one piece of memory.
 
         Neighbours can share a huge page. Separate buffers would each end in small pages: a disk of 2.8 GiB/s gave 2.4
         with separate buffers of 9 MiB.
         """
-        if pinned or not sizes:
-            return [cls(nbytes, pinned=pinned) for nbytes in sizes]
+        if not sizes:
+            return []
         *starts, end = accumulate(map(align_up, sizes), initial=0)
         mapped = _Mapped(end)
         return [cls(nbytes, within=(mapped, start)) for nbytes, start in zip(sizes, starts, strict=True)]
@@ -78,11 +77,31 @@ class Buffer:
             return torch.empty(shape, dtype=dtype)
         return torch.frombuffer(self.view, dtype=dtype, count=count, offset=offset).view(shape)
 
+    def lock(self) -> None:
+        """Locks its pages in memory, each when it is first used.
+
+        Raises:
+            OSError: The system does not lock them.
+        """
+        if self.nbytes and not self._is_locked:
+            lock_pages(self._address, self.nbytes)
+            self._is_locked = True
+
+    def unlock(self) -> None:
+        """Lets the system swap its pages out again."""
+        if self._is_locked:
+            unlock_pages(self._address, self.nbytes)
+            self._is_locked = False
+
+    @property
+    def _address(self) -> int:
+        return self.tensor(0, torch.uint8, (1,)).data_ptr()
+
     def close(self) -> None:
-        """Gives the pages back to the system at once, even if a tensor view still exists."""
-        if self._within is not None:
-            mapped, start = self._within
-            mapped.give_back(start, self.nbytes)
+        """Gives the pages back to the system at once, even if a tensor view still exists. They are no longer locked."""
+        self.unlock()  # the system keeps pages that are locked
+        mapped, start = self._within
+        mapped.give_back(start, self.nbytes)
 
 
 class _Mapped:
@@ -112,6 +131,40 @@ class _Mapped:
                 self._map.madvise(getattr(mmap, option), start, nbytes)
 
 
+class BufferLock:
+    """Locks the buffers of an engine in memory: all of them, or none. Event-loop side only.
+
+    Whether the limit allows it is checked before an engine begins to lock. If another part of the process has locked
+    memory since then, there may be too little left for a buffer. Then all buffers are unlocked, and a warning says so.
+
+    Attributes:
+        is_on: Buffers are locked.
+    """
+
+    def __init__(self, *, is_on: bool = False) -> None:
+        # All mutable state: whether buffers are locked, and which are or were.
+        self.is_on = is_on
+        self._locked: WeakSet[Buffer] = WeakSet()
+
+    def add(self, buffers: Iterable[Buffer]) -> None:
+        """Locks these buffers too, until they are closed."""
+        for buffer in buffers if self.is_on else ():
+            try:
+                buffer.lock()
+            except OSError as error:
+                self.release()
+                logger.warning("the engine's memory is no longer locked, because the system locks no more: %s", error)
+                return
+            self._locked.add(buffer)
+
+    def release(self) -> None:
+        """Unlocks all buffers, and locks none from now on."""
+        self.is_on = False
+        for buffer in self._locked:
+            buffer.unlock()
+        self._locked.clear()
+
+
 @dataclass(frozen=True, slots=True)
 class BufferPoolStatistics:
     """State of a pool.
@@ -137,11 +190,13 @@ class BufferPool:
         self._num_buffers = 0
         self.add(num_buffers, nbytes)
 
-    def add(self, num_buffers: int, nbytes: int) -> None:
-        """Makes more buffers. `nbytes` must be the size of the others, if there are any."""
-        for buffer in Buffer.side_by_side([nbytes] * num_buffers):
+    def add(self, num_buffers: int, nbytes: int) -> list[Buffer]:
+        """Makes more buffers, and returns them. `nbytes` must be the size of the others, if there are any."""
+        added = Buffer.side_by_side([nbytes] * num_buffers)
+        for buffer in added:
             self._num_buffers += 1
             self.release(buffer)
+        return added
 
     def remove_all(self) -> None:
         """Frees the memory of all buffers, which must be free."""

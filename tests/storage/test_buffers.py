@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import mmap
 from itertools import pairwise
 from pathlib import Path
@@ -10,7 +11,8 @@ import anyio
 import pytest
 import torch
 
-from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferPool, align_down, align_up
+from hermes_async.storage.buffers import ALIGNMENT, Buffer, BufferLock, BufferPool, align_down, align_up
+from hermes_async.storage.locked_pages import can_lock, has_locked_pages, lock_limit
 
 pytestmark = pytest.mark.anyio
 
@@ -61,24 +63,8 @@ def test_buffers_side_by_side_do_not_overlap(sizes: list[int]) -> None:
     assert [second - first for first, second in pairwise(starts)] == [align_up(size) for size in sizes[:-1]]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("nbytes", [1, 4097, 3 * 2**20 + 1])
-def test_a_pinned_buffer_is_page_locked_and_copied_to_the_device_as_it_is(nbytes: int) -> None:
-    buffers = [Buffer(nbytes, pinned=True), *Buffer.side_by_side([nbytes] * 2, pinned=True)]
-    for idx, buffer in enumerate(buffers):
-        tensor = buffer.tensor(0, torch.uint8, (buffer.nbytes,))
-        assert buffer.nbytes == len(buffer.view) == align_up(nbytes)
-        assert tensor.data_ptr() % ALIGNMENT == 0
-        assert tensor.is_pinned()
-        tensor.random_(generator=torch.Generator().manual_seed(idx))
-    copies = [buffer.tensor(0, torch.uint8, (nbytes,)).to("cuda", non_blocking=True) for buffer in buffers]
-    torch.cuda.synchronize()
-    assert [bytes(copy.cpu().numpy()) for copy in copies] == [bytes(buffer.view[:nbytes]) for buffer in buffers]
-
-
 def _mapped_addresses(buffer: Buffer) -> tuple[int, int]:
     """Of all the memory that it is a part of."""
-    assert buffer._within is not None
     mapped = torch.frombuffer(buffer._within[0]._map, dtype=torch.uint8)
     return mapped.data_ptr(), mapped.data_ptr() + mapped.nbytes
 
@@ -160,3 +146,56 @@ async def test_close_frees_what_is_there() -> None:
     pool.close()
     assert pool.statistics().num_free == 0
     assert out.view[0] == 1
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_locked_buffer_takes_no_memory_before_its_first_use_and_gives_it_back() -> None:
+    nbytes, before = 3 * 2**20, _locked_bytes()
+    first, second = Buffer.side_by_side([nbytes] * 2)
+    start, end = _mapped_addresses(first)
+    for _ in range(2):
+        first.lock()
+    assert _locked_bytes() == before + nbytes
+    assert _resident_bytes(start, end) == 0
+    for buffer in (first, second):
+        buffer.tensor(0, torch.uint8, (nbytes,)).fill_(1)
+    first.close()
+    assert _locked_bytes() == before
+    assert _resident_bytes(start, end) == nbytes
+    second.lock()
+    second.unlock()
+    assert (_locked_bytes(), set(bytes(second.view))) == (before, {1})
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_lock_holds_all_buffers_or_none(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    before, lock = _locked_bytes(), BufferLock(is_on=True)
+    kept = Buffer.side_by_side([4096] * 3)
+    lock.add(kept)
+    lock.add([Buffer(4096)])  # nobody keeps it
+    assert (lock.is_on, _locked_bytes()) == (True, before + 3 * 4096)
+
+    def refuse(*_: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("hermes_async.storage.buffers.lock_pages", refuse)
+    lock.add([Buffer(4096)])
+    assert (lock.is_on, _locked_bytes()) == (False, before)
+    assert "no longer locked" in caplog.text
+    monkeypatch.undo()
+    lock.add(kept)
+    assert _locked_bytes() == before
+
+
+@pytest.mark.skipif(not has_locked_pages(), reason="needs Linux")
+def test_a_question_of_what_can_be_locked_leaves_nothing_locked() -> None:
+    before = _locked_bytes()
+    assert can_lock(4096)
+    assert not can_lock(1 << 62)
+    assert _locked_bytes() == before == lock_limit().locked
+
+
+def _locked_bytes() -> int:
+    """The kernel's count of this process."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmLck:"))
