@@ -1,4 +1,4 @@
-"""The engine and the libraries that `benchmarks.peers` compares it with: versions, programs, and the files they read."""
+"""The engine and the libraries that `benchmarks.peers` compares it with: versions, programs, and files."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ Record = dict[str, Any]
 _TORCH = "torch==2.13.0"
 _ACCELERATE = Environment("peer-accelerate", (_TORCH, "transformers==5.23.0", "accelerate==1.15.0"), "accelerate")
 _AIRLLM = Environment("peer-airllm", (_TORCH, "transformers==5.23.0", "airllm==4.0.0"), "airllm")
-# oLLM requires flash-attn, which cannot be built without CUDA. Its documentation says that it is optional. oLLM replaces
-# parts of transformers of version 4.
+# oLLM requires flash-attn, which cannot be built without CUDA. Its documentation says that it is optional.
+# oLLM replaces parts of transformers of version 4.
 _OLLM = Environment(
     "peer-ollm", (_TORCH, "transformers==4.57.1", "accelerate==1.15.0", "requests==2.32.5"), "ollm", ("ollm==1.0.3",)
 )
@@ -169,6 +169,6 @@ def split_for_airllm(made: Files, python: Path, threads: int) -> Record:
 def _write_tokenizer(checkpoint: Path, vocab_size: int) -> None:
     """A tokenizer of as many tokens. Prompts are token ids, but some libraries do not open a model without one."""
     vocabulary = {"<unk>": 0} | {f"token{idx}": idx for idx in range(1, vocab_size)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(checkpoint / "tokenizer.json"))  # noqa: S106
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(checkpoint / "tokenizer.json"))
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
     (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -48,7 +48,8 @@ def run_program(
         grouped: Whether it runs in a memory cgroup of its own. Without one, nothing limits its memory.
         timeout_s: It is ended after so many seconds.
 
-    Returns what it told about opening, its `points` so far, and `error`: None, or why there are no more.
+    Returns what it told about opening, its `points` so far, and `error`: None, or why there are no more. The process's
+    memory: `baseline_bytes`, `peak_used_bytes` without page cache that can be reclaimed, and `peak_bytes` with it.
 
     Raises:
         MemoryGroupError: No memory cgroup can be made.
@@ -84,10 +85,11 @@ def run_program(
             "peak_used_bytes": memory.peak_used_bytes,
             "peak_bytes": memory.peak_bytes,
             "limit_error": limit_error if disk_limit else None,
+            "out_of_memory": not finished and memory.num_killed > 0,
         }
         if not finished:
             took = f"it took more than {timeout_s:.0f} s" if late.is_set() else None
-            killed = "the kernel ended it: it took more memory than its limit" if memory.num_killed else None
+            killed = "the kernel ended it: it took more memory than its limit" if record["out_of_memory"] else None
             record["error"] = took or killed or _last_words(errors, process.returncode)
     return record
 
