@@ -113,7 +113,7 @@ def _tried(python: Path, folder: Path) -> int:
     points = [{"prompts": [prompt] * number, "tokens": 3} for number in (1, 16)]
     with gguf_file(config, "Q4_K_M", folder) as path:
         asked = {"path": str(path), "load": "copied", "threads": os.cpu_count() or 1, "points": points}
-        arguments = [python, "-s", "-P", "-m", "benchmarks.llama_cpp_decode", json.dumps(asked)]
+        arguments = [str(python), "-s", "-P", "-m", "benchmarks.llama_cpp_decode", json.dumps(asked)]
         variables = os.environ | {"PYTHONPATH": str(ROOT)}
         return subprocess.run(
             arguments, input="go\n" * 2, stdout=subprocess.DEVNULL, text=True, env=variables
