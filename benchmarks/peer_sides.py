@@ -107,19 +107,27 @@ class Files:
 
 def pythons(sides: Sequence[Side], cache: Path) -> tuple[dict[str, Path], dict[str, str]]:
     """The Python of each side that can be installed, and the errors of the others."""
-    found, errors = {}, {}
+    found: dict[str, Path] = {}
+    errors: dict[str, str] = {}
     for side in sides:
+        same = next((SIDES[name] for name in (*found, *errors) if SIDES[name].environment == side.environment), None)
         try:
-            if side.environment is None:
-                found[side.name] = Path(sys.executable)
-            elif isinstance(side.environment, Environment):
-                found[side.name] = environment(side.environment, cache)
+            if same is not None and same.name in errors:
+                errors[side.name] = errors[same.name]
             else:
-                found[side.name] = llama_cpp_environment(cache)
+                found[side.name] = found[same.name] if same is not None else _python(side, cache)
         except InstallError as error:
             errors[side.name] = f"not installed: {error}"
         print(f"  {side.name:16} {side.versions}  {errors.get(side.name, '')}", flush=True)
     return found, errors
+
+
+def _python(side: Side, cache: Path) -> Path:
+    if side.environment is None:
+        return Path(sys.executable)
+    if isinstance(side.environment, Environment):
+        return environment(side.environment, cache)
+    return llama_cpp_environment(cache)
 
 
 def fitting_config(size_gib: float, sides: Sequence[str], folder: Path | None) -> LlamaConfig:
