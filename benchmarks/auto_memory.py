@@ -2,7 +2,7 @@
 
     python -m benchmarks.auto_memory [--trials sessions,engines,processes,page_cache,share] [--folder DIR]
 
-Needs root, the memory controller of cgroups version 1 at /sys/fs/cgroup/memory, 4 GiB of memory and 2 GiB of disk.
+Needs root, the memory controller of cgroups, 4 GiB of memory and 2 GiB of disk.
 Makes checkpoints with true shapes as sparse files: their weights are zeros, which take as much memory as others. Each
 trial runs in a cgroup of its own. The kernel enforces its limit, and kills a process that exceeds it. The trials:
 

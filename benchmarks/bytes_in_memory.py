@@ -12,7 +12,9 @@ import anyio
 from transformers import LlamaConfig
 
 from benchmarks.checks import Check
-from benchmarks.gguf import gguf_file, llama_cpp_environment, run_side
+from benchmarks.environments import llama_cpp_environment
+from benchmarks.gguf import run_side
+from benchmarks.gguf_files import gguf_file
 from benchmarks.processes import run_alone
 from benchmarks.sessions import measure_point
 from hermes_async import Engine, EngineConfig, SamplingParams

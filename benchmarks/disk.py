@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks.folders import undone_after_sigterm
+from benchmarks.memory_group import GROUP_PREFIX
 from hermes_async.storage.buffers import Buffer, align_down, align_up
 from hermes_async.storage.reader import ReadRange
 
@@ -67,6 +68,7 @@ def limited_disk(path: Path, bytes_per_second: int | None, process_id: int | Non
         return
     held = os.getpid() if process_id is None else process_id
     name = f"hermes-benchmark-{held}"
+    shared = _memory_group_of(held)
     device = _block_device(path)
     v1, v2 = _CGROUPS / "blkio", _CGROUPS
     try:
@@ -74,6 +76,13 @@ def limited_disk(path: Path, bytes_per_second: int | None, process_id: int | Non
             group, home = v1 / name, v1
             group.mkdir()
             (group / "blkio.throttle.read_bps_device").write_text(f"{device} {bytes_per_second}")
+        elif shared is not None and (shared / "io.max").exists():
+            (shared / "io.max").write_text(f"{device} rbps={bytes_per_second}")
+            try:
+                yield None
+            finally:
+                (shared / "io.max").write_text(f"{device} rbps=max")
+            return
         elif "io" in (v2 / "cgroup.controllers").read_text().split():
             group, home = v2 / name, v2
             (v2 / "cgroup.subtree_control").write_text("+io")
@@ -90,8 +99,18 @@ def limited_disk(path: Path, bytes_per_second: int | None, process_id: int | Non
         try:
             yield None
         finally:
-            (home / "cgroup.procs").write_text(str(held))
+            with contextlib.suppress(ProcessLookupError):  # it has ended
+                (home / "cgroup.procs").write_text(str(held))
             group.rmdir()
+
+
+def _memory_group_of(process_id: int) -> Path | None:
+    """The group of `benchmarks.memory_group` that a process is in; in version 2, it also holds the disk."""
+    for line in Path(f"/proc/{process_id}/cgroup").read_text().splitlines():
+        path = Path(line.partition("::")[2] or "/")
+        if line.startswith("0::") and path.name.startswith(GROUP_PREFIX):
+            return _CGROUPS / path.relative_to("/")
+    return None
 
 
 def _block_device(path: Path) -> str:

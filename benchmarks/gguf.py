@@ -3,9 +3,9 @@
     python -m benchmarks.gguf [--size 3] [--types Q4_K_M,Q8_0,Q4_0] [--shares 0.3,0.5,0.8,0] [--limits 500,0]
                               [--sessions 1,16] [--tokens 8] [--rounds 3] [--folder DIR]
 
-A quick try: --size 1 --types Q8_0 --shares 0.5 --limits 500 --sessions 1 --rounds 1. Needs root, cgroups of version 1
-(memory and blkio), a C++ compiler for llama.cpp, and the package `gguf`. llama.cpp is built once for this processor, in
-an environment of its own in a folder for caches.
+A quick try: --size 1 --types Q8_0 --shares 0.5 --limits 500 --sessions 1 --rounds 1. Needs root, cgroups (memory, and
+blkio or io), a C++ compiler for llama.cpp, and the package `gguf`. llama.cpp is built once for this processor, in an
+environment of its own in a folder for caches.
 
 Each run is a process of its own in a memory cgroup. Its limit is a share of the file's bytes above what the process
 holds when it has imported everything, so that both have as much for the model. The page cache is empty before each run,
@@ -24,39 +24,27 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
 import sys
-import time
-import venv
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import anyio
 import torch
-from transformers import LlamaConfig
 
 from benchmarks.checkpoints import llama_config
 from benchmarks.checks import Check, figures_of, print_checks
-from benchmarks.disk import limited_disk
-from benchmarks.folders import temporary_folder
-from benchmarks.gguf_files import RECIPES, write_gguf
-from benchmarks.memory_group import line_of, memory_group
+from benchmarks.environments import CACHE, LLAMA_CPP, llama_cpp_environment
+from benchmarks.gguf_files import RECIPES, gguf_file
 from benchmarks.processes import drop_page_cache, preload, run_alone
 from benchmarks.profiles import print_profile, profile_store, run_profile
-from benchmarks.sessions import measure_point
-from hermes_async import Engine, EngineConfig, format_bytes
+from benchmarks.side_runs import default_threads, prompt, run_program
+from hermes_async import format_bytes
 
 MIB = 2**20
-LLAMA_CPP = "llama-cpp-python==0.3.36"
 SIDES = ("engine", "llama.cpp")
 
-_LLAMA_CPP_CHILD = str(Path(__file__).with_name("llama_cpp_decode.py"))
 _PROMPT_TOKENS = 8
 _PROFILED_IN = 0.5  # of the file, so that some stages stream and some stay
 _TARGETS = {0.3: 1.3, 0.5: 1.8, 0.8: 4.0}  # times llama.cpp's tokens/s of one session, the disk held
@@ -75,12 +63,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8, help="new tokens of each session (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, whose medians count (default 3)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the files: the disk to measure")
-    parser.add_argument("--cache", type=Path, default=Path("~/.cache/hermes-async").expanduser(), help="for llama.cpp")
-    parser.add_argument("--inside", default=None, help=argparse.SUPPRESS)
+    parser.add_argument("--cache", type=Path, default=CACHE, help="for llama.cpp")
     args = parser.parse_args()
-    if args.inside is not None:
-        anyio.run(_inside, json.loads(args.inside), backend_options={"use_uvloop": True})
-        return
     numbers = sorted({int(number) for number in args.sessions.split(",")})
     if numbers[0] < 1 or args.tokens < 3:
         parser.error("at least one session and three tokens are needed")
@@ -100,63 +84,6 @@ def main() -> None:
     checks = _checks(files)
     print_checks(checks)
     print(json.dumps({"checks": figures_of(checks), "llama_cpp": LLAMA_CPP, "files": files}))
-
-
-def llama_cpp_environment(cache: Path) -> Path:
-    """The Python of an environment that has llama.cpp, built for this processor. Makes it if it is not there.
-
-    A virtual machine may list a processor's matrix instructions (AMX) and end a program that uses them. Then llama.cpp
-    is built without them.
-    """
-    folder = cache / LLAMA_CPP.replace("==", "-")
-    python, complete = folder / "bin" / "python", folder / "complete"
-    if not complete.exists():
-        for flags in ("", "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"):
-            _build(folder, flags)
-            code = _tried(python, cache)
-            if code == 0:
-                complete.write_text(f"built for this processor {flags}")
-                break
-            print(f"llama.cpp ends with code {code}, built with the flags {flags!r}", flush=True)
-        else:
-            raise SystemExit("llama.cpp does not run on this machine")
-    text = "import llama_cpp; print(llama_cpp.__version__, llama_cpp.llama_print_system_info().decode())"
-    said = subprocess.run([python, "-I", "-c", text], check=True, capture_output=True, text=True).stdout
-    print(f"llama-cpp-python {said.strip()} {complete.read_text()}", flush=True)
-    return python
-
-
-def _build(folder: Path, flags: str) -> None:
-    print(f"building {LLAMA_CPP} in {folder}; it takes some minutes", flush=True)
-    shutil.rmtree(folder, ignore_errors=True)
-    venv.create(folder, with_pip=True)
-    names = ["--no-binary", "llama-cpp-python", "--no-cache-dir", LLAMA_CPP]
-    options = {"CMAKE_ARGS": "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF", "CFLAGS": flags, "CXXFLAGS": flags}
-    python = folder / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *names], env=os.environ | options, check=True)
-
-
-def _tried(python: Path, folder: Path) -> int:
-    """The exit code of llama.cpp after it decoded from a very small file."""
-    config = LlamaConfig(
-        hidden_size=512,
-        intermediate_size=1024,
-        num_hidden_layers=2,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        vocab_size=1024,
-    )
-    with gguf_file(config, "Q4_K_M", folder) as path:
-        arguments = [python, "-I", _LLAMA_CPP_CHILD, path, "1,16", "3", str(_PROMPT_TOKENS), "copied"]
-        return subprocess.run(arguments, input="go\n" * 2, stdout=subprocess.DEVNULL, text=True).returncode
-
-
-@contextmanager
-def gguf_file(config: LlamaConfig, recipe: str, folder: Path | None) -> Iterator[Path]:
-    """A file of `config` with random weights, which is deleted at the end."""
-    with temporary_folder(folder) as path:
-        write_gguf(path / "model.gguf", config, recipe)
-        yield path / "model.gguf"
 
 
 def report(recipe: str, path: Path, cases: Sequence[Record], asked: Record, rounds: int) -> Record:
@@ -225,88 +152,26 @@ def _checks(files: Sequence[Record]) -> dict[str, Check]:
     return checks
 
 
-# --- one run, from outside of its group ---
+# --- one run ---
 
 
 def run_side(side: str, case: Record, asked: Record) -> Record:
     """Decodes with one side in a memory cgroup of its own, with an empty page cache."""
-    path, numbers = str(case["path"]), ",".join(map(str, asked["numbers"]))
-    if side == "engine":
-        inside = {"path": path, "numbers": asked["numbers"], "tokens": asked["tokens"]}
-        arguments, python = ["-m", "benchmarks.gguf", "--inside", json.dumps(inside)], Path(sys.executable)
-    else:
-        layout = "mapped" if case["share"] else "copied"
-        arguments = ["-I", _LLAMA_CPP_CHILD, path, numbers, str(asked["tokens"]), str(_PROMPT_TOKENS), layout]
-        python = case["python"]
+    points = [
+        {"prompts": [prompt(_PROMPT_TOKENS, seed) for seed in range(number)], "tokens": asked["tokens"]}
+        for number in asked["numbers"]
+    ]
+    inside: Record = {"path": str(case["path"]), "threads": default_threads(), "points": points}
+    program, python = "benchmarks.engine_decode", Path(sys.executable)
+    if side != "engine":
+        program, python = "benchmarks.llama_cpp_decode", case["python"]
+        inside["load"] = "mapped" if case["share"] else "copied"
+    memory = int(case["share"] * case["path"].stat().st_size) or None
     drop_page_cache()
-    with memory_group(None) as group:
-        process = group.start(arguments, python)
-        try:
-            if line_of(process.stdout) != "ready":
-                raise SystemExit(f"{side} did not start")
-            baseline = group.used_bytes
-            if case["share"]:
-                group.limit(baseline + int(case["share"] * Path(path).stat().st_size))
-            with limited_disk(Path(path), case["limit"] * MIB or None, process.pid) as error, group.sampled():
-                _say(process)
-                said = line_of(process.stdout)
-                while said and not said.startswith("{"):
-                    print(f"  {side}: {said}", flush=True)
-                    said = line_of(process.stdout)
-            if said:
-                _say(process)
-            process.wait()
-        finally:
-            process.kill()
-            process.wait()
-        if not said:
-            raise SystemExit(f"{side} failed with exit code {process.returncode}; {group.num_killed} processes killed")
-        record: Record = json.loads(said)
-        wrong = error if case["limit"] else None
-        return record | {
-            "baseline_bytes": baseline,
-            "peak_used_bytes": group.peak_used_bytes,
-            "limit_error": wrong,
-        }
-
-
-def _say(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    process.stdin.write("go\n")
-    process.stdin.flush()
-
-
-# --- the engine's side, inside of the group ---
-
-
-async def _inside(asked: Record) -> None:
-    _tell("ready")
-    config = EngineConfig(
-        max_sequences=max(asked["numbers"]),
-        prompt_lookup=False,  # random weights repeat themselves, and their repetitions would be drafted
-        share_prefixes=False,
-    )
-    started = time.perf_counter()
-    points = []
-    async with Engine(asked["path"], config=config) as engine:
-        opened = time.perf_counter() - started
-        for number in asked["numbers"]:
-            point = await measure_point(engine, [_prompt(seed) for seed in range(number)], asked["tokens"])
-            if point["decode_tokens_per_s"] is None:
-                raise SystemExit("the prompts took all the time: give more --tokens")
-            points.append(point)
-        plan = engine.plan.as_dict()
-    _tell(json.dumps({"opening_s": opened, "points": points, "plan": plan}))
-
-
-def _tell(text: str) -> None:
-    """Prints a line, and waits for one."""
-    print(text, flush=True)
-    sys.stdin.readline()
-
-
-def _prompt(seed: int) -> list[int]:
-    return [1 + (seed * 131 + idx * 17) % 1000 for idx in range(_PROMPT_TOKENS)]
+    record = run_program(program, inside, python, memory_bytes=memory, disk_limit=case["limit"])
+    if record["error"] is not None:
+        raise SystemExit(f"{side} failed: {record['error']}")
+    return record
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import multiprocessing
+import os
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,21 @@ def drop_page_cache() -> None:
         raise SystemExit(
             f"the page cache cannot be dropped ({error}), and every figure would be wrong; be root"
         ) from error
+
+
+def forget_files(folders: Sequence[Path]) -> str | None:
+    """Empties the page cache; where only root may, lets the kernel forget the pages of the files in these folders.
+
+    Returns None, or why other pages are still there.
+    """
+    try:
+        drop_page_cache()
+    except SystemExit as error:
+        for file in (file for folder in folders for file in folder.rglob("*") if file.is_file()):
+            with file.open("rb") as opened:
+                os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        return f"only the pages of the model's files were dropped: {error}"
+    return None
 
 
 def run_alone(measure: Callable[..., dict[str, Any]], *args: Any) -> dict[str, Any]:
