@@ -95,6 +95,7 @@ app = typer.Typer(
     rich_markup_mode=None,  # errors in plain lines
 )
 
+
 def _print_version(asked: bool) -> None:
     if asked:
         typer.echo(f"hermes-async {__version__}")

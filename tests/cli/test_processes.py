@@ -60,7 +60,7 @@ def test_help_imports_no_torch(args: tuple[str, ...]) -> None:
 
 
 def imported_by(code: str, *args: str) -> set[str]:
-    """The modules that `code` imports, whole names. Those that an interpreter imports when it starts are not counted."""
+    """Whole names of the modules that `code` imports, without those that an interpreter imports when it starts."""
     ended = python(
         f"import sys\nbefore = {{*sys.modules}}\ntry:\n    {code}\n"
         "finally:\n    print(*{*sys.modules} - before, file=sys.stderr)",
