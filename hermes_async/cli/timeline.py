@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hermes_async.cli.expert_map import ExpertMap
 from hermes_async.cli.pictures import pyplot, save
 from hermes_async.cli.run import errors_in_one_line
 from hermes_async.config import format_bytes, format_count
@@ -89,6 +88,8 @@ def _show_experts(
     sweeps = everything.rows.get("sweeps", [])
     first = min((sweep.start for sweep in sweeps), default=0.0) if start is None else start
     last = max((sweep.end for sweep in sweeps), default=first) if seconds is None else first + seconds
+    from hermes_async.cli.expert_map import ExpertMap  # imports numpy
+
     expert_map = ExpertMap.of(everything, first, last)
     if not expert_map.num_sweeps:
         raise ConfigError(f"{file} has no sweep between {first:.3f} s and {last:.3f} s")

@@ -15,6 +15,7 @@ from typing import Any
 
 import anyio
 import pytest
+import typer.main
 from PIL import Image
 from transformers import LlamaConfig, ViTConfig, ViTForImageClassification
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -36,6 +37,7 @@ from tests.cli.forked import ForkedCommands
 from tests.inside import on_delivery
 
 BUDGET = "6MiB"
+COMMANDS = typer.main.get_command(app).list_commands(None)  # type: ignore[attr-defined]
 
 
 def hermes(*args: object, stdin: str | bytes | None = None) -> Result:
@@ -91,10 +93,19 @@ def test_version() -> None:
     assert (result.exit_code, result.stdout) == (0, f"hermes-async {hermes_async.__version__}\n")
 
 
-@pytest.mark.parametrize("command", ["generate", "chat", "embed", "classify", "transcribe", "plan", "quantize", "demo"])
+@pytest.mark.parametrize("command", COMMANDS)
 def test_help(command: str) -> None:
-    assert command in hermes("--help").stdout
-    assert hermes(command, "--help").exit_code == 0
+    (line,) = re.findall(rf"^  {command}  +(.*)$", hermes("--help").stdout, re.MULTILINE)
+    assert line.endswith(".") and not line.endswith("...")  # it is not cut off
+    own = hermes(command, "--help")
+    assert own.exit_code == 0
+    assert own.stdout.startswith(f"Usage: hermes-async {command} ")
+
+
+def test_a_command_that_does_not_exist() -> None:
+    result = hermes("genrate", "model")
+    assert result.exit_code == 2
+    assert "No such command 'genrate'. Did you mean 'generate'?" in result.stderr
 
 
 # --- embed, classify ---

@@ -21,6 +21,10 @@ from tests.cli.test_commands import hermes
 
 COMMANDS = ("generate", "chat", "transcribe", "embed", "classify", "plan", "profile", "timeline", "demo", "doctor")
 HEAVY = "[name for name in ('torch', 'transformers', 'tokenizers') if name in sys.modules]"
+OF_THE_HELP = {"typer", "click", "shellingham", "annotated_doc", "typing_extensions", "colorama"}
+"""What the help needs: typer, and what typer needs itself."""
+IN_A_LOOP = {"asyncio", "concurrent", "ssl", "email", "http"}
+"""Parts of the standard library that take long to import, and are of no use before an engine opens."""
 
 
 def python(code: str, *args: str | bytes, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
@@ -53,6 +57,47 @@ def test_help_imports_no_torch(args: tuple[str, ...]) -> None:
         *args,
     )
     assert (ended.returncode, ended.stderr) == (0, b"[]\n")
+
+
+def imported_by(code: str, *args: str) -> set[str]:
+    """Whole names of the modules that `code` imports, without those that an interpreter imports when it starts."""
+    ended = python(
+        f"import sys\nbefore = {{*sys.modules}}\ntry:\n    {code}\n"
+        "finally:\n    print(*{*sys.modules} - before, file=sys.stderr)",
+        *args,
+    )
+    assert ended.returncode == 0
+    return set(ended.stderr.decode().split())
+
+
+def of_others(modules: set[str]) -> set[str]:
+    return {name.partition(".")[0] for name in modules} - sys.stdlib_module_names - {"hermes_async"}
+
+
+def test_the_package_imports_next_to_nothing() -> None:
+    modules = imported_by("import hermes_async")
+    own = {name for name in modules if name.startswith("hermes_async")}
+    assert own == {"hermes_async", "hermes_async.memory", "hermes_async.memory.library_caches"}
+    assert not of_others(modules)
+    assert not modules & {*IN_A_LOOP, "dataclasses", "inspect"}
+
+
+@pytest.mark.parametrize("arg", ["--help", "--version"])
+def test_the_help_imports_no_command_and_no_library_but_typer(arg: str) -> None:
+    modules = imported_by("from hermes_async.cli import main; main()", arg)
+    own = {name for name in modules if name.startswith("hermes_async.cli")}
+    assert own == {"hermes_async.cli", "hermes_async.cli.commands", "hermes_async.cli.logs"}
+    assert of_others(modules) <= OF_THE_HELP
+    assert not modules & IN_A_LOOP
+
+
+def test_a_command_imports_no_other_command() -> None:
+    modules = imported_by("from hermes_async.cli import main; main()", "plan", "--help")
+    assert {name for name in COMMANDS if f"hermes_async.cli.{name}" in modules} == {"plan"}
+
+
+def test_numpy_is_imported_when_a_trace_is_drawn() -> None:
+    assert "numpy" not in imported_by("from hermes_async.cli import main; main()", "timeline", "--help")
 
 
 def test_every_public_name_is_where_the_package_looks_for_it() -> None:
