@@ -13,6 +13,9 @@ from itertools import accumulate
 import anyio
 import torch
 
+from hermes_async.config import format_bytes
+from hermes_async.errors import MemoryBudgetError
+
 _HUGE_PAGE = 2 << 20
 
 MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0  # Python has a name for it since 3.13
@@ -32,6 +35,26 @@ def align_down(num_bytes: int) -> int:
     return num_bytes // ALIGNMENT * ALIGNMENT
 
 
+def map_memory(nbytes: int, flags: int = 0) -> mmap.mmap:
+    """Maps private anonymous memory, aligned to a page. Memory is resident only after it was written to.
+
+    Args:
+        flags: Beside those for private anonymous memory.
+
+    Raises:
+        MemoryBudgetError: The system does not give the memory.
+    """
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20) | flags)
+    except OSError as error:
+        raise MemoryBudgetError(
+            f"the system does not give {format_bytes(nbytes)} of memory: {error.strerror or error}; use a smaller "
+            "memory budget, or try again when other programs have given memory back",
+            requested_bytes=nbytes,
+            budget_bytes=0,
+        ) from error
+
+
 class Buffer:
     """Private anonymous memory, aligned to a page.
 
@@ -42,6 +65,9 @@ class Buffer:
         nbytes: Rounded up to whole pages.
         pinned: Take the memory from torch's pinned allocator, for copies to a CUDA device.
         within: The memory that this buffer is a part of, and its offset there; None makes memory of its own.
+
+    Raises:
+        MemoryBudgetError: The system does not give the memory.
     """
 
     def __init__(self, nbytes: int, *, pinned: bool = False, within: tuple[_Mapped, int] | None = None) -> None:
@@ -91,7 +117,7 @@ class _Mapped:
     def __init__(self, nbytes: int) -> None:
         huge_bytes = nbytes // _HUGE_PAGE * _HUGE_PAGE
         more = _HUGE_PAGE if huge_bytes else 0  # only addresses: memory that is never written to is not resident
-        self._map = mmap.mmap(-1, nbytes + more, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
+        self._map = map_memory(nbytes + more)
         self._start = 0
         if huge_bytes:
             self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE
