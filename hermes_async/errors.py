@@ -145,11 +145,11 @@ class ParkingError(HermesError):
 
 
 class MemoryBudgetError(HermesError):
-    """More memory was requested than the budget can ever give.
+    """More memory was requested than the budget can ever give, or than the system gives now.
 
     Attributes:
         requested_bytes: The bytes requested.
-        budget_bytes: The bytes that there are.
+        budget_bytes: The bytes that there are; 0 if the system has refused and does not say.
         minimum_bytes: The smallest budget that would work, if it is known.
         holders: The largest holders' bytes, by name.
     """

@@ -72,11 +72,11 @@ class Disk:
     def _read(self, fd: int, views: list[memoryview], offset: int) -> int:
         if fd not in self.paths:  # not a shard
             return self._real_read(fd, views, offset)
-        read = Read(self._is_direct(fd), lambda most: self._real_read(fd, _first_bytes(views, most), offset))
+        read = Read(self._is_direct(fd), lambda most: self._real_read(fd, first_bytes(views, most), offset))
         return self.on_read(self.paths[fd], offset, read)
 
 
-def _first_bytes(views: list[memoryview], most: int | None) -> list[memoryview]:
+def first_bytes(views: list[memoryview], most: int | None) -> list[memoryview]:
     """`views` without what is behind so many bytes."""
     if most is None:
         return views

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import anyio
 
-from hermes_async import Engine
+from hermes_async import Engine, EngineConfig
 from hermes_async.engine.session import Session
 from hermes_async.modeling.row_tables import RowTable
 from hermes_async.modeling.turn_state import state_bytes
@@ -24,6 +24,7 @@ from hermes_async.serving.request import Request
 from hermes_async.serving.statistics import engine_statistics
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import TurnReservation
+from hermes_async.storage import threads
 from hermes_async.storage.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -62,6 +63,11 @@ class EngineInside:
         """Ends the engine with `error`, as a listener's error does; while nothing is under way."""
         self._serving._listener_error = error
         self._serving._work.set()
+
+    @property
+    def config(self) -> EngineConfig:
+        """What the engine was made with."""
+        return self._engine._config
 
     @property
     def checkpoint_path(self) -> Path:
@@ -279,6 +285,11 @@ class EngineInside:
     @property
     def _loaded(self) -> LoadedModel:
         return self._serving.loaded
+
+
+def num_idle_workers() -> int:
+    """Threads of `run_in_thread` that have nothing to do."""
+    return len(threads._idle)
 
 
 def is_parked(session: Session) -> bool:

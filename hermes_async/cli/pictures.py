@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hermes_async.errors import ConfigError
-from hermes_async.storage.own_file import open_own_file
+from hermes_async.storage.own_file import NewFile, check_own_file, own_file_errors
 
 _MADE_BY = "hermes-async picture"
 _METADATA = {"png": "Software", "svg": "Creator", "pdf": "Creator", "ps": "Creator", "eps": "Creator"}
@@ -40,8 +40,9 @@ def save(figure: Any, output: Path) -> None:
     drawn = BytesIO()
     try:
         figure.savefig(drawn, dpi=130, format=suffix or "png", metadata=metadata)
-        with open_own_file(output, lambda content: _MADE_BY.encode() in content, "picture") as file:
-            file.write(drawn.getbuffer())
+        check_own_file(output, lambda content: _MADE_BY.encode() in content, "picture")
+        with own_file_errors(output, "picture"), NewFile(output) as new:
+            new.file.write(drawn.getbuffer())
     except ConfigError:
         raise
     except (OSError, ValueError) as error:

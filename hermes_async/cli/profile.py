@@ -8,8 +8,7 @@ import statistics
 import sys
 from collections import defaultdict
 from dataclasses import asdict
-from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,7 +16,6 @@ from hermes_async.cli import options
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.cli.tables import new_table, print_table
 from hermes_async.config import format_bytes
-from hermes_async.errors import ConfigError
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -50,24 +48,31 @@ def profile(
         from hermes_async.planning.profile_store import load_profile, profile_file, save_profile
         from hermes_async.profiler.profiler import asked, measure
         from hermes_async.storage.checkpoint import Checkpoint
+        from hermes_async.storage.own_file import own_file_errors
 
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         config = options.engine_config(loading_agents, max_resident_layers)
         file = profile_file(Checkpoint.open(path))
         measured = None if refresh or trace is not None else load_profile(file)
         if measured is None or measured.asked_for != asked(memory, config):
-            stream = None if trace is None else open_trace_file(trace)  # before measuring, which takes minutes
+            new = None if trace is None else open_trace_file(trace)  # before measuring, which takes minutes
             taken: list[Profile] = []
             events: list[Event] = []
 
             async def work(interrupts: Interrupts) -> None:
                 taken.append(await measure(path, memory, config, events))
 
-            run(work)
+            try:
+                run(work)
+            except BaseException:
+                if new is not None:
+                    new.discard()
+                raise
             measured = taken[0]
             save_profile(file, measured)
-            if trace is not None and stream is not None:
-                _write(trace, stream, events)
+            if trace is not None and new is not None:
+                with own_file_errors(trace, "trace file"), new:
+                    new.file.write(json.dumps(events).encode())
                 print(f"{trace} is the trace", file=sys.stderr)
         if json_output:
             print(json.dumps(asdict(measured)))
@@ -76,14 +81,6 @@ def profile(
             print_table(table)
         if measured.expert_uses:
             print_table(_expert_table(measured))
-
-
-def _write(file: Path, stream: IO[str], events: list[Event]) -> None:
-    try:
-        with stream:
-            json.dump(events, stream)
-    except OSError as error:
-        raise ConfigError(f"the trace file {file} cannot be written: {error.strerror or error}") from error
 
 
 def _stage_table(measured: Profile) -> Table:

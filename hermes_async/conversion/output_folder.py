@@ -12,13 +12,13 @@ import os
 import shutil
 import stat
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import ConfigError
-from hermes_async.storage.shard_writer import temporary_name
+from hermes_async.storage.own_file import NewFile, is_unfinished
 
 STATE_NAME = "hermes-async-unfinished.json"
 _MAX_STATE_BYTES = 2**20
@@ -63,7 +63,7 @@ def open_output(out: Path, settings: Mapping[str, Any], names: Collection[str]) 
                 f"{min(before)!r}; give the name of a new folder"
             )
         out.mkdir(parents=True, exist_ok=True)
-        fd = os.open(out / STATE_NAME, _FLAGS, 0o666)
+        fd = os.open(out / STATE_NAME, _FLAGS, 0o600)
         try:
             _lock(fd, out)
             _check_settings(fd, out, settings)
@@ -130,8 +130,8 @@ def copy_file(source: Path, target: Path) -> None:
         with os.fdopen(fd, "rb") as file:
             if not stat.S_ISREG(os.fstat(fd).st_mode):
                 raise ConfigError(f"{source} is no regular file any more")
-            with _new_file(target) as copy:
-                shutil.copyfileobj(file, copy, _COPIED_AT_ONCE)
+            with NewFile(target) as copy:
+                shutil.copyfileobj(file, copy.file, _COPIED_AT_ONCE)
 
 
 def write_json(target: Path, content: Mapping[str, Any]) -> None:
@@ -140,8 +140,8 @@ def write_json(target: Path, content: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: It cannot be written.
     """
-    with writing(target.parent), _new_file(target) as file:
-        file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
+    with writing(target.parent), NewFile(target) as new:
+        new.file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 @contextmanager
@@ -151,22 +151,6 @@ def writing(out: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ConfigError(f"the output {out} cannot be written: {error.strerror or error}") from error
-
-
-@contextmanager
-def _new_file(target: Path) -> Iterator[Any]:
-    temporary = temporary_name(target)
-    with suppress(FileNotFoundError):
-        temporary.unlink()  # of a run that was interrupted
-    try:
-        with temporary.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _contents(out: Path) -> set[str] | None:
@@ -216,11 +200,17 @@ def _shown(value: object) -> str:
 def _check_names(out: Path, names: Collection[str]) -> None:
     """Refuses files that the conversion does not write, so that nothing of a user's is ever replaced."""
     ours = {STATE_NAME, *names}
-    ours |= {temporary_name(Path(name)).as_posix() for name in names}
     for folder, folders, files in os.walk(out):
         for name in (*files, *(one for one in folders if Path(folder, one).is_symlink())):
             relative = Path(folder, name).relative_to(out).as_posix()
-            if relative not in ours or Path(folder, name).is_symlink():
+            is_ours = relative in ours or any(is_unfinished(name, of) for of in _names_in(relative, names))
+            if not is_ours or Path(folder, name).is_symlink():
                 raise ConfigError(
                     f"the output {out} has {relative!r}, which this command did not write; give a new folder"
                 )
+
+
+def _names_in(relative: str, names: Collection[str]) -> Iterator[str]:
+    """Of the files in the folder in which `relative` is, the names."""
+    folder = Path(relative).parent
+    return (Path(name).name for name in names if Path(name).parent == folder)

@@ -1,4 +1,4 @@
-"""Writes a trace to a file while the engine runs."""
+"""Writes a trace to a file while the engine runs. The file has its name when the engine was left."""
 
 from __future__ import annotations
 
@@ -7,15 +7,13 @@ import logging
 import os
 import re
 from collections.abc import AsyncGenerator, Iterable
-from contextlib import asynccontextmanager, suppress
-from io import TextIOWrapper
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import IO
 
 import anyio
 
 from hermes_async.pipeload.trace import Event, Trace
-from hermes_async.storage.own_file import open_own_file
+from hermes_async.storage.own_file import NewFile, check_own_file, own_file_errors
 from hermes_async.storage.threads import run_in_thread
 
 logger = logging.getLogger(__name__)
@@ -24,14 +22,15 @@ _SECONDS_BETWEEN_WRITES = 1.0
 _HEADER = re.compile(rb'\[\s*\{"ph": "M", "name": "process_name", [^\n]{0,40}"args": \{"name": "hermes_async"\}')
 
 
-def open_trace_file(path: Path) -> IO[str]:
-    """Opens a new trace file, or overwrites an older trace. Blocks.
+def open_trace_file(path: Path) -> NewFile:
+    """Opens a new trace file, which gets its name when it is finished. An older trace is replaced then. Blocks.
 
     Raises:
-        ConfigError: The file is not a trace, or it cannot be written.
+        ConfigError: Another file is there, or the trace cannot be written.
     """
-    file = open_own_file(path, lambda content: _HEADER.match(content) is not None, "trace file")
-    return TextIOWrapper(file, encoding="utf-8")
+    check_own_file(path, lambda content: _HEADER.match(content) is not None, "trace file")
+    with own_file_errors(path, "trace file"):
+        return NewFile(path)
 
 
 @asynccontextmanager
@@ -66,13 +65,12 @@ class _Writer:
     def __init__(self, path: Path, trace: Trace) -> None:
         self._path = path
         self._trace = trace
-        # All mutable state: the open file, the number of events written, and whether writing has failed.
-        self._stream: IO[str] | None = None
+        # All mutable state: the file, until it is finished or writing has failed; and the number of events written.
+        self._new: NewFile | None = None
         self._num_written = 0
-        self._failed = False
 
     def open(self) -> None:
-        self._stream = open_trace_file(self._path)
+        self._new = open_trace_file(self._path)
 
     async def write_for_ever(self) -> None:
         while True:
@@ -81,23 +79,29 @@ class _Writer:
                 await run_in_thread(self._write, self._trace.drain(), left_at_exit=True)
 
     def _write(self, events: Iterable[Event]) -> None:
-        """Writes events. If that fails, as on a full disk, the trace ends and the engine goes on."""
-        if self._failed or self._stream is None:
+        """Writes events. If that fails, as on a full disk, there is no trace, and the engine goes on."""
+        if self._new is None:
             return
         try:
             for event in events:
-                self._stream.write(",\n" if self._num_written else "[\n")
-                self._stream.write(json.dumps(event))
+                self._new.file.write(b",\n" if self._num_written else b"[\n")
+                self._new.file.write(json.dumps(event).encode())
                 self._num_written += 1
-            self._stream.flush()
+            self._new.file.flush()
         except OSError as error:
-            self._failed = True
-            logger.warning("the trace %s ends here: %s", self._path, error.strerror or error)
+            self._new.discard()
+            self._fail(error)
 
     def close(self) -> None:
-        if self._stream is None:
-            return
         self._write(self._trace.drain())
-        with suppress(OSError), self._stream:  # the failure was logged already
-            if not self._failed:
-                self._stream.write("\n]\n")
+        if self._new is None:
+            return
+        try:
+            self._new.file.write(b"\n]\n")
+            self._new.finish()
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        self._new = None
+        logger.warning("the trace %s cannot be written: %s", self._path, error.strerror or error)

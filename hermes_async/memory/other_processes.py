@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hermes_async.storage.own_file import NewFile, remove_if_left
+
 _START_TIME = 21  # among the fields of /proc/PID/stat
 
 
@@ -81,9 +83,8 @@ class ProcessRegistry:
             if not self._is_ours():
                 return
             record = {**asdict(claims), "started": self._start_time(str(os.getpid()))}
-            unfinished = file.with_name(f".{name}")
-            unfinished.write_text(json.dumps(record))
-            unfinished.replace(file)
+            with NewFile(file) as new:
+                new.file.write(json.dumps(record).encode())
 
     def others(self) -> list[OtherProcess]:
         """The other processes that have engines and are alive."""
@@ -91,6 +92,8 @@ class ProcessRegistry:
         if own is None or not self._is_ours():
             return []
         namespace = own.partition("-")[0]
+        for unfinished in self._folder.glob(f".{namespace}-*"):  # of any process, which may have been killed
+            remove_if_left(unfinished)
         files = [file for file in self._folder.glob(f"{namespace}-*") if file.name != own]
         return [process for file in files if (process := self._read(file)) is not None]
 

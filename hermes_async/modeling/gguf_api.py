@@ -13,7 +13,6 @@ from copy import deepcopy
 from functools import lru_cache
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.modeling.transformers_api import needs
 from hermes_async.storage.gguf import GgufHeader
+from hermes_async.storage.own_file import scratch_folder
 
 _NEW = "transformers.integrations.gguf"
 _OLD = "transformers.modeling_gguf_pytorch_utils"
@@ -103,7 +103,7 @@ def gguf_settings(header: GgufHeader) -> Mapping[str, Any]:
     keep: tuple[str, ...] = ()
     if isinstance(num_tokens, int) and num_tokens <= _MOST_TOKENS and not numbers and key not in header.metadata:
         keep = (_TOKENS,)
-    with TemporaryDirectory(prefix="hermes-async-") as folder, _refused(header, "the configuration"):
+    with scratch_folder() as folder, _refused(header, "the configuration"):
         outline = Path(folder, _FILE)
         header.write_outline(outline, numbers, keep)
         return dict(load(str(outline), return_tensors=False)["config"])
@@ -137,7 +137,7 @@ def gguf_tokenizer(header: GgufHeader, config: PreTrainedConfig) -> Any:
     tokenizer_class: Any = mapping.get(type(config), PreTrainedTokenizerFast)
     if tokenizer_class.__name__ == "MistralCommonBackend":  # reads files of Mistral's own format
         tokenizer_class = PreTrainedTokenizerFast
-    with TemporaryDirectory(prefix="hermes-async-") as folder:
+    with scratch_folder() as folder:
         Path(folder, _FILE).symlink_to(header.files[0])
         return tokenizer_class.from_pretrained(folder, gguf_file=_FILE, local_files_only=True)
 

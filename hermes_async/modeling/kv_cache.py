@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from transformers.cache_utils import Cache
 
-from hermes_async.storage.buffers import MAP_NORESERVE, align_up
+from hermes_async.storage.buffers import MAP_NORESERVE, align_up, map_memory
 
 BLOCK_TOKENS = 16
 """Tokens of a block. Sequences share whole blocks, and after an edit of a history at most one is computed again."""
@@ -83,14 +83,16 @@ class KVPool:
 
     Args:
         nbytes: The pool has as many whole blocks as fit.
+
+    Raises:
+        MemoryBudgetError: The system does not give so many addresses.
     """
 
     def __init__(self, layout: KVLayout, nbytes: int) -> None:
         self.layout = layout
         self.num_blocks = nbytes // layout.block_bytes
         # The largest size there can ever be, so no swap space is reserved for it.
-        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE
-        self._map = mmap.mmap(-1, max(1, self.num_blocks) * layout.block_bytes, flags=flags)
+        self._map = map_memory(max(1, self.num_blocks) * layout.block_bytes, MAP_NORESERVE)
         # All mutable state: freed blocks, and the first block that was never used.
         self._free: list[int] = []
         self._unused = 0

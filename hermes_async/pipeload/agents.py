@@ -18,7 +18,7 @@ import anyio.from_thread
 import anyio.lowlevel
 from anyio.lowlevel import EventLoopToken
 
-from hermes_async.errors import ReadError
+from hermes_async.errors import HermesError, MemoryBudgetError, ReadError
 from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
 from hermes_async.pipeload.load_order import LoadOrder
@@ -108,12 +108,14 @@ class InferenceAgent:
         self._statistics = statistics
         self._trace = trace
         # All mutable state. The compute thread waits on `_changed` for all that it waits for: the next sweep or the
-        # end, a stage that is READY, `_abandoned` or `_look`. `_loop` and `_token` are the event loop, once it runs.
-        # `computing` is the stage that is computed now, for snapshots; the compute thread sets it.
+        # end, a stage that is READY, `_abandoned` or `_look`. `_error` is what an abandoned sweep raises, if it is an
+        # error. `_loop` and `_token` are the event loop, once it runs. `computing` is the stage that is computed now,
+        # for snapshots; the compute thread sets it.
         self._changed = threading.Condition()
         self._sweep: Sweep | None = None
         self._is_closed = False
         self._abandoned = False
+        self._error: HermesError | None = None
         self._look = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._token: EventLoopToken | None = None
@@ -129,7 +131,7 @@ class InferenceAgent:
 
     def start(self, sweep: Sweep) -> None:
         """Has a sweep computed; no other may be under way."""
-        self._abandoned = False
+        self._abandoned, self._error = False, None
         self._sweep = sweep
         self.notify()
 
@@ -147,6 +149,11 @@ class InferenceAgent:
         """Ends the running sweep at its next stage. May be called by any thread."""
         self._abandoned = True
         self.notify()
+
+    def fail(self, error: HermesError) -> None:
+        """Ends the running sweep with an error at its next stage; its calls raise it."""
+        self._error = error
+        self.abandon()
 
     def look(self) -> None:
         """Ends the wait for a stage, if there is one now, or else the next one. May be called by any thread."""
@@ -245,7 +252,7 @@ class InferenceAgent:
 
     def _check_abandoned(self) -> None:
         if self._abandoned:
-            raise SweepAbandoned
+            raise self._error or SweepAbandoned
 
     def call_on_loop(self, function: Callable[[Unpack[Ts]], T], *args: *Ts) -> T:
         """Calls `function` on the event loop, and waits for it."""
@@ -363,7 +370,12 @@ class LoadingAgents:
             return None
         expert, victims = found
         self.daemon_agent.free_all(victims)
-        expert.start_loading(*experts.take(expert))
+        try:
+            buffer, lease = experts.take(expert)
+        except MemoryBudgetError as error:
+            self.inference_agent.fail(error)
+            return None
+        expert.start_loading(buffer, lease)
         self.trace.add_expert(expert.layout.weight_bytes)
         self.trace.tell_experts()
         return expert

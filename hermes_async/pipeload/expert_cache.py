@@ -257,9 +257,14 @@ class ExpertCache:
         return chosen
 
     def take(self, expert: Stage) -> tuple[Buffer, Lease]:
-        """An agent reads `expert`, which was next, from now on. What had to be freed for it is freed."""
+        """An agent reads `expert`, which was next, from now on. What had to be freed for it is freed.
+
+        Raises:
+            MemoryBudgetError: The system does not give the memory. Nothing changes.
+        """
         idx = self._index[expert]
         nbytes = self._slot_bytes[idx]
+        buffer = self._buffer(nbytes)
         lease = self.memory.acquire_nowait(expert.label, nbytes)
         with self._lock:
             self._is_loaded[idx] = True
@@ -268,7 +273,7 @@ class ExpertCache:
             if self._num_asking[idx] == 0:
                 self._num_ahead += 1
                 self.statistics.num_read_ahead += 1
-        return self._buffer(nbytes), lease
+        return buffer, lease
 
     def loaded(self, expert: Stage) -> None:
         """A read has ended well; `expert` is READY."""

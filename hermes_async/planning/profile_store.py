@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import stat
-import tempfile
 import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import transformers
 
 from hermes_async.planning.profile import Profile
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.own_file import NewFile
 
 logger = logging.getLogger(__name__)
 
@@ -67,17 +67,8 @@ def save_profile(file: Path, profile: Profile) -> None:
     """Writes a profile. A failure is logged, and the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # A new file, so that no existing file or link is written to.
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", dir=file.parent, prefix=file.stem, suffix=".tmp", delete=False
-        ) as unfinished:
-            try:
-                json.dump(asdict(profile), unfinished)
-                unfinished.close()
-                Path(unfinished.name).replace(file)
-            except BaseException:
-                Path(unfinished.name).unlink(missing_ok=True)
-                raise
+        with NewFile(file) as new:
+            new.file.write(json.dumps(asdict(profile)).encode())
     except OSError as error:
         logger.warning("the profile %s cannot be kept: %s", file, error.strerror or error)
 

@@ -13,6 +13,7 @@ import anyio.lowlevel
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
+from hermes_async.foreign_errors import reason_of
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.trace import WAITS_FOR_KV, Trace
 from hermes_async.serving.caches import Reservation, SequenceCaches
@@ -136,7 +137,11 @@ class Admission:
             if (error := self._refusal(request)) is not None:
                 self._waiting.popleft()
                 return request, error
-            reservation = self._reserve(request) if self._may_enter(request) else None
+            try:
+                reservation = self._reserve(request) if self._may_enter(request) else None
+            except MemoryError as error:
+                self._waiting.popleft()
+                return request, self._no_memory(request, error)
             if reservation is not None:
                 self._admit(request, reservation)
                 return request, None
@@ -234,6 +239,18 @@ class Admission:
             budget_bytes=most,
         )
 
+    def _no_memory(self, request: Request, error: MemoryError) -> MemoryBudgetError:
+        """The error of a request whose KV memory is within the budget, but which the system does not give."""
+        needed = self._caches_of(request).nbytes(request.prepared.capacity)
+        refused = MemoryBudgetError(
+            f"the system does not give the {format_bytes(needed)} of KV memory that the request needs: "
+            f"{reason_of(error)}; try again when other programs have given memory back",
+            requested_bytes=needed,
+            budget_bytes=self._kv_memory.budget_bytes,
+        )
+        refused.__cause__ = error
+        return refused
+
     def give_back(self, request: Request) -> None:
         """Takes back what a request holds: its place in the queue, or its KV. A session keeps the KV of its turn."""
         self._restoring.discard(request)
@@ -286,7 +303,7 @@ class Admission:
             if num_common:
                 await reservation.unpark(parked, num_common, request.token_ids, self._parking)
             request.num_reused = reservation.num_reused
-        except ParkingError as error:
+        except (ParkingError, MemoryBudgetError) as error:
             logger.warning("the history of %s is computed again: %s", session.name, error)
         self._parking.free(parked.slots)
         session.enter(SessionState.IN_TURN)
@@ -355,7 +372,7 @@ class Admission:
         try:
             parked = await reservation.park(self._parking)
             self.num_parkings += 1
-        except ParkingError as error:
+        except (ParkingError, MemoryBudgetError) as error:
             logger.warning("the history of %s will be computed again: %s", session.name, error)
         finally:
             reservation.release()

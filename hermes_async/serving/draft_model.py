@@ -70,7 +70,11 @@ class DraftModel:
         too_long = self._context_length is not None and request.prepared.capacity > self._context_length
         if too_long or count > self._pool.num_blocks - self._pool.num_used:
             return False
-        self._sequences[request] = _DraftSequence(SequenceKV(self._pool, self._pool.allocate(count)))
+        try:
+            blocks = self._pool.allocate(count)
+        except MemoryError:  # a draft only saves time
+            return False
+        self._sequences[request] = _DraftSequence(SequenceKV(self._pool, blocks))
         return True
 
     def forget(self, request: Request) -> None:

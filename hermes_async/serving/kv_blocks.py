@@ -204,8 +204,9 @@ class KVBlocks(SequenceCaches):
         missing = max(0, num_blocks(capacity) - len(kv.blocks))
         if not self._make_room(missing):
             return False
+        blocks = self.pool.allocate(missing)
         reservation.lease.grow_nowait(missing * self.pool.layout.block_bytes)
-        kv.blocks += self.pool.allocate(missing)
+        kv.blocks += blocks
         reservation.num_reused = kv.length = length
         return True
 
@@ -282,12 +283,18 @@ class KVBlocks(SequenceCaches):
         for block in shared:
             self._hold(block)  # before `_make_room`, which drops unused blocks
         wanted = num_blocks(capacity) - len(shared)
-        if not self._make_room(wanted):
-            for block in reversed(shared):
-                self._let_go(block)
+        own: list[int] | None = None
+        try:
+            if self._make_room(wanted):
+                own = self.pool.allocate(wanted)
+        finally:
+            if own is None:
+                for block in reversed(shared):
+                    self._let_go(block)
+        if own is None:
             return None
         lease = self._governor.acquire_nowait(holder, wanted * self.pool.layout.block_bytes)
-        kv = SequenceKV(self.pool, [*(block.idx for block in shared), *self.pool.allocate(wanted)])
+        kv = SequenceKV(self.pool, [*(block.idx for block in shared), *own])
         return BlockReservation(self, kv, list(shared), lease)
 
     def _make_room(self, count: int) -> bool:

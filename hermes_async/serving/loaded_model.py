@@ -11,7 +11,6 @@ import anyio.lowlevel
 
 from hermes_async.config import EngineConfig, format_bytes
 from hermes_async.errors import ConfigError, MemoryBudgetError
-from hermes_async.foreign_errors import reason_of
 from hermes_async.memory.locking import LockMemory, locking
 from hermes_async.modeling.kv_cache import KVPool
 from hermes_async.modeling.row_tables import most_rows
@@ -130,9 +129,9 @@ class LoadedModel:
         await self._claim(max(before.memory_budget, budget))
         try:
             await self._apply(before, after)
-        except (MemoryError, OSError) as error:
+        except MemoryBudgetError as error:
             raise MemoryBudgetError(
-                f"the system does not give the memory for a budget of {format_bytes(budget)}: {reason_of(error)}",
+                f"the system does not give the memory for a budget of {format_bytes(budget)}: {error}",
                 requested_bytes=budget,
                 budget_bytes=before.memory_budget,
             ) from error
@@ -184,7 +183,7 @@ class LoadedModel:
         """Frees memory that the new plan does not have, then takes memory that only the new plan has.
 
         Raises:
-            MemoryError, OSError: The system gives no more memory. All is as before.
+            MemoryBudgetError: The system gives no more memory. All is as before.
         """
         change = PlanChange.between(before, after)
         staying = before.resident - change.leaving
@@ -207,7 +206,7 @@ class LoadedModel:
         self.weights.grow_nowait(change.coming_bytes)
         try:
             await self._set_resident(after.resident)
-        except (MemoryError, OSError):  # raised only if stages come, and then no stage has left
+        except MemoryBudgetError:  # raised only if stages come, and then no stage has left
             await self._set_resident(staying)
             self.weights.shrink(change.coming_bytes)
             self.governor.resize(before.memory_budget)
@@ -266,6 +265,7 @@ async def loaded_model(
 
     Raises:
         ReadError: A file could not be opened, or the draft model could not be read.
+        MemoryBudgetError: The system does not give the memory.
     """
     plan, partition = planned.plan, planned.partition
     governor = MemoryGovernor(plan.memory_budget)

@@ -15,6 +15,8 @@ from weakref import WeakSet
 import anyio
 import torch
 
+from hermes_async.config import format_bytes
+from hermes_async.errors import MemoryBudgetError
 from hermes_async.storage.locked_pages import lock_pages, unlock_pages
 
 logger = logging.getLogger(__name__)
@@ -38,6 +40,26 @@ def align_down(num_bytes: int) -> int:
     return num_bytes // ALIGNMENT * ALIGNMENT
 
 
+def map_memory(nbytes: int, flags: int = 0) -> mmap.mmap:
+    """Maps private anonymous memory, aligned to a page. Memory is resident only after it was written to.
+
+    Args:
+        flags: Beside those for private anonymous memory.
+
+    Raises:
+        MemoryBudgetError: The system does not give the memory.
+    """
+    try:
+        return mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20) | flags)
+    except OSError as error:
+        raise MemoryBudgetError(
+            f"the system does not give {format_bytes(nbytes)} of memory: {error.strerror or error}; use a smaller "
+            "memory budget, or try again when other programs have given memory back",
+            requested_bytes=nbytes,
+            budget_bytes=0,
+        ) from error
+
+
 class Buffer:
     """Private anonymous memory, aligned to a page.
 
@@ -47,6 +69,9 @@ class Buffer:
     Args:
         nbytes: Rounded up to whole pages.
         within: The memory that this buffer is a part of, and its offset there; None makes memory of its own.
+
+    Raises:
+        MemoryBudgetError: The system does not give the memory.
     """
 
     def __init__(self, nbytes: int, *, within: tuple[_Mapped, int] | None = None) -> None:
@@ -110,7 +135,7 @@ class _Mapped:
     def __init__(self, nbytes: int) -> None:
         huge_bytes = nbytes // _HUGE_PAGE * _HUGE_PAGE
         more = _HUGE_PAGE if huge_bytes else 0  # only addresses: memory that is never written to is not resident
-        self._map = mmap.mmap(-1, nbytes + more, flags=mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", 0x20))
+        self._map = map_memory(nbytes + more)
         self._start = 0
         if huge_bytes:
             self._start = -torch.frombuffer(self._map, dtype=torch.uint8, count=1).data_ptr() % _HUGE_PAGE

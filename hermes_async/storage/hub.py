@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from hermes_async.errors import CheckpointError, HermesError, UnsupportedModelError
 from hermes_async.storage.gguf_models import chosen_model, gguf_models, listed
 from hermes_async.storage.headers import MAX_HEADER_BYTES
 from hermes_async.storage.other_formats import check_repository
+from hermes_async.storage.own_file import scratch_folder
 
 _FIRST_BYTES = 100_000  # of a shard on the hub; nearly all headers are shorter
 _TIMEOUT_S = 30.0
@@ -168,7 +168,7 @@ def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
         return
     repo_id, _, wanted = source.partition(":")
     if wanted:
-        with TemporaryDirectory(prefix="hermes-async-") as folder:
+        with scratch_folder() as folder:
             with _hub_errors(repo_id, hub):
                 file = _gguf_headers(repo_id, wanted, hub, Path(folder))
             yield file
@@ -177,7 +177,7 @@ def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
     if _is_complete(snapshot):
         yield snapshot
         return
-    with TemporaryDirectory(prefix="hermes-async-") as folder:
+    with scratch_folder() as folder:
         directory = Path(folder, source.rpartition("/")[2])
         with _hub_errors(source, hub):
             _put_headers(source, snapshot, hub, directory)

@@ -31,6 +31,8 @@ _DEFAULT_FOLDER = Path("/var/tmp")  # noqa: S108 - on disk; the file has no name
 _MAX_VIEWS_PER_CALL = 1024
 _MAX_BYTES_PER_CALL = 32 * 2**20
 
+_PREFIX = "hermes-async-parked-"
+
 _REASONS = {
     errno.ENOSPC: "the disk is full",
     errno.EDQUOT: "the disk quota is used up",
@@ -304,9 +306,12 @@ def _open_unnamed(folder: Path) -> int:
     if _O_TMPFILE:
         with suppress(OSError):  # if the system refuses this, `mkstemp` below reports the reason
             return os.open(folder, os.O_RDWR | os.O_EXCL | _O_TMPFILE, 0o600)
-    fd, path = tempfile.mkstemp(prefix="hermes-async-", dir=folder)
+    for left in folder.glob(f"{_PREFIX}*"):  # of processes that were killed just then; nobody needs their names
+        with suppress(OSError):
+            left.unlink()
+    fd, path = tempfile.mkstemp(prefix=_PREFIX, dir=folder)
     try:
-        Path(path).unlink()
+        Path(path).unlink(missing_ok=True)
     except OSError:
         os.close(fd)
         raise

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -21,10 +20,10 @@ from typing import Self
 import torch
 
 from hermes_async.storage.checkpoint import DTYPES
+from hermes_async.storage.own_file import NewFile
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _ALIGNMENT = 8  # of the first tensor, as the reference implementation has it
-_FLAGS = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,11 +37,6 @@ class NewTensor:
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * self.dtype.itemsize
-
-
-def temporary_name(path: Path) -> Path:
-    """The name of a file until it is whole, in the same folder."""
-    return path.with_name(f".{path.name}.unfinished")
 
 
 def aligned(tensors: Sequence[NewTensor]) -> list[NewTensor]:
@@ -94,7 +88,6 @@ class ShardWriter:
 
     def __init__(self, path: Path, tensors: Sequence[NewTensor]) -> None:
         self._path = path
-        self._temporary = temporary_name(path)
         self._header = header_of(tensors)
         self._tensors = {tensor.name: tensor for tensor in tensors}
         self._offsets: dict[str, int] = {}
@@ -102,14 +95,12 @@ class ShardWriter:
         for tensor in tensors:
             self._offsets[tensor.name] = offset
             offset += tensor.nbytes
-        # All mutable state: the open file, and the bytes that each tensor has so far.
-        self._fd = -1
+        # All mutable state: the file, and the bytes that each tensor has so far.
+        self._new: NewFile
         self._written = dict.fromkeys(self._tensors, 0)
 
     def __enter__(self) -> Self:
-        with suppress(FileNotFoundError):
-            self._temporary.unlink()  # of a run that was interrupted
-        self._fd = os.open(self._temporary, _FLAGS, 0o666)
+        self._new = NewFile(self._path)
         self._write(self._header, 0)
         return self
 
@@ -122,20 +113,15 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        try:
-            if error is None:
-                short = [name for name, count in self._written.items() if count != self._tensors[name].nbytes]
-                assert not short, f"{self._path}: {short[0]} has {self._written[short[0]]} bytes"
-                os.fsync(self._fd)
-        finally:
-            os.close(self._fd)
-        if error is None:
-            self._temporary.replace(self._path)
-        else:
-            self._temporary.unlink(missing_ok=True)
+        if error is not None:
+            self._new.discard()
+            return
+        short = [name for name, count in self._written.items() if count != self._tensors[name].nbytes]
+        assert not short, f"{self._path}: {short[0]} has {self._written[short[0]]} bytes"
+        self._new.finish()
 
     def _write(self, content: bytes | memoryview, offset: int) -> None:
         view = memoryview(content)
         while view:
-            count = os.pwrite(self._fd, view, offset)
+            count = os.pwrite(self._new.file.fileno(), view, offset)
             view, offset = view[count:], offset + count

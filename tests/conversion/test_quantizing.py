@@ -20,7 +20,6 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from hermes_async import CheckpointError, ConfigError, Engine, UnsupportedModelError
 from hermes_async.conversion.output_folder import STATE_NAME, open_output, other_files
 from hermes_async.conversion.quantizing import quantize
-from hermes_async.storage.shard_writer import temporary_name
 from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
@@ -203,7 +202,7 @@ def test_an_interrupted_run_goes_on(llama: Path, tmp_path: Path) -> None:
     first, second = sorted(out.glob("*.safetensors"))
     kept = first.stat().st_ino
     second.write_bytes(second.read_bytes()[:-1])  # half of a file is not taken for a whole one
-    temporary_name(out / "config.json").write_text("{")
+    (out / ".config.json.abc.unfinished").write_text("{")  # of a run that was killed
     quantize(llama, out, "int4", 32, shard_bytes=20_000)
     assert first.stat().st_ino == kept
     quantize(llama, tmp_path / "at once", "int4", 32, shard_bytes=20_000)

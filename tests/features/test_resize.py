@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import random
 import shutil
@@ -161,7 +160,7 @@ async def test_where_the_system_gives_no_memory_all_is_as_before(
 
         def refuse(sizes: Sequence[int]) -> list[Buffer]:
             if sizes:
-                raise OSError(errno.ENOMEM, "cannot allocate memory")
+                raise MemoryBudgetError("the system does not give it", requested_bytes=sum(sizes), budget_bytes=0)
             return make_buffers(sizes)
 
         with monkeypatch.context() as patch:

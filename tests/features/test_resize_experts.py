@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -38,7 +37,7 @@ def check(engine: Engine) -> Plan:
 
 def refuse(sizes: Sequence[int]) -> list[Buffer]:
     if sizes:
-        raise OSError(errno.ENOMEM, "cannot allocate memory")
+        raise MemoryBudgetError("the system does not give it", requested_bytes=sum(sizes), budget_bytes=0)
     return []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -84,13 +85,18 @@ async def test_a_file_that_cannot_be_written(tiny_model: Any, tmp_path: Path) ->
         await traced(tiny_model, tmp_path / "nowhere" / "trace.json")
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("call", ["fsync", "replace"])
 async def test_a_disk_that_is_full_ends_the_trace_alone(
-    tiny_model: Any, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    tiny_model: Any, file: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    monkeypatch.setattr("hermes_async.engine.trace_file.open_trace_file", lambda path: Path("/dev/full").open("w"))  # noqa: SIM115
+    def full(*args: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, call, full)
     await traced(tiny_model, file)
-    assert [record.message for record in caplog.records] == [f"the trace {file} ends here: No space left on device"]
+    message = f"the trace {file} cannot be written: No space left on device"
+    assert [record.message for record in caplog.records] == [message]
+    assert list(file.parent.iterdir()) == []
 
 
 async def test_an_older_trace_is_written_over(tiny_model: Any, file: Path) -> None:
