@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from hermes_async.storage.buffers import Buffer, align_down, align_up
-from hermes_async.storage.reader import ReadRange
+from hermes_async.storage.shard import ReadRange
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

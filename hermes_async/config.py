@@ -368,6 +368,8 @@ class EngineConfig:
         parking_dir: The directory for the KV of idle sessions; it should be on a disk. None takes /var/tmp, or the
             system's temporary directory.
         direct_io: Reads bypass the page cache where the file system allows it.
+        read_timeout: Seconds after which a read that has not come back is a `ReadTimeoutError` for the requests that
+            wait for it. None waits for as long as the disk takes. It bounds one system call, of up to a whole stage.
         kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
             where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
             differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
@@ -397,6 +399,7 @@ class EngineConfig:
     prompt_lookup: bool = True
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
+    read_timeout: float | None = None
     kernels: str = "default"
     dtype: str = "auto"
     batching: str = "auto"
@@ -421,6 +424,8 @@ class EngineConfig:
         for name in ("share_prefixes", "prompt_lookup", "direct_io"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.read_timeout is not None and not (_is_finite_number(self.read_timeout) and self.read_timeout > 0):
+            raise ConfigError(f"read_timeout must be a number of seconds above 0, or None, not {self.read_timeout!r}")
         if self.kernels not in ("default", "fastest"):
             raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

@@ -14,7 +14,8 @@ import anyio.abc
 import torch
 
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.reader import Reader, ReadRange
+from hermes_async.storage.reader import Reader
+from hermes_async.storage.shard import ReadRange
 from hermes_async.storage.tensor_spec import TensorSpec
 
 ROWS_AT_ONCE = 8
