@@ -207,10 +207,10 @@ class ServingLoop:
                 self._start(request)
 
     async def _restore(self, request: Request) -> None:
-        await self.admission.restore(request)
-        if request.aborted:
-            self.finish(request)
-        else:
+        error = await self.admission.restore(request)
+        if error is not None:
+            self.finish(request, error)
+        elif not request.ended:
             self._start(request)
 
     def _start(self, request: Request) -> None:
@@ -257,9 +257,7 @@ class ServingLoop:
         """Ends a request, at once or when no thread uses its KV any more."""
         if request.ended or request.aborted:
             return
-        if request.state is RequestState.RESTORING:
-            request.enter(RequestState.LEAVING)  # `_restore` ends it
-        elif self.sweep is not None and self.sweep.uses(request):
+        if self.sweep is not None and self.sweep.uses(request):
             sweep = self.sweep
             request.enter(RequestState.LEAVING)
             if sweep.drop(request):
@@ -274,7 +272,7 @@ class ServingLoop:
         self.finish(request)
 
     def finish(self, request: Request, error: HermesError | None = None) -> None:
-        """Frees all that the request holds, and ends its stream. No thread may still use its KV."""
+        """Frees all that the request holds, and ends its stream. Only a read from disk may still use its KV."""
         if request.ended:
             return
         request.enter(RequestState.ENDED)

@@ -6,9 +6,9 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import anyio
@@ -35,16 +35,17 @@ class ReadUnderWay:
     """A call that reads on a thread.
 
     Attributes:
-        view: The memory that the thread writes to.
+        views: The memory that the thread writes to.
         place: Set by the thread; None between two reads.
         warned_of: The place that was logged last.
-        then: Called by the thread when it has returned.
     """
 
-    view: memoryview
+    views: Sequence[memoryview]
     place: _Place | None = None
     warned_of: _Place | None = None
-    then: Callable[[], None] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+    _has_returned: bool = False
+    _then: Callable[[], None] | None = None
 
     @contextmanager
     def at(self, path: Path, offset: int) -> Iterator[None]:
@@ -54,6 +55,21 @@ class ReadUnderWay:
             yield
         finally:
             self.place = None
+
+    def when_returned(self, then: Callable[[], None]) -> None:
+        """Has `then` called when the thread has returned: by that thread, or now."""
+        with self._lock:
+            if not self._has_returned:
+                self._then = then
+                return
+        then()
+
+    def end(self) -> None:
+        """The thread has returned; called by it."""
+        with self._lock:
+            self._has_returned = True
+        if self._then is not None:
+            self._then()
 
 
 class ReadWatch:
@@ -75,9 +91,9 @@ class ReadWatch:
     # --- on the threads that read ---
 
     @contextmanager
-    def reading(self, view: memoryview) -> Iterator[ReadUnderWay]:
-        """A block in which a thread reads into `view`."""
-        read = ReadUnderWay(view)
+    def reading(self, *views: memoryview) -> Iterator[ReadUnderWay]:
+        """A block in which a thread reads into these views, or writes them to a file."""
+        read = ReadUnderWay(views)
         with self._lock:
             self._under_way.add(read)
         try:
@@ -85,8 +101,7 @@ class ReadWatch:
         finally:
             with self._lock:
                 self._under_way.discard(read)
-            if read.then is not None:
-                read.then()
+            read.end()
 
     # --- on any thread ---
 
@@ -172,11 +187,3 @@ class ReadWatch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def when_returned(self, read: ReadUnderWay, then: Callable[[], None]) -> None:
-        """Has `then` called when the read's thread has returned: by that thread, or now."""
-        with self._lock:
-            if read in self._under_way:
-                read.then = then
-                return
-        then()
