@@ -169,6 +169,7 @@ def engine_config(
     dtype: str = "auto",
     context_length: int | None = None,
     max_waiting: int | None = 1024,
+    read_timeout: float | None = None,
 ) -> EngineConfig:
     """The engine's options, from the command's."""
     return EngineConfig(
@@ -179,4 +180,5 @@ def engine_config(
         kernels=kernels,
         dtype=dtype,
         context_length=context_length,
+        read_timeout=read_timeout,
     )

@@ -21,6 +21,7 @@ from hermes_async.serving.admission import Admission
 from hermes_async.serving.forward_passes import ForwardQueue, forward_error
 from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
 from hermes_async.serving.loaded_model import LoadedModel
+from hermes_async.serving.loop_lag import LoopLag
 from hermes_async.serving.preparations import Preparations
 from hermes_async.serving.request import Request, RequestState
 from hermes_async.serving.request_log import log_finished
@@ -91,6 +92,7 @@ class ServingLoop:
         self.sweep: Sweep | None = None
         self._forwards_first = False
         self.acceptance = AcceptanceRates()
+        self.lag = LoopLag()
         self._resizes: deque[_Resize] = deque()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
@@ -114,8 +116,10 @@ class ServingLoop:
             await self._apply_resizes()
             generation, forwards = self.schedule()
             if not generation and not forwards:
+                self.lag.pause()
                 await self._wait_for_work()
                 continue
+            self.lag.begin()
             self.sweep = Sweep(self.loaded, generation, forwards)
             outcomes = await self.sweep.run()
             self.deliver(self.sweep, outcomes)
@@ -429,6 +433,7 @@ class ServingLoop:
         while self._resizes:
             self._resizes.popleft().end(error_of("before it was resized"))
         self.admission.close()
+        self.lag.pause()
 
     def _tell(self, kind: EventKind, request: Request) -> None:
         if self._on_event is not None:

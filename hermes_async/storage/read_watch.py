@@ -17,7 +17,7 @@ from hermes_async.errors import ReadTimeoutError
 
 _log = logging.getLogger("hermes_async")
 
-_SECONDS_UNTIL_WARNING = 10.0
+SECONDS_UNTIL_WARNING = 10.0
 _SHORTEST_WAIT = 0.01
 
 
@@ -157,7 +157,7 @@ class ReadWatch:
     def warn_later(self) -> None:
         """Has a warning logged of each read that takes ten seconds. Called when a read begins."""
         if self._timer is None:
-            self._timer = asyncio.get_running_loop().call_later(_SECONDS_UNTIL_WARNING, self._look)
+            self._timer = asyncio.get_running_loop().call_later(SECONDS_UNTIL_WARNING, self._look)
 
     def _look(self) -> None:
         self._timer = None
@@ -166,10 +166,10 @@ class ReadWatch:
         for read in self.under_way:
             place = read.place
             if place is None or place is read.warned_of:
-                waits.append(_SECONDS_UNTIL_WARNING)
-            elif now - place.since >= _SECONDS_UNTIL_WARNING:
+                waits.append(SECONDS_UNTIL_WARNING)
+            elif now - place.since >= SECONDS_UNTIL_WARNING:
                 read.warned_of = place
-                waits.append(_SECONDS_UNTIL_WARNING)
+                waits.append(SECONDS_UNTIL_WARNING)
                 _log.warning(
                     "the disk does not answer: a read at offset %d of %s has not come back for %.0f s",
                     place.offset,
@@ -177,7 +177,7 @@ class ReadWatch:
                     now - place.since,
                 )
             else:
-                waits.append(place.since + _SECONDS_UNTIL_WARNING - now)
+                waits.append(place.since + SECONDS_UNTIL_WARNING - now)
         if waits:
             seconds = max(_SHORTEST_WAIT, min(waits))
             self._timer = asyncio.get_running_loop().call_later(seconds, self._look)
