@@ -18,7 +18,7 @@ from pathlib import Path
 from benchmarks.folders import undone_after_sigterm
 from benchmarks.memory_group import GROUP_PREFIX
 from hermes_async.storage.buffers import Buffer, align_down, align_up
-from hermes_async.storage.reader import ReadRange
+from hermes_async.storage.shard import ReadRange
 
 _CGROUPS = Path("/sys/fs/cgroup")
 

@@ -25,7 +25,7 @@ from hermes_async.memory.available import process_peak_rss_bytes
 from hermes_async.memory.library_caches import BESIDE_BUDGET_BYTES
 from hermes_async.pipeload.pipeline import Pipeline
 from hermes_async.pipeload.stage import Stage, StageState
-from hermes_async.storage.reader import ReadRange
+from hermes_async.storage.shard import ReadRange
 
 NAMES = ("on demand", "all")
 """Engines that are compared: one reads the experts that tokens are routed to, the other all of each layer."""

@@ -22,7 +22,7 @@ from benchmarks.paper_checkpoints import layer_groups
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams
 from hermes_async.memory.available import process_rss_bytes
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.reader import ReadRange
+from hermes_async.storage.shard import ReadRange
 
 MIB = 2**20
 _TOKENS = 128  # of a text, or of a prompt

@@ -371,6 +371,8 @@ class EngineConfig:
         lock_memory: Locks weights and the ring's buffers in memory, so that no swap takes them (Linux only). "auto"
             does so if the system allows it for all of them (`RLIMIT_MEMLOCK`, CAP_IPC_LOCK); the plan says if not. True
             makes that an error. KV caches and the workspace are not locked.
+        read_timeout: Seconds after which a read that has not come back is a `ReadTimeoutError` for the requests that
+            wait for it. None waits for as long as the disk takes. It bounds one system call, of up to a whole stage.
         kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
             where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
             differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
@@ -401,6 +403,7 @@ class EngineConfig:
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
     lock_memory: bool | Literal["auto"] = "auto"
+    read_timeout: float | None = None
     kernels: str = "default"
     dtype: str = "auto"
     batching: str = "auto"
@@ -425,6 +428,8 @@ class EngineConfig:
         for name in ("share_prefixes", "prompt_lookup", "direct_io"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
+        if self.read_timeout is not None and not (_is_finite_number(self.read_timeout) and self.read_timeout > 0):
+            raise ConfigError(f"read_timeout must be a number of seconds above 0, or None, not {self.read_timeout!r}")
         if self.kernels not in ("default", "fastest"):
             raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):

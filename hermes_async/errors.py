@@ -8,7 +8,8 @@ HermesError
 │   ├── MissingTensorError
 │   └── CorruptShardError
 ├── ReadError                  a shard that cannot be read
-│   └── ShortReadError
+│   ├── ShortReadError
+│   └── ReadTimeoutError       a read that a disk did not answer in time
 ├── ParkingError               KV of an idle session that cannot be written to disk or read back
 ├── MemoryBudgetError          with the numbers: requested, smallest that works, largest holders
 ├── RequestError               one request that cannot be served; the engine goes on (also a ValueError)
@@ -128,6 +129,18 @@ class ShortReadError(ReadError):
         super().__init__(message, path=path, offset=offset)
         self.expected = expected
         self.actual = actual
+
+
+class ReadTimeoutError(ReadError):
+    """A read that has not come back for `EngineConfig.read_timeout` seconds. Its thread still waits for the disk.
+
+    Attributes:
+        seconds: How long the read has taken so far.
+    """
+
+    def __init__(self, message: str, *, path: Path, offset: int, seconds: float) -> None:
+        super().__init__(message, path=path, offset=offset)
+        self.seconds = seconds
 
 
 class ParkingError(HermesError):

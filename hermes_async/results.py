@@ -234,6 +234,8 @@ class EngineStatistics:
         read_seconds: The sum over all loading agents, whose reads overlap.
         compute_seconds: Time in sweeps, without stalls.
         stall_seconds: Time that sweeps waited for a stage.
+        loop_lag_ms: How late the event loop ran what was due, in the last minute in which the engine had work: "p50",
+            "p99" and "max", in milliseconds. A timer was due every 50 ms; timers have a resolution of about 1 ms.
         expert_hits: Experts that were in memory, or on their way there, when a sweep asked for them.
         expert_misses: Experts that had to be read when a sweep asked for them.
         experts_read_ahead: Experts that were read before a sweep asked for them.
@@ -272,6 +274,7 @@ class EngineStatistics:
     read_seconds: float
     compute_seconds: float
     stall_seconds: float
+    loop_lag_ms: dict[str, float]
     expert_hits: int
     expert_misses: int
     experts_read_ahead: int

@@ -7,10 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import aiofiles
 import pytest
+
+from hermes_async.storage.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Disk:
     """Whatever is called here may wait or raise.
 
     Attributes:
-        on_open: Called with the path, by the event loop, before a shard is opened.
+        on_open: Called by the reader's thread with the path, before a shard is opened.
         on_read: Called by the reader's thread with the path, the offset and the read; it returns the count.
         opened_directly: Of each shard that was opened, whether past the page cache.
         paths: Of the shards that are open, by file descriptor.
@@ -43,28 +43,25 @@ class Disk:
         self.on_read: Callable[[Path, int, Read], int] = lambda path, offset, read: read()
         self.opened_directly: list[bool] = []
         self.paths: dict[int, Path] = {}
-        self._real_open, self._real_read = aiofiles.open, os.preadv
-        patch.setattr("hermes_async.storage.reader.aiofiles.open", self._open)
-        patch.setattr("hermes_async.storage.reader.os.preadv", self._read)
+        self._real_open, self._real_close, self._real_read = Shard.open, Shard.close, os.preadv
+        patch.setattr(Shard, "open", self._open)
+        patch.setattr(Shard, "close", lambda shard: self._close(shard))
+        patch.setattr("hermes_async.storage.shard.os.preadv", self._read)
 
     @property
     def num_open(self) -> int:
         return len(self.paths)
 
-    async def _open(self, path: Path, *args: Any, **kwargs: Any) -> Any:
+    def _open(self, path: Path, *, direct: bool) -> Shard:
         self.on_open(path)
-        handle: Any = await self._real_open(path, *args, **kwargs)  # type: ignore[call-overload]
-        fd = handle.fileno()
-        self.opened_directly.append(self._is_direct(fd))
-        self.paths[fd] = path
-        close = handle.close
+        shard = self._real_open(path, direct=direct)
+        self.opened_directly.append(self._is_direct(shard.fd))
+        self.paths[shard.fd] = path
+        return shard
 
-        async def closing() -> None:
-            self.paths.pop(fd, None)
-            await close()
-
-        handle.close = closing
-        return handle
+    def _close(self, shard: Shard) -> None:
+        self.paths.pop(shard.fd, None)
+        self._real_close(shard)
 
     def _is_direct(self, fd: int) -> bool:
         return bool(fcntl.fcntl(fd, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0))

@@ -179,6 +179,7 @@ def engine_config(
     lock_memory: str = "auto",
     context_length: int | None = None,
     max_waiting: int | None = 1024,
+    read_timeout: float | None = None,
 ) -> EngineConfig:
     """The engine's options, from the command's.
 
@@ -197,4 +198,5 @@ def engine_config(
         dtype=dtype,
         lock_memory=locks[lock_memory],
         context_length=context_length,
+        read_timeout=read_timeout,
     )

@@ -109,6 +109,16 @@ def serve(
             show_default=False,
         ),
     ] = None,
+    read_timeout: Annotated[
+        float | None,
+        typer.Option(
+            envvar=f"{_ENVIRONMENT}READ_TIMEOUT",
+            metavar="SECONDS",
+            help="The longest that a read of weights may take, before the requests that wait for it get an error; by "
+            "default, there is no limit.",
+            show_default=False,
+        ),
+    ] = None,
     shutdown_timeout: Annotated[
         float,
         typer.Option(
@@ -191,6 +201,7 @@ def serve(
             lock_memory=lock_memory,
             context_length=context_length,
             max_waiting=max_waiting,
+            read_timeout=read_timeout,
         )
         path = find_checkpoint(model, HubOptions(revision, token, cache_dir))
         draft = None if draft_model is None else find_checkpoint(draft_model, HubOptions(None, token, cache_dir))

@@ -265,7 +265,8 @@ class Engine(Transcribing):
     async def abort(self, request_id: str) -> bool:
         """Ends a request; its iterator yields a last chunk with `finish_reason` "abort".
 
-        Returns when the request's memory is free; False if no such request is under way.
+        Returns when the request's memory is free, or a disk that brings it back is all that still uses it. False if no
+        such request is under way.
         """
         self._check_loop()
         serving = self._serving

@@ -223,7 +223,7 @@ class EngineLifetime:
         started_at = time.perf_counter()
         try:
             async with _closed_in_thread() as exits:
-                opened = self._opened = await run_in_thread(self._open, exits)
+                opened = self._opened = await run_in_thread(self._open, exits, when_given_up=exits.close)
                 from hermes_async.serving.loaded_model import loaded_model
 
                 async with tracing(self._trace) as trace, loaded_model(opened, self._config, trace) as loaded:

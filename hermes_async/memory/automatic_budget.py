@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import anyio
 
 from hermes_async.config import format_bytes
-from hermes_async.errors import MemoryBudgetError, ReadError
+from hermes_async.errors import MemoryBudgetError, ReadError, ReadTimeoutError
 from hermes_async.memory.available import headroom, stalled_share
 from hermes_async.memory.claims import Claim
 from hermes_async.storage.threads import run_in_thread
@@ -93,6 +93,9 @@ async def follow(budget: int, most: int, claim: Claim, resize: Callable[[int], A
             continue
         try:
             wanted = await _resize(max(1, wanted), follower.budget, resize)
+        except ReadTimeoutError as error:
+            logger.warning("the memory budget stays as it is while the disk does not answer: %s", error)
+            continue
         except ReadError as error:
             logger.warning("some weights could not be read into the memory that is free for them: %s", error)
         if wanted != follower.budget:

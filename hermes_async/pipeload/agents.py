@@ -26,6 +26,7 @@ from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import WAITS_FOR_MEMORY, AgentTrace
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.interpreter_exit import when_interpreter_exits
+from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import Reader
 from hermes_async.storage.threads import LoopEvent, only_waiting, run_in_thread
 
@@ -100,13 +101,19 @@ class InferenceAgent:
     """
 
     def __init__(
-        self, order: LoadOrder, daemon_agent: DaemonAgent, statistics: PipelineStatistics, trace: AgentTrace
+        self,
+        order: LoadOrder,
+        daemon_agent: DaemonAgent,
+        statistics: PipelineStatistics,
+        trace: AgentTrace,
+        watch: ReadWatch,
     ) -> None:
         self._order = order
         self._experts = daemon_agent.experts
         self._daemon_agent = daemon_agent
         self._statistics = statistics
         self._trace = trace
+        self._watch = watch
         # All mutable state. The compute thread waits on `_changed` for all that it waits for: the next sweep or the
         # end, a stage that is READY, `_abandoned` or `_look`. `_error` is what an abandoned sweep raises, if it is an
         # error. `_loop` and `_token` are the event loop, once it runs. `computing` is the stage that is computed now,
@@ -187,9 +194,11 @@ class InferenceAgent:
         stage = self._ready(stages)
         if stage is None:
             started = time.perf_counter()
-            stage = self._wait_ready(stages)
-            self._statistics.stall_seconds += time.perf_counter() - started
-            self._trace.span("inference agent", f"wait for {stages[0].label}", started)
+            try:
+                stage = self._wait_ready(stages)
+            finally:
+                self._statistics.stall_seconds += time.perf_counter() - started
+                self._trace.span("inference agent", f"wait for {stages[0].label}", started)
             self._check_abandoned()
             if stage is None:
                 return None
@@ -239,13 +248,29 @@ class InferenceAgent:
         return None
 
     def _wait_ready(self, stages: Sequence[Stage]) -> Stage | None:
-        """The first that is READY; None after a `look` or when the sweep was abandoned."""
+        """The first that is READY; None after a `look` or when the sweep was abandoned.
+
+        Raises:
+            ReadTimeoutError: None came in time, and a read is overdue. It goes on: its stage is LOADING until its
+                thread has returned.
+        """
         if not (stages[0].is_expert or self._order.is_next(stages[0])):
             self.call_on_loop(self._reorder, stages[0])
+        seconds = self._watch.timeout
+        while not self._wait_for_change(stages, seconds):
+            error = self._watch.overdue()
+            if error is not None:
+                raise error
+            seconds = self._watch.seconds_left()
+        was_look, self._look = self._look, False
+        return None if was_look else self._ready(stages)
+
+    def _wait_for_change(self, stages: Sequence[Stage], seconds: float | None) -> bool:
+        """Waits until a stage is READY, for a `look`, or until the sweep was abandoned; False if time was up."""
         with only_waiting(), self._changed:
-            self._changed.wait_for(lambda: self._look or self._abandoned or self._ready(stages) is not None)
-            was_look, self._look = self._look, False
-            return None if was_look else self._ready(stages)
+            return self._changed.wait_for(
+                lambda: self._look or self._abandoned or self._ready(stages) is not None, seconds
+            )
 
     def _reorder(self, stage: Stage) -> None:
         self._daemon_agent.free_all(self._order.reorder(stage))
@@ -304,7 +329,7 @@ class LoadingAgents:
     async def run(self, reader: Reader) -> None:
         """One loading agent: reads one stage after another.
 
-        Cancellation: waits for the read that is under way, and frees the stage.
+        Cancellation: waits for the read that is under way, and frees the stage. A read that hangs is given up.
         """
         while True:
             stage = await self._claim()

@@ -25,6 +25,7 @@ from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import AgentTrace, Trace
 from hermes_async.storage.buffers import BufferLock, BufferPool
 from hermes_async.storage.file_state import FileState
+from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.threads import DaemonExecutor
 
@@ -49,6 +50,7 @@ class Pipeline:
         direct: Read past the page cache where possible.
         trace: Told of every load, wait, computation and free.
         file_states: What the stages' files must still be; see `Reader`.
+        watch: Of the reads; by default, one without a timeout.
     """
 
     def __init__(
@@ -64,10 +66,12 @@ class Pipeline:
         direct: bool = True,
         trace: Trace | None = None,
         file_states: Mapping[Path, FileState] | None = None,
+        watch: ReadWatch | None = None,
     ) -> None:
         self.stages = tuple(stages)
         self.experts = experts or ExpertCache((), MemoryGovernor(0))
         self.read_statistics = statistics
+        self.watch = watch or ReadWatch()
         self._num_loading_agents = num_loading_agents
         self._buffers = buffers
         self._direct = direct
@@ -83,7 +87,9 @@ class Pipeline:
         self._trace.note_experts({layer[0].name.rpartition(".")[0]: len(layer) for layer in self.experts.layers})
         self.load_order = LoadOrder(self.stages, ring, lock)
         self._daemon_agent = DaemonAgent(buffers, self.experts, self._trace)
-        self._inference_agent = InferenceAgent(self.load_order, self._daemon_agent, self.statistics, self._trace)
+        self._inference_agent = InferenceAgent(
+            self.load_order, self._daemon_agent, self.statistics, self._trace, self.watch
+        )
         self._loading_agents = LoadingAgents(
             self.load_order,
             ring,
@@ -109,7 +115,14 @@ class Pipeline:
             every = (*self.stages, *self.experts.experts)
             files = sorted({item.file for stage in every for item in stage.layout.ranges})
             reader = await exits.enter_async_context(
-                Reader(files, executor, self.read_statistics, direct=self._direct, states=self._file_states)
+                Reader(
+                    files,
+                    executor,
+                    self.read_statistics,
+                    direct=self._direct,
+                    states=self._file_states,
+                    watch=self.watch,
+                )
             )
             exits.callback(self._buffers.close)
             exits.callback(self.experts.close_free)
@@ -167,7 +180,7 @@ class Pipeline:
         """Waits until every resident stage is in memory. One that could not be read before is read again.
 
         Raises:
-            ReadError: One could not be read.
+            ReadError: One could not be read, or its read is overdue.
             EngineClosedError: The agents have stopped.
         """
         if not self._is_sweeping:  # a sweep raises the error, and the next one reads the stage again
@@ -177,9 +190,19 @@ class Pipeline:
                 while stage.resident and stage.state is not StageState.READY:
                     if self._has_stopped:
                         raise EngineClosedError("the engine was left while its weights were loaded")
-                    await stage.ready.wait()
+                    await self.watch.wait(stage.ready)
                 if stage.resident and stage.error is not None:
                     raise stage.error
+
+    async def wait_for_reads(self) -> None:
+        """Waits until no stage is being read. Agents must be held back, so that none is read afterwards.
+
+        Raises:
+            ReadTimeoutError: A read is overdue.
+        """
+        for stage in (*self.stages, *self.experts.experts):
+            while stage.state is StageState.LOADING:
+                await self.watch.wait(stage.ready)
 
     async def set_resident(self, resident: Collection[Stage]) -> None:
         """Makes these stages the resident ones, and streams all others; between sweeps only.
@@ -246,7 +269,7 @@ class Pipeline:
 
         Raises:
             SweepAbandoned: `abandon` was called.
-            ReadError: A stage that the sweep needed could not be read.
+            ReadError: A stage that the sweep needed could not be read, or its read is overdue.
 
         Cancellation: the sweep is abandoned, and the call ends when the compute thread has noticed, within one stage.
         """

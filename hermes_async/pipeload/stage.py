@@ -14,7 +14,8 @@ import torch
 from hermes_async.errors import HermesError
 from hermes_async.pipeload.governor import Lease
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.reader import ReadKind, ReadRange
+from hermes_async.storage.reader import ReadKind
+from hermes_async.storage.shard import ReadRange
 from hermes_async.storage.tensor_spec import Extent, TensorSpec, merge_extents
 
 _SCRATCH_BYTES = 256 * 1024  # that pieces go through which cannot be read to where they belong

@@ -20,7 +20,8 @@ from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
 from hermes_async.storage.checkpoint import Checkpoint
-from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.shard import ReadRange
 from hermes_async.storage.threads import DaemonExecutor, run_in_thread
 
 KERNEL_TOKENS = (1, 4, 16, 64, 256)

@@ -157,6 +157,14 @@ class _EngineCollector(Collector):
             yield CounterMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
         for name, text in _GAUGES.items():
             yield GaugeMetricFamily(f"hermes_async_{name}", text, value=getattr(statistics, name))
+        lags = GaugeMetricFamily(
+            "hermes_async_loop_lag_seconds",
+            "How late the event loop ran what was due, in the last minute of work.",
+            labels=["quantile"],
+        )
+        for name, quantile in (("p50", "0.5"), ("p99", "0.99"), ("max", "1")):
+            lags.add_metric([quantile], statistics.loop_lag_ms[name] / 1000)
+        yield lags
         kinds = CounterMetricFamily(
             "hermes_async_kind_bytes_read", "Bytes that were read from disk, by kind.", labels=["kind"]
         )

@@ -12,7 +12,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from hermes_async.config import format_bytes
-from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError
+from hermes_async.errors import HermesError, MemoryBudgetError, ParkingError, QueueFullError, ReadTimeoutError
 from hermes_async.foreign_errors import reason_of
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.trace import WAITS_FOR_KV, Trace
@@ -252,8 +252,12 @@ class Admission:
         return refused
 
     def give_back(self, request: Request) -> None:
-        """Takes back what a request holds: its place in the queue, or its KV. A session keeps the KV of its turn."""
-        self._restoring.discard(request)
+        """Takes back what a request holds: its place in the queue, or its KV. A session keeps the KV of its turn.
+
+        The KV of a request that is RESTORING is taken back when the read has ended, which may take long.
+        """
+        if request in self._restoring:
+            return
         reservation, session = request.reservation, request.session
         request.reservation = None
         if reservation is None:
@@ -289,13 +293,24 @@ class Admission:
         input_bytes = request.prepared.input_bytes
         return self._caches_of(request).reserve(_holder(request), token_ids, capacity, parked, input_bytes=input_bytes)
 
-    async def restore(self, request: Request) -> None:
+    async def restore(self, request: Request) -> ReadTimeoutError | None:
         """Reads the KV of a RESTORING request's session from disk. If that fails, the prompt is computed again.
 
-        The request is RUNNING afterwards, or LEAVING if it was aborted meanwhile.
+        The request is RUNNING afterwards, unless it has ended meanwhile.
 
-        Cancellation: the session stays RESTORING; only `close` may follow.
+        Returns:
+            The error of a read that is overdue. It goes on in a task of its own, and the request must be ended.
         """
+        restored = anyio.Event()
+        self._tasks.start_soon(self._restore, request, restored)
+        try:
+            await self._parking.watch.wait(restored)
+        except ReadTimeoutError as error:
+            return error
+        return None
+
+    async def _restore(self, request: Request, restored: anyio.Event) -> None:
+        """Cancellation: the session stays RESTORING; only `close` may follow."""
         reservation, session = request.reservation, request.session
         assert reservation is not None and session is not None and session.parked is not None
         parked, num_common = session.parked, session.num_kept(request.token_ids, request.prepared)
@@ -305,11 +320,15 @@ class Admission:
             request.num_reused = reservation.num_reused
         except (ParkingError, MemoryBudgetError) as error:
             logger.warning("the history of %s is computed again: %s", session.name, error)
+        finally:
+            self._restoring.discard(request)
         self._parking.free(parked.slots)
         session.enter(SessionState.IN_TURN)
-        self._restoring.discard(request)
-        if not request.aborted:
+        if request.ended:
+            self.give_back(request)
+        else:
             request.enter(RequestState.RUNNING)
+        restored.set()
 
     # --- sessions ---
 

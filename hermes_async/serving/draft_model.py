@@ -24,6 +24,7 @@ from hermes_async.serving.planned_model import PlannedDraft
 from hermes_async.serving.request import Request
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.storage.buffers import BufferLock, BufferPool
+from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import ReadStatistics
 from hermes_async.storage.tensor_spec import file_states
 from hermes_async.storage.threads import run_in_thread
@@ -144,11 +145,12 @@ async def running_draft_model(
     *,
     direct: bool,
     lock: BufferLock,
+    watch: ReadWatch,
 ) -> AsyncGenerator[DraftModel, None]:
     """Leases the draft model's memory and loads its weights.
 
     Raises:
-        ReadError: Weights could not be read.
+        ReadError: Weights could not be read, or a read is overdue.
     """
     async with AsyncExitStack() as exits:
         exits.enter_context(governor.acquire_nowait("draft model", opened.fixed_bytes))
@@ -166,6 +168,7 @@ async def running_draft_model(
             statistics=statistics,
             direct=direct,
             file_states=file_states(opened.skeleton.tensors.values()),
+            watch=watch,
         )
         model = StreamedModel(opened.skeleton.model, opened.attention, stages, gate=pipeline)
         exits.callback(model.close)

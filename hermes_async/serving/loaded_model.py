@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections import Counter
 from collections.abc import AsyncGenerator, Collection, Sequence
-from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import anyio.lowlevel
@@ -32,6 +35,7 @@ from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import SLOT_BYTES, TurnCaches
 from hermes_async.storage.buffers import BufferLock, BufferPool
 from hermes_async.storage.parking import ParkingFile
+from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.rows import ROWS_AT_ONCE, RowReader
 from hermes_async.storage.tensor_spec import file_states
@@ -41,6 +45,7 @@ WEIGHTS_HOLDER = "resident weights"
 RING_HOLDER = "ring buffers"
 EXPERTS_HOLDER = "experts"
 WORKSPACE_HOLDER = "workspace"
+HANGING_HOLDER = "reads that hang"
 _KV = "KV"
 
 
@@ -121,9 +126,16 @@ class LoadedModel:
 
         Raises:
             MemoryBudgetError: Too little for what cannot be freed, or the system has no more memory. All is as before.
+            ReadTimeoutError: A read hangs, so its memory cannot be given to others. All is as before.
 
         Cancellation: afterwards the model can only be closed.
         """
+        with self.pipeline.load_order.held_back():
+            await self.pipeline.wait_for_reads()
+            await self._resize(budget)
+
+    async def _resize(self, budget: int) -> None:
+        """As `resize`, while no stage is read."""
         before = self.planned.plan
         after = await self._with_locking(self._plan_for(budget))
         await self._claim(max(before.memory_budget, budget))
@@ -260,6 +272,8 @@ async def loaded_model(
 ) -> AsyncGenerator[LoadedModel, None]:
     """Takes the plan's memory and starts the agents, which begin to load. Leaving undoes all of it in reverse order.
 
+    Leaving gives up reads that hang. The governor keeps leases of their memory until their threads have returned.
+
     Args:
         trace: Records what the agents do.
 
@@ -269,7 +283,14 @@ async def loaded_model(
     """
     plan, partition = planned.plan, planned.partition
     governor = MemoryGovernor(plan.memory_budget)
+    watches: list[ReadWatch] = []
+
+    def new_watch() -> ReadWatch:
+        watches.append(ReadWatch(config.read_timeout))
+        return watches[-1]
+
     async with AsyncExitStack() as exits:
+        exits.callback(_lease_what_hangs, governor, watches)  # when all other leases have been given back
         weights = exits.enter_context(governor.acquire_nowait(WEIGHTS_HOLDER, plan.resident_bytes))
         ring = exits.enter_context(governor.part(RING_HOLDER, plan.ring_bytes, max_leases=plan.num_buffers))
         expert_memory = MemoryGovernor(0)
@@ -288,7 +309,7 @@ async def loaded_model(
             turn_caches = TurnCaches(turns, layout, kv_memory, drafts=drafts)
         folder = None if config.parking_dir is None else Path(config.parking_dir)
         slot_bytes = planned.probe.kv.block_bytes if planned.probe.packs else SLOT_BYTES
-        parking = ParkingFile(folder, slot_bytes, direct=config.direct_io)
+        parking = ParkingFile(folder, slot_bytes, direct=config.direct_io, watch=new_watch())
         exits.push_async_callback(parking.aclose)
         read_statistics = ReadStatistics()
         lock = BufferLock(is_on=plan.locked_bytes > 0)
@@ -308,6 +329,7 @@ async def loaded_model(
             direct=config.direct_io,
             trace=trace,
             file_states=file_states(planned.skeleton.tensors.values()),
+            watch=new_watch(),
         )
         after_pipeline = exits.enter_context(ExitStack())  # closed after the pipeline has stopped
         await exits.enter_async_context(pipeline.running())
@@ -320,7 +342,7 @@ async def loaded_model(
             tables = [table.spec for table in partition.row_tables]
             files, states = sorted({spec.file for spec in tables}), file_states(tables)
             reader = await exits.enter_async_context(
-                Reader(files, executor, read_statistics, direct=config.direct_io, states=states)
+                Reader(files, executor, read_statistics, direct=config.direct_io, states=states, watch=new_watch())
             )
             usual_rows = most_rows(partition.row_tables, plan.max_tokens_per_sweep)
             rows = await exits.enter_async_context(RowReader(tables, reader, usual_rows, pipeline.load_order.held_back))
@@ -329,7 +351,13 @@ async def loaded_model(
             vocab_size = planned.skeleton.vocab_size
             draft_model = await exits.enter_async_context(
                 running_draft_model(
-                    planned.draft, governor, read_statistics, vocab_size, direct=config.direct_io, lock=lock
+                    planned.draft,
+                    governor,
+                    read_statistics,
+                    vocab_size,
+                    direct=config.direct_io,
+                    lock=lock,
+                    watch=new_watch(),
                 )
             )
         yield LoadedModel(
@@ -352,6 +380,22 @@ async def loaded_model(
             draft_model=draft_model,
             trace=trace,
         )
+
+
+def _lease_what_hangs(governor: MemoryGovernor, watches: Sequence[ReadWatch]) -> None:
+    """Leases the memory that threads still read into, until each of them has returned."""
+    loop = asyncio.get_running_loop()
+    reads = [read for watch in watches for read in watch.under_way]
+    num_readers = Counter(id(read.views[0]) for read in reads)  # several threads read rows into one buffer
+
+    def release(lease: Lease) -> None:
+        with suppress(RuntimeError):  # the loop was closed: nobody asks any more
+            loop.call_soon_threadsafe(lease.release)
+
+    for read in reads:
+        nbytes = sum(map(len, read.views)) // num_readers[id(read.views[0])]
+        lease = governor.acquire_nowait(HANGING_HOLDER, min(nbytes, governor.free_bytes))
+        read.when_returned(partial(release, lease))
 
 
 def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pipeline) -> StreamedModel:

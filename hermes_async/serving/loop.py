@@ -21,6 +21,7 @@ from hermes_async.serving.admission import Admission
 from hermes_async.serving.forward_passes import ForwardQueue, forward_error
 from hermes_async.serving.jobs import ForwardJob, GenerationJob, Outcome
 from hermes_async.serving.loaded_model import LoadedModel
+from hermes_async.serving.loop_lag import LoopLag
 from hermes_async.serving.preparations import Preparations
 from hermes_async.serving.request import Request, RequestState
 from hermes_async.serving.request_log import log_finished
@@ -91,6 +92,7 @@ class ServingLoop:
         self.sweep: Sweep | None = None
         self._forwards_first = False
         self.acceptance = AcceptanceRates()
+        self.lag = LoopLag()
         self._resizes: deque[_Resize] = deque()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
@@ -114,8 +116,10 @@ class ServingLoop:
             await self._apply_resizes()
             generation, forwards = self.schedule()
             if not generation and not forwards:
+                self.lag.pause()
                 await self._wait_for_work()
                 continue
+            self.lag.begin()
             self.sweep = Sweep(self.loaded, generation, forwards)
             outcomes = await self.sweep.run()
             self.deliver(self.sweep, outcomes)
@@ -207,10 +211,10 @@ class ServingLoop:
                 self._start(request)
 
     async def _restore(self, request: Request) -> None:
-        await self.admission.restore(request)
-        if request.aborted:
-            self.finish(request)
-        else:
+        error = await self.admission.restore(request)
+        if error is not None:
+            self.finish(request, error)
+        elif not request.ended:
             self._start(request)
 
     def _start(self, request: Request) -> None:
@@ -257,9 +261,7 @@ class ServingLoop:
         """Ends a request, at once or when no thread uses its KV any more."""
         if request.ended or request.aborted:
             return
-        if request.state is RequestState.RESTORING:
-            request.enter(RequestState.LEAVING)  # `_restore` ends it
-        elif self.sweep is not None and self.sweep.uses(request):
+        if self.sweep is not None and self.sweep.uses(request):
             sweep = self.sweep
             request.enter(RequestState.LEAVING)
             if sweep.drop(request):
@@ -274,7 +276,7 @@ class ServingLoop:
         self.finish(request)
 
     def finish(self, request: Request, error: HermesError | None = None) -> None:
-        """Frees all that the request holds, and ends its stream. No thread may still use its KV."""
+        """Frees all that the request holds, and ends its stream. Only a read from disk may still use its KV."""
         if request.ended:
             return
         request.enter(RequestState.ENDED)
@@ -431,6 +433,7 @@ class ServingLoop:
         while self._resizes:
             self._resizes.popleft().end(error_of("before it was resized"))
         self.admission.close()
+        self.lag.pause()
 
     def _tell(self, kind: EventKind, request: Request) -> None:
         if self._on_event is not None:

@@ -105,7 +105,7 @@ class RequestState(enum.Enum):
 
 _TRANSITIONS = {
     RequestState.WAITING: {RequestState.RESTORING, RequestState.RUNNING, RequestState.ENDED},
-    RequestState.RESTORING: {RequestState.RUNNING, RequestState.LEAVING, RequestState.ENDED},
+    RequestState.RESTORING: {RequestState.RUNNING, RequestState.ENDED},
     RequestState.RUNNING: {RequestState.LEAVING, RequestState.ENDED},
     RequestState.LEAVING: {RequestState.ENDED},
     RequestState.ENDED: set[RequestState](),

@@ -31,6 +31,7 @@ def engine_statistics(loop: ServingLoop) -> EngineStatistics:
         read_seconds=pipeline.read_statistics.seconds,
         compute_seconds=pipeline.statistics.compute_seconds,
         stall_seconds=pipeline.statistics.stall_seconds,
+        loop_lag_ms=loop.lag.milliseconds(),
         expert_hits=experts.statistics.num_hits,
         expert_misses=experts.statistics.num_misses,
         experts_read_ahead=experts.statistics.num_read_ahead,

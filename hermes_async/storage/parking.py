@@ -9,6 +9,7 @@ import errno
 import heapq
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
@@ -21,7 +22,8 @@ import anyio
 from hermes_async.errors import ParkingError
 from hermes_async.storage.buffers import ALIGNMENT, align_down
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
-from hermes_async.storage.threads import check_cancelled, run_in_thread
+from hermes_async.storage.read_watch import ReadUnderWay, ReadWatch
+from hermes_async.storage.threads import SECONDS_UNTIL_GIVEN_UP, check_cancelled, run_in_thread
 
 _O_TMPFILE: int = getattr(os, "O_TMPFILE", 0)
 
@@ -48,7 +50,9 @@ class ParkingFile:
 
     Owned with `async with`, or closed with `aclose`. The first write makes the file, which only this user can read. I/O
     bypasses the page cache where the file system allows it; elsewhere, the cache is dropped after each operation. One
-    operation runs at a time, on a worker thread. Event-loop side only.
+    operation runs at a time, on a worker thread. Event-loop side only. A cancelled operation waits for its thread for a
+    moment, and then gives it up, because the disk may hang: the views and the file must not be used afterwards, and
+    `aclose` leaves it to the thread to close the file.
 
     The lowest free slots are used first. When all slots are free, the next write first gives the file's space back to
     the disk. Until then, or until `aclose`, the file keeps it.
@@ -58,14 +62,18 @@ class ParkingFile:
             folder if /var/tmp cannot be written to.
         slot_bytes: A multiple of 4096 (`ALIGNMENT`).
         direct: Whether to try direct I/O.
+        watch: Of the reads and writes; by default, one without a timeout.
 
     Raises:
         ValueError: `slot_bytes` is no multiple of 4096.
     """
 
-    def __init__(self, folder: Path | None, slot_bytes: int, *, direct: bool = True) -> None:
+    def __init__(
+        self, folder: Path | None, slot_bytes: int, *, direct: bool = True, watch: ReadWatch | None = None
+    ) -> None:
         if slot_bytes <= 0 or slot_bytes % ALIGNMENT:
             raise ValueError(f"slot_bytes must be a multiple of {ALIGNMENT}, not {slot_bytes}")
+        self.watch = watch or ReadWatch()
         self._slot_bytes = slot_bytes
         self._limiter = anyio.CapacityLimiter(1)
         # All mutable state. Event loop: each slot is in `_used` (also while it is being written) or in `_free` (a
@@ -78,6 +86,7 @@ class ParkingFile:
         self._folder = folder or _DEFAULT_FOLDER
         self._folder_is_default = folder is None
         self._fd: int | None = None
+        self._closing = threading.Lock()  # a thread that was given up may close the file at the same time
         self._direct = direct and bool(O_DIRECT)
         self._stale = False
 
@@ -113,8 +122,8 @@ class ParkingFile:
                 be read.
             ValueError: A view has another size.
 
-        Cancellation: the call returns when its thread has finished with the views, after a few system calls at most. No
-        slot is used.
+        Cancellation: the call returns when its thread has finished with the views, after a few system calls at most, or
+        was given up. No slot is used.
         """
         self._check(views)
         if not views:
@@ -161,12 +170,13 @@ class ParkingFile:
     async def aclose(self) -> None:
         """Closes the file, which deletes it. A second call does nothing.
 
-        Cancellation: the file is closed before the call returns.
+        Cancellation: the file is closed before the call returns, unless the disk hangs.
         """
         self._closed = True
+        self.watch.close()
         self._used.clear()
         self._free.clear()
-        await self._run("closing the file", self._close, shield=True)
+        await self._run("closing the file", self._close, closing=True)
 
     def _check(self, views: Sequence[memoryview]) -> None:
         self._check_open()
@@ -189,14 +199,22 @@ class ParkingFile:
             self._free.clear()
             self._stale = True
 
-    async def _run(self, doing: str, call: Callable[[], None], *, shield: bool = False) -> None:
-        """Runs `call` on a worker thread. Returns when the thread has finished, even if the caller is cancelled."""
+    async def _run(self, doing: str, call: Callable[[], None], *, closing: bool = False) -> None:
+        """Runs `call` on a worker thread. Returns when the thread has finished or was given up."""
         errors: list[Exception] = []
 
         async def run() -> None:
             try:
-                with anyio.CancelScope(shield=shield):
-                    await run_in_thread(call, limiter=self._limiter, left_at_exit=True)
+                with anyio.CancelScope(shield=closing):
+                    async with self._limiter:
+                        if closing and self.watch.under_way:
+                            return  # a thread that was given up: it closes the file when it returns
+                        self.watch.warn_later()
+                        with anyio.move_on_after(SECONDS_UNTIL_GIVEN_UP if closing else None):
+                            try:
+                                await run_in_thread(call, left_at_exit=True, when_given_up=self._close)
+                            finally:
+                                self._closed = self._closed or bool(self.watch.under_way)  # the call was given up
             except Exception as error:
                 errors.append(error)
 
@@ -227,8 +245,9 @@ class ParkingFile:
             self._stale = False
         size = os.fstat(fd).st_size
         try:
-            for offset, batch in self._batches(slots, views):
-                self._transfer(fd, offset, batch, writing=True)
+            with self.watch.reading(*views) as under_way:
+                for offset, batch in self._batches(slots, views):
+                    self._transfer(fd, offset, batch, under_way, writing=True)
         except BaseException:
             with suppress(OSError):
                 os.ftruncate(fd, size)  # on a full disk, other programs may need the space
@@ -236,8 +255,9 @@ class ParkingFile:
 
     def _read(self, slots: list[int], views: list[memoryview]) -> None:
         self._check_open()
-        for offset, batch in self._batches(slots, views):
-            self._transfer(self._open(), offset, batch, writing=False)
+        with self.watch.reading(*views) as under_way:
+            for offset, batch in self._batches(slots, views):
+                self._transfer(self._open(), offset, batch, under_way, writing=False)
 
     def _batches(self, slots: list[int], views: list[memoryview]) -> Iterator[tuple[int, list[memoryview]]]:
         """Offset and views of each run of consecutive slots, split where it is too long for one system call."""
@@ -248,12 +268,17 @@ class ParkingFile:
                 yield slots[start] * self._slot_bytes, views[start:end]
                 start = end
 
-    def _transfer(self, fd: int, offset: int, views: list[memoryview], *, writing: bool) -> None:
+    def _transfer(
+        self, fd: int, offset: int, views: list[memoryview], under_way: ReadUnderWay, *, writing: bool
+    ) -> None:
         """Writes or reads `views` one after another from `offset`. Empties the list."""
         while views:
             check_cancelled()
             try:
-                count = os.pwritev(fd, views, offset) if writing else os.preadv(fd, views, offset)
+                with under_way.at(self._folder, offset):
+                    count = os.pwritev(fd, views, offset) if writing else os.preadv(fd, views, offset)
+                    if writing and not self._direct and hasattr(os, "posix_fadvise"):
+                        os.fdatasync(fd)  # only pages that are on disk are dropped from the cache
             except OSError as error:
                 if not self._direct or error.errno != errno.EINVAL:
                     raise
@@ -261,9 +286,7 @@ class ParkingFile:
                 continue
             if count == 0:
                 raise OSError(errno.EIO, "the file ended early")
-            if not self._direct and hasattr(os, "posix_fadvise"):
-                if writing:
-                    os.fdatasync(fd)  # only pages that are on disk are dropped
+            if not self._direct:
                 drop_cache(fd, offset, count)
             count = align_down(count) or count  # direct I/O continues only at the beginning of a block
             offset += count
@@ -295,7 +318,8 @@ class ParkingFile:
         self._direct = direct
 
     def _close(self) -> None:
-        fd, self._fd = self._fd, None
+        with self._closing:
+            fd, self._fd = self._fd, None
         if fd is not None:
             with suppress(OSError):  # nobody needs what could not be written
                 os.close(fd)

@@ -1,54 +1,32 @@
 """Reads byte ranges of shards into buffers, with aiofiles and direct I/O, on threads of their own.
 
-This is the only module that reads weights, and the only one that imports aiofiles. It turns an `OSError` of a read into
-a `ReadError`.
+All weights are read here, and no other module imports aiofiles. It turns an `OSError` of a read into a `ReadError`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import os
 import resource
+import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
-import aiofiles
 import aiofiles.os
 import anyio
-import anyio.lowlevel
 
 from hermes_async.errors import ReadError, ShortReadError
-from hermes_async.storage.buffers import ALIGNMENT, align_down, align_up
-from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
+from hermes_async.storage.direct_io import O_DIRECT
 from hermes_async.storage.file_state import FileState
-
-
-@dataclass(frozen=True, slots=True)
-class ReadRange:
-    """A read of `nbytes` bytes of `file` from `offset` on, to `position` in a buffer.
-
-    Attributes:
-        scratch: None if the read may also write the rest of the blocks around the range. `offset` and `position` must
-            then be equal modulo 4096 (`ALIGNMENT`), so that a direct read can begin at the block's beginning.
-            Otherwise, the start and end of two or more whole blocks of the buffer; beside the range, the read writes
-            only there. If `offset` and `position` are not equal modulo 4096, all bytes pass through the scratch
-            blocks, in many small reads if there are few of them.
-    """
-
-    file: Path
-    offset: int
-    nbytes: int
-    position: int
-    scratch: tuple[int, int] | None = None
-
+from hermes_async.storage.read_watch import ReadWatch
+from hermes_async.storage.shard import ReadRange, Shard
+from hermes_async.storage.threads import SECONDS_UNTIL_GIVEN_UP, finished_or_given_up
 
 ReadKind = Literal["resident weights", "streamed weights", "experts", "embedding rows"]
 """What is read, for statistics."""
@@ -80,7 +58,11 @@ class Reader:
     more shards, the least recently used ones are closed for others. Reads bypass the page cache where the file system
     allows it. Elsewhere they are buffered, and the cache is dropped after them.
 
+    A disk that hangs: leaving does not wait for threads that were given up. Their shards are closed when they return.
+
     Args:
+        executor: If it is a `DaemonExecutor`, another thread takes the place of one that was given up.
+        watch: Of the reads; by default, one without a timeout.
         states: The files as they were when their headers were read. A file that has changed when it is opened, or after
             a read, is an error: its bytes may not be those that the header describes.
 
@@ -96,7 +78,9 @@ class Reader:
         *,
         direct: bool = True,
         states: Mapping[Path, FileState] | None = None,
+        watch: ReadWatch | None = None,
     ) -> None:
+        self.watch = watch or ReadWatch()
         self._files = files
         self._states = states or {}
         allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -104,17 +88,17 @@ class Reader:
         self._executor = executor
         self._statistics = statistics
         self._direct = direct and bool(O_DIRECT)
-        # All mutable state, changed on the event loop: the open shards, least recently used first. A thread only looks
-        # up shards that are held for it.
-        self._shards: dict[Path, _Shard] = {}
+        # All mutable state: the open shards, least recently used first, which the event loop changes. A thread looks up
+        # only shards that are held for it. `_users` guards their `num_users` and `is_left`.
+        self._shards: dict[Path, Shard] = {}
+        self._users = threading.Lock()
         self._opening = anyio.Lock()
-        self._read_in_thread = aiofiles.os.wrap(self._read)
+        self._open_in_thread, self._close_in_thread = aiofiles.os.wrap(Shard.open), aiofiles.os.wrap(Shard.close)
 
     async def __aenter__(self) -> Self:
         try:
             for file in list(self._files)[: self._max_open]:
-                with anyio.CancelScope(shield=True):
-                    await self._open(file)
+                await self._open(file)
         except BaseException:
             await self._close()
             raise
@@ -146,34 +130,48 @@ class Reader:
             ShortReadError: A shard is shorter than its header says.
             ReadError: A read failed, or a shard has changed.
 
-        Cancellation: shielded, because a thread cannot be stopped. After a cancelled call, no thread writes to `view`.
+        Cancellation: waits for the thread, which cannot be stopped, but no longer than a fraction of a second. After a
+        cancelled call, a thread that hangs may still write to `view`: it must not be used again. The watch has the read
+        until the thread has returned.
         """
-        with anyio.CancelScope(shield=True):
-            spent: list[float] = []
-            try:
-                async with self._held({item.file for item in ranges}) as shards:
-                    await self._read_in_thread(shards, ranges, view, spent, on_read, executor=self._executor)
-            finally:
-                self._statistics.seconds += sum(spent)
+        held = await self._hold({item.file for item in ranges})
+        spent: list[float] = []
+        try:
+            work = self._executor.submit(self._read, held, ranges, view, spent, on_read)
+        except BaseException:
+            self._let_go(held)
+            raise
+        # By the thread: nobody else may be there when it returns. Before the event loop is told that it has returned.
+        work.add_done_callback(lambda _: self._let_go(held))
+        self.watch.warn_later()
+        try:
+            await finished_or_given_up(asyncio.wrap_future(work))
+        finally:
+            self._statistics.seconds += sum(spent)
         self._statistics.bytes_by_kind[kind] += sum(item.nbytes for item in ranges)
         self._statistics.num_reads += len(ranges)
-        await anyio.lowlevel.checkpoint_if_cancelled()
 
     async def read_many(
         self, ranges: Sequence[ReadRange], view: memoryview, at_once: int, *, kind: ReadKind = "streamed weights"
     ) -> None:
         """As `read`, with `at_once` calls at the same time: for many small ranges, where the disk's latency counts."""
-        reads = [self.read(ranges[start::at_once], view, kind=kind) for start in range(min(at_once, len(ranges)))]
-        with anyio.CancelScope(shield=True):
-            outcomes = await asyncio.gather(*reads, return_exceptions=True)
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
-        await anyio.lowlevel.checkpoint_if_cancelled()
+        errors: list[ReadError] = []
+
+        async def read(part: Sequence[ReadRange]) -> None:
+            try:
+                await self.read(part, view, kind=kind)
+            except ReadError as error:  # raised when no thread reads any more
+                errors.append(error)
+
+        async with anyio.create_task_group() as group:
+            for start in range(min(at_once, len(ranges))):
+                group.start_soon(read, ranges[start::at_once])
+        if errors:
+            raise errors[0]
 
     def _read(
         self,
-        shards: Mapping[Path, _Shard],
+        shards: Mapping[Path, Shard],
         ranges: Sequence[ReadRange],
         view: memoryview,
         spent: list[float],
@@ -182,11 +180,12 @@ class Reader:
         """Runs on a thread of the executor. One call for all ranges: each switch of threads interrupts computation."""
         started = time.perf_counter()
         try:
-            for item in ranges:
-                try:
-                    shards[item.file].read(item, view)
-                except OSError as error:
-                    raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
+            with self.watch.reading(view) as under_way:
+                for item in ranges:
+                    try:
+                        shards[item.file].read(item, view, under_way)
+                    except OSError as error:
+                        raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
             for path, shard in shards.items():
                 self._check_unchanged(path, shard)
         finally:
@@ -195,10 +194,12 @@ class Reader:
             if on_read is not None:
                 on_read(started, ended)
 
-    @asynccontextmanager
-    async def _held(self, paths: Iterable[Path]) -> AsyncIterator[Mapping[Path, _Shard]]:
-        """Keeps shards open within the block. A thread looks at these alone: the loop changes the order of all."""
-        held: dict[Path, _Shard] = {}
+    async def _hold(self, paths: Iterable[Path]) -> Mapping[Path, Shard]:
+        """Keeps shards open until `_let_go`. A thread looks at these alone: the loop changes the order of all.
+
+        Cancellation: none is held.
+        """
+        held: dict[Path, Shard] = {}
         try:
             for path in paths:
                 if path not in self._shards:
@@ -207,12 +208,22 @@ class Reader:
                             await self._close_unused(self._max_open - 1)
                             await self._open(path)
                 shard = self._shards[path] = self._shards.pop(path)
-                shard.num_users += 1
+                with self._users:
+                    shard.num_users += 1
                 held[path] = shard
-            yield held
-        finally:
-            for shard in held.values():
+        except BaseException:
+            self._let_go(held)
+            raise
+        return held
+
+    def _let_go(self, held: Mapping[Path, Shard]) -> None:
+        """Runs on any thread."""
+        for shard in held.values():
+            with self._users:
                 shard.num_users -= 1
+                is_last = shard.is_left and not shard.num_users
+            if is_last:
+                shard.close()
 
     async def _close_unused(self, num_left: int) -> None:
         """Closes shards that nobody reads, least recently used first, until `num_left` are open."""
@@ -220,7 +231,7 @@ class Reader:
             path = next((path for path, shard in self._shards.items() if not shard.num_users), None)
             if path is None:
                 return
-            await self._shards.pop(path).file.close()
+            await self._close_shard(self._shards.pop(path))
 
     async def _open(self, path: Path) -> None:
         while True:
@@ -239,7 +250,7 @@ class Reader:
         self._shards[path] = shard
         self._check_unchanged(path, shard)
 
-    async def _open_as_allowed(self, path: Path) -> _Shard:
+    async def _open_as_allowed(self, path: Path) -> Shard:
         try:
             return await self._open_shard(path, direct=self._direct)
         except OSError as error:
@@ -247,12 +258,12 @@ class Reader:
                 raise
             return await self._open_shard(path, direct=False)
 
-    def _check_unchanged(self, path: Path, shard: _Shard) -> None:
+    def _check_unchanged(self, path: Path, shard: Shard) -> None:
         """Runs on any thread. Comes after a read, because the file may be written to during the read."""
         before = self._states.get(path)
         if before is None:
             return
-        now = FileState.of(os.fstat(shard.file.fileno()))
+        now = shard.state
         if now == before:
             return
         if (now.device, now.inode) != (before.device, before.inode):
@@ -266,114 +277,22 @@ class Reader:
             raise ShortReadError(message, path=path, offset=0, expected=before.nbytes, actual=now.nbytes)
         raise ReadError(message, path=path, offset=0)
 
-    async def _open_shard(self, path: Path, *, direct: bool) -> _Shard:
-        flags = O_DIRECT if direct else 0
-        file = await aiofiles.open(
-            path,
-            "rb",
-            buffering=0,
-            opener=lambda path, mode: os.open(path, mode | flags),
-            executor=self._executor,
-        )
-        return _Shard(file, direct=direct)
+    async def _open_shard(self, path: Path, *, direct: bool) -> Shard:
+        opening = self._open_in_thread(path, direct=direct, executor=self._executor)
+        return await finished_or_given_up(asyncio.ensure_future(opening))
+
+    async def _close_shard(self, shard: Shard) -> None:
+        await finished_or_given_up(asyncio.ensure_future(self._close_in_thread(shard, executor=self._executor)))
 
     async def _close(self) -> None:
-        with anyio.CancelScope(shield=True):
+        self.watch.close()
+        with anyio.move_on_after(SECONDS_UNTIL_GIVEN_UP, shield=True):
             while self._shards:
-                await self._shards.popitem()[1].file.close()
-
-
-class _Shard:
-    """An open file, which several threads read at once."""
-
-    def __init__(self, file: Any, *, direct: bool) -> None:
-        self.file = file
-        self.num_users = 0
-        self._direct = direct
-
-    def read(self, item: ReadRange, view: memoryview) -> None:
-        before = item.offset % ALIGNMENT
-        if item.scratch is None:
-            start = item.position - before
-            self._fill(item, item.offset, item.nbytes, [view[start : start + align_up(before + item.nbytes)]])
-            return
-        scratch = view[slice(*item.scratch)]
-        first, last = align_up(item.position), align_down(item.position + item.nbytes)
-        if item.position % ALIGNMENT == before and first < last:
-            self._read_blocks(item, view, first, last, scratch)
-        else:
-            self._read_through(item, view, scratch)
-
-    def _read_blocks(self, item: ReadRange, view: memoryview, first: int, last: int, scratch: memoryview) -> None:
-        """Reads the whole blocks `first` to `last` to their place, and the parts around them through `scratch`."""
-        head, tail = scratch[:ALIGNMENT], scratch[ALIGNMENT : 2 * ALIGNMENT]
-        num_before, num_after = first - item.position, item.position + item.nbytes - last
-        before, after = [head] if num_before else [], [tail] if num_after else []
-        self._fill(item, item.offset, item.nbytes, [*before, view[first:last], *after])
-        view[item.position : first] = head[ALIGNMENT - num_before :]
-        view[last : last + num_after] = tail[:num_after]
-
-    def _read_through(self, item: ReadRange, view: memoryview, scratch: memoryview) -> None:
-        """Reads all bytes through `scratch`, as many at once as it holds."""
-        done = 0
-        while done < item.nbytes:
-            offset = item.offset + done
-            before = offset % ALIGNMENT
-            count = min(item.nbytes - done, len(scratch) - before)
-            self._fill(item, offset, count, [scratch[: align_up(before + count)]])
-            view[item.position + done : item.position + done + count] = scratch[before : before + count]
-            done += count
-
-    def _fill(self, item: ReadRange, offset: int, nbytes: int, targets: Sequence[memoryview]) -> None:
-        """Reads the blocks with `nbytes` bytes from `offset` on into `targets`, one after another.
-
-        Raises:
-            ShortReadError: The file ends before that; the error names the whole of `item`.
-        """
-        base = align_down(offset)
-        wanted = offset - base + nbytes
-        done = 0
-        while True:
-            done_now = done + self._read_once(base + done, _rest(targets, done))
-            if done_now >= wanted:
-                return
-            if align_down(done_now) == done:
-                actual = max(0, base + done_now - item.offset)
-                raise ShortReadError(
-                    f"{item.file} ended early: {item.nbytes} bytes were expected at offset {item.offset}, {actual} "
-                    "came; the file was truncated after it was opened",
-                    path=item.file,
-                    offset=item.offset,
-                    expected=item.nbytes,
-                    actual=actual,
-                )
-            done = align_down(done_now)
-
-    def _read_once(self, offset: int, targets: Sequence[memoryview]) -> int:
-        """Makes one system call at `offset`. If the file system refuses direct I/O, all further reads are buffered."""
-        fd = self.file.fileno()
-        direct = self._direct
-        try:
-            count = os.preadv(fd, targets, offset)
-        except OSError as error:
-            if not direct or error.errno != errno.EINVAL:
-                raise
-            set_direct(fd, False)
-            self._direct = False
-            return self._read_once(offset, targets)
-        if not direct:
-            drop_cache(fd, offset, count)
-        return count
-
-
-def _rest(targets: Sequence[memoryview], done: int) -> list[memoryview]:
-    """`targets` without their first `done` bytes."""
-    left = []
-    for target in targets:
-        if done < len(target):
-            left.append(target[done:])
-        done = max(0, done - len(target))
-    return left
+                _, shard = self._shards.popitem()
+                with self._users:
+                    shard.is_left = shard.num_users > 0  # then the last thread that reads it closes it
+                if not shard.is_left:
+                    await self._close_shard(shard)
 
 
 def _read_error(doing: str, path: Path, offset: int, error: OSError) -> ReadError:

@@ -14,7 +14,8 @@ import anyio.abc
 import torch
 
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
-from hermes_async.storage.reader import Reader, ReadRange
+from hermes_async.storage.reader import Reader
+from hermes_async.storage.shard import ReadRange
 from hermes_async.storage.tensor_spec import TensorSpec
 
 ROWS_AT_ONCE = 8
@@ -35,7 +36,7 @@ class _Reading:
 class RowReader:
     """Reads rows of `tables` (each `[rows, columns]`) with a reader of its own, one call at a time.
 
-    Owned with `async with`; leaving waits for a read whose call was cancelled.
+    Owned with `async with`; leaving waits for a read whose call was cancelled, but gives up one that hangs.
 
     Args:
         usual_rows: The number of rows of each table that the buffer has room for. A call with more rows makes a larger
@@ -68,6 +69,7 @@ class RowReader:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
+            self._tasks.cancel_scope.cancel()
             await self._tasks.__aexit__(None, None, None)  # an error of the block is raised without a group
         finally:
             self._buffer.close()
@@ -87,11 +89,13 @@ class RowReader:
 
         Raises:
             ReadError: A shard could not be read.
+            ReadTimeoutError: A read is overdue. It continues, and the next call first waits for it.
 
         Cancellation: returns at once. The read continues, and the next call first waits for it.
         """
+        watch = self._reader.watch
         if self._last is not None:
-            await self._last.ended.wait()
+            await watch.wait(self._last.ended)
         self._fit_buffer(rows)
         ranges: list[ReadRange] = []
         runs: list[tuple[TensorSpec, list[int]]] = []
@@ -108,7 +112,7 @@ class RowReader:
         with self._others_held_back() if len(ranges) > ROWS_AT_ONCE else nullcontext():
             self._last = reading = _Reading()
             self._tasks.start_soon(self._read, reading, ranges)
-            await reading.ended.wait()
+            await watch.wait(reading.ended)
         if reading.error is not None:
             raise reading.error
         views: list[torch.Tensor] = []

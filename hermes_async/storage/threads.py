@@ -20,13 +20,23 @@ from typing import Any, TypeVar, TypeVarTuple, Unpack
 import anyio
 import anyio.lowlevel
 
-from hermes_async.storage.interpreter_exit import native_code, no_native_code, when_interpreter_exits
+from hermes_async.storage.interpreter_exit import (
+    given_up_thread_returned,
+    native_code,
+    no_native_code,
+    thread_given_up,
+    when_interpreter_exits,
+)
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 _SECONDS_IDLE = 10.0
 """A worker thread that had no call for so long ends."""
+
+SECONDS_UNTIL_GIVEN_UP = 0.25
+"""So long a cancelled call waits for its thread. A thread that waits for a disk that hangs may not return for minutes,
+and an engine must be left within a second, although several calls may have to be given up one after another."""
 
 
 # --- calls on a thread ---
@@ -40,6 +50,7 @@ class _Call:
         left_at_exit: The interpreter's exit does not wait for it.
         limiter: The call has one of its places until it ends.
         cancelled: The task that waits for it was cancelled, or the interpreter exits.
+        lock: Guards `has_run` and `then`, what the thread does when a call that was given up has run.
     """
 
     function: Callable[[], Any]
@@ -50,6 +61,9 @@ class _Call:
     result: Any = None
     error: BaseException | None = None
     done: anyio.Event = field(default_factory=anyio.Event)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    has_run: bool = False
+    then: Callable[[], None] | None = None
 
     def run(self) -> None:
         """Sets `result` or `error`; called by the worker thread."""
@@ -61,6 +75,20 @@ class _Call:
                 self.error = error
             finally:
                 _thread.call = None
+            with self.lock:
+                self.has_run = True
+            if self.then is not None:
+                self.then()
+                if not self.left_at_exit:
+                    given_up_thread_returned()
+
+    def give_up(self, then: Callable[[], None]) -> None:
+        """Has the thread call `then` when the call has run; does nothing if it has run already."""
+        with self.lock:
+            if not self.has_run:
+                self.then = then
+                if not self.left_at_exit:
+                    thread_given_up()
 
     def end(self) -> None:
         """Called on the event loop when the call has run, or no thread could be started for it."""
@@ -69,7 +97,10 @@ class _Call:
         self.done.set()
 
     def interpreter_exits(self) -> None:
+        """Keeps the memory that the thread may still write to: the interpreter frees it at exit otherwise."""
         self.cancelled = True
+        if not self.has_run:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self))
 
 
 class _Worker(threading.Thread):
@@ -106,6 +137,7 @@ async def run_in_thread(
     abandon_on_cancel: bool = False,
     left_at_exit: bool = False,
     limiter: anyio.CapacityLimiter | None = None,
+    when_given_up: Callable[[], None] | None = None,
 ) -> T:
     """Calls `function` on a thread of our own, so that other calls of the application cannot occupy all threads.
 
@@ -114,11 +146,14 @@ async def run_in_thread(
         left_at_exit: The interpreter's exit does not wait for the call. For calls that wait for files and use no native
             code that takes the interpreter's lock by itself, and for calls that may take minutes, such as tokenizing.
         limiter: Bounds how many calls are under way; abandoned ones count until their threads are done.
+        when_given_up: A cancelled call that does not end soon is given up, because its thread may wait for a disk that
+            hangs. The thread calls this when it comes back, to close what the call has made.
 
     Raises:
         RuntimeError: No thread can be started; or what `function` raises.
 
-    Cancellation: waits for the call to end, and drops its result. The call may use `check_cancelled` to end early.
+    Cancellation: waits for the call to end, and drops its result. The call may use `check_cancelled` to end early. With
+    `when_given_up`, it waits no longer than a fraction of a second.
     """
     await anyio.lowlevel.checkpoint()
     call = _Call(partial(function, *args), asyncio.get_running_loop(), left_at_exit, limiter)
@@ -139,7 +174,13 @@ async def run_in_thread(
         await call.done.wait()
     except anyio.get_cancelled_exc_class():
         call.cancelled = True
-        if not abandon_on_cancel:
+        if when_given_up is not None:
+            try:
+                with anyio.move_on_after(SECONDS_UNTIL_GIVEN_UP, shield=True):
+                    await call.done.wait()
+            finally:
+                call.give_up(when_given_up)
+        elif not abandon_on_cancel:
             with anyio.CancelScope(shield=True):
                 await call.done.wait()
         raise
@@ -189,11 +230,39 @@ class LoopEvent:
 # --- reads ---
 
 
+async def finished_or_given_up(future: asyncio.Future[T]) -> T:
+    """Waits for a call on a thread of an executor, and returns its result.
+
+    Args:
+        future: Of an `Executor`'s call, or a task that only waits for one. It belongs to this call.
+
+    Raises:
+        Exception: What the call raised.
+
+    Cancellation: waits for the thread for a fraction of a second, and then gives it up: it goes on with the call, but
+    nobody waits for it, and another thread takes its place (see `DaemonExecutor`).
+    """
+    try:
+        await asyncio.wait([future])
+    except asyncio.CancelledError:
+        try:
+            with anyio.CancelScope(shield=True):
+                await asyncio.wait([future], timeout=SECONDS_UNTIL_GIVEN_UP)
+                if future.cancel():
+                    await asyncio.wait([future])  # a task ends a moment later
+        finally:
+            if not future.cancel() and not future.cancelled():
+                _close_result(future)
+        raise
+    return future.result()
+
+
 class DaemonExecutor(Executor):
     """Threads for calls that only wait for files; the interpreter's exit waits for none of them.
 
     If a future is cancelled while its call is under way, the call goes on, its thread is given up, and another thread
-    takes its place. An executor is used by one thread.
+    takes its place. If the call then returns something that can be closed, it is closed. An executor is used by one
+    thread.
 
     Args:
         max_workers: The most calls under way, without those of threads that were given up.
@@ -258,9 +327,17 @@ class _Work(Future[Any]):
 
     def cancel(self) -> bool:
         cancelled = super().cancel()
-        if not cancelled and self.running():
-            self._executor.give_up(self)
+        if not cancelled:
+            if self.running():
+                self._executor.give_up(self)
+            self.add_done_callback(_close_result)
         return cancelled
+
+
+def _close_result(call: Future[Any] | asyncio.Future[Any]) -> None:
+    """Closes what a call has made that nobody waits for any more, such as an open file."""
+    if call.exception() is None and hasattr(call.result(), "close"):
+        call.result().close()
 
 
 class _Reading(threading.Thread):

@@ -48,6 +48,7 @@ STATISTICS = EngineStatistics(
     tokens_per_sweep=2.5,
     read_seconds=1.0,
     compute_seconds=2.0,
+    loop_lag_ms={"p50": 0.0, "p99": 0.0, "max": 0.0},
     stall_seconds=0.25,
     expert_hits=0,
     expert_misses=0,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+from tests.faults.hanging import Hanging
 from tests.models import BareModel, TinyMixture
 
 
@@ -26,3 +28,11 @@ def tiny_model(bare_model: BareModel) -> Iterator[BareModel]:
 @pytest.fixture(scope="session")
 def tiny_mixture(tmp_path_factory: pytest.TempPathFactory) -> TinyMixture:
     return TinyMixture(tmp_path_factory.mktemp("mixture"))
+
+
+@pytest.fixture
+def hanging(disk: Any) -> Iterator[Hanging]:
+    """Nothing hangs at first, and nothing after the test."""
+    hanging = Hanging(disk)
+    yield hanging
+    hanging.let_go.set()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
@@ -13,50 +11,10 @@ import pytest
 
 from hermes_async import DeadlineExceededError, Engine, SamplingParams
 from tests.engines import until
+from tests.faults.hanging import Hanging
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-
-
-class Hanging:
-    """Reads of chosen places hang until the test's end.
-
-    Attributes:
-        where: Says of an offset whether a read there hangs.
-    """
-
-    def __init__(self, disk: Any) -> None:
-        self.where: Callable[[int], bool] = lambda offset: False
-        self.num_hanging = 0
-        self.let_go = threading.Event()
-        disk.on_read = self._read
-
-    def _read(self, path: Path, offset: int, read: Callable[[], int]) -> int:
-        if self.where(offset):
-            self.num_hanging += 1
-            assert self.let_go.wait(60)
-        return read()
-
-    def rows(self, engine: Engine, token_id: int | None = None) -> None:
-        """Of the input embedding: of one token's row, or of all."""
-        spec = inside(engine).embedding
-        first, end = spec.offset, spec.offset + spec.nbytes
-        if token_id is not None:
-            row_bytes = spec.nbytes // spec.shape[0]
-            first, end = first + token_id * row_bytes, first + (token_id + 1) * row_bytes
-        self.where = lambda offset: first - 4096 < offset < end
-
-    def weights(self, engine: Engine) -> None:
-        """Of everything else."""
-        spec = inside(engine).embedding
-        self.where = lambda offset: not spec.offset - 4096 < offset < spec.offset + spec.nbytes
-
-
-@pytest.fixture
-def hanging(disk: Any) -> Iterator[Hanging]:
-    hanging = Hanging(disk)
-    yield hanging
-    hanging.let_go.set()
 
 
 class Calls:
@@ -121,8 +79,7 @@ async def test_calls_end_while_a_read_hangs_and_others_go_on(
             statistics = engine.statistics()
             assert (statistics.num_running, statistics.num_waiting) == (0, 0)
             await calls.start("third")
-            hanging.where = lambda offset: False
-            hanging.let_go.set()
+            hanging.end()
         assert calls.ends["third"].token_ids == tiny_model.references[2]
         assert engine.statistics().num_leases == 4
 
@@ -148,8 +105,7 @@ async def test_one_call_of_a_sweep_ends_while_its_read_hangs(
             await calls.end("first", how)
             calls.check("first", how)
             assert "second" not in calls.ends
-            hanging.where = lambda offset: False
-            hanging.let_go.set()
+            hanging.end()
         assert calls.ends["second"].token_ids == tiny_model.references[5]
 
 

@@ -18,7 +18,8 @@ import pytest
 from hermes_async.errors import ReadError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.file_state import FileState
-from hermes_async.storage.reader import Reader, ReadRange, ReadStatistics
+from hermes_async.storage.reader import Reader, ReadStatistics
+from hermes_async.storage.shard import ReadRange
 from tests.disks import Disk, Read
 
 pytestmark = pytest.mark.anyio
@@ -279,7 +280,7 @@ async def test_direct_opening_refused(disk: Disk, file: Path, monkeypatch: pytes
             raise OSError(errno.EINVAL, "Invalid argument")
         return real_open(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr("hermes_async.storage.reader.os.open", refuse)
+    monkeypatch.setattr("hermes_async.storage.shard.os.open", refuse)
     with ThreadPoolExecutor(1) as executor:
         reading = Reading([file], executor, direct=True)
         async with reading.reader:
