@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import faulthandler
 import json
 import logging
 import os
@@ -20,6 +21,12 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import torch
+
+import hermes_async.engine.opening  # noqa: F401  # before any fork
+from tests.fuzz.corpus import make_corpus
+from tests.fuzz.opening import Cases, as_json, chosen
 
 MAX_SECONDS = 5.0
 """CPU time that a case may take."""
@@ -48,11 +55,7 @@ def main() -> int:
 
 
 def _run(folder: Path, options: argparse.Namespace) -> int:
-    import torch
-
     torch.set_num_threads(1)  # a forked process does not have the threads of its parent
-    import hermes_async.engine.opening  # noqa: F401
-    from tests.fuzz.corpus import make_corpus
 
     logging.disable(logging.CRITICAL)
     with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
@@ -97,7 +100,8 @@ class _Worker:
 
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.num_cases = 0
-        self._seconds = options.seconds
+        self._folder, self._seconds = folder, options.seconds
+        self._seed, self._only = options.seed, options.only
         (ours_in, theirs_out), (theirs_in, ours_out) = os.pipe(), os.pipe()
         sys.stdout.flush()
         self._process_id = os.fork()
@@ -113,13 +117,16 @@ class _Worker:
         """The result of a case. After "slow" or "died", the process is gone."""
         self.num_cases += 1
         print(number, file=self._numbers, flush=True)
-        about: dict[str, Any] = json.loads(self._answers.readline() or "{}")
+        _, part, model = chosen(number, self._seed, self._only)
+        about: dict[str, Any] = {"number": number, "part": part, "what": model.name}
         before, started = self._cpu_seconds(), time.monotonic()
         while not select.select([self._answers], [], [], 0.2)[0]:
             seconds = self._cpu_seconds() - before
             if seconds > self._seconds or time.monotonic() - started > _PATIENCE * self._seconds:
+                threads = self._threads()
                 self.close(kill=True)
-                return about | {"outcome": "slow", "error": f"{seconds:.1f} s of computation", "seconds": seconds, "more_bytes": 0}
+                failed = {"outcome": "slow", "error": f"{seconds:.1f} s of computation", "threads": threads}
+                return about | failed | {"seconds": seconds, "more_bytes": 0}
         line = self._answers.readline()
         if not line:
             status = self.close()
@@ -141,6 +148,14 @@ class _Worker:
             os.kill(self._process_id, signal.SIGKILL)
         return os.waitpid(self._process_id, 0)[1]
 
+    def _threads(self) -> list[str]:
+        """Where the process's threads are, the last call first."""
+        os.kill(self._process_id, signal.SIGUSR1)
+        time.sleep(0.5)  # the process may be too busy to answer
+        with contextlib.suppress(OSError):
+            return (self._folder / f"threads-{self._process_id}").read_text().splitlines()[:60]
+        return []
+
     def _cpu_seconds(self) -> float:
         try:
             fields = Path(f"/proc/{self._process_id}/stat").read_text().rpartition(")")[2].split()
@@ -151,8 +166,6 @@ class _Worker:
 
 def _serve(folder: Path, options: argparse.Namespace, numbers: int, answers: int) -> None:
     """The forked process: reads numbers of cases, and writes what each is, and then its result."""
-    from tests.fuzz.opening import Cases, as_json
-
     status = 1
     try:
         null = os.open(os.devnull, os.O_RDWR)
@@ -162,14 +175,13 @@ def _serve(folder: Path, options: argparse.Namespace, numbers: int, answers: int
         addresses = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (addresses + _MOST_BYTES,) * 2)
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        traces = (folder / f"threads-{os.getpid()}").open("w")
+        faulthandler.register(signal.SIGUSR1, file=traces)
         own = folder / f"worker-{os.getpid()}"
         cases = Cases(folder / "corpus", own, options.seed, options.only)
         with os.fdopen(numbers) as source, os.fdopen(answers, "w") as out:
             for line in source:
-                number = int(line)
-                _, part, model = cases.chosen(number)
-                print(json.dumps({"number": number, "part": part, "what": model.name}), file=out, flush=True)
-                print(json.dumps(as_json(cases.run(number))), file=out, flush=True)
+                print(json.dumps(as_json(cases.run(int(line)))), file=out, flush=True)
         status = 0
     finally:
         os._exit(status)

@@ -49,7 +49,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 
 BOMBS = (
-    *("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}",),
+    *("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",),
     *("{{ 'a' * 10**10 }}", "{{ [1] * 10**9 }}", "{{ 10 ** 10 ** 8 }}", "{{ 'a'.ljust(10**10) }}", "{{ '%9999999999d' % 1 }}"),
     *("{{ '{:>9999999999}'.format(1) }}", "{{ 'a' | center(10**10) }}", "{{ lipsum(n=10**7) }}", "{{ 'a' | indent(10**10) }}"),
     *("{{ ('a' * 10**5).replace('a', 'b' * 10**5) }}", "{{ ('a' * 10**5) | replace('a', 'b' * 10**5) }}"),
