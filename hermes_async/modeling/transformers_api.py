@@ -2,7 +2,8 @@
 
 There is one function for each need of the engine. If the installed version lacks the name, the function raises
 `IncompatibleVersionError` with the installed and the tested versions. All functions were tested on the versions in
-`TESTED_VERSIONS`. Only this module and its neighbours whose names end in `_api` use such names; `tests/test_architecture.py` checks that.
+`TESTED_VERSIONS`. Only this module and its neighbours whose names end in `_api` use such names;
+`tests/test_architecture.py` checks that.
 """
 
 from __future__ import annotations

@@ -1,18 +1,18 @@
 """Renders chat templates in a sandbox that bounds their steps, time, output and memory.
 
 A template comes with a checkpoint, so it may be anybody's program. transformers' own environment has the filters and
-functions that templates use, and keeps them from Python's objects; it sets no bounds. Here the same filters and functions
-run in an environment that counts: each pass of a loop and each call is a step, and each text or list that an
+functions that templates use, and keeps them from Python's objects; it sets no bounds. Here the same filters and
+functions run in an environment that counts: each pass of a loop and each call is a step, and each text or list that an
 expression makes is counted before it is made, where its size could be a multiple of what goes in.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, lru_cache, wraps
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Template, nodes, pass_context
 from jinja2.runtime import Context
@@ -101,10 +101,10 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         _budget().size_of(value)  # remembers the size of a list
         return value
 
-    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: B902, N805
+    def call(self, context: Context, function: Any, /, *args: Any, **kwargs: Any) -> Any:
         budget = _budget()
-        args = budget.before_call(__obj, args, kwargs)
-        return budget.made(super().call(__context, __obj, *args, **kwargs))
+        args = budget.before_call(function, args, kwargs)
+        return budget.made(super().call(context, function, *args, **kwargs))
 
     # --- what `_Counting` puts into templates ---
 
@@ -118,7 +118,7 @@ class _BoundedEnvironment(ImmutableSandboxedEnvironment):
         budget.text(sum(map(budget.size_of, parts)))
         return "".join(map(str, parts))
 
-    def container(self, value: Any) -> Any:
+    def made(self, value: Any) -> Any:
         """A list, tuple, dict or slice that the template has written; `call` has counted it."""
         return value
 
@@ -146,34 +146,24 @@ def _counted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 class _Counting(NodeTransformer):
     """Puts calls of the environment's counting functions into a template."""
 
-    def _call(self, name: str, *args: nodes.Expr, lineno: int) -> nodes.Call:
-        function = nodes.EnvironmentAttribute(name, lineno=lineno)
-        return nodes.Call(function, list(args), [], None, None, lineno=lineno)
-
-    def _with_passes(self, node: Any) -> Any:
-        node = self.generic_visit(node)
-        num_chars = sum(len(data.data) for part in node.body for data in _texts(part))
-        passed = self._call("passed", nodes.Const(num_chars, lineno=node.lineno), lineno=node.lineno)
-        node.body.insert(0, nodes.ExprStmt(passed, lineno=node.lineno))
+    def generic_visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
+        node = super().generic_visit(node, *args, **kwargs)
+        match node:
+            case nodes.For() | nodes.Macro() | nodes.CallBlock() | nodes.Block():
+                num_chars = sum(len(text.data) for part in node.body for text in _texts(part))
+                passed = _call("passed", nodes.Const(num_chars, lineno=node.lineno))
+                node.body.insert(0, nodes.ExprStmt(passed, lineno=node.lineno))
+            case nodes.Concat():
+                return _call("joined", *node.nodes)
+            case nodes.List() | nodes.Dict() | nodes.Tuple(ctx="load") | nodes.Getitem(arg=nodes.Slice()):
+                return _call("made", node)
         return node
 
-    visit_For = visit_Macro = visit_CallBlock = visit_Block = _with_passes
 
-    def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
-        node = self.generic_visit(node)
-        return self._call("joined", *node.nodes, lineno=node.lineno)
-
-    def _as_container(self, node: Any) -> nodes.Node:
-        node = self.generic_visit(node)
-        if getattr(node, "ctx", "load") != "load":
-            return node
-        return self._call("container", node, lineno=node.lineno)
-
-    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
-        node = self.generic_visit(node)
-        return self._call("container", node, lineno=node.lineno) if isinstance(node.arg, nodes.Slice) else node
-
-    visit_List = visit_Tuple = visit_Dict = _as_container
+def _call(name: str, *args: nodes.Expr) -> nodes.Call:
+    """A call of a function of the environment."""
+    lineno = args[0].lineno if args else 1
+    return nodes.Call(nodes.EnvironmentAttribute(name, lineno=lineno), list(args), [], None, None, lineno=lineno)
 
 
 def _texts(node: nodes.Node) -> Iterator[nodes.TemplateData]:

@@ -31,7 +31,10 @@ _SLOW_CHARS = 100_000
 _CHARS_PER_ITEM = 8
 _MOST_DEPTH = 200
 
-_PADDING = ("ljust", "rjust", "center", "zfill", "expandtabs", "to_bytes", "indent", "batch", "slice", "wordwrap", "tojson")
+_PADDING = (
+    *("ljust", "rjust", "center", "zfill", "expandtabs", "to_bytes"),
+    *("indent", "batch", "slice", "wordwrap", "tojson"),
+)
 _SLOW = ("striptags", "urlize", "wordwrap", "pprint", "encode", "decode")
 _WIDE_PERCENT = re.compile(r"%[^a-zA-Z%]*?(?:\d{4}|\*)")
 _WIDE_NAMED_PERCENT = re.compile(r"\d{4}|\*")  # a name may have any characters

@@ -58,7 +58,7 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
     torch.set_num_threads(1)  # a forked process does not have the threads of its parent
 
     logging.disable(logging.CRITICAL)
-    with open(os.devnull, "w") as null, contextlib.redirect_stderr(null):
+    with Path(os.devnull).open("w") as null, contextlib.redirect_stderr(null):
         make_corpus(folder / "corpus")
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     failures: dict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -1,4 +1,5 @@
 """Changes of a checkpoint's files that keep most of their structure. The same random numbers make the same change."""
+# ruff: noqa: E501  # templates in one line
 
 from __future__ import annotations
 
@@ -13,7 +14,21 @@ _NUMBERS = (
     *(0, 1, -1, 2, 3, 5, 7, 31, 33, 97, 255, 1000, 10**5, 10**6, 10**8, 10**9, 2**31 - 1, 2**31, 2**32, 2**53 + 1),
     *(2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**400, 0.0, -0.0, 0.5, 1e-30, 1e308, -1e308),
 )
-_WORDS = ("", "x", "none", "float64", "int8", "llama", "bert", "default", "eager", "../x", "/etc/passwd", "\0", "\ud800")
+_WORDS = (
+    "",
+    "x",
+    "none",
+    "float64",
+    "int8",
+    "llama",
+    "bert",
+    "default",
+    "eager",
+    "../x",
+    "/etc/passwd",
+    "\0",
+    "\ud800",
+)
 
 KEYS: dict[str, tuple[str, ...]] = {
     "config": (
@@ -28,7 +43,16 @@ KEYS: dict[str, tuple[str, ...]] = {
         *("encoder", "decoder", "generation_config", "bad_words_ids", "eos_token_id", "max_length", "num_beams"),
     ),
     "generation": (
-        *("eos_token_id", "bos_token_id", "max_length", "max_new_tokens", "min_length", "temperature", "top_k", "top_p"),
+        *(
+            "eos_token_id",
+            "bos_token_id",
+            "max_length",
+            "max_new_tokens",
+            "min_length",
+            "temperature",
+            "top_k",
+            "top_p",
+        ),
         *("do_sample", "num_beams", "suppress_tokens", "bad_words_ids", "sequence_bias", "forced_eos_token_id"),
         *("exponential_decay_length_penalty", "no_repeat_ngram_size", "watermarking_config", "stop_strings"),
         *("repetition_penalty", "cache_implementation", "compile_config", "assistant_model", "transformers_version"),
@@ -38,7 +62,14 @@ KEYS: dict[str, tuple[str, ...]] = {
         *("type", "pattern", "Regex", "vocab", "unk_token", "content", "max_length", "pad_id", "behavior", "merges"),
     ),
     "tokenizer settings": (
-        *("tokenizer_class", "auto_map", "model_max_length", "chat_template", "response_template", "extra_special_tokens"),
+        *(
+            "tokenizer_class",
+            "auto_map",
+            "model_max_length",
+            "chat_template",
+            "response_template",
+            "extra_special_tokens",
+        ),
         *("added_tokens_decoder", "bos_token", "eos_token", "pad_token", "padding_side", "truncation_side", "backend"),
         *("clean_up_tokenization_spaces", "additional_special_tokens", "name_or_path", "tokenizer_file", "vocab_file"),
     ),
@@ -49,22 +80,53 @@ KEYS: dict[str, tuple[str, ...]] = {
 }
 
 BOMBS = (
-    *("{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",),
-    *("{{ 'a' * 10**10 }}", "{{ [1] * 10**9 }}", "{{ 10 ** 10 ** 8 }}", "{{ 'a'.ljust(10**10) }}", "{{ '%9999999999d' % 1 }}"),
-    *("{{ '{:>9999999999}'.format(1) }}", "{{ 'a' | center(10**10) }}", "{{ lipsum(n=10**7) }}", "{{ 'a' | indent(10**10) }}"),
+    *(
+        "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}",
+    ),
+    *(
+        "{{ 'a' * 10**10 }}",
+        "{{ [1] * 10**9 }}",
+        "{{ 10 ** 10 ** 8 }}",
+        "{{ 'a'.ljust(10**10) }}",
+        "{{ '%9999999999d' % 1 }}",
+    ),
+    *(
+        "{{ '{:>9999999999}'.format(1) }}",
+        "{{ 'a' | center(10**10) }}",
+        "{{ lipsum(n=10**7) }}",
+        "{{ 'a' | indent(10**10) }}",
+    ),
     *("{{ ('a' * 10**5).replace('a', 'b' * 10**5) }}", "{{ ('a' * 10**5) | replace('a', 'b' * 10**5) }}"),
-    *("{{ (('a' * 10**5) | list) | join('b' * 10**5) }}", "{{ [1] | tojson(indent=10**10) }}", "{{ strftime_now('%Y' * 10**6) }}"),
+    *(
+        "{{ (('a' * 10**5) | list) | join('b' * 10**5) }}",
+        "{{ [1] | tojson(indent=10**10) }}",
+        "{{ strftime_now('%Y' * 10**6) }}",
+    ),
     *("{% macro m(n) %}{{ m(n) }}{{ m(n) }}{% endmacro %}{{ m(1) }}", "{{ [1] | batch(10**10, 'x') | list }}"),
     *("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x + n.x %}{% endfor %}{{ n.x }}",),
     *("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",),
     *("{% set n = namespace(x='a') %}{% for i in range(99) %}{% set n.x %}{{ n.x }}{{ n.x }}{% endset %}{% endfor %}",),
     *("{{ (1).to_bytes(10**10, 'big') }}", "{{ range(99999) | map('string') | map('center', 99999) | list | length }}"),
-    *("{{ ('a\\t' * 9999).expandtabs(10**7) }}", "{{ messages.__class__.__mro__ }}", "{{ cycler.__init__.__globals__ }}"),
+    *(
+        "{{ ('a\\t' * 9999).expandtabs(10**7) }}",
+        "{{ messages.__class__.__mro__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+    ),
     *("{{ " + "(" * 5000 + "1" + ")" * 5000 + " }}", "{{ " + "[" * 300 + "]" * 300 + " }}", "{% if 1 %}" * 3000),
 )
 """Templates that ask for more time, memory or output than any answer needs, or that try to leave the sandbox."""
 
-PATTERNS = (r"(a+)+$", r"(a|a)*b", r"(w|w|w7)+x", r"(.*)*\d", r"((w7 ?)*)*!", r"(?:a?){60}a{60}", r"\G" * 50, r"(?<!a{1,90})b", "[" * 9)
+PATTERNS = (
+    r"(a+)+$",
+    r"(a|a)*b",
+    r"(w|w|w7)+x",
+    r"(.*)*\d",
+    r"((w7 ?)*)*!",
+    r"(?:a?){60}a{60}",
+    r"\G" * 50,
+    r"(?<!a{1,90})b",
+    "[" * 9,
+)
 """Expressions whose matching takes exponential time in a naive implementation, or that are not valid."""
 
 
@@ -96,7 +158,11 @@ def _json(random: Random, part: str, text: bytes) -> bytes:
     out = json.dumps(tree, ensure_ascii=random.random() < 0.8)
     if random.random() < 0.03:
         at = random.randrange(len(out))
-        out = out[:at] + random.choice(("[" * 100_000, '{"a":' * 50_000, " " * 2**20, "NaN", "1e999", "9" * 5000)) + out[at:]
+        out = (
+            out[:at]
+            + random.choice(("[" * 100_000, '{"a":' * 50_000, " " * 2**20, "NaN", "1e999", "9" * 5000))
+            + out[at:]
+        )
     return out.encode(errors="surrogatepass")
 
 
@@ -151,7 +217,11 @@ def _value(random: Random, old: Any) -> Any:
         case 7:
             return [old, old]
         case _:
-            return {"type": random.choice(_WORDS), "rope_type": random.choice(("yarn", "dynamic", "llama3", "x")), "factor": random.choice(_NUMBERS)}
+            return {
+                "type": random.choice(_WORDS),
+                "rope_type": random.choice(("yarn", "dynamic", "llama3", "x")),
+                "factor": random.choice(_NUMBERS),
+            }
 
 
 # --- bytes ---
@@ -204,7 +274,24 @@ def _template(random: Random, text: str) -> str:
         case 2:
             return text[:at] + random.choice(BOMBS) + text[at:]
         case 3:
-            words = ("{{", "}}", "{%", "%}", "for", "in", "|", "(", ")", "'", "\ud800", "{#", "messages", "endfor", "\0", "~")
+            words = (
+                "{{",
+                "}}",
+                "{%",
+                "%}",
+                "for",
+                "in",
+                "|",
+                "(",
+                ")",
+                "'",
+                "\ud800",
+                "{#",
+                "messages",
+                "endfor",
+                "\0",
+                "~",
+            )
             return text[:at] + random.choice(words) + text[at + random.choice((0, 1, 5)) :]
         case _:
             other = random.randrange(len(text))
@@ -237,7 +324,9 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "a link to nothing": _linked("nothing-here"),
     "a link to a directory": _linked("/"),
     **{f"a link to {name}": _linked(name) for name in ("/dev/zero", "/dev/tty", "/proc/self/mem", "/proc/self/maps")},
-    **{f"a link to {name}": _linked(name) for name in ("/proc/self/environ", "/proc/self/pagemap", "/sys/kernel/notes")},
+    **{
+        f"a link to {name}": _linked(name) for name in ("/proc/self/environ", "/proc/self/pagemap", "/sys/kernel/notes")
+    },
 }
 """What may stand in the place of a file, by name."""
 

@@ -1,4 +1,4 @@
-"""One case of the fuzzer: a file of a checkpoint is changed, an engine opens the checkpoint, and what came of it is named."""
+"""One case of the fuzzer: a file of a checkpoint is changed, an engine opens it, and the outcome is named."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ from tests.fuzz.corpus import MODELS, Model, save_profile_of
 from tests.fuzz.mutations import PLACES, mutate, put_in_place
 
 _SHARES = {
-    **{"header": 30, "index": 14, "gguf": 16, "config": 18, "generation": 6, "tokenizer": 6, "tokenizer settings": 3},
-    **{"template": 3, "profile": 2, "pooling": 1, "place": 1},
-}
+    "header": 30, "index": 14, "gguf": 16, "config": 18, "generation": 6, "tokenizer": 6, "tokenizer settings": 3,
+    "template": 3, "profile": 2, "pooling": 1, "place": 1,
+}  # fmt: skip
 """How often each part is changed, in percent."""
 
 _BUDGET = "8MiB"
 _CONFIG = EngineConfig(max_sequences=2, max_tokens_per_sweep=16)
 _PARAMS = SamplingParams(max_tokens=2)
-_MESSAGES = [{"role": "user", "content": "w3 w4 w7 w7 w7 w7 w7 w7 w7 w7"}, {"role": "assistant", "content": "w5"}, {"role": "user", "content": "w6"}]
+_TEXTS = (("user", "w3 w4 w7 w7 w7 w7 w7 w7 w7 w7"), ("assistant", "w5"), ("user", "w6"))
+_MESSAGES = [{"role": role, "content": content} for role, content in _TEXTS]
 
 
 @dataclass(frozen=True)
@@ -105,11 +106,11 @@ class Cases:
             outcome, text = "refused", f"{type(error).__name__}: {error}"
             if _wanted_memory(error):
                 outcome = "memory"
+            elif part == "profile":
+                outcome = "foreign"  # a damaged profile is not used, and the model opens
         except BaseException as error:
             outcome, text = "foreign", f"{type(error).__name__}: {error}"
-        return Result(
-            number, part, what, outcome, text[:500], time.process_time() - started, max(0, _peak() - before)
-        )
+        return Result(number, part, what, outcome, text[:500], time.process_time() - started, max(0, _peak() - before))
 
 
 async def _use(source: Path, is_encoder: bool) -> None:

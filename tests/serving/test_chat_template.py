@@ -1,4 +1,5 @@
 """Chat templates give what transformers makes of them, and none takes more than its bounds."""
+# ruff: noqa: E501  # templates in one line
 
 from __future__ import annotations
 
@@ -41,8 +42,7 @@ TEMPLATES = [
     "{% set a, b = 1, [2, 3] %}{{ a + b[0] }} {{ b + [4] }} {{ (1, 2) }} {{ {'x': b}.items() | list }} {{ 'abc'[1:] }} {{ 2 ** 3 }}",
     "{% for m in messages %}{% generation %}{{ m.reasoning_content or m.role }}{% endgeneration %}{% endfor %}",
     "{% for x in [1, [2, [3]]] recursive %}{{ loop(x) if x is iterable else x }}{% endfor %}{% filter trim %} b {% endfilter %}",
-    "{% call(x) wrapped() %}<{{ x }}>{% endcall %}" if False else "{% macro w() %}[{{ caller(1) }}]{% endmacro %}"
-    "{% call(x) w() %}<{{ x }}>{% endcall %}",
+    "{% macro w() %}[{{ caller(1) }}]{% endmacro %}{% call(x) w() %}<{{ x }}>{% endcall %}",
     "{{ documents }}{{ enable_thinking }}{{ missing }}{{ messages[0].content.strip() }}{{ dict(a=1) }}{{ range(3) | list }}",
 ]
 
@@ -129,7 +129,9 @@ def test_a_template_that_takes_too_long(monkeypatch: pytest.MonkeyPatch) -> None
 
 def test_long_messages_may_become_long_texts() -> None:
     messages = [{"role": "user", "content": "a" * template_limits.MAX_CHARS}]
-    rendered = render_template("{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}", {"messages": messages})
+    rendered = render_template(
+        "{% for m in messages %}{{ m.role + m.content + '\n' }}{% endfor %}", {"messages": messages}
+    )
     assert len(rendered) == template_limits.MAX_CHARS + 5
 
 
@@ -141,7 +143,12 @@ def test_a_template_that_is_no_text_or_too_long(template: Any) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ messages.__class__ }}", "{{ cycler.__init__.__globals__ }}", "{{ messages.append(1) }}", "{{ lipsum(n=10**9) }}"],
+    [
+        "{{ messages.__class__ }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{{ messages.append(1) }}",
+        "{{ lipsum(n=10**9) }}",
+    ],
 )
 def test_the_sandbox_stays_closed(template: str) -> None:
     with pytest.raises(Exception, match=r"unsafe|safely callable|undefined"):
