@@ -86,9 +86,7 @@ def render(
     elif any(_is_parts(message.get("content")) for message in conversation) and not _takes_parts(tokenizer, variables):
         conversation = [_with_parts_joined(message) for message in conversation]
     with one_request("the checkpoint's chat template"):
-        rendered = tokenizer.apply_chat_template(
-            conversation, add_generation_prompt=add_generation_prompt, tokenize=False, **variables
-        )
+        rendered = tokenizer.chat_text(conversation, add_generation_prompt=add_generation_prompt, **variables)
     if not isinstance(rendered, str) or not rendered:
         raise RequestError("the checkpoint's chat template gives no text for these messages")
     return rendered
@@ -131,9 +129,10 @@ def _takes_parts(tokenizer: SharedTokenizer, variables: Mapping[str, Any]) -> bo
     contents: tuple[Any, Any] = ("a", [{"type": "text", "text": "a"}])
     try:
         of_text, of_part = (
-            tokenizer.apply_chat_template([{"role": "user", "content": content}], tokenize=False, **variables)
-            for content in contents
+            tokenizer.chat_text([{"role": "user", "content": content}], **variables) for content in contents
         )
+    except RequestError:
+        raise
     except Exception:  # a template may raise anything for content that it does not support
         return False
     return bool(of_text == of_part)
@@ -147,7 +146,9 @@ def _takes_only_parts(tokenizer: SharedTokenizer, variables: Mapping[str, Any]) 
     for content in (_PROBE, [{"type": "text", "text": _PROBE}]):
         try:
             messages = [{"role": "user", "content": content}]
-            rendered.append(str(tokenizer.apply_chat_template(messages, tokenize=False, **variables)))
+            rendered.append(tokenizer.chat_text(messages, **variables))
+        except RequestError:
+            raise
         except Exception:  # a template may raise anything for content that it does not support
             rendered.append("")
     of_text, of_part = rendered

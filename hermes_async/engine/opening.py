@@ -20,6 +20,7 @@ from hermes_async.memory.available import process_rss_bytes
 from hermes_async.memory.claims import Claim
 from hermes_async.memory.library_caches import bound_heap
 from hermes_async.memory.locking import locking
+from hermes_async.modeling.config_limits import check_config
 from hermes_async.modeling.gguf_api import gguf_tokenizer
 from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.partition import Partition, partition
@@ -27,6 +28,7 @@ from hermes_async.modeling.pooling import PoolingConfig
 from hermes_async.modeling.sentence import SentenceSettings, sentence_settings
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.modeling.structured_outputs import GrammarCompiler
+from hermes_async.modeling.tokenizer_limits import check_tokenizer
 from hermes_async.planning.plan import Plan
 from hermes_async.quantization.scale_check import check_scales
 from hermes_async.serving.planned_model import PlannedDraft, PlannedModel
@@ -191,8 +193,13 @@ def _load_tokenizer(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerBase | N
         return None, "the GGUF file has no tokenizer; give the prompt as token ids"
     try:
         if gguf is not None:
-            return gguf_tokenizer(gguf, load_config(checkpoint)), None
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True), None
+            tokenizer = gguf_tokenizer(gguf, load_config(checkpoint))
+        else:
+            # transformers reads the configuration too, so its numbers are checked first.
+            check_config(path / "config.json", checkpoint.config, checkpoint.tensors.values())
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+        check_tokenizer(tokenizer)
+        return tokenizer, None
     except BaseException as error:
         if not is_foreign(error):
             raise

@@ -37,7 +37,7 @@ def prepare_response_stream(
         RequestError: The prompt or a tool cannot be used.
         CheckpointError: The response template is not valid.
     """
-    from hermes_async.modeling.transformers_api import response_parser
+    from hermes_async.modeling.chat_api import response_parser
 
     template = None if opened.tokenizer is None else opened.tokenizer.response_template
     if opened.tokenizer is None or template is None:

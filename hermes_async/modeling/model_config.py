@@ -5,7 +5,8 @@ from __future__ import annotations
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig
 
 from hermes_async.errors import CheckpointError, UnsupportedModelError
-from hermes_async.modeling.gguf_api import gguf_config
+from hermes_async.modeling.config_limits import check_config
+from hermes_async.modeling.gguf_api import gguf_config, gguf_settings
 from hermes_async.modeling.transformers_api import model_class_of
 from hermes_async.storage.checkpoint import Checkpoint
 
@@ -15,10 +16,14 @@ def load_config(checkpoint: Checkpoint) -> PreTrainedConfig:
 
     Raises:
         UnsupportedModelError: transformers does not know the architecture.
+        CheckpointError: A number is far too large for the checkpoint's tensors.
     """
+    tensors = checkpoint.tensors.values()
     if checkpoint.gguf is not None:
+        check_config(checkpoint.path, gguf_settings(checkpoint.gguf), tensors)
         return _named(gguf_config(checkpoint.gguf))
     path = checkpoint.path
+    check_config(path / "config.json", checkpoint.config, tensors)
     model_type = checkpoint.config.get("model_type")
     if not isinstance(model_type, str):
         raise CheckpointError(f"{path / 'config.json'} names no model_type", path=path)

@@ -18,6 +18,7 @@ from hermes_async.errors import (
 )
 from hermes_async.foreign_errors import reason_of
 from hermes_async.modeling.checkpoint_tensors import ResolvedTensors, Stored, resolve_tensors
+from hermes_async.modeling.config_limits import check_tables
 from hermes_async.modeling.context_length import context_length_of
 from hermes_async.modeling.generation_config import GenerationConfig, read_generation_config
 from hermes_async.modeling.gguf_api import gguf_dtype
@@ -166,7 +167,7 @@ def build_skeleton(
     experts = "eager" if in_blocks else None
     encoder = encoder_class(config)
     if encoder is None:
-        model = build_model(config, computed_in, attention, experts, where=where)
+        model = build_model(config, computed_in, attention, experts, where=where, file_bytes=checkpoint.total_bytes)
         try:
             tensors = resolve_tensors(model, checkpoint, stored)
         except MissingTensorError as error:
@@ -174,7 +175,7 @@ def build_skeleton(
             if encoder is None:
                 raise
     if encoder is not None:
-        model = _build(encoder, config, computed_in, (None, experts), where)
+        model = _build(encoder, config, computed_in, (None, experts), where, checkpoint.total_bytes)
         tensors = resolve_tensors(model, checkpoint, stored)
     _compute_missing(model, tensors)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -236,7 +237,13 @@ def with_context_length(skeleton: Skeleton, context_length: int | None) -> Skele
 
 
 def build_model(
-    config: PreTrainedConfig, dtype: torch.dtype, attention: str | None, experts: str | None = None, *, where: str
+    config: PreTrainedConfig,
+    dtype: torch.dtype,
+    attention: str | None,
+    experts: str | None = None,
+    *,
+    where: str,
+    file_bytes: int | None = None,
 ) -> PreTrainedModel:
     """Makes the causal language model of `config` on the meta device, in eval mode, with real non-persistent buffers.
 
@@ -245,9 +252,11 @@ def build_model(
             and encoder-decoders, take transformers' default.
         experts: The implementation of experts; None for transformers' default.
         where: The beginning of error messages.
+        file_bytes: Of the checkpoint's tensors; None for a small copy of a model that was built before.
 
     Raises:
-        UnsupportedModelError: `config` is not of a causal language model, or transformers cannot build it.
+        UnsupportedModelError: `config` is not of a causal language model, or transformers cannot build it, or it asks
+            for tables that are far larger than the checkpoint.
     """
     model_class = causal_class(config)
     if model_class is None:
@@ -256,7 +265,7 @@ def build_model(
     implementation = attention if attention is None or supports_packed_attention(model_class) else "eager"
     if model_class is encoder_decoder_class(config):
         implementation = None
-    model = _build(model_class, config, dtype, (implementation, experts), where)
+    model = _build(model_class, config, dtype, (implementation, experts), where, file_bytes)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if None in embeddings:
         raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
@@ -269,6 +278,7 @@ def _build(
     dtype: torch.dtype,
     implementations: tuple[str | None, str | None],
     where: str,
+    file_bytes: int | None,
 ) -> PreTrainedModel:
     """`implementations`: of attention and experts; None for transformers' default."""
     try:
@@ -285,9 +295,11 @@ def _build(
         parameter.requires_grad_(False)
     _cast_kept_in_float32(model, dtype)
     persistent = set(model.state_dict())
-    for name, buffer in model.named_buffers():
-        if name not in persistent:
-            place_of(model, name).put(torch.empty_like(buffer, device="cpu"))
+    computed = {name: buffer for name, buffer in model.named_buffers() if name not in persistent}
+    if file_bytes is not None:
+        check_tables(computed, file_bytes, where)
+    for name, buffer in computed.items():
+        place_of(model, name).put(torch.empty_like(buffer, device="cpu"))
     for tensor in model.state_dict(keep_vars=True).values():
         mark_initialized(tensor)  # its values come from the checkpoint, and initialization on the meta device is slow
     model.initialize_weights()  # type: ignore[no-untyped-call]

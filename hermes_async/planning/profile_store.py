@@ -23,6 +23,9 @@ from hermes_async.storage.own_file import NewFile
 logger = logging.getLogger(__name__)
 
 MAX_AGE_S = 30 * 24 * 3600
+_MAX_BYTES = 2**20  # of a file; they have some kilobytes
+_MOST_AGENTS = 64
+_LARGEST_NUMBER = 1e18  # of all numbers of a profile
 _FORMAT = 5  # of the files; files of other formats are not read
 
 
@@ -45,10 +48,17 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
 def load_profile(file: Path) -> Profile | None:
     """The profile in `file`; None if there is no valid one. An old or damaged file is logged."""
     try:
-        if not stat.S_ISREG(file.stat().st_mode):  # a named pipe would wait for a writer
+        status = file.stat()
+        if not stat.S_ISREG(status.st_mode):  # a named pipe would wait for a writer
             raise ValueError("not a regular file")
-        profile = _from_json(Profile, json.loads(file.read_text(encoding="utf-8")))
+        if status.st_size > _MAX_BYTES:
+            raise ValueError("too large")
+        with file.open("rb") as opened:
+            profile = _from_json(Profile, json.loads(opened.read(status.st_size)))
         assert isinstance(profile, Profile)
+        if any(rate.num_agents > _MOST_AGENTS for rate in profile.disk):
+            raise ValueError("more agents than are ever measured")
+        profile.machine_speeds()  # raises if the measurements do not fit together
         age_s = time.time() - profile.created_at
         if 0 <= age_s <= MAX_AGE_S:
             return profile
@@ -57,7 +67,7 @@ def load_profile(file: Path) -> Profile | None:
         return None
     except OSError as error:
         problem = f"cannot be read and is to be measured again: {error.strerror or error}"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError) as error:
         problem = f"is damaged and is to be measured again: {type(error).__name__}"
     logger.warning("the profile %s %s", file, problem)
     return None
@@ -74,7 +84,11 @@ def save_profile(file: Path, profile: Profile) -> None:
 
 
 def _from_json(kind: Any, value: Any) -> Any:
-    """Converts a JSON value to type `kind`, one of the types in profiles."""
+    """Converts a JSON value to type `kind`, one of the types in profiles.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: It is of another type, or a number that is no measurement.
+    """
     arguments = get_args(kind)
     if isinstance(kind, type) and is_dataclass(kind):
         types = get_type_hints(kind)
@@ -82,10 +96,22 @@ def _from_json(kind: Any, value: Any) -> Any:
     if get_origin(kind) is tuple:
         return tuple(_from_json(arguments[0], item) for item in value)
     if get_origin(kind) is dict:
-        return {int(count): float(number) for count, number in value.items()}
+        return {int(_number(int(count), 1)): _number(number) for count, number in value.items()}
     if arguments:  # a number or None
-        return None if value is None else float(value)
-    return kind(value)
+        return None if value is None else _number(value)
+    if kind is float:
+        return _number(value)
+    if kind is int:
+        return int(_number(value, 1))
+    if type(value) is not kind:
+        raise TypeError(f"{value!r:.100} is no {kind}")
+    return value
+
+
+def _number(value: Any, least: float = 0.0) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= _LARGEST_NUMBER:
+        raise ValueError(f"{value!r:.100} is no measurement")
+    return float(value)
 
 
 def _processor() -> str:

@@ -17,6 +17,9 @@ T = TypeVar("T")
 
 _MAX_THREADS = 64
 
+MAX_SECONDS = 900.0
+"""What a preparation may take, with the time that it waits for a thread. A checkpoint's expression may never end."""
+
 
 class PreparationAbortedError(Exception):
     """The request was aborted before it was prepared."""
@@ -46,8 +49,8 @@ class Preparations:
     """All calls that are being prepared. Event-loop side only.
 
     A text can take minutes, and no tokenizer can be interrupted. So a call that ends early (at its deadline, by `abort`
-    or cancellation, or with the engine) ends at once, and its thread runs on until the tokenizer returns. Such a thread
-    still counts towards `_MAX_THREADS`. It does not delay the interpreter's exit.
+    or cancellation, after `MAX_SECONDS`, or with the engine) ends at once, and its thread runs on until the tokenizer
+    returns. Such a thread still counts towards `_MAX_THREADS`. It does not delay the interpreter's exit.
     """
 
     def __init__(self) -> None:
@@ -93,12 +96,13 @@ class Preparations:
         Raises:
             PreparationAbortedError: `abort` was called.
             DeadlineExceededError: The deadline passed.
-            RequestError: `check` raised another library's error.
+            RequestError: `check` raised another library's error, or took more than `MAX_SECONDS`.
             HermesError: The error given to `end`.
 
         Cancellation: at once; the thread runs on until `check` returns, and the result is dropped.
         """
-        scope = anyio.CancelScope(deadline=math.inf if deadline is None else deadline)
+        ends_at = anyio.current_time() + MAX_SECONDS
+        scope = anyio.CancelScope(deadline=min(ends_at, math.inf if deadline is None else deadline))
         preparation = _Preparation(request_id, scope)
         self._under_way.add(preparation)
         result: list[T] = []
@@ -110,6 +114,11 @@ class Preparations:
             preparation.ready.set()
         if preparation.error is not None:
             raise preparation.error
+        if not result and (deadline is None or deadline > ends_at):
+            raise RequestError(
+                f"the prompt was not tokenized in {MAX_SECONDS:g} seconds; a regular expression of the checkpoint's "
+                "tokenizer may take for ever with it"
+            )
         if not result:
             raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
         return result[0]

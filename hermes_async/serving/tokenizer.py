@@ -10,7 +10,9 @@ from typing import Any, cast
 
 from transformers import BatchEncoding, PreTrainedTokenizerBase
 
+from hermes_async.modeling.chat_api import has_own_chat_format, template_variables
 from hermes_async.modeling.transformers_api import changes_in_calls, forget_truncation_and_padding
+from hermes_async.serving.chat_template import render_template
 
 _NUM_ENCODERS = 2  # copies for encoding, each for one thread at a time: a long text leaves the other one free
 
@@ -73,9 +75,31 @@ class SharedTokenizer:
         with self._taken(self._encoders) as tokenizer:
             return tokenizer.pad(list(encoded), **options)
 
-    def apply_chat_template(self, messages: Sequence[dict[str, Any]], **options: Any) -> Any:
+    def chat_text(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        tools: Sequence[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        chat_template: str | None = None,
+        **variables: Any,
+    ) -> str:
+        """The text of a chat, as `apply_chat_template` makes it; a template is rendered within bounds.
+
+        Args:
+            chat_template: In place of the tokenizer's; or the name of one of its templates.
+
+        Raises:
+            RequestError: The template takes more steps, time or memory than allowed.
+            Exception: The template is not valid, or refuses the messages.
+        """
         with self._taken(self._encoders) as tokenizer:
-            return tokenizer.apply_chat_template(list(messages), **options)
+            if has_own_chat_format(tokenizer):
+                options = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
+                return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
+            source = tokenizer.get_chat_template(chat_template, tools)
+            given = template_variables(tokenizer, messages, tools, add_generation_prompt, variables)
+        return render_template(source, given)
 
     # --- properties that no call changes ---
 

@@ -22,8 +22,9 @@ from hermes_async.errors import CheckpointError, CorruptShardError, MissingTenso
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.gguf import GgufHeader, is_gguf, read_gguf
 from hermes_async.storage.gguf_models import only_gguf_model
-from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
+from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, MAX_TENSORS, corrupt, num_elements, opened
 from hermes_async.storage.hub import HubOptions, download, is_hub_id
+from hermes_async.storage.other_files import check_other_files
 from hermes_async.storage.other_formats import ONLY_SAFETENSORS, check_names, check_writer
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -32,8 +33,10 @@ _Json = TypeVar("_Json", dict[str, Any], list[Any])
 _SINGLE_NAME = "model.safetensors"
 _INDEX_NAME = "model.safetensors.index.json"
 _INDEX_SUFFIX = ".safetensors.index.json"
-_MAX_CONFIG_BYTES = 16 * 2**20
-_MAX_INDEX_BYTES = 256 * 2**20
+_MAX_CONFIG_BYTES = 4 * 2**20
+_MAX_INDEX_BYTES = 64 * 2**20
+_MAX_VALUES = 2**20
+"""The most values of a JSON file. One takes about a hundred bytes of memory."""
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -137,6 +140,7 @@ class Checkpoint:
         # Keys of config.json may repeat: the last one counts, as in transformers.
         file = path / "config.json"
         config = read_config(file, dict) if file.is_file() else {}
+        check_other_files(path)
         tensors = read_tensors(path, _named_weights(config, file))
         return cls(path, config or read_config(file, dict), tensors, None if root == path else root)
 
@@ -246,7 +250,7 @@ def _shards_of_index(index: Path) -> dict[str, list[str]]:
         raise corrupt(index, "no object `weight_map`")
     names_by_shard: dict[str, list[str]] = {}
     for name, shard in weight_map.items():
-        if not isinstance(shard, str) or not _is_plain_name(shard):
+        if not isinstance(shard, str) or (shard not in names_by_shard and not _is_plain_name(shard)):
             raise corrupt(index, f"puts tensor {name!r} in {shard!r}, not a *.safetensors of this directory")
         names_by_shard.setdefault(shard, []).append(name)
     return names_by_shard
@@ -262,7 +266,7 @@ def _is_plain_name(name: str) -> bool:
 
 
 def read_config(path: Path, kind: type[_Json]) -> _Json:
-    """Reads a JSON file of a checkpoint, of at most 16 MiB.
+    """Reads a JSON file of a checkpoint, of at most 4 MiB.
 
     Raises:
         CheckpointError: It cannot be read, or is not of that kind.
@@ -274,12 +278,14 @@ def _read_bytes(path: Path, max_bytes: int, mapped: type[CheckpointError]) -> by
     with opened(path) as (file, state):
         if state.nbytes > max_bytes:
             raise mapped(f"{path}: {state.nbytes} bytes, more than the {max_bytes} that are read", path=path)
-        return file.read(max_bytes)
+        return file.read(state.nbytes)
 
 
 def _parse_json(
     path: Path, text: bytes, kind: type[_Json], mapped: type[CheckpointError], *, unique: bool = False
 ) -> _Json:
+    if text.count(b",") + text.count(b"[") + text.count(b"{") > _MAX_VALUES:
+        raise mapped(f"{path}: more than {_MAX_VALUES} values, which are too many", path=path)
     try:
         parsed = json.loads(text.decode(), object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
@@ -325,7 +331,7 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, File
     """
     with opened(path) as (file, state):
         size = state.nbytes
-        prefix = file.read(8)
+        prefix = file.read(min(8, size))
         if len(prefix) < 8:
             raise corrupt(path, "too short for the 8 bytes of header length", expected=8, actual=size)
         if prefix == b"version ":
@@ -338,6 +344,8 @@ def _read_entries(path: Path) -> tuple[dict[str, Any], dict[str, str], int, File
         header = file.read(header_bytes)
     if not header.startswith(b"{"):
         raise corrupt(path, "the header does not begin with '{'")
+    if header.count(b'"data_offsets"') > MAX_TENSORS:
+        raise corrupt(path, f"more than {MAX_TENSORS} tensors, which are too many")
     entries = _parse_json(path, header, dict, CorruptShardError, unique=True)
     metadata = entries.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):

@@ -18,13 +18,12 @@ import torch
 from hermes_async.errors import CheckpointError, UnsupportedModelError
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.gguf_models import PART
-from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, corrupt, num_elements, opened
+from hermes_async.storage.headers import MAX_HEADER_BYTES, MAX_INT64, MAX_TENSORS, corrupt, num_elements, opened
 from hermes_async.storage.tensor_spec import TensorSpec
 
 _MAGIC = b"GGUF"
 _VERSIONS = (2, 3)
 _MAX_ENTRIES = 2**16
-_MAX_TENSORS = 2**17
 _MAX_ITEMS = 2**20
 """The most items of one list. The largest vocabularies have a quarter of that, and their merges a half."""
 _MAX_NAME_BYTES = 2**16 - 1
@@ -161,8 +160,8 @@ def is_gguf(path: Path) -> bool:
     """Whether a file is in GGUF, by its name or its first bytes."""
     if path.suffix.lower() == ".gguf":
         return True
-    with opened(path) as (file, _):
-        return file.read(4) == _MAGIC
+    with opened(path) as (file, state):
+        return file.read(min(4, state.nbytes)) == _MAGIC
 
 
 def read_header(path: Path, file: ByteSource, nbytes: int) -> None:
@@ -296,7 +295,7 @@ class _Reader:
                 path=self.path,
             )
         counts = []
-        for what, least, most in (("tensors", 24, _MAX_TENSORS), ("entries of metadata", 13, _MAX_ENTRIES)):
+        for what, least, most in (("tensors", 24, MAX_TENSORS), ("entries of metadata", 13, _MAX_ENTRIES)):
             count = self._number("<Q", f"the number of {what}")
             if count > min(most, self._left // least):
                 raise corrupt(self.path, f"claims {count} {what}, of at most {min(most, self._left // least)}")

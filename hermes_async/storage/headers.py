@@ -12,8 +12,11 @@ from typing import BinaryIO
 from hermes_async.errors import CheckpointError, CorruptShardError
 from hermes_async.storage.file_state import FileState
 
-MAX_HEADER_BYTES = 100_000_000
-"""The most bytes of a header that are read. It is also the limit of the safetensors format."""
+MAX_HEADER_BYTES = 32 * 2**20
+"""The most bytes of a header that are read. The safetensors format allows 100 MB."""
+
+MAX_TENSORS = 2**17
+"""The most tensors of a file."""
 
 MAX_INT64 = 2**63 - 1
 """The largest file offset or size in torch."""
@@ -21,21 +24,30 @@ MAX_INT64 = 2**63 - 1
 
 @contextmanager
 def opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
-    """Opens a regular file, and yields it with its state.
+    """Opens a regular file, and yields it with its state. Read at most as many bytes as the state says.
+
+    Some files of `/proc` look like regular ones of 0 bytes, and reading them may never end.
 
     Raises:
         CheckpointError: It is missing, is no regular file, or cannot be read.
     """
     try:
-        # Checked before opening, because opening a named pipe would wait for a writer.
-        if not stat.S_ISREG(path.stat().st_mode):
-            raise CheckpointError(f"{path} is not a regular file", path=path)
-        with path.open("rb") as file:
-            yield file, FileState.of(os.fstat(file.fileno()))
+        # Checked before opening, because opening a device may have an effect.
+        _check_regular(path, path.stat())
+        # It may have been replaced meanwhile: opening a named pipe must not wait for a writer.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+            status = os.fstat(file.fileno())
+            _check_regular(path, status)
+            yield file, FileState.of(status)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise CheckpointError(f"{path} is not a regular file", path=path)
 
 
 def corrupt(path: Path, message: str, **numbers: int) -> CorruptShardError:

@@ -130,7 +130,7 @@ def _fetch(
     # Imported here: a checkpoint on disk needs no HTTP client.
     from huggingface_hub import snapshot_download
 
-    return Path(
+    snapshot = Path(
         snapshot_download(
             repo_id,
             revision=hub.revision,
@@ -141,6 +141,13 @@ def _fetch(
             ignore_patterns=list(unwanted),
         )
     )
+    if ".." in snapshot.parts or snapshot.parent.name != "snapshots":  # a damaged file of the cache names the commit
+        raise CheckpointError(
+            f"the hub's cache has {str(snapshot)!r} as the snapshot of {repo_id}, which is not in the model's folder; "
+            "remove that model from the cache",
+            path=snapshot,
+        )
+    return snapshot
 
 
 def _sizes(repo_id: str, commit: str, hub: HubOptions) -> dict[str, int]:

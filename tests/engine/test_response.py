@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_async import CheckpointError, MessageDelta, RequestError, ResponseStream, ToolCall
 from hermes_async.engine.response import prepare_response_stream
-from hermes_async.modeling import transformers_api
+from hermes_async.modeling import chat_api
 from hermes_async.serving.tokenizer import SharedTokenizer
 
 CALL = {"type": "function", "function": "{content}"}
@@ -271,11 +271,11 @@ def test_without_a_template_there_is_no_stream() -> None:
 
 def test_a_version_of_transformers_without_a_parser_has_no_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("transformers.utils.chat_parsing.ResponseParser", object)
-    transformers_api.region_parser_class.cache_clear()
+    chat_api.region_parser_class.cache_clear()
     try:
         assert prepared(PLAIN) is None
     finally:
-        transformers_api.region_parser_class.cache_clear()
+        chat_api.region_parser_class.cache_clear()
 
 
 @pytest.mark.parametrize("template", [{"fields": {}}, {"fields": {"content": {}}}, {"version": 9, "fields": 5}, 5])

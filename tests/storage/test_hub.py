@@ -277,3 +277,17 @@ def test_a_name_in_a_repository_without_gguf(hub: Hub, saved: dict[str, Path], t
     hub.files["org/name"] = files_of(saved["whole"])
     with pytest.raises(CheckpointError, match=r"^org/name has no model in GGUF; without ':Q8_0', its safetensors are"):
         download("org/name:Q8_0", HubOptions(cache_dir=tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("commit", ["../../../outside", "..", "../../blobs"])
+def test_a_damaged_cache_does_not_lead_out_of_the_model(tmp_path: Path, commit: str) -> None:
+    model = tmp_path / "models--org--name"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(commit)
+    (model / "snapshots").mkdir()
+    for folder in (model / "snapshots" / commit, tmp_path / "outside"):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError) as caught:
+        download("org/name", HubOptions(cache_dir=tmp_path), local_files_only=True)
+    assert "not in the model's folder" in str(caught.value) or "hub's cache" in str(caught.value)

@@ -1,0 +1,61 @@
+"""Refuses tokenizers that make a short text into one that takes all memory, or put thousands of tokens around it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from hermes_async.errors import CheckpointError
+
+MAX_GROWTH = 256
+"""Characters that the steps of a normalizer or a decoder may make of one."""
+MAX_ADDED_TOKENS = 1024
+"""Tokens that are put around every text."""
+MAX_PATTERN_CHARS = 2**14
+"""Of one regular expression. Those of models have some hundred characters."""
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Checks what a tokenizer of the Rust library does to a text, without trying it.
+
+    Raises:
+        CheckpointError: The message names the part of `tokenizer.json`.
+    """
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        return
+    for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+        part: Any = getattr(tokenizer.backend_tokenizer, name)
+        if part is not None:
+            _check_part(name, list(_objects(json.loads(part.__getstate__()))))
+
+
+def _check_part(name: str, steps: list[Mapping[str, Any]]) -> None:
+    texts = [step[key] for step in steps for key in ("content", "prepend") if isinstance(step.get(key), str)]
+    growth = math.prod(max(1, len(text)) for text in texts)
+    if growth > MAX_GROWTH:
+        raise CheckpointError(
+            f"the tokenizer's {name} may make {growth!s:.20} characters of one, of at most {MAX_GROWTH}"
+        )
+    lists = [value for step in steps for key in ("single", "pair", "ids") if isinstance(value := step.get(key), list)]
+    if sum(map(len, lists)) > MAX_ADDED_TOKENS:
+        raise CheckpointError(
+            f"the tokenizer's {name} puts {sum(map(len, lists))} tokens around a text, of at most {MAX_ADDED_TOKENS}"
+        )
+    longest = max((len(step["Regex"]) for step in steps if isinstance(step.get("Regex"), str)), default=0)
+    if longest > MAX_PATTERN_CHARS:
+        raise CheckpointError(
+            f"the tokenizer's {name} has a regular expression of {longest} characters, of at most {MAX_PATTERN_CHARS}"
+        )
+
+
+def _objects(tree: Any) -> Iterator[Mapping[str, Any]]:
+    """All objects in a JSON value."""
+    if isinstance(tree, dict):
+        yield tree
+    if isinstance(tree, (dict, list)):
+        for value in tree.values() if isinstance(tree, dict) else tree:
+            yield from _objects(value)
