@@ -407,8 +407,10 @@ class EngineSnapshot:
         stall_seconds: Time that sweeps waited for a stage.
         expert_hits, expert_misses, num_experts, num_experts_in_memory: See `EngineStatistics`.
         bytes_per_sweep: Bytes of streamed stages that each sweep reads. Embedding rows and experts come on top.
-        disk_sweep_seconds: The time that the disk takes for these bytes, at the speed that the plan was made for. No
-            sweep can be shorter in the long run.
+        expert_bytes_per_sweep: Bytes of experts that the plan expects a sweep to read, with one token of each request
+            that generates.
+        disk_sweep_seconds: The time that the disk takes for `bytes_per_sweep`, at the speed that the plan was made for.
+            No sweep can be shorter in the long run.
         disk_measured: That speed was measured on this machine; otherwise it is an estimate.
     """
 
@@ -433,6 +435,7 @@ class EngineSnapshot:
     num_experts: int
     num_experts_in_memory: int
     bytes_per_sweep: int
+    expert_bytes_per_sweep: int
     disk_sweep_seconds: float
     disk_measured: bool
 

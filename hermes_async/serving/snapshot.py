@@ -38,6 +38,8 @@ def engine_snapshot(loop: ServingLoop, engine: Literal["open", "closed", "failed
     """The engine at this moment, also after it was closed. Reads no file: it runs on the event loop."""
     loaded, pipeline, plan = loop.loaded, loop.loaded.pipeline, loop.loaded.planned.plan
     computing, sweep, experts = pipeline.computing, loop.sweep, pipeline.experts
+    requests = _request_snapshots(loop)
+    num_generating = sum(request.activity == "generating" for request in requests)
     return EngineSnapshot(
         at=time.perf_counter(),
         engine=engine,
@@ -46,7 +48,7 @@ def engine_snapshot(loop: ServingLoop, engine: Literal["open", "closed", "failed
         stage_idx=pipeline.load_order.entered_idx,
         stages=tuple(_stage_snapshot(stage, computing) for stage in pipeline.stages),
         memory=_memory_snapshot(loaded),
-        requests=_request_snapshots(loop),
+        requests=requests,
         num_forwards=len(loop.forwards) + (0 if sweep is None else len(sweep.forwards)),
         num_sessions=loop.admission.num_sessions,
         tokens_generated=loop.num_tokens,
@@ -60,6 +62,7 @@ def engine_snapshot(loop: ServingLoop, engine: Literal["open", "closed", "failed
         num_experts=len(experts.experts),
         num_experts_in_memory=experts.num_loaded,
         bytes_per_sweep=plan.bytes_per_sweep,
+        expert_bytes_per_sweep=plan.expert_bytes_per_sweep(max(1, min(num_generating, plan.max_sequences))),
         disk_sweep_seconds=_disk_sweep_seconds(plan),
         disk_measured=plan.machine.measured,
     )

@@ -112,14 +112,20 @@ def _download_gguf(repo_id: str, wanted: str, hub: HubOptions, *, local_files_on
 def _gguf_sizes(
     repo_id: str, wanted: str, snapshot: Path, hub: HubOptions, *, local_files_only: bool = False
 ) -> dict[str, int]:
-    """The files of the one model whose name ends with `wanted`, in order, and their sizes."""
+    """The files of the one model whose name ends with `wanted`, in order, and their sizes.
+
+    If the hub cannot be asked, a model in the cache is taken, as `snapshot_download` does with safetensors.
+    """
     from huggingface_hub import constants
 
-    if local_files_only or constants.HF_HUB_OFFLINE:
-        here = snapshot.rglob("*.gguf")
-        sizes = {file.relative_to(snapshot).as_posix(): file.stat().st_size for file in here}
-    else:
-        sizes = _sizes(repo_id, snapshot.name, hub)
+    here = snapshot.rglob("*.gguf")
+    sizes = {file.relative_to(snapshot).as_posix(): file.stat().st_size for file in here}
+    if not (local_files_only or constants.HF_HUB_OFFLINE):
+        try:
+            sizes = _sizes(repo_id, snapshot.name, hub)
+        except Exception:  # all kinds, as in `_hub_errors`
+            if not any(model.is_called(wanted) for model in gguf_models(sizes)):
+                raise
     return {name: sizes[name] for name in chosen_model(repo_id, gguf_models(sizes), wanted).files}
 
 

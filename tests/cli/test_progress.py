@@ -69,6 +69,7 @@ def snapshot(*requests: RequestSnapshot, loaded: int = 2, num_forwards: int = 0,
         num_experts=0,
         num_experts_in_memory=0,
         bytes_per_sweep=0,
+        expert_bytes_per_sweep=0,
         disk_sweep_seconds=0.0,
         disk_measured=True,
     )

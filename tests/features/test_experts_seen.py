@@ -97,6 +97,7 @@ def test_a_snapshot(seen: Seen) -> None:
     now, statistics = seen.snapshot, seen.statistics
     assert now.memory.expert_bytes == seen.plan.expert_bytes
     assert now.memory.other_bytes == 0
+    assert now.expert_bytes_per_sweep == seen.plan.expert_bytes_per_sweep(1) > 0
     assert (now.expert_hits, now.expert_misses) == (statistics.expert_hits, statistics.expert_misses)
     assert (now.num_experts, now.num_experts_in_memory) == (statistics.num_experts, statistics.num_experts_in_memory)
 

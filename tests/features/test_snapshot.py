@@ -52,7 +52,7 @@ async def test_an_idle_engine(tiny_model: TinyModel, no_blocking: Any) -> None:
     assert snapshot.memory.weights_bytes == plan.resident_bytes
     assert snapshot.memory.ring_bytes == plan.ring_bytes
     assert snapshot.memory.workspace_bytes == plan.workspace_bytes
-    assert snapshot.bytes_per_sweep == plan.bytes_per_sweep
+    assert (snapshot.bytes_per_sweep, snapshot.expert_bytes_per_sweep) == (plan.bytes_per_sweep, 0)
     assert snapshot.disk_sweep_seconds > 0
     assert not snapshot.disk_measured
     streamed = [stage for stage in snapshot.stages if not stage.resident]

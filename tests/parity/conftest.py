@@ -13,7 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import hermes_async
-from hermes_async.engine.opening import open_model
+from hermes_async import Plan
+from hermes_async.engine.model_planner import ModelPlanner
+from hermes_async.engine.opening import open_model, plans_by_budget
 
 NUM_TOKENS = 24
 TOP_LOGPROBS = 5
@@ -138,19 +140,33 @@ def minimum_budget() -> Callable[[Path], int]:
 
 
 @pytest.fixture(scope="session")
-def middle_budget() -> Callable[[Path, int], int]:
-    """A budget in which some stages are resident and some are not.
+def budgets_of() -> Callable[[Path], dict[str, int]]:
+    """The smallest budget, one in which some stages are resident and some are not, and one in which all are.
 
     Of models as small as these, whose reads take no longer than starting them, more memory may go into a larger ring.
     """
 
-    def middle(path: Path, minimum: int) -> int:
-        for step in range(1, 80):
-            budget = minimum + step * minimum // 20
-            opened = open_model(path, budget, hermes_async.EngineConfig())
-            opened.close()
-            if 0 < len(opened.plan.resident) < len(opened.plan.stages):
-                return budget
-        raise AssertionError(f"no budget keeps only some stages of {path} resident")
+    def budgets(path: Path) -> dict[str, int]:
+        plans = plans_by_budget(path, hermes_async.EngineConfig(), 40)
+        middle = next(plan for plan in plans if 0 < len(plan.resident) < len(plan.stages))
+        return {"smallest": plans[0].minimum_budget, "middle": middle.memory_budget, "resident": 64 * 1024 * 1024}
 
-    return middle
+    return budgets
+
+
+@pytest.fixture
+def least_budget(monkeypatch: pytest.MonkeyPatch) -> int:
+    """A budget that stands for the smallest one of any model. So a model is opened once, and not twice to learn it."""
+    plan = ModelPlanner.plan
+
+    def plan_for_the_least(planner: ModelPlanner, budget: int) -> Plan:
+        try:
+            return plan(planner, budget)
+        except hermes_async.MemoryBudgetError as error:
+            if budget != 1:
+                raise
+            assert error.minimum_bytes is not None
+            return plan(planner, error.minimum_bytes)
+
+    monkeypatch.setattr(ModelPlanner, "plan", plan_for_the_least)
+    return 1

@@ -108,13 +108,10 @@ def subject(
     save_model: Callable[..., Path],
     greedy_reference: Callable[..., list[Any]],
     prompts: list[list[int]],
-    minimum_budget: Callable[[Path], int],
-    middle_budget: Callable[[Path, int], int],
+    budgets_of: Callable[[Path], dict[str, int]],
 ) -> Subject:
     path = save_model(random_model(CONFIGS[request.param]()))
-    minimum = minimum_budget(path)
-    budgets = {"smallest": minimum, "middle": middle_budget(path, minimum), "resident": 64 * 1024 * 1024}
-    return Subject(path, greedy_reference(path, prompts), budgets)
+    return Subject(path, greedy_reference(path, prompts), budgets_of(path))
 
 
 @pytest.mark.parametrize("budget", ["smallest", "middle", "resident"])

@@ -13,7 +13,6 @@ import transformers as t
 from transformers import PreTrainedConfig
 
 import hermes_async
-from hermes_async.engine.opening import open_model
 from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
@@ -361,27 +360,24 @@ async def test_refused_by_name_or_right(
     save_model: Callable[..., Path],
     greedy_reference: Callable[..., list[Any]],
     prompts: list[list[int]],
+    least_budget: int,
     complete_all: Callable[..., Any],
     assert_parity: Callable[..., None],
 ) -> None:
     model = random_model(CONFIGS[name]())
     path = save_model(model)
+    if name == "recurrent-gemma":  # its `generate` goes on from the state of the last prompt after one of one token
+        prompts = [prompt for prompt in prompts if len(prompt) > 1]
     try:
-        open_model(path, 1, hermes_async.EngineConfig())
+        async with hermes_async.Engine(path, memory_budget=least_budget) as engine:
+            assert engine.plan.memory_budget == engine.plan.minimum_budget
+            completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)
     except hermes_async.UnsupportedModelError as error:
         assert name not in NEVER_REFUSED
         family = re.sub(r"ForCausalLM|ForConditionalGeneration|LMHeadModel|Model|_", "", type(model).__name__)
         assert family.lower() in re.sub(r"[-_]", "", str(error)).lower()
         return
-    except hermes_async.MemoryBudgetError as error:
-        minimum = error.minimum_bytes
-    assert minimum is not None
-    if name == "recurrent-gemma":  # its `generate` goes on from the state of the last prompt after one of one token
-        prompts = [prompt for prompt in prompts if len(prompt) > 1]
-    expected = greedy_reference(path, prompts, num_tokens=NUM_TOKENS)
-    async with hermes_async.Engine(path, memory_budget=minimum) as engine:
-        completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)
-    assert_parity(completions, expected, atol=ATOL)
+    assert_parity(completions, greedy_reference(path, prompts, num_tokens=NUM_TOKENS), atol=ATOL)
 
 
 async def test_longrope_past_its_original_context_is_refused_or_right(
@@ -389,7 +385,7 @@ async def test_longrope_past_its_original_context_is_refused_or_right(
     save_model: Callable[..., Path],
     greedy_reference: Callable[..., list[Any]],
     prompts: list[list[int]],
-    minimum_budget: Callable[[Path], int],
+    least_budget: int,
 ) -> None:
     """There transformers turns to other frequencies, by the longest sequence in the row."""
     config = t.Phi3Config(
@@ -416,7 +412,7 @@ async def test_longrope_past_its_original_context_is_refused_or_right(
         completed.append(idx)
 
     async with (
-        hermes_async.Engine(path, memory_budget=minimum_budget(path)) as engine,
+        hermes_async.Engine(path, memory_budget=least_budget) as engine,
         anyio.create_task_group() as tasks,
     ):
         for idx in range(len(prompts)):

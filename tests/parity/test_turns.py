@@ -57,14 +57,15 @@ async def test_turns_give_the_tokens_of_transformers(
     random_model: Callable[..., Any],
     save_model: Callable[..., Path],
     greedy_reference: Callable[..., list[Any]],
-    minimum_budget: Callable[[Path], int],
+    least_budget: int,
     complete_all: Callable[..., Any],
     assert_parity: Callable[..., None],
 ) -> None:
     assert max(map(len, prompts)) > 2 * WINDOW
     path = save_model(random_model(tiny_config(model_type)))
     expected = greedy_reference(path, prompts, num_tokens=NUM_TOKENS)
-    async with hermes_async.Engine(path, memory_budget=minimum_budget(path)) as engine:
+    async with hermes_async.Engine(path, memory_budget=least_budget) as engine:
+        assert engine.plan.memory_budget == engine.plan.minimum_budget
         assert engine.plan.as_dict()["batching"] == "turns"
         assert_parity(await complete_all(engine, prompts, num_tokens=NUM_TOKENS), expected, atol=ATOL)
         await check_nothing_is_left(engine)

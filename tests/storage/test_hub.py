@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import anyio
+import huggingface_hub
 import pytest
 from transformers import LlamaConfig
 from typer.testing import CliRunner
@@ -247,6 +248,22 @@ async def test_an_engine_takes_the_end_of_a_file_s_name(hub: Hub, gguf_files: di
     hub.files.clear()
     again = Checkpoint.open("org/name:Q8_0", cache_dir=tmp_path / "cache", local_files_only=True)
     assert [file.name for file in again.gguf.files] == [Path(name).name for name in PARTS]  # type: ignore[union-attr]
+
+
+def test_a_file_in_the_cache_is_used_when_the_hub_is_out_of_reach(
+    hub: Hub, gguf_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.files["org/name"] = gguf_files
+    options = HubOptions(cache_dir=tmp_path / "cache")
+    file = download("org/name:Q8_0", options)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    assert download("org/name:Q8_0", options) == file
+    with without_weights("org/name:Q8_0", options) as source:
+        assert source == file
+    with pytest.raises(CheckpointError, match=r"^'org/name' could not be downloaded .*ConnectError"):
+        download("org/name:small-F32", options)
+    with pytest.raises(CheckpointError, match=r"^'org/name' at revision 'v9' is no directory here and not complete"):
+        download("org/name:Q8_0", HubOptions("v9", cache_dir=options.cache_dir))
 
 
 @pytest.mark.parametrize(
