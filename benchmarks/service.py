@@ -8,8 +8,8 @@ in it: one process, one event loop. A second process asks the trivial endpoint e
 idle, then while it answers `--streams` clients, which are a third process. Afterwards `loop_lag_ms` of the engine's
 statistics says how late the event loop was in the last minute, in which those clients were answered. The model has
 layers of Llama 3.2's 1B and a vocabulary of 128k, of which each token needs a row of logits and a draw. The limit of
-the latency is that of the idle engine. The limit of the throughput is the engine without HTTP: the same requests in the server's own process, through
-`generate`.
+the latency is that of the idle engine. The limit of the throughput is the engine without HTTP: the same requests in
+the server's own process, through `generate`.
 
 `--abuse` runs `benchmarks.abuse`: what bad clients can do to a server, and to its other clients.
 """

@@ -38,6 +38,7 @@ API = [
     "QueueFullError",
     "RankedDocument",
     "ReadError",
+    "ReadTimeoutError",
     "RequestError",
     "RequestEvent",
     "RequestSnapshot",

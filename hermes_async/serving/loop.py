@@ -96,10 +96,8 @@ class ServingLoop:
         self._resizes: deque[_Resize] = deque()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
-        self.num_tokens = 0
-        self.num_prompt_tokens = 0
-        self.num_drafted = 0
-        self.num_accepted = 0
+        self.num_tokens = self.num_prompt_tokens = 0
+        self.num_drafted = self.num_accepted = 0
 
     # --- the loop ---
 

@@ -137,7 +137,7 @@ class Reader:
         held = await self._hold({item.file for item in ranges})
         spent: list[float] = []
         try:
-            work = self._executor.submit(self._read, held, ranges, view, spent, on_read)
+            work = self._executor.submit(lambda: self._read(held, ranges, view, spent, on_read))
         except BaseException:
             self._let_go(held)
             raise

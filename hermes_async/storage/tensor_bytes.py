@@ -16,7 +16,7 @@ from hermes_async.errors import CheckpointError, CorruptShardError
 from hermes_async.storage.direct_io import drop_cache
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.tensor_spec import Extent, TensorSpec
-from hermes_async.storage.threads import DaemonExecutor, check_cancelled
+from hermes_async.storage.threads import DaemonExecutor, check_cancelled, only_waiting
 
 _NUM_THREADS = 8
 _MAX_TASK_BYTES = 4 << 20  # of tensors, that one task of a thread reads
@@ -61,7 +61,8 @@ def read_small_tensor(spec: TensorSpec, max_bytes: int) -> bytes:
             expected=max_bytes,
             actual=spec.nbytes,
         )
-    return b"".join(bytes(read.content) for piece in _pieces(spec) for read in _read([piece]))
+    with only_waiting():  # the disk may hang
+        return b"".join(bytes(read.content) for piece in _pieces(spec) for read in _read([piece]))
 
 
 def read_tensors(specs: Iterable[TensorSpec]) -> Generator[TensorBytes, None, None]:
@@ -82,9 +83,14 @@ def read_tensors(specs: Iterable[TensorSpec]) -> Generator[TensorBytes, None, No
             under_way.append(executor.submit(_read, task))
             if len(under_way) == 2 * _NUM_THREADS:
                 check_cancelled()
-                yield from under_way.popleft().result()
+                yield from _result(under_way.popleft())
         while under_way:
-            yield from under_way.popleft().result()
+            yield from _result(under_way.popleft())
+
+
+def _result(reading: Future[list[TensorBytes]]) -> list[TensorBytes]:
+    with only_waiting():  # the disk may hang
+        return reading.result()
 
 
 def _pieces(spec: TensorSpec) -> Iterator[_Piece]:

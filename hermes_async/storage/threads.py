@@ -10,9 +10,9 @@ import ctypes
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar, TypeVarTuple, Unpack
@@ -204,10 +204,22 @@ def check_cancelled() -> None:
         raise CallCancelled
 
 
-def only_waiting() -> AbstractContextManager[None]:
-    """A block that waits and calls no native code: the interpreter's exit does not wait for this thread there."""
+@contextmanager
+def only_waiting() -> Iterator[None]:
+    """A block that waits and calls no native code: the interpreter's exit does not wait for this thread there.
+
+    It may be within another such block.
+    """
     call: _Call | None = getattr(_thread, "call", None)
-    return nullcontext() if call is None or call.left_at_exit else no_native_code()
+    if call is None or call.left_at_exit or getattr(_thread, "only_waits", False):
+        yield
+        return
+    _thread.only_waits = True
+    try:
+        with no_native_code():
+            yield
+    finally:
+        _thread.only_waits = False
 
 
 class LoopEvent:

@@ -6,6 +6,7 @@ It prints "here" when it has come to its state, and ends in the way that was ask
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import sys
@@ -16,7 +17,7 @@ import torch
 import uvloop
 
 from hermes_async import Engine, EngineConfig, SamplingParams
-from hermes_async.engine.opening import open_model
+from hermes_async.engine import opening
 from tests.inside import inside
 
 PARAMS = SamplingParams(max_tokens=100, temperature=0, ignore_eos=True)
@@ -55,6 +56,26 @@ def compute_for_long(engine: Engine, began: threading.Event) -> None:
     inside(engine).on_stage(compute)
 
 
+def hang_in_opening(reads: Reads) -> None:
+    """The thread that opens the model hangs where the interpreter's exit waits for native code."""
+
+    def hang() -> None:
+        reads.hanging.set()
+        threading.Event().wait()
+
+    opening.bound_heap = hang
+
+
+async def leave(way: str, path: str) -> None:
+    """The program ends within the engine's block, while a read hangs."""
+    async with contextlib.AsyncExitStack() as exits:
+        engine, kept = await come_to("hanging", path)
+        exits.push_async_exit(engine)
+        exits.callback(kept.cancel)
+        end(way, asyncio.get_running_loop())
+        await asyncio.sleep(3600)
+
+
 async def come_to(state: str, path: str) -> tuple[Engine, Any]:
     reads = Reads()
     config = EngineConfig(num_loading_agents=2, max_resident_layers=3, max_tokens_per_sweep=16)
@@ -64,6 +85,14 @@ async def come_to(state: str, path: str) -> tuple[Engine, Any]:
         entering = asyncio.ensure_future(engine.__aenter__())
         await until_set(reads.hanging)
         return engine, entering
+    if state == "opening was left":
+        hang_in_opening(reads)
+        entering = asyncio.ensure_future(engine.__aenter__())
+        await until_set(reads.hanging)
+        entering.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await entering
+        return engine, None
     await engine.__aenter__()
     kept: Any = None
     if state == "generating":
@@ -106,6 +135,8 @@ def end(way: str, loop: asyncio.AbstractEventLoop) -> None:
 
 
 async def main(state: str, way: str, path: str) -> Any:
+    if state == "leaving":
+        await leave(way, path)
     kept = await come_to(state, path)
     end(way, asyncio.get_running_loop())
     if way in ("SIGINT", "stop"):
@@ -133,7 +164,7 @@ def next_case() -> list[str] | None:
     for line in sys.stdin:
         case = line.rstrip("\n").split("\t")
         if not imported:
-            open_model(case[-3], "8MiB", EngineConfig()).close()  # imports what each of them would import again
+            opening.open_model(case[-3], "8MiB", EngineConfig()).close()  # imports what each of them would import again
             imported = True
         process = os.fork()
         if not process:

@@ -51,6 +51,9 @@ def run(programs: subprocess.Popen[str], tiny_model: Any, tmp_path: Path) -> Run
         *(("uvloop", "run", state, "SIGINT") for state in ("idle", "computing", "hanging")),
         *(("asyncio", "loop", "generating", way) for way in ("exit", "SIGINT", "SIGTERM")),
         ("asyncio", "run", "hanging", "exit"),
+        ("asyncio", "run", "leaving", "SIGINT"),
+        ("uvloop", "run", "leaving", "error"),
+        ("asyncio", "run", "opening was left", "return"),
     ],
 )
 def test_the_interpreter_exits(run: Run, loop: str, runner: str, state: str, way: str) -> None:

@@ -374,6 +374,7 @@ async def test_statistics_have_the_documented_names(tiny_model: Any) -> None:
     assert statistics.process_peak_rss_bytes > 0
     assert statistics.compute_seconds > 0
     assert statistics.read_seconds > 0
+    assert statistics.loop_lag_ms.keys() == {"p50", "p99", "max"}
 
 
 async def test_options_that_contradict_each_other(tiny_model: Any) -> None:

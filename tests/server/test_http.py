@@ -178,6 +178,7 @@ def test_metrics_count_what_was_answered(narrow: RunningServer) -> None:
     assert after[length] == before.get(length, 0) + 1
     assert after["hermes_async_tokens_generated_total"] == before["hermes_async_tokens_generated_total"] + 10
     assert after["hermes_async_num_running"] == 0
+    assert all(after[f'hermes_async_loop_lag_seconds{{quantile="{share}"}}'] >= 0 for share in ("0.5", "0.99", "1"))
     httpx.get(f"{narrow.url}/no-such-path-7")
     httpx.get(f"{narrow.url}/v1/models/no-such-model-7")
     requests = {name for name in counts() if name.startswith("hermes_async_requests_total")}
