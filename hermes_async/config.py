@@ -368,10 +368,13 @@ class EngineConfig:
         parking_dir: The directory for the KV of idle sessions; it should be on a disk. None takes /var/tmp, or the
             system's temporary directory.
         direct_io: Reads bypass the page cache where the file system allows it.
-        kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
-            where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
-            differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
-            memory, and are 4-bit or 8-bit numbers in bfloat16, they are laid out for torch's kernels for such numbers.
+        kernels: "transformers" makes the calls that transformers makes. "auto" makes the same calls, but multiplies one
+            token with large bfloat16 weights by `torch.mv` where a short measurement has found that to be faster here;
+            the last bit of a result may differ. float32 and float16 are computed as with "transformers". "fastest" also
+            uses torch's own kernels in sweeps of few tokens, where a profile has found them to be faster than oneDNN's
+            (for one token in bf16, by 1.5 times). They round differently, and the setting holds for the whole process
+            while such a sweep computes. If all weights stay in memory, and are 4-bit or 8-bit numbers in bfloat16, they
+            are laid out for torch's kernels for such numbers.
         dtype: What the model computes in: "float32", "bfloat16" or "float16". "auto" takes the dtype in the model's
             configuration, or else that of its first weight, as transformers does. Weights of another dtype are cast
             when their stage is computed.
@@ -397,7 +400,7 @@ class EngineConfig:
     prompt_lookup: bool = True
     parking_dir: str | os.PathLike[str] | None = None
     direct_io: bool = True
-    kernels: str = "default"
+    kernels: str = "auto"
     dtype: str = "auto"
     batching: str = "auto"
     self_check: str = "require"
@@ -421,8 +424,8 @@ class EngineConfig:
         for name in ("share_prefixes", "prompt_lookup", "direct_io"):
             if not isinstance(getattr(self, name), bool):
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
-        if self.kernels not in ("default", "fastest"):
-            raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
+        if self.kernels not in ("auto", "transformers", "fastest"):
+            raise ConfigError(f"kernels must be 'auto', 'transformers' or 'fastest', not {self.kernels!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {self.dtype!r}")
         if self.batching not in ("auto", "packed", "turns"):

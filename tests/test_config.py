@@ -274,7 +274,7 @@ def test_the_engine_s_defaults() -> None:
         "prompt_lookup": True,
         "parking_dir": None,
         "direct_io": True,
-        "kernels": "default",
+        "kernels": "auto",
         "dtype": "auto",
         "batching": "auto",
         "self_check": "require",
@@ -314,7 +314,7 @@ def test_options_at_the_edge_of_their_range_are_accepted(options: dict[str, Any]
         *[("share_prefixes", value) for value in (None, 1, "no")],
         *[("prompt_lookup", value) for value in (None, 0, "yes")],
         *[("direct_io", value) for value in (None, 1)],
-        *[("kernels", value) for value in (None, "", "native", True)],
+        *[("kernels", value) for value in (None, "", "default", True)],
         *[("parking_dir", value) for value in (b"parked", 3, False)],
     ],
 )

@@ -1,4 +1,4 @@
-"""Stores profiles in small files: one for each model, machine and set of versions. Old ones are not used."""
+"""Stores profiles in small files: for each model, machine and set of versions. Old ones are not used."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ import tempfile
 import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import transformers
 
-from hermes_async.planning.profile import Profile
+from hermes_async.planning.profile import Profile, VectorProfile
 from hermes_async.storage.checkpoint import Checkpoint
+
+T = TypeVar("T", Profile, VectorProfile)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,16 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
     machine = (platform.machine(), _processor(), torch.get_num_threads(), disk)
     versions = (_FORMAT, torch.__version__, transformers.__version__)
     key = json.dumps([str(checkpoint.path.resolve()), tensors, machine, versions])
+    return _file(key, folder)
+
+
+def vector_profile_file(folder: Path | None = None) -> Path:
+    """The file of this machine's `VectorProfile`. Its name depends on the processor, its threads and torch."""
+    machine = (platform.machine(), _processor(), torch.get_num_threads())
+    return _file(json.dumps(["vector products", _FORMAT, machine, torch.__version__]), folder)
+
+
+def _file(key: str, folder: Path | None) -> Path:
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hermes-async" / "profiles"
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -44,11 +56,20 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
 
 def load_profile(file: Path) -> Profile | None:
     """The profile in `file`; None if there is no valid one. An old or damaged file is logged."""
+    return _load(file, Profile)
+
+
+def load_vector_profile(file: Path) -> VectorProfile | None:
+    """As `load_profile`."""
+    return _load(file, VectorProfile)
+
+
+def _load(file: Path, kind: type[T]) -> T | None:
     try:
         if not stat.S_ISREG(file.stat().st_mode):  # a named pipe would wait for a writer
             raise ValueError("not a regular file")
-        profile = _from_json(Profile, json.loads(file.read_text(encoding="utf-8")))
-        assert isinstance(profile, Profile)
+        profile = _from_json(kind, json.loads(file.read_text(encoding="utf-8")))
+        assert isinstance(profile, kind)
         age_s = time.time() - profile.created_at
         if 0 <= age_s <= MAX_AGE_S:
             return profile
@@ -63,7 +84,7 @@ def load_profile(file: Path) -> Profile | None:
     return None
 
 
-def save_profile(file: Path, profile: Profile) -> None:
+def save_profile(file: Path, profile: Profile | VectorProfile) -> None:
     """Writes a profile. A failure is logged, and the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
