@@ -23,12 +23,12 @@ PROMPT_TOKENS = 8
 _UVLOOP = {"use_uvloop": True}
 _COUNTERPARTS = {"int4": "Q4_0", "int8": "Q8_0"}  # formats of llama.cpp with about as many bits
 _OF_LLAMA_CPP = 0.7  # of its tokens a second
-_KERNELS = ("default", "fastest")
+_KERNELS = ("auto", "fastest")
 
 Record = dict[str, Any]
 
 
-def config(kernels: str = "default") -> EngineConfig:
+def config(kernels: str = "auto") -> EngineConfig:
     return EngineConfig(max_sequences=1, prompt_lookup=False, share_prefixes=False, kernels=kernels)
 
 
@@ -46,7 +46,7 @@ def figures(point: Record) -> Record:
     return {key: point[key] for key in ("sweep_seconds", "decode_tokens_per_s", "compute_seconds")}
 
 
-def run_in_memory(path: Path, num_tokens: int, kernels: str = "default") -> Record:
+def run_in_memory(path: Path, num_tokens: int, kernels: str = "auto") -> Record:
     """One session with all weights in memory: what dequantizing and computing take alone."""
     return anyio.run(_measure, path, num_tokens, kernels, backend_options=_UVLOOP)
 

@@ -33,7 +33,7 @@ MIB = 2**20
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--format", choices=FORMATS, default="bf16", help="of the linear layers (default bf16)")
-    parser.add_argument("--kernels", default="default", help="default, or fastest")
+    parser.add_argument("--kernels", default="auto", help="auto, transformers or fastest")
     parser.add_argument("--size", type=float, default=1.4, help="GiB that the weights take in bf16 (default 1.4)")
     parser.add_argument("--budget", type=int, default=700, help="MiB (default 700)")
     parser.add_argument("--lengths", type=int, default=419, help="the longest prompt, in tokens (default 419)")

@@ -373,10 +373,13 @@ class EngineConfig:
             makes that an error. KV caches and the workspace are not locked.
         read_timeout: Seconds after which a read that has not come back is a `ReadTimeoutError` for the requests that
             wait for it. None waits for as long as the disk takes. It bounds one system call, of up to a whole stage.
-        kernels: "default" computes as transformers does. "fastest" uses torch's own kernels in sweeps of few tokens,
-            where a profile has found them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round
-            differently, and the setting holds for the whole process while such a sweep computes. If all weights stay in
-            memory, and are 4-bit or 8-bit numbers in bfloat16, they are laid out for torch's kernels for such numbers.
+        kernels: "transformers" makes the calls that transformers makes. "auto" makes the same calls, but multiplies one
+            token with large bfloat16 weights by `torch.mv` where a short measurement has found that to be faster here;
+            the last bit of a result may differ. float32 and float16 are computed as with "transformers". "fastest" also
+            uses torch's own kernels in sweeps of few tokens, where a profile has found them to be faster than oneDNN's
+            (for one token in bf16, by 1.5 times). They round differently, and the setting holds for the whole process
+            while such a sweep computes. If all weights stay in memory, and are 4-bit or 8-bit numbers in bfloat16, they
+            are laid out for torch's kernels for such numbers.
         dtype: What the model computes in: "float32", "bfloat16" or "float16". "auto" takes the dtype in the model's
             configuration, or else that of its first weight, as transformers does. Weights of another dtype are cast
             when their stage is computed.
@@ -404,7 +407,7 @@ class EngineConfig:
     direct_io: bool = True
     lock_memory: bool | Literal["auto"] = "auto"
     read_timeout: float | None = None
-    kernels: str = "default"
+    kernels: str = "auto"
     dtype: str = "auto"
     batching: str = "auto"
     self_check: str = "require"
@@ -430,8 +433,8 @@ class EngineConfig:
                 raise ConfigError(f"{name} must be True or False, not {getattr(self, name)!r}")
         if self.read_timeout is not None and not (_is_finite_number(self.read_timeout) and self.read_timeout > 0):
             raise ConfigError(f"read_timeout must be a number of seconds above 0, or None, not {self.read_timeout!r}")
-        if self.kernels not in ("default", "fastest"):
-            raise ConfigError(f"kernels must be 'default' or 'fastest', not {self.kernels!r}")
+        if self.kernels not in ("auto", "transformers", "fastest"):
+            raise ConfigError(f"kernels must be 'auto', 'transformers' or 'fastest', not {self.kernels!r}")
         if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
             raise ConfigError(f"dtype must be 'auto', 'float32', 'bfloat16' or 'float16', not {self.dtype!r}")
         if self.batching not in ("auto", "packed", "turns"):

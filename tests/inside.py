@@ -14,6 +14,7 @@ from hermes_async import Engine, EngineConfig
 from hermes_async.engine.session import Session
 from hermes_async.modeling.row_tables import RowTable
 from hermes_async.modeling.turn_state import state_bytes
+from hermes_async.modeling.vector_products import VectorWeight
 from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
@@ -78,6 +79,12 @@ class EngineInside:
     def is_traced(self) -> bool:
         """Whether the agents tell what they do."""
         return self._loaded.trace is not None
+
+    @property
+    def vector_weights(self) -> set[str]:
+        """The bound parameters that are `VectorWeight`s."""
+        parameters = self._loaded.model.model.named_parameters()
+        return {name for name, parameter in parameters if type(parameter) is VectorWeight}
 
     # --- requests ---
 

@@ -106,7 +106,7 @@ Session.fork()
 await Session.aclose()
 EngineConfig(*, num_loading_agents=None, max_resident_layers=None, max_tokens_per_sweep=None, max_sequences=64,
     context_length=None, max_waiting=1024, max_buffered_chunks=64, kv_budget=None, share_prefixes=True,
-    prompt_lookup=True, parking_dir=None, direct_io=True, lock_memory='auto', read_timeout=None, kernels='default',
+    prompt_lookup=True, parking_dir=None, direct_io=True, lock_memory='auto', read_timeout=None, kernels='auto',
     dtype='auto', batching='auto', self_check='require')
 SamplingParams(*, max_tokens=16, temperature=1.0, top_p=1.0, top_k=0, min_p=0.0, repetition_penalty=1.0,
     presence_penalty=0.0, frequency_penalty=0.0, seed=None, stop=(), stop_token_ids=(),

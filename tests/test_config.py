@@ -276,7 +276,7 @@ def test_the_engine_s_defaults() -> None:
         "direct_io": True,
         "lock_memory": "auto",
         "read_timeout": None,
-        "kernels": "default",
+        "kernels": "auto",
         "dtype": "auto",
         "batching": "auto",
         "self_check": "require",
@@ -322,7 +322,7 @@ def test_options_at_the_edge_of_their_range_are_accepted(options: dict[str, Any]
         *[("direct_io", value) for value in (None, 1)],
         *[("lock_memory", value) for value in (None, 1, "on", "yes")],
         *[("read_timeout", value) for value in (0, -1.0, float("inf"), float("nan"), "10", True)],
-        *[("kernels", value) for value in (None, "", "native", True)],
+        *[("kernels", value) for value in (None, "", "default", True)],
         *[("parking_dir", value) for value in (b"parked", 3, False)],
     ],
 )

@@ -48,7 +48,7 @@ def generate(
     draft_model: options.DraftModel = None,
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
-    kernels: options.Kernels = "default",
+    kernels: options.Kernels = "auto",
     dtype: options.Dtype = "auto",
     lock_memory: options.LockMemory = "auto",
     context_length: options.ContextLength = None,

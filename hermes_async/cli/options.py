@@ -78,8 +78,8 @@ Kernels = Annotated[
     str,
     typer.Option(
         metavar="WHICH",
-        help="default computes as transformers does; fastest uses the kernels that `profile` found to be faster, which "
-        "round differently.",
+        help="transformers computes as transformers does; auto does, too, but for one token in bfloat16; fastest uses "
+        "the kernels that `profile` found to be faster, which round differently.",
     ),
 ]
 Dtype = Annotated[
@@ -174,7 +174,7 @@ def engine_config(
     max_resident_layers: int | None,
     *,
     kv_budget: int | None = None,
-    kernels: str = "default",
+    kernels: str = "auto",
     dtype: str = "auto",
     lock_memory: str = "auto",
     context_length: int | None = None,

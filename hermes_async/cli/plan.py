@@ -33,7 +33,7 @@ def plan(
     memory: options.Memory = "auto",
     loading_agents: options.LoadingAgents = None,
     max_resident_layers: options.MaxResidentLayers = None,
-    kernels: options.Kernels = "default",
+    kernels: options.Kernels = "auto",
     dtype: options.Dtype = "auto",
     lock_memory: options.LockMemory = "auto",
     context_length: options.ContextLength = None,

@@ -23,6 +23,7 @@ from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.row_tables import RowTable, row_taken
 from hermes_async.modeling.transformers_api import AttentionChoice, own_parameters
+from hermes_async.modeling.vector_products import VectorWeight, may_be_vector_weight
 from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import Placement, Stage
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, parameter_of, reads_no_values
@@ -136,6 +137,7 @@ class StreamedModel:
         row_tables: The embeddings that are not loaded; each call brings the rows that it looks up.
         encoded: The parameters that are computed from stored tensors, by name.
         native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
+        vector_products: Large bfloat16 weights are bound as `VectorWeight`.
         lays_out: Weights of resident stages are written in a kernel's layout when they are first bound.
         gate: Asked before and after each stage.
     """
@@ -151,6 +153,7 @@ class StreamedModel:
         encoded: Mapping[str, EncodedParameter] = MappingProxyType({}),
         native_tokens: int = 0,
         lays_out: bool = False,
+        vector_products: bool = False,
         gate: StageGate,
     ) -> None:
         self.model = model
@@ -171,6 +174,11 @@ class StreamedModel:
         of_experts = {name for layer, _ in experts for name in layer.parameters}
         self._places = places_of(model, names | of_experts)
         self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
+        self._vector_weights = frozenset(
+            name
+            for name, place in self._places.items()
+            if vector_products and may_be_vector_weight(place, self._unloaded[name])
+        )
         for name in of_experts:
             self._places[name].put(self._unloaded[name])
         self._experts: RoutedExperts | None = None
@@ -334,7 +342,10 @@ class StreamedModel:
                 stored[placement.name] = placement
                 continue
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
-            self._places[placement.name].put(view.to(self._unloaded[placement.name].dtype))
+            value = view.to(self._unloaded[placement.name].dtype)
+            if placement.name in self._vector_weights:
+                value = VectorWeight(value, requires_grad=False)
+            self._places[placement.name].put(value)
 
         def part_of(name: str) -> torch.Tensor:
             placement = stored[name]

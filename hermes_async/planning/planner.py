@@ -335,7 +335,7 @@ def _layout_explanation(layout_bytes: int, config: EngineConfig, *, could: bool)
             "4-bit and 8-bit weights are laid out for torch's own kernels when they are loaded, which takes "
             f"{format_bytes(layout_bytes)} more; these round otherwise than transformers"
         ]
-    if could and config.kernels == "default":
+    if could and config.kernels != "fastest":
         return ["torch has kernels for these whole numbers, which are faster and round otherwise: kernels='fastest'"]
     return []
 

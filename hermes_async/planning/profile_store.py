@@ -1,4 +1,4 @@
-"""Stores profiles in small files: one for each model, machine and set of versions. Old ones are not used."""
+"""Stores profiles in small files: for each model, machine and set of versions. Old ones are not used."""
 
 from __future__ import annotations
 
@@ -11,14 +11,16 @@ import stat
 import time
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 import torch
 import transformers
 
-from hermes_async.planning.profile import Profile
+from hermes_async.planning.profile import Profile, VectorProfile
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.own_file import NewFile
+
+T = TypeVar("T", Profile, VectorProfile)
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +42,16 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
     machine = (platform.machine(), _processor(), torch.get_num_threads(), disk)
     versions = (_FORMAT, torch.__version__, transformers.__version__)
     key = json.dumps([str(checkpoint.path.resolve()), tensors, machine, versions])
+    return _file(key, folder)
+
+
+def vector_profile_file(folder: Path | None = None) -> Path:
+    """The file of this machine's `VectorProfile`. Its name depends on the processor, its threads and torch."""
+    machine = (platform.machine(), _processor(), torch.get_num_threads())
+    return _file(json.dumps(["vector products", _FORMAT, machine, torch.__version__]), folder)
+
+
+def _file(key: str, folder: Path | None) -> Path:
     if folder is None:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hermes-async" / "profiles"
     return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
@@ -47,6 +59,15 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
 
 def load_profile(file: Path) -> Profile | None:
     """The profile in `file`; None if there is no valid one. An old or damaged file is logged."""
+    return _load(file, Profile)
+
+
+def load_vector_profile(file: Path) -> VectorProfile | None:
+    """As `load_profile`."""
+    return _load(file, VectorProfile)
+
+
+def _load(file: Path, kind: type[T]) -> T | None:
     try:
         status = file.stat()
         if not stat.S_ISREG(status.st_mode):  # a named pipe would wait for a writer
@@ -54,11 +75,10 @@ def load_profile(file: Path) -> Profile | None:
         if status.st_size > _MAX_BYTES:
             raise ValueError("too large")
         with file.open("rb") as opened:
-            profile = _from_json(Profile, json.loads(opened.read(status.st_size)))
-        assert isinstance(profile, Profile)
-        if any(rate.num_agents > _MOST_AGENTS for rate in profile.disk):
-            raise ValueError("more agents than are ever measured")
-        profile.machine_speeds()  # raises if the measurements do not fit together
+            profile = _from_json(kind, json.loads(opened.read(status.st_size)))
+        assert isinstance(profile, kind)
+        if isinstance(profile, Profile):
+            _check_measurements(profile)
         age_s = time.time() - profile.created_at
         if 0 <= age_s <= MAX_AGE_S:
             return profile
@@ -73,7 +93,18 @@ def load_profile(file: Path) -> Profile | None:
     return None
 
 
-def save_profile(file: Path, profile: Profile) -> None:
+def _check_measurements(profile: Profile) -> None:
+    """Looks for what `_from_json` cannot see.
+
+    Raises:
+        ValueError, ArithmeticError, LookupError: The measurements are not those of a profiler.
+    """
+    if any(rate.num_agents > _MOST_AGENTS for rate in profile.disk):
+        raise ValueError("more agents than are ever measured")
+    profile.machine_speeds()  # raises if the measurements do not fit together
+
+
+def save_profile(file: Path, profile: Profile | VectorProfile) -> None:
     """Writes a profile. A failure is logged, and the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -62,7 +62,7 @@ async def measure(
     """
     checkpoint = await run_in_thread(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
-    plain = replace(config, share_prefixes=False, prompt_lookup=False, kernels="default")
+    plain = replace(config, share_prefixes=False, prompt_lookup=False, kernels="transformers")
     trace, events = Trace(), [] if events is None else events
     async with Engine(checkpoint.path, memory_budget=memory_budget, config=plain, trace=trace) as engine:
         first = await _measure_sweeps(engine, STAGE_TOKENS, trace, events)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hermes_async.memory.claims import Claim
 from hermes_async.modeling.activations import SweepSize, WorkspaceBounds
@@ -54,6 +54,7 @@ class PlannedModel:
         bounds: Of the memory that activations take.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
         claim: On the memory that all engines of the user share; released by `close`.
+        vector_products: Large bfloat16 weights are multiplied with one token by `mv` (`modeling/vector_products.py`).
     """
 
     checkpoint: Checkpoint
@@ -66,6 +67,7 @@ class PlannedModel:
     draft: PlannedDraft | None
     baseline_bytes: int
     claim: Claim
+    vector_products: bool = field(default=False, kw_only=True)
 
     def workspace_of(self, jobs: Sequence[GenerationJob]) -> int:
         """The most memory that the activations of a sweep with these jobs take."""

@@ -63,7 +63,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, bool]]:
 @pytest.mark.parametrize(
     ("kernels", "native", "without"),
     [
-        ("default", {1: 2.0, 4: 2.0}, set()),
+        ("transformers", {1: 2.0, 4: 2.0}, set()),
+        ("auto", {1: 2.0, 4: 2.0}, set()),
         ("fastest", {1: 2.0, 4: 0.5}, {1}),
         ("fastest", {1: 2.0, 16: 1.5, 64: 0.5}, {1, 5}),
         ("fastest", {1: 1.05, 4: 3.0}, set()),  # by few tokens they gain nothing, and then no more are asked
