@@ -230,11 +230,10 @@ def _draw_bars(axes: Any, shown: Sequence[Record], colors: dict[str, str]) -> No
             if row["side"] == name and row["tokens_per_s"]
         ]
         places, heights = [place for place, _ in bars], [height for _, height in bars]
-        axes.bar(places, heights, width=step * 0.9, color=colors[name], label=name)
+        drawn = axes.bar(places, heights, width=step * 0.9, color=colors[name], label=name)
+        axes.bar_label(drawn, fmt="{:.2g}", fontsize=7)
     axes.set_xticks(range(len(shares)), [_memory(share) for share in shares])
     axes.set_xlabel("memory, of the weights")
-    if any(row["tokens_per_s"] for row in shown):
-        axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
