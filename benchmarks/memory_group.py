@@ -142,6 +142,11 @@ class MemoryGroup(_ProcessMemory):
         """Processes that the kernel ended because the limit was reached."""
         return self._counts(self._files.events)["oom_kill"]
 
+    def forget_peak(self) -> None:
+        """Begins `peak_bytes` anew. Version 2 of cgroups does not allow that, and keeps it."""
+        if self._files is _V1:
+            (self._path / self._files.peak).write_text("0")
+
     def limit(self, limit_bytes: int) -> None:
         """Sets another hard limit."""
         (self._path / self._files.limit).write_text(str(limit_bytes))

@@ -61,6 +61,7 @@ _PROFILED_IN = 0.5  # of the weights, so that some stages stream and some stay
 _PROFILE_S = 900.0
 _OFFLOAD_SHARES = (1.0, 0.85, 0.7, 0.5, 0.3)  # of the limit, for weights that accelerate keeps in memory
 _SMALL_GIB = 1.5
+_LEAST_TOKENS_OF_MANY = 16  # so that some are decoded by all sessions at once, after the last prompt
 
 
 def main() -> None:
@@ -117,7 +118,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--shares", default="0.3,0.5,0.8,0", help="of the weights, as memory; 0: no limit")
     parser.add_argument("--limits", default="500,0", help="MiB/s that the disk is held at; 0: not held (default 500,0)")
     parser.add_argument("--sessions", type=int, default=32, help="at once in the second run; 0: none (default 32)")
-    parser.add_argument("--tokens", type=int, default=8, help="new tokens of each session (default 8)")
+    parser.add_argument("--tokens", type=int, default=8, help="of each session, 16 or more of several (default 8)")
     parser.add_argument("--prompts", default="512,2048", help="tokens of further prompts (default 512,2048)")
     parser.add_argument("--runs", type=int, default=3, help="runs, whose medians count (default 3)")
     parser.add_argument("--threads", type=int, default=default_threads(), help="of each side (default: all cores)")
@@ -203,7 +204,7 @@ def _measure(
 def _points(sessions: int, args: argparse.Namespace) -> list[Record]:
     first = {"prompts": [prompt(_PROMPT_TOKENS, seed) for seed in range(sessions)], "tokens": args.tokens}
     if sessions > 1:
-        return [first]
+        return [first | {"tokens": max(args.tokens, _LEAST_TOKENS_OF_MANY)}]
     return [first, *({"prompts": [prompt(number, number)], "tokens": 1} for number in args.prompts)]
 
 

@@ -112,10 +112,14 @@ def _disk(limit: int) -> str:
     return f"{limit} MiB/s" if limit else "unthrottled"
 
 
+def _sessions(number: int) -> str:
+    return "1 session" if number == 1 else f"{number} sessions"
+
+
 def lines(case: Record, measured: Sequence[Record], weight_bytes: int) -> list[str]:
     most = _most(case, weight_bytes)
     ceiling = f"; the disk allows {most:.2f} tokens/s" if most else ""
-    head = f"\nmemory {_memory(case['share'])}, disk {_disk(case['limit'])}, {case['sessions']} sessions{ceiling}"
+    head = f"\nmemory {_memory(case['share'])}, disk {_disk(case['limit'])}, {_sessions(case['sessions'])}{ceiling}"
     prompts = list(dict.fromkeys(number for row in measured for number in row["first_token_s"]))
     titles = "".join(f"{f'first {number}':>11}" for number in prompts)
     found = [
@@ -156,7 +160,7 @@ def checks(measured: Sequence[Record]) -> dict[str, Check]:
         target = _RATIOS.get(name, {}).get(share)
         if engine is None or target is None:
             continue
-        where = f"{_disk(limit)}, memory {_memory(share)}, {sessions} sessions: "
+        where = f"{_disk(limit)}, memory {_memory(share)}, {_sessions(sessions)}: "
         wrong = _wrong(engine, row)
         if sessions > 1:
             target = _RATIO_OF_MANY.get(share, target)
@@ -211,7 +215,7 @@ def draw(measured: Sequence[Record], folder: Path) -> None:
         for axes, sessions in zip([found] if len(counts) == 1 else found, counts, strict=True):
             shown = [row for row in measured if (row["limit"], row["sessions"]) == (limit, sessions)]
             _draw_bars(axes, shown, colors)
-            axes.set_title(f"{sessions} session{'s' if sessions > 1 else ''}")
+            axes.set_title(_sessions(sessions))
         figure.suptitle(f"tokens a second, disk {_disk(limit)}")
         file = folder / f"peers-{_disk(limit).replace('/', '').replace(' ', '-')}.png"
         figure.savefig(file, dpi=100)
@@ -230,11 +234,10 @@ def _draw_bars(axes: Any, shown: Sequence[Record], colors: dict[str, str]) -> No
             if row["side"] == name and row["tokens_per_s"]
         ]
         places, heights = [place for place, _ in bars], [height for _, height in bars]
-        axes.bar(places, heights, width=step * 0.9, color=colors[name], label=name)
+        drawn = axes.bar(places, heights, width=step * 0.9, color=colors[name], label=name)
+        axes.bar_label(drawn, fmt="{:.2g}", fontsize=7)
     axes.set_xticks(range(len(shares)), [_memory(share) for share in shares])
     axes.set_xlabel("memory, of the weights")
-    if any(row["tokens_per_s"] for row in shown):
-        axes.set_yscale("log")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -27,9 +27,15 @@ Record = dict[str, Any]
 @contextmanager
 def profile_store() -> Iterator[None]:
     """An empty store of profiles for this program and those that it starts. It is deleted at the end."""
+    before = os.environ.get("XDG_CACHE_HOME")
     with temporary_folder() as folder:
         os.environ["XDG_CACHE_HOME"] = str(folder)  # nothing that was measured before, and nothing is left
-        yield
+        try:
+            yield
+        finally:
+            del os.environ["XDG_CACHE_HOME"]
+            if before is not None:
+                os.environ["XDG_CACHE_HOME"] = before
 
 
 def run_profile(path: Path, budget: int, limit: int) -> Record:

@@ -63,8 +63,10 @@ def run_program(
         try:
             if line_of(process.stdout) == "ready":
                 record["baseline_bytes"] = memory.used_bytes
-                if memory_bytes is not None and isinstance(memory, MemoryGroup):
-                    memory.limit(memory.used_bytes + memory_bytes)
+                if isinstance(memory, MemoryGroup):
+                    if memory_bytes is not None:
+                        memory.limit(record["baseline_bytes"] + memory_bytes)
+                    memory.forget_peak()  # the page cache of what was imported
                 with (
                     limited_disk(Path(asked["path"]), disk_limit * MIB or None, process.pid) as limit_error,
                     memory.sampled(),
