@@ -87,7 +87,7 @@ async def embedding(engine: Engine) -> Any:
 
 async def resizing(engine: Engine) -> Any:
     """Some of the weights leave, and come back."""
-    plan = await engine.resize(engine.plan.minimum_budget + 5 * BLOCK_BYTES)
+    plan = await engine.resize(engine.plan.minimum_budget + 3 * BLOCK_BYTES)
     answers = [await engine.complete(tokens(1, 20), greedy_params(3))]
     larger = await engine.resize(LARGE)
     answers.append(await engine.complete(tokens(1, 20), greedy_params(2)))

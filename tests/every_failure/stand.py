@@ -48,7 +48,7 @@ class State:
     threads: Counter[str]
     files: Counter[str]
     names: frozenset[str]
-    mapped_bytes: int
+    memory: Counter[str]
     attention: int
 
     @classmethod
@@ -70,7 +70,7 @@ class State:
             threads=threads,
             files=Counter(_open_files(root)),
             names=frozenset(str(path) for path in root.rglob("*")),
-            mapped_bytes=sum(len(mapping) for mapping in points.mappings),
+            memory=Counter(type(each).__name__ for each in points.memory),
             attention=len(AttentionInterface._global_mapping),
         )
 
