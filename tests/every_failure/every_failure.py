@@ -58,8 +58,12 @@ def every(kinds: tuple[Kind, ...] = tuple(FAULTS), stride: int = 1) -> Choice:
     return faults
 
 
-def sample(most: int) -> Choice:
-    """At most so many faults, spread over all points and all ways in which they go wrong."""
+def sample(most: int, offset: float) -> Choice:
+    """At most so many faults, spread over all points and all ways in which they go wrong.
+
+    Args:
+        offset: Where the first one is, from 0 to 1; so that several samples together are of all kinds.
+    """
 
     def faults(points: Counter[Kind]) -> Iterator[Fault]:
         everything = [
@@ -69,7 +73,7 @@ def sample(most: int) -> Choice:
             for number in range(1, points[kind] + 1)
         ]
         stride = max(1, len(everything) / most)
-        yield from (everything[int((idx + 0.5) * stride)] for idx in range(min(most, len(everything))))
+        yield from (everything[int((idx + offset) * stride)] for idx in range(min(most, len(everything))))
 
     return faults
 
