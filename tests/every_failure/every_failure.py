@@ -19,6 +19,7 @@ from hermes_async.memory.other_processes import ProcessRegistry
 from tests.every_failure.points import FAULTS, Fault, Kind, counted
 from tests.every_failure.scenarios import Scenario
 from tests.every_failure.stand import BrokenError, Stand
+from tests.inside import park_in
 
 _DEAD_AFTER_S = 540
 
@@ -161,5 +162,5 @@ def _alone(root: Path) -> Iterator[None]:
         patch.setenv("TMPDIR", str(root))
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(claims, "PROCESSES", ProcessRegistry(root / "neighbours"))
-        patch.setattr("hermes_async.storage.parking._DEFAULT_FOLDER", root / "parked")
+        park_in(patch, root / "parked")
         yield

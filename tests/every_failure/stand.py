@@ -105,7 +105,7 @@ class Stand:
         self.scenario = scenario
         self._engine, self._points, self._root = engine, points, root
         self._complaints: list[str] = []
-        # Set by `prepare`.
+        # Set by `learn`.
         self._neighbour: tuple[int, ...] = ()
         self._next: tuple[int, ...] = ()
         self._result: Any = None
@@ -123,7 +123,7 @@ class Stand:
         async with engine:
             stand = cls(scenario, engine, points, root)
             with stand._listening(loop):
-                await stand._prepare()
+                await stand.learn()
                 yield stand
 
     def _listening(self, loop: asyncio.AbstractEventLoop) -> Any:
@@ -141,7 +141,7 @@ class Stand:
         exits.callback(loop.set_exception_handler, None)
         return exits
 
-    async def _prepare(self) -> None:
+    async def learn(self) -> None:
         engine = self._engine
         self._neighbour = (await engine.complete(_NEIGHBOUR, greedy_params(_NEIGHBOUR_TOKENS))).token_ids
         self._next = (await engine.complete(_NEXT, greedy_params(_NEXT_TOKENS))).token_ids
