@@ -125,7 +125,7 @@ SCENARIOS = (
     Scenario("embed", embedding, TinyModel.config),
     Scenario("resize", resizing, _config(max_resident_layers=None), restore=lambda engine: engine.resize(LARGE)),
     Scenario("park and resume", parking, _config(kv_budget=8 * BLOCK_BYTES, **_KV), _longer),
-    Scenario("park in turns", parking, _config(kv_budget="256KiB", batching="turns", **_KV), _longer),
+    Scenario("park in turns", parking, _config(kv_budget=8 * BLOCK_BYTES, batching="turns", **_KV), _longer),
     Scenario("fork", forking, TinyModel.config),
     Scenario("turns", forking, _config(batching="turns")),
     Scenario("experts on demand", generating, TinyMixture.config, _mixture, budget=0),
