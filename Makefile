@@ -1,6 +1,6 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo test test-oldest test-optimized test-wheel outdated coverage lint bench
+.PHONY: help setup environments demo test test-oldest test-optimized test-wheel torture outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -19,6 +19,7 @@ help:
 	@echo "             run the tests under python -O, on one event loop"
 	@echo "make test-wheel"
 	@echo "             install the wheel into an empty environment, with and without extras"
+	@echo "make torture let everything fail that can fail; takes hours"
 	@echo "make outdated"
 	@echo "             list the libraries that have a newer release than the tested one"
 	@echo "make lint    check style and types"
@@ -80,6 +81,10 @@ test-wheel: $(INSTALLED)
 	.venv-wheel/bin/python -m pip install --disable-pip-version-check --quiet -c constraints-dev.txt \
 		"$$(echo build/wheel/*.whl)[serve,structured]"
 	.venv-wheel/bin/python -I tests/packaging/installed.py serve structured
+
+# Every read, write, allocation and task switch of each scenario fails once in each way. ARGS="--stride 20" tries a part.
+torture: $(INSTALLED)
+	$(VENV)/bin/python -m tests.every_failure $(ARGS)
 
 outdated: $(INSTALLED)
 	$(VENV)/bin/python tests/outdated.py

@@ -25,7 +25,7 @@ from hermes_async.serving.request import Request
 from hermes_async.serving.statistics import engine_statistics
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import TurnReservation
-from hermes_async.storage import threads
+from hermes_async.storage import parking, threads
 from hermes_async.storage.tensor_spec import TensorSpec
 
 if TYPE_CHECKING:
@@ -297,6 +297,11 @@ class EngineInside:
 def num_idle_workers() -> int:
     """Threads of `run_in_thread` that have nothing to do."""
     return len(threads._idle)
+
+
+def park_in(patch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Engines that are given no folder park their sessions in this one."""
+    patch.setattr(parking, "_DEFAULT_FOLDER", folder)
 
 
 def is_parked(session: Session) -> bool:

@@ -19,6 +19,7 @@ from hermes_async.memory.other_processes import ProcessRegistry
 from tests.every_failure.points import FAULTS, Fault, Kind, counted
 from tests.every_failure.scenarios import Scenario
 from tests.every_failure.stand import BrokenError, Stand
+from tests.inside import park_in
 
 _DEAD_AFTER_S = 540
 
@@ -58,8 +59,12 @@ def every(kinds: tuple[Kind, ...] = tuple(FAULTS), stride: int = 1) -> Choice:
     return faults
 
 
-def sample(most: int) -> Choice:
-    """At most so many faults, spread over all points and all ways in which they go wrong."""
+def sample(most: int, offset: float) -> Choice:
+    """At most so many faults, spread over all points and all ways in which they go wrong.
+
+    Args:
+        offset: Where the first one is, from 0 to 1; so that several samples together are of all kinds.
+    """
 
     def faults(points: Counter[Kind]) -> Iterator[Fault]:
         everything = [
@@ -69,7 +74,7 @@ def sample(most: int) -> Choice:
             for number in range(1, points[kind] + 1)
         ]
         stride = max(1, len(everything) / most)
-        yield from (everything[int((idx + 0.5) * stride)] for idx in range(min(most, len(everything))))
+        yield from (everything[int((idx + offset) * stride)] for idx in range(min(most, len(everything))))
 
     return faults
 
@@ -157,5 +162,5 @@ def _alone(root: Path) -> Iterator[None]:
         patch.setenv("TMPDIR", str(root))
         patch.setattr(tempfile, "tempdir", None)
         patch.setattr(claims, "PROCESSES", ProcessRegistry(root / "neighbours"))
-        patch.setattr("hermes_async.storage.parking._DEFAULT_FOLDER", root / "parked")
+        park_in(patch, root / "parked")
         yield

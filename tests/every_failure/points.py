@@ -20,6 +20,7 @@ from weakref import WeakSet
 import pytest
 
 from hermes_async.modeling.kv_cache import KVPool
+from hermes_async.storage.buffers import Buffer
 from tests.disks import first_bytes
 
 Kind = Literal["read", "write", "allocation", "switch"]
@@ -58,7 +59,7 @@ class Points:
     Attributes:
         counts: Of each kind, since `arm`.
         where: What the point was that went wrong; None while none did.
-        mappings: The anonymous mappings that there are.
+        memory: The buffers and the pools of KV that there are.
     """
 
     def __init__(self, root: Path) -> None:
@@ -72,7 +73,7 @@ class Points:
         self._ended = threading.Event()
         self.counts: Counter[Kind] = Counter()
         self.where: str | None = None
-        self.mappings: WeakSet[mmap.mmap] = WeakSet()
+        self.memory: WeakSet[Buffer | KVPool] = WeakSet()
 
     def arm(self, fault: Fault | None, cancel: Callable[[bool], None]) -> None:
         """From now on counts, and lets `fault` happen."""
@@ -265,10 +266,7 @@ def counted(root: Path) -> Iterator[Points]:
         def __new__(cls, fileno: int, *args: Any, **kwargs: Any) -> Any:
             if fileno == -1 and points.reach("allocation", f"mapping of {args[0]} bytes") == "fails":
                 raise OSError(errno.ENOMEM, "made to fail")
-            mapping = super().__new__(cls, fileno, *args, **kwargs)
-            if fileno == -1:
-                points.mappings.add(mapping)
-            return mapping
+            return super().__new__(cls, fileno, *args, **kwargs)
 
     def counted_preadv(fd: int, views: Any, offset: int, *flags: int) -> int:
         if not points.is_watched(fd):
@@ -311,7 +309,16 @@ def counted(root: Path) -> Iterator[Points]:
             raise MemoryError("made to fail")
         return allocate(pool, count)
 
+    def noted(init: Callable[..., None]) -> Callable[..., None]:
+        def init_and_note(self: Any, *args: Any, **kwargs: Any) -> None:
+            init(self, *args, **kwargs)
+            points.memory.add(self)
+
+        return init_and_note
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Buffer, "__init__", noted(Buffer.__init__))
+        patch.setattr(KVPool, "__init__", noted(KVPool.__init__))
         patch.setattr(builtins, "open", points.open)
         patch.setattr(io, "open", points.open)
         patch.setattr(os, "preadv", counted_preadv)

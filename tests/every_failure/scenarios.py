@@ -87,7 +87,7 @@ async def embedding(engine: Engine) -> Any:
 
 async def resizing(engine: Engine) -> Any:
     """Some of the weights leave, and come back."""
-    plan = await engine.resize(engine.plan.minimum_budget + 5 * BLOCK_BYTES)
+    plan = await engine.resize(engine.plan.minimum_budget + 3 * BLOCK_BYTES)
     answers = [await engine.complete(tokens(1, 20), greedy_params(3))]
     larger = await engine.resize(LARGE)
     answers.append(await engine.complete(tokens(1, 20), greedy_params(2)))
@@ -125,7 +125,7 @@ SCENARIOS = (
     Scenario("embed", embedding, TinyModel.config),
     Scenario("resize", resizing, _config(max_resident_layers=None), restore=lambda engine: engine.resize(LARGE)),
     Scenario("park and resume", parking, _config(kv_budget=8 * BLOCK_BYTES, **_KV), _longer),
-    Scenario("park in turns", parking, _config(kv_budget="256KiB", batching="turns", **_KV), _longer),
+    Scenario("park in turns", parking, _config(kv_budget=8 * BLOCK_BYTES, batching="turns", **_KV), _longer),
     Scenario("fork", forking, TinyModel.config),
     Scenario("turns", forking, _config(batching="turns")),
     Scenario("experts on demand", generating, TinyMixture.config, _mixture, budget=0),

@@ -48,7 +48,7 @@ class State:
     threads: Counter[str]
     files: Counter[str]
     names: frozenset[str]
-    mapped_bytes: int
+    memory: Counter[str]
     attention: int
 
     @classmethod
@@ -70,7 +70,7 @@ class State:
             threads=threads,
             files=Counter(_open_files(root)),
             names=frozenset(str(path) for path in root.rglob("*")),
-            mapped_bytes=sum(len(mapping) for mapping in points.mappings),
+            memory=Counter(type(each).__name__ for each in points.memory),
             attention=len(AttentionInterface._global_mapping),
         )
 
@@ -105,7 +105,7 @@ class Stand:
         self.scenario = scenario
         self._engine, self._points, self._root = engine, points, root
         self._complaints: list[str] = []
-        # Set by `prepare`.
+        # Set by `learn`.
         self._neighbour: tuple[int, ...] = ()
         self._next: tuple[int, ...] = ()
         self._result: Any = None
@@ -123,7 +123,7 @@ class Stand:
         async with engine:
             stand = cls(scenario, engine, points, root)
             with stand._listening(loop):
-                await stand._prepare()
+                await stand.learn()
                 yield stand
 
     def _listening(self, loop: asyncio.AbstractEventLoop) -> Any:
@@ -141,7 +141,7 @@ class Stand:
         exits.callback(loop.set_exception_handler, None)
         return exits
 
-    async def _prepare(self) -> None:
+    async def learn(self) -> None:
         engine = self._engine
         self._neighbour = (await engine.complete(_NEIGHBOUR, greedy_params(_NEIGHBOUR_TOKENS))).token_ids
         self._next = (await engine.complete(_NEXT, greedy_params(_NEXT_TOKENS))).token_ids

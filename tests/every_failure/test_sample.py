@@ -7,12 +7,12 @@ import pytest
 from tests.every_failure.every_failure import sample, try_faults
 from tests.every_failure.scenarios import SCENARIOS, Scenario
 
-NUM_FAULTS = 6
+NUM_FAULTS = 3
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda scenario: scenario.name)
 def test_some_failures(scenario: Scenario) -> None:
-    tried = try_faults(scenario, sample(NUM_FAULTS))
+    tried = try_faults(scenario, sample(NUM_FAULTS, SCENARIOS.index(scenario) / len(SCENARIOS)))
     assert tried.broken == []
     assert tried.points["switch"] > 20
-    assert tried.num_runs >= NUM_FAULTS - 2  # the last points are not always reached
+    assert tried.num_runs >= NUM_FAULTS - 1  # the last point is not always reached

@@ -71,6 +71,14 @@ def test_a_process_that_ended_is_not_seen_also_when_another_has_its_number(proce
     assert list(processes.folder.iterdir()) == []
 
 
+def test_files_are_private_and_what_a_killed_process_has_not_finished_is_removed(processes: Processes) -> None:
+    (processes.folder / ".1-9.abc.unfinished").touch()
+    (file,) = (each for each in processes.folder.iterdir() if not each.name.startswith("."))
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert len(processes.seen_from(11).others()) == 1
+    assert list(processes.folder.iterdir()) == [file]
+
+
 def test_numbers_mean_something_in_one_namespace(processes: Processes) -> None:
     assert processes.seen_from(11, space=2).others() == []
     assert len(processes.seen_from(11).others()) == 1

@@ -209,6 +209,7 @@ def test_a_profile_comes_back_as_it_was(tmp_path: Path) -> None:
     save_profile(file, PROFILE)
     assert load_profile(file) == PROFILE
     assert [path.name for path in file.parent.iterdir()] == [file.name]
+    assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_profile_follows_no_link_and_waits_for_no_pipe(tmp_path: Path) -> None:

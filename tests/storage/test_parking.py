@@ -241,6 +241,18 @@ async def test_the_file_is_private_without_a_name_and_made_with_the_first_write(
     assert await bring_back(parking, slots) == [content(0)]
 
 
+async def test_names_that_killed_processes_have_left_are_taken_away(
+    parking: ParkingFile, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between the two calls that make a file without a name where the system has no such files."""
+    monkeypatch.setattr(f"{MODULE}._O_TMPFILE", 0)
+    (tmp_path / "hermes-async-parked-left").touch()
+    (tmp_path / "other").touch()
+    slots = await parking.write(blocks(content(0)))
+    assert list(tmp_path.iterdir()) == [tmp_path / "other"]  # noqa: ASYNC240
+    assert await bring_back(parking, slots) == [content(0)]
+
+
 async def test_a_name_that_cannot_be_taken_away_is_an_error(
     parking: ParkingFile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
