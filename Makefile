@@ -1,6 +1,7 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo test test-oldest test-optimized test-wheel outdated coverage lint bench
+.PHONY: help setup environments demo test test-oldest test-optimized test-wheel outdated coverage lint bench \
+	torture
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -23,6 +24,7 @@ help:
 	@echo "             list the libraries that have a newer release than the tested one"
 	@echo "make lint    check style and types"
 	@echo "make docs    build the documentation site into build/site"
+	@echo "make torture open 100,000 damaged checkpoints: ARGS='--mutations 1000 --seed 7' for fewer, or others"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only create the virtual environment and install the dependencies for development"
 	@echo "make environments"
@@ -92,6 +94,9 @@ lint: $(INSTALLED)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/hadolint Dockerfile
+
+torture: $(INSTALLED)
+	$(VENV)/bin/python -m tests.fuzz --mutations 100000 $(ARGS)
 
 bench: $(INSTALLED)
 	$(VENV)/bin/python -m benchmarks.$(BENCH) $(ARGS)

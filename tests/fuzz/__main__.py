@@ -46,6 +46,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--only", help="a part, such as 'config'")
     parser.add_argument("--seconds", type=float, default=MAX_SECONDS, help="CPU time that a case may take")
+    parser.add_argument("--minutes", type=float, help="no further case begins after this time")
     parser.add_argument("--show", type=int, default=3, help="how many cases of each kind of failure are shown")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="hermes-fuzz-") as folder:
@@ -66,6 +67,8 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
     worker: _Worker | None = None
     started = time.monotonic()
     for number in range(options.first, options.first + options.mutations):
+        if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
+            break
         if worker is None or worker.num_cases >= _CASES_PER_PROCESS:
             if worker is not None:
                 worker.close()
@@ -87,7 +90,7 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
         print(f"  {part}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
     num_failures = sum(map(len, failures.values()))
     summary = {
-        "mutations": options.mutations, "seed": options.seed, "failures": num_failures,
+        "mutations": sum(map(Counter.total, counts.values())), "seed": options.seed, "failures": num_failures,
         "outcomes": dict(sum(counts.values(), Counter())), "slowest_s": round(slowest, 2),
         "largest_mib": round(largest / 2**20, 1), "minutes": round((time.monotonic() - started) / 60, 1),
     }  # fmt: skip

@@ -1,4 +1,4 @@
-"""Some hundred cases of the fuzzer: damaged files of a checkpoint end in an error of ours, within the memory allowed."""
+"""Some hundred cases of the fuzzer: damaged files end in an error of ours, within the memory allowed."""
 
 from __future__ import annotations
 
