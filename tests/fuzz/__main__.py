@@ -33,7 +33,7 @@ MAX_SECONDS = 5.0
 MAX_BYTES = 200 * 2**20
 """Memory that a case may take beyond what the process took before."""
 
-_PATIENCE = 8  # a process that only waits is killed after so many times MAX_SECONDS
+_PATIENCE = 20  # a process that only waits is killed after so many times MAX_SECONDS
 _MOST_BYTES = 3 * 2**30  # of addresses beyond those of the process: a case cannot take all memory of the machine
 _CASES_PER_PROCESS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
