@@ -60,7 +60,7 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: Collection[Tens
     few, of_tensors = f"it has {len(tensors)} tensors", f"the largest dimension of its tensors is {largest}"
     limits = (
         (_LAYERS, max(MAX_LAYERS, len(tensors)), few),
-        (_COUNTS, max(MAX_COUNT, len(tensors)), few),
+        (_COUNTS, max(MAX_COUNT, len(tensors), largest), f"{few}, and {of_tensors}"),
         (_LABELS, max(MAX_COUNT, largest), of_tensors),
         (_WIDTHS, max(MAX_WIDTH, _PACKED * largest), of_tensors),
         (_POSITIONS, MAX_POSITIONS, "no model has a longer context"),

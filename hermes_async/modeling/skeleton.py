@@ -175,7 +175,7 @@ def build_skeleton(
             if encoder is None:
                 raise
     if encoder is not None:
-        model = _build(encoder, config, computed_in, (None, experts), where, checkpoint.total_bytes)
+        model = _build(encoder, config, computed_in, (None, experts), where=where, file_bytes=checkpoint.total_bytes)
         tensors = resolve_tensors(model, checkpoint, stored)
     _compute_missing(model, tensors)
     dtypes = {name: tensor.dtype for name, tensor in model.state_dict(keep_vars=True).items()}
@@ -265,7 +265,7 @@ def build_model(
     implementation = attention if attention is None or supports_packed_attention(model_class) else "eager"
     if model_class is encoder_decoder_class(config):
         implementation = None
-    model = _build(model_class, config, dtype, (implementation, experts), where, file_bytes)
+    model = _build(model_class, config, dtype, (implementation, experts), where=where, file_bytes=file_bytes)
     embeddings = (model.get_input_embeddings(), model.get_output_embeddings())  # type: ignore[no-untyped-call]
     if None in embeddings:
         raise UnsupportedModelError(f"{where}: {model_class.__name__} has no input embedding or no output head")
@@ -277,6 +277,7 @@ def _build(
     config: PreTrainedConfig,
     dtype: torch.dtype,
     implementations: tuple[str | None, str | None],
+    *,
     where: str,
     file_bytes: int | None,
 ) -> PreTrainedModel:

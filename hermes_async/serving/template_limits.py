@@ -19,7 +19,7 @@ MAX_CHARS = 2**25
 """Characters of all texts that a template makes, its output included. An item of a list counts as eight."""
 CHARS_PER_INPUT_CHAR = 32
 """So many more characters may a template make for each character of the messages."""
-MAX_SECONDS = 5.0
+MAX_SECONDS = 3.0
 """CPU time of the thread."""
 
 _LARGEST_ARGUMENT = 10_000

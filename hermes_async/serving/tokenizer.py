@@ -97,7 +97,7 @@ class SharedTokenizer:
             if has_own_chat_format(tokenizer):
                 options = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
                 return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
-            source = tokenizer.get_chat_template(chat_template, tools)
+            source = tokenizer.get_chat_template(chat_template, None if tools is None else list(tools))
             given = template_variables(tokenizer, messages, tools, add_generation_prompt, variables)
         return render_template(source, given)
 

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_async.engine.chat_messages import checked_messages, render
 from hermes_async.errors import RequestError
+from hermes_async.serving.tokenizer import SharedTokenizer
 
 # As templates of published checkpoints read a message's content.
 JOINS = "{% for m in messages %}[{{ m.role }}]{{ m['content'] + '|' }}{% endfor %}"
@@ -38,13 +39,13 @@ def test_an_assistant_s_message_with_tool_calls_needs_no_content(content: dict[s
     messages.append({"role": "tool", "content": "12"})
     using = tokenizer(WITH_TOOLS)
     expected = using.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render(using, messages) == expected == "[user]a|[assistant]weather|[tool]12|"
+    assert render(SharedTokenizer(using), messages) == expected == "[user]a|[assistant]weather|[tool]12|"
 
 
 @pytest.mark.parametrize("template", [JOINS, PRINTS])
 def test_text_parts_are_lines_of_a_template_that_takes_texts_only(template: str) -> None:
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": PARTS}]
-    assert render(tokenizer(template), messages) == "[system]a|[user]one\ntwo|"
+    assert render(SharedTokenizer(tokenizer(template)), messages) == "[system]a|[user]one\ntwo|"
     assert messages[1]["content"] is PARTS
 
 
@@ -52,7 +53,7 @@ def test_a_template_that_takes_text_parts_gets_them() -> None:
     messages = [{"role": "system", "content": "a"}, {"role": "user", "content": tuple(PARTS)}]
     using = tokenizer(TAKES_PARTS)
     expected = using.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    assert render(using, messages) == expected == "[system]a|[user]onetwo|"
+    assert render(SharedTokenizer(using), messages) == expected == "[system]a|[user]onetwo|"
 
 
 def test_a_template_that_takes_parts_alone_gets_texts_as_parts() -> None:
@@ -61,15 +62,15 @@ def test_a_template_that_takes_parts_alone_gets_texts_as_parts() -> None:
         "{% for c in m.content | selectattr('type', 'equalto', 'text') %}{{ c.text }}|{% endfor %}{% endfor %}"
     )
     messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": [{"type": "text", "text": "b"}]}]
-    assert render(using, messages) == "a|b|"
+    assert render(SharedTokenizer(using), messages) == "a|b|"
     image = {"type": "image", "image": "a.png"}
-    assert render(using, [*messages, {"role": "user", "content": [image]}]) == "a|b|<image>"
+    assert render(SharedTokenizer(using), [*messages, {"role": "user", "content": [image]}]) == "a|b|<image>"
 
 
 def test_what_a_tool_gives_is_the_template_s_matter() -> None:
     using = tokenizer("{% for m in messages %}{{ m.content | tojson }}{% endfor %}")
     messages = [{"role": "tool", "content": {"degrees": 12}}, {"role": "ipython", "content": [1, 2]}]
-    assert render(using, messages) == '{"degrees": 12}[1, 2]'
+    assert render(SharedTokenizer(using), messages) == '{"degrees": 12}[1, 2]'
 
 
 @pytest.mark.parametrize("messages", [5, None, {"role": "user", "content": "a"}, {1}, iter([])])
@@ -108,4 +109,4 @@ def test_a_message_that_is_none_is_named_by_its_index(message: Any, says: str) -
     with pytest.raises(RequestError, match=says):
         checked_messages([{"role": "user", "content": "a"}, message])
     with pytest.raises(RequestError, match=says):
-        render(tokenizer(PRINTS), [{"role": "user", "content": "a"}, message])
+        render(SharedTokenizer(tokenizer(PRINTS)), [{"role": "user", "content": "a"}, message])

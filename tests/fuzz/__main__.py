@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections import Counter, defaultdict
+from os import _exit as leave_at_once  # neither the parent's handlers nor its buffers
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,7 +34,7 @@ MAX_SECONDS = 5.0
 MAX_BYTES = 200 * 2**20
 """Memory that a case may take beyond what the process took before."""
 
-_PATIENCE = 8  # a process that only waits is killed after so many times MAX_SECONDS
+_PATIENCE = 20  # a process that only waits is killed after so many times MAX_SECONDS
 _MOST_BYTES = 3 * 2**30  # of addresses beyond those of the process: a case cannot take all memory of the machine
 _CASES_PER_PROCESS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -46,6 +47,7 @@ def main() -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first case")
     parser.add_argument("--only", help="a part, such as 'config'")
     parser.add_argument("--seconds", type=float, default=MAX_SECONDS, help="CPU time that a case may take")
+    parser.add_argument("--minutes", type=float, help="no further case begins after this time")
     parser.add_argument("--show", type=int, default=3, help="how many cases of each kind of failure are shown")
     options = parser.parse_args()
     with TemporaryDirectory(prefix="hermes-fuzz-") as folder:
@@ -66,6 +68,8 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
     worker: _Worker | None = None
     started = time.monotonic()
     for number in range(options.first, options.first + options.mutations):
+        if options.minutes is not None and time.monotonic() - started > 60 * options.minutes:
+            break
         if worker is None or worker.num_cases >= _CASES_PER_PROCESS:
             if worker is not None:
                 worker.close()
@@ -87,7 +91,7 @@ def _run(folder: Path, options: argparse.Namespace) -> int:
         print(f"  {part}: " + ", ".join(f"{count} {outcome}" for outcome, count in outcomes.most_common()))
     num_failures = sum(map(len, failures.values()))
     summary = {
-        "mutations": options.mutations, "seed": options.seed, "failures": num_failures,
+        "mutations": sum(map(Counter.total, counts.values())), "seed": options.seed, "failures": num_failures,
         "outcomes": dict(sum(counts.values(), Counter())), "slowest_s": round(slowest, 2),
         "largest_mib": round(largest / 2**20, 1), "minutes": round((time.monotonic() - started) / 60, 1),
     }  # fmt: skip
@@ -184,7 +188,7 @@ def _serve(folder: Path, options: argparse.Namespace, numbers: int, answers: int
                 print(json.dumps(as_json(cases.run(int(line)))), file=out, flush=True)
         status = 0
     finally:
-        os._exit(status)
+        leave_at_once(status)
 
 
 if __name__ == "__main__":
