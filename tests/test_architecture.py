@@ -190,6 +190,7 @@ PRIVATE_IN_TESTS = {
     "memory/test_automatic_budget.py": {"_resize"},
     "memory/test_claims.py": {"_CLAIMS", "_observe"},
     "features/test_automatic_budget.py": {"_observe"},
+    "fuzz/__main__.py": {"_exit"},  # that of os
     "modeling/test_attention.py": {"_grouped_attention"},
     "modeling/test_kernels.py": {"_packs_attention"},
     "modeling/test_selfcheck.py": {"_separately"},

@@ -134,9 +134,9 @@ class Admission:
                 await self._changed.wait()
                 continue
             request = self._waiting[0]
-            if (error := self._refusal(request)) is not None:
+            if (refusal := self._refusal(request)) is not None:
                 self._waiting.popleft()
-                return request, error
+                return request, refusal
             try:
                 reservation = self._reserve(request) if self._may_enter(request) else None
             except MemoryError as error:
