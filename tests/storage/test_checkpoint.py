@@ -647,7 +647,7 @@ def test_a_file_that_may_not_be_read(directory: Path, name: str, monkeypatch: py
     opened = os.open
 
     def refuse(path: Any, *args: Any, **kwargs: Any) -> int:
-        if os.path.basename(path) == name:
+        if Path(path).name == name:
             raise PermissionError(13, "Permission denied", str(path))
         return opened(path, *args, **kwargs)
 
