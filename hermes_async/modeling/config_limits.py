@@ -21,8 +21,10 @@ from hermes_async.storage.tensor_spec import TensorSpec
 
 MAX_LAYERS = 256
 """Layers that a model may have, even if its checkpoint has fewer tensors."""
+MAX_EXPERTS = 2**14
+"""As `MAX_LAYERS`, for experts. Some configurations of models without experts have so many by default."""
 MAX_COUNT = 1024
-"""As `MAX_LAYERS`, for experts, heads and what else is counted."""
+"""As `MAX_LAYERS`, for heads and what else is counted."""
 MAX_WIDTH = 2**20
 """As `MAX_LAYERS`, for widths and labels; they are compared with the largest dimension of a tensor."""
 MAX_POSITIONS = 2**24
@@ -35,7 +37,8 @@ _PACKED = 16
 _MAX_DEPTH = 16
 
 _LAYERS = re.compile(r"(\w+_)?(layers?|blocks|depths?|stages)")
-_COUNTS = re.compile(r"(num|n)_(\w+_)?(experts?|heads?|groups?|codebooks|quantizers|queries|streams)")
+_EXPERTS = re.compile(r"(num|n)_(\w+_)?experts?")
+_COUNTS = re.compile(r"(num|n)_(\w+_)?(heads?|groups?|codebooks|quantizers|queries|streams)")
 _LABELS = re.compile(r"(num|n)_(labels|classes)")
 _WIDTHS = re.compile(
     r"(\w+_)?(hidden|intermediate|embedding|embed|vocab|ffn|head|expert|state|conv|kernel|inner|latent|projection|rope"
@@ -60,6 +63,7 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: Collection[Tens
     few, of_tensors = f"it has {len(tensors)} tensors", f"the largest dimension of its tensors is {largest}"
     limits = (
         (_LAYERS, max(MAX_LAYERS, len(tensors)), few),
+        (_EXPERTS, max(MAX_EXPERTS, len(tensors), largest), f"{few}, and {of_tensors}"),
         (_COUNTS, max(MAX_COUNT, len(tensors), largest), f"{few}, and {of_tensors}"),
         (_LABELS, max(MAX_COUNT, largest), of_tensors),
         (_WIDTHS, max(MAX_WIDTH, _PACKED * largest), of_tensors),

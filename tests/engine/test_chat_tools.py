@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from hermes_async.engine.chat_messages import checked_messages, render
 from hermes_async.engine.chat_tools import MAX_DEPTH, RESERVED_VARIABLES, checked_tools, checked_variables
 from hermes_async.errors import RequestError
+from hermes_async.serving.tokenizer import SharedTokenizer
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}"
@@ -54,22 +55,27 @@ def call(arguments: Any) -> dict[str, Any]:
 def test_tools_reach_the_template_as_transformers_gives_them() -> None:
     using = tokenizer()
     expected = using.apply_chat_template(ASKED, tools=[TOOL], tokenize=False, add_generation_prompt=True)
-    assert render(using, ASKED, tools=[TOOL]) == expected
+    assert render(SharedTokenizer(using), ASKED, tools=[TOOL]) == expected
     assert expected == json.dumps(TOOL) + "\n[user]a[assistant]"
-    assert render(using, ASKED, tools=()) == render(using, ASKED) == "[user]a[assistant]"
+    assert (
+        render(SharedTokenizer(using), ASKED, tools=()) == render(SharedTokenizer(using), ASKED) == "[user]a[assistant]"
+    )
 
 
 def test_tools_choose_the_template_that_is_made_for_them() -> None:
     using = tokenizer({"default": "plain", "tool_use": "{{ tools[0].function.name }}"})
-    assert render(using, ASKED, tools=[TOOL]) == "weather"
-    assert render(using, ASKED) == "plain"
+    assert render(SharedTokenizer(using), ASKED, tools=[TOOL]) == "weather"
+    assert render(SharedTokenizer(using), ASKED) == "plain"
 
 
 def test_variables_reach_the_template() -> None:
     using = tokenizer()
-    assert render(using, ASKED, chat_template_kwargs={"enable_thinking": False}) == "[user]a[assistant]<think></think>"
-    assert render(using, ASKED, chat_template_kwargs={}) == "[user]a[assistant]"
-    assert render(using, ASKED, add_generation_prompt=False) == "[user]a"
+    assert (
+        render(SharedTokenizer(using), ASKED, chat_template_kwargs={"enable_thinking": False})
+        == "[user]a[assistant]<think></think>"
+    )
+    assert render(SharedTokenizer(using), ASKED, chat_template_kwargs={}) == "[user]a[assistant]"
+    assert render(SharedTokenizer(using), ASKED, add_generation_prompt=False) == "[user]a"
 
 
 def test_the_template_gets_arguments_as_a_mapping() -> None:
@@ -77,7 +83,7 @@ def test_the_template_gets_arguments_as_a_mapping() -> None:
         {"role": "assistant", "tool_calls": [call('{"city": "Paris", "days": 2}'), call({"city": "Oslo"})]},
         {"role": "assistant", "content": None, "tool_calls": [call(""), call(None), {"function": {"name": "now"}}]},
     ]
-    assert render(tokenizer(), messages, add_generation_prompt=False) == (
+    assert render(SharedTokenizer(tokenizer()), messages, add_generation_prompt=False) == (
         "[assistant]weather(city=Paris;days=2;)weather(city=Oslo;)[assistant]weather()weather()now()"
     )
     assert messages[0]["tool_calls"][0] == call('{"city": "Paris", "days": 2}')  # not changed
@@ -85,7 +91,9 @@ def test_the_template_gets_arguments_as_a_mapping() -> None:
 
 def test_reasoning_reaches_the_template() -> None:
     message = {"role": "assistant", "reasoning_content": "hm"}
-    assert render(tokenizer(), [message], add_generation_prompt=False) == "[assistant]<think>hm</think>"
+    assert (
+        render(SharedTokenizer(tokenizer()), [message], add_generation_prompt=False) == "[assistant]<think>hm</think>"
+    )
 
 
 @pytest.mark.parametrize("given", ["reasoning_content", "reasoning", "thinking"])
@@ -93,7 +101,7 @@ def test_reasoning_has_the_name_that_the_response_template_gives_it(given: str) 
     using = tokenizer("{% for m in messages %}{{ m.thinking }}|{% endfor %}")
     using.response_template = {"start_anchor": "a", "fields": {"thinking": {"open": "<", "close": ">"}}}
     messages = [{"role": "assistant", "content": "a", given: "hm"}, {"role": "user", "content": "a"}]
-    assert render(using, messages) == "hm||"
+    assert render(SharedTokenizer(using), messages) == "hm||"
 
 
 def test_a_template_cannot_leave_its_sandbox() -> None:
@@ -103,7 +111,7 @@ def test_a_template_cannot_leave_its_sandbox() -> None:
         "{% set messages = cycler.__init__.__globals__ %}{{ messages.os }}",
     ):
         with pytest.raises(RequestError, match="chat template failed: SecurityError"):
-            render(tokenizer(template), ASKED)
+            render(SharedTokenizer(tokenizer(template)), ASKED)
 
 
 def test_every_argument_of_transformers_call_is_reserved() -> None:
@@ -140,7 +148,7 @@ def test_tools_that_are_none(tools: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         checked_tools(tools)
     with pytest.raises(RequestError, match=says):
-        render(tokenizer(), ASKED, tools=tools)
+        render(SharedTokenizer(tokenizer()), ASKED, tools=tools)
 
 
 def test_tools_may_be_nested() -> None:
@@ -168,7 +176,7 @@ def test_variables_that_are_none(variables: Any, says: str) -> None:
     with pytest.raises(RequestError, match=says):
         checked_variables(variables)
     with pytest.raises(RequestError, match=says):
-        render(tokenizer(), ASKED, chat_template_kwargs=variables)
+        render(SharedTokenizer(tokenizer()), ASKED, chat_template_kwargs=variables)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +192,7 @@ def test_variables_that_are_none(variables: Any, says: str) -> None:
 def test_arguments_that_are_no_json_object(arguments: str, says: str) -> None:
     messages = [*ASKED, {"role": "assistant", "tool_calls": [call("{}"), call(arguments)]}]
     with pytest.raises(RequestError, match=says):
-        render(tokenizer(), messages)
+        render(SharedTokenizer(tokenizer()), messages)
 
 
 @pytest.mark.parametrize(
