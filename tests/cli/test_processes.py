@@ -170,9 +170,9 @@ def test_ctrl_c_during_an_import_is_one_line(module: str) -> None:
 
 def test_the_event_loop_gives_ctrl_c_back() -> None:
     ended = python(
-        "import os, signal\nfrom hermes_async.cli import commands, main\n"
+        "import os, signal\nfrom hermes_async.cli import commands, main\nfrom hermes_async.cli.run import run\n"
         "def end(**_): os.kill(os.getpid(), signal.SIGINT)\n"
-        "commands.app = lambda **_: (commands.generate.run(work), end())\n"
+        "commands.app = lambda **_: (run(work), end())\n"
         "async def work(interrupts): pass\n"
         "main()"
     )

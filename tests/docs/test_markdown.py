@@ -153,9 +153,9 @@ def check_command(words: list[str]) -> None:
             names = {name for targets in known for name in targets.split()}
             assert {target for target in targets if "=" not in target} <= names
         case ["python", "-m", module, *_]:
-            assert module in ("pytest", "benchmarks.NAME") or (ROOT / (module.replace(".", "/") + ".py")).is_file(), (
-                module
-            )
+            path = ROOT / module.replace(".", "/")
+            is_there = path.with_suffix(".py").is_file() or (path / "__main__.py").is_file()
+            assert module in ("pytest", "benchmarks.NAME") or is_there, module
         case ["python", path, *_]:
             assert (ROOT / path).is_file(), path
         case ["pip", "install", *packages]:

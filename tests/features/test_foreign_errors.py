@@ -125,7 +125,7 @@ async def test_panics_while_texts_are_tokenized_or_decoded(tiny_model: Any, monk
     ]
     async with open_engine(tiny_model) as engine:
         with monkeypatch.context() as patch:
-            for name in ("__call__", "decode", "pad", "apply_chat_template"):
+            for name in ("__call__", "decode", "pad", "chat_text"):
                 patch.setattr(SharedTokenizer, name, panics)
             for call in calls:
                 with pytest.raises(RequestError, match="retry limit in match over"):

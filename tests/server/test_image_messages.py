@@ -125,7 +125,7 @@ async def test_a_placeholder_in_a_text(server: Serving) -> None:
     assert "2 image placeholders (<image>) for 1 images" in answer.json()["error"]["message"]
     answer = await server.post("/v1/chat/completions", messages=[message(text="<image>")])
     assert answer.status_code == 400
-    assert "a placeholder for an image, and no image" in answer.json()["error"]["message"]
+    assert "a placeholder for an image, without an image" in answer.json()["error"]["message"]
 
 
 async def test_after_all_that_a_text_is_answered(server: Serving) -> None:
