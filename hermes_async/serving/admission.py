@@ -310,7 +310,7 @@ class Admission:
         return None
 
     async def _restore(self, request: Request, restored: anyio.Event) -> None:
-        """Cancellation: the session stays RESTORING; only `close` may follow."""
+        """Cancellation: the session stays RESTORING; only `close` may follow. An ended request gives back its KV."""
         reservation, session = request.reservation, request.session
         assert reservation is not None and session is not None and session.parked is not None
         parked, num_common = session.parked, session.num_kept(request.token_ids, request.prepared)
@@ -320,8 +320,12 @@ class Admission:
             request.num_reused = reservation.num_reused
         except (ParkingError, MemoryBudgetError) as error:
             logger.warning("the history of %s is computed again: %s", session.name, error)
-        finally:
+        except BaseException:
             self._restoring.discard(request)
+            if request.ended:
+                self.give_back(request)
+            raise
+        self._restoring.discard(request)
         self._parking.free(parked.slots)
         session.enter(SessionState.IN_TURN)
         if request.ended:
