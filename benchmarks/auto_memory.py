@@ -38,7 +38,7 @@ from transformers import LlamaConfig
 
 from benchmarks.checkpoints import sparse_checkpoint
 from benchmarks.folders import temporary_folder
-from benchmarks.memory_group import line_of, memory_group
+from benchmarks.memory_group import let_go_on, line_of, memory_group
 from hermes_async import Engine, SamplingParams
 from hermes_async.memory.available import OVERHEAD_BYTES
 
@@ -156,10 +156,10 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
         cached = group.page_cache_bytes
         with group.sampled():
             for process in started:
-                _say(process)
+                let_go_on(process)
             said = [line_of(process.stdout) for process in started]
             for process in started:  # none leaves before all have used their memory
-                _say(process)
+                let_go_on(process)
             codes = [process.wait() for process in started]
         record = {
             "trial": trial,
@@ -197,13 +197,6 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
         flush=True,
     )
     return record
-
-
-def _say(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it was killed, which its exit code tells
-        process.stdin.write("go\n")
-        process.stdin.flush()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

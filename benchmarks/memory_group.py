@@ -235,3 +235,11 @@ def line_of(pipe: IO[str] | None) -> str:
     """The next line that a process writes; empty when it has ended."""
     assert pipe is not None
     return pipe.readline().strip()
+
+
+def let_go_on(process: subprocess.Popen[str]) -> None:
+    """Tells a process that waits for a line to go on. If it has ended, its exit code tells that."""
+    assert process.stdin is not None
+    with suppress(BrokenPipeError):
+        process.stdin.write("go\n")
+        process.stdin.flush()

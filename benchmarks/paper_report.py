@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from hermes_async import format_bytes
 
 Figures = dict[str, Any]
@@ -155,22 +156,18 @@ def _section(name: str, limit: str, result: Figures) -> str:
 
 def draw(results: dict[str, dict[str, Figures]], folder: Path) -> None:
     """Draws a PNG for each limit: latency beside the physical limit, and memory beside pipeswitch's."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("  no plot: matplotlib is not installed; it comes with the extra `bench`")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
     folder.mkdir(parents=True, exist_ok=True)
     limits = list(dict.fromkeys(limit for by_limit in results.values() for limit in by_limit))
     for limit in limits:
         file = folder / f"paper-{limit.replace('/', '').replace(' ', '-')}.png"
-        _draw_limit(limit, {name: by[limit] for name, by in results.items() if limit in by}, file)
+        _draw_limit(pyplot, limit, {name: by[limit] for name, by in results.items() if limit in by}, file)
         print(f"  plot: {file}")
 
 
-def _draw_limit(limit: str, by_model: dict[str, Figures], file: Path) -> None:
-    from matplotlib import pyplot
+def _draw_limit(pyplot: Any, limit: str, by_model: dict[str, Figures], file: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 

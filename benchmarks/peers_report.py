@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plots
 from benchmarks.checks import Check
 
 MIB = 2**20
@@ -198,14 +199,9 @@ def _wrong(engine: Record, row: Record) -> str | None:
 
 def draw(measured: Sequence[Record], folder: Path) -> None:
     """Draws a PNG for each limit on the disk: tokens a second by memory, for one session and for several."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("  no plot: matplotlib is not installed; it comes with the extra `bench`")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     folder.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys(row["side"] for row in measured))
     colors = {name: _COLORS[idx % len(_COLORS)] for idx, name in enumerate(names)}

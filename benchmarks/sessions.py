@@ -31,6 +31,7 @@ import anyio
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from benchmarks import plots
 from benchmarks.checkpoints import llama_config, random_checkpoint
 from benchmarks.checks import Check, figures_of, print_checks
 from benchmarks.disk import limited_disk
@@ -581,13 +582,10 @@ def copying_prompt(cycle: Sequence[int], runs: Iterable[int], length: int) -> li
 
 def draw(points: Sequence[dict[str, Any]], file: Path) -> None:
     """Tokens/s and seconds a sweep against sessions, with their limits."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("  no plot: matplotlib is not installed; it comes with the extra `bench`")
+    pyplot = plots.pyplot()
+    if pyplot is None:
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot, ticker
+    from matplotlib import ticker
 
     points = [item for item in points if item["sweep_seconds"] is not None]
     numbers = [item["sessions"] for item in points]

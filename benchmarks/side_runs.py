@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from benchmarks.disk import limited_disk
 from benchmarks.environments import ROOT
-from benchmarks.memory_group import LoneProcess, MemoryGroup, line_of, memory_group
+from benchmarks.memory_group import LoneProcess, MemoryGroup, let_go_on, line_of, memory_group
 
 MIB = 2**20
 _SECONDS_TO_END = 60
@@ -73,7 +73,7 @@ def run_program(
                 ):
                     finished = _converse(process, record)
             if finished:
-                _say(process)
+                let_go_on(process)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(_SECONDS_TO_END)
         finally:
@@ -129,7 +129,7 @@ def _timer(process: subprocess.Popen[str], timeout_s: float | None, late: thread
 
 def _converse(process: subprocess.Popen[str], record: Record) -> bool:
     """Lets the program begin, and adds what it tells to the record; returns whether it told everything."""
-    _say(process)
+    let_go_on(process)
     while told := line_of(process.stdout):
         one = json.loads(told)
         if not one:
@@ -139,13 +139,6 @@ def _converse(process: subprocess.Popen[str], record: Record) -> bool:
         else:
             record |= one
     return False
-
-
-def _say(process: subprocess.Popen[str]) -> None:
-    assert process.stdin is not None
-    with suppress(BrokenPipeError):  # it has ended, which its exit code tells
-        process.stdin.write("go\n")
-        process.stdin.flush()
 
 
 def _last_words(errors: TextIO, code: int) -> str:
