@@ -94,11 +94,11 @@ class Int4Layout(Encoding):
         lanes = torch.empty(
             (half // 2, columns), dtype=torch.int16
         )  # each has the bytes of two rows next to each other
-        own = torch.empty((self.block, columns), dtype=torch.int16)
+        own = torch.empty((self.block, columns), dtype=torch.int16) if whole is None else None
         for idx, of_block in enumerate(packed):
             lanes.copy_(of_block.view(torch.int16).t())  # of two dimensions and one dtype, which torch does fast
             rows = slice(idx * self.block, (idx + 1) * self.block)
-            numbers = own if whole is None else out[rows].view(torch.int16)
+            numbers = out[rows].view(torch.int16) if own is None else own
             by_lane = numbers.view(2, half // 2, 2, columns)
             for shift in (0, 4, 8, 12):
                 torch.bitwise_and(lanes >> shift, 15, out=by_lane[shift // 4 % 2, :, shift // 8])

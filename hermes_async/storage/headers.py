@@ -33,11 +33,11 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
     """
     try:
         # Checked before opening, because opening a device may have an effect.
-        _check_regular(path, path.stat())
+        check_regular(path, path.stat())
         # It may have been replaced meanwhile: opening a named pipe must not wait for a writer.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
             status = os.fstat(file.fileno())
-            _check_regular(path, status)
+            check_regular(path, status)
             yield file, FileState.of(status)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
@@ -45,7 +45,8 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}", path=path) from error
 
 
-def _check_regular(path: Path, status: os.stat_result) -> None:
+def check_regular(path: Path, status: os.stat_result) -> None:
+    """Raises `CheckpointError` if a file is none on a disk: a folder, a named pipe, a device."""
     if not stat.S_ISREG(status.st_mode):
         raise CheckpointError(f"{path} is not a regular file", path=path)
 

@@ -8,6 +8,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hermes_async.errors import CheckpointError
+from hermes_async.storage.headers import check_regular
 
 MAX_BYTES = {".jinja": 2**20, ".json": 64 * 2**20, ".txt": 64 * 2**20, ".model": 64 * 2**20, ".tiktoken": 64 * 2**20}
 """By the ending of the name. The tokenizers of the largest vocabularies take about half of that."""
@@ -43,8 +44,7 @@ def _check(path: Path) -> None:
         return  # a link to nothing counts as missing
     if most is None or stat.S_ISDIR(status.st_mode):
         return  # nobody reads it
-    if not stat.S_ISREG(status.st_mode):
-        raise CheckpointError(f"{path} is not a regular file", path=path)
+    check_regular(path, status)
     if status.st_size == 0:  # also what is no file on a disk, as in /proc, whose reading may never end
         raise CheckpointError(f"{path} is empty; remove it, or copy the checkpoint again", path=path)
     if status.st_size > most:
