@@ -12,9 +12,9 @@ import anyio
 
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine.session import Session
+from hermes_async.modeling.bfloat16_weight import Bfloat16Weight
 from hermes_async.modeling.row_tables import RowTable
 from hermes_async.modeling.turn_state import state_bytes
-from hermes_async.modeling.vector_products import VectorWeight
 from hermes_async.pipeload.expert_cache import ExpertCache
 from hermes_async.pipeload.governor import MemoryGovernor
 from hermes_async.pipeload.stage import Stage, StageState
@@ -81,10 +81,10 @@ class EngineInside:
         return self._loaded.trace is not None
 
     @property
-    def vector_weights(self) -> set[str]:
-        """The bound parameters that are `VectorWeight`s."""
+    def bfloat16_weights(self) -> set[str]:
+        """The bound parameters that are `Bfloat16Weight`s."""
         parameters = self._loaded.model.model.named_parameters()
-        return {name for name, parameter in parameters if type(parameter) is VectorWeight}
+        return {name for name, parameter in parameters if type(parameter) is Bfloat16Weight}
 
     # --- requests ---
 

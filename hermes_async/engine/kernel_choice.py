@@ -1,49 +1,87 @@
-"""Chooses how one token is multiplied with bfloat16 weights, by a measurement of this machine that is made once."""
+"""Chooses how inputs are multiplied with bfloat16 weights, by a measurement of this machine that is made once."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+
 from hermes_async.config import EngineConfig
-from hermes_async.modeling.vector_products import has_vector_weights, measured_gain
-from hermes_async.planning.profile import VectorProfile
-from hermes_async.planning.profile_store import load_vector_profile, save_profile, vector_profile_file
-from hermes_async.serving.planned_model import PlannedModel
+from hermes_async.modeling.bfloat16_weight import bfloat16_shapes
+from hermes_async.planning.profile import ProductsProfile
+from hermes_async.planning.profile_store import load_products_profile, products_profile_file, save_profile
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 
-_FASTER = 1.1  # `mv` counts as faster above this gain
-
-
-def choose_kernels(planned: PlannedModel, config: EngineConfig) -> None:
-    """Sets `vector_products` of a planned model, and says so in its plan. Call it on a worker thread.
-
-    Nothing is measured where `kernels` is "transformers", where no weight could be used so, or where the plan already
-    uses torch's own kernels for one token.
-    """
-    model = planned.skeleton.model
-    if config.kernels == "transformers" or planned.plan.native_tokens or not has_vector_weights(model):
-        return
-    gain = vector_gain()
-    if gain <= _FASTER:
-        return
-    planned.vector_products = True
-    line = (
-        f"one token: torch.mv is {gain:.1f} times as fast as linear here, and may round bfloat16 otherwise; "
-        "kernels='transformers' keeps linear"
-    )
-    planned.plan = replace(planned.plan, explanation=(*planned.plan.explanation, line))
+_FASTER = 1.1  # a function counts as faster than `linear` above this gain
+_SHAPE = (1024, 4096)  # of the weight that is measured, 8 MiB
+_TOKENS = (1, 16, 64, 256)
+_SECONDS = 0.2  # for each number of tokens
+_FEWEST_TIMES = 3
+_LEAST_TOKENS = 2  # that are widened; one has `mv`
 
 
-def vector_gain(folder: Path | None = None) -> float:
-    """The speed of `mv` as a multiple of `linear`'s, as it was measured here before, or is measured now.
+def choose_products(model: nn.Module, config: EngineConfig, folder: Path | None = None) -> Bfloat16Products:
+    """How inputs are multiplied with the bfloat16 weights of a model. Call it on a worker thread.
+
+    Nothing is measured where `kernels` is "transformers", or where the model has no large weight in bfloat16.
 
     Args:
         folder: Of the measurement; the user's cache by default.
     """
-    file = vector_profile_file(folder)
-    known = load_vector_profile(file)
+    if config.kernels == "transformers" or not bfloat16_shapes(model):
+        return LINEAR
+    return chosen_products(products_profile(folder))
+
+
+def products_profile(folder: Path | None = None) -> ProductsProfile:
+    """What was measured here before, or is measured now."""
+    file = products_profile_file(folder)
+    known = load_products_profile(file)
     if known is None:
-        known = VectorProfile(created_at=time.time(), gain=measured_gain())
+        known = ProductsProfile(created_at=time.time(), gains=measured_gains())
         save_profile(file, known)
-    return known.gain
+    return known
+
+
+def chosen_products(profile: ProductsProfile) -> Bfloat16Products:
+    """The functions that are faster than `linear`: for many tokens, for all numbers from the fewest on."""
+    widened_tokens, widened_gain = 0, 0.0
+    for num_tokens, gain in sorted(profile.gains.items(), reverse=True):
+        if num_tokens < _LEAST_TOKENS or gain <= _FASTER:
+            break
+        widened_tokens, widened_gain = num_tokens, max(widened_gain, gain)
+    vector_gain = profile.gains.get(1, 0.0)
+    return Bfloat16Products(
+        vector_gain=vector_gain if vector_gain > _FASTER else 0.0,
+        widened_tokens=widened_tokens,
+        widened_gain=widened_gain,
+    )
+
+
+def measured_gains() -> dict[int, float]:
+    """How many times as fast as `linear` `mv` is with one token, and products in float32 with more, by tokens.
+
+    It takes a second and 20 MiB. Call it on a worker thread. Both are timed in turn, and the fastest times count: other
+    programs only make it longer.
+    """
+    other = Bfloat16Products(vector_gain=1.0, widened_tokens=_LEAST_TOKENS)
+    with torch.inference_mode():
+        weight = torch.full(_SHAPE, 0.02, dtype=torch.bfloat16)
+        return {count: _gain(torch.ones(count, _SHAPE[1], dtype=weight.dtype), weight, other) for count in _TOKENS}
+
+
+def _gain(inputs: torch.Tensor, weight: torch.Tensor, other: Bfloat16Products) -> float:
+    ways: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (F.linear, other.linear)
+    seconds: Sequence[list[float]] = ([], [])
+    for way in ways:
+        way(inputs, weight)
+    while len(seconds[0]) < _FEWEST_TIMES or sum(map(sum, seconds)) < _SECONDS:
+        for way, own in zip(ways, seconds, strict=True):
+            started = time.perf_counter()
+            way(inputs, weight)
+            own.append(time.perf_counter() - started)
+    return min(seconds[0]) / min(seconds[1])

@@ -243,13 +243,11 @@ class EngineLifetime:
 
     def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
         import_torch()
-        from hermes_async.engine.kernel_choice import choose_kernels
         from hermes_async.engine.opening import open_model
 
         with one_checkpoint(self._source):
             opened = open_model(self._source, self._memory_budget, self._config, self._draft_model, self._hub)
         exits.callback(opened.close)
-        choose_kernels(opened, self._config)
         return opened
 
     async def _run(self, loaded: LoadedModel, ready: anyio.Event, started_at: float) -> None:

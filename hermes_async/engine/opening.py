@@ -125,6 +125,10 @@ def open_model(
         lockable = chosen.lockable_bytes + (0 if draft is None else draft.weight_bytes)
         lock = locking(config.lock_memory, lockable)
         chosen = replace(chosen, locked_bytes=lockable if lock.is_on else 0, lock_refusal=lock.refusal)
+        products = model.products
+        if chosen.native_tokens:  # torch's own kernels multiply few tokens
+            products = replace(products, vector_gain=0.0)
+        chosen = replace(chosen, explanation=(*chosen.explanation, *products.explanation()))
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
@@ -132,6 +136,7 @@ def open_model(
         skeleton=model.skeleton,
         attention=model.attention,
         probe=model.probe,
+        products=products,
         bounds=planner.bounds,
         partition=chosen.partition,
         plan=chosen,
@@ -255,6 +260,7 @@ def _open_draft(
         attention=model.attention,
         probe=model.probe,
         partition=whole,
+        products=model.products,
         fixed_bytes=whole.cast_bytes + workspace,
         max_tokens=_DRAFT_TOKENS,
     )

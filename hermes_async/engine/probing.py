@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from hermes_async.config import EngineConfig
 from hermes_async.engine.image_prompt import example_with_image, takes_images
+from hermes_async.engine.kernel_choice import choose_products
 from hermes_async.errors import CheckpointError, RequestError, UnsupportedModelError
 from hermes_async.modeling.activations import WorkspaceBounds
 from hermes_async.modeling.attention import PackedAttention
@@ -25,6 +26,7 @@ from hermes_async.modeling.selfcheck_turns import check_turns
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, with_context_length
 from hermes_async.modeling.transformers_api import AttentionChoice, warn_of_untested_versions
 from hermes_async.modeling.turns import TurnTraits
+from hermes_async.quantization.bfloat16_products import Bfloat16Products
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint
@@ -42,12 +44,14 @@ class ProbedModel:
 
     Attributes:
         refusal: Why it runs in turns; None if it does not, or was asked to.
+        products: How inputs are multiplied with bfloat16 weights.
         images_refusal: Why prompts with images are refused; empty where they are not.
     """
 
     skeleton: Skeleton
     attention: PackedAttention
     probe: Probe
+    products: Bfloat16Products
     refusal: UnsupportedModelError | None = None
     images_refusal: str = ""
 
@@ -68,7 +72,7 @@ class ProbedModel:
         return "; ".join([f"in turns, {why}", *cannot])
 
     def bounds(self) -> WorkspaceBounds:
-        return WorkspaceBounds(self.skeleton, self.probe, self.attention)
+        return WorkspaceBounds(self.skeleton, self.probe, self.attention, self.products)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +103,9 @@ def build_and_probe(
         stored = stored_tensors(checkpoint)
         skeleton = build_skeleton(checkpoint, model_config, stored, named_attention, config.dtype)
         skeleton = with_context_length(skeleton, config.context_length)
+        products = choose_products(skeleton.model, config)
         if not skeleton.generates:
-            return ProbedModel(skeleton, attention, probe_forward(skeleton))
+            return ProbedModel(skeleton, attention, probe_forward(skeleton), products)
         if skeleton.is_encoder_decoder and config.batching == "packed":
             raise UnsupportedModelError(
                 f"{type(skeleton.model).__name__} is an encoder-decoder, and those run in turns; leave out "
@@ -111,7 +116,7 @@ def build_and_probe(
             try:
                 if config.self_check == "require":
                     check_packing(model_config, attention)
-                model = ProbedModel(skeleton, attention, probe_packed(skeleton, attention))
+                model = ProbedModel(skeleton, attention, probe_packed(skeleton, attention), products)
                 return _with_images(model, model_config, config, preparation)
             except UnsupportedModelError as error:
                 if config.batching == "packed":
@@ -120,7 +125,7 @@ def build_and_probe(
                 skeleton = build_skeleton(checkpoint, model_config, stored, None, config.dtype)
                 skeleton = with_context_length(skeleton, config.context_length)
         traits = _traits(model_config, config)
-        model = ProbedModel(skeleton, attention, probe_turns(skeleton, traits), refusal)
+        model = ProbedModel(skeleton, attention, probe_turns(skeleton, traits), products, refusal)
         return _with_images(model, model_config, config, preparation)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -9,12 +10,14 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hermes_async.modeling.attention import QUERY_TOKENS, PackedAttention
+from hermes_async.modeling.bfloat16_weight import bfloat16_shapes
 from hermes_async.modeling.pooling import DENSE
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.row_tables import is_input_embedding, most_rows, row_tables, token_tables
 from hermes_async.modeling.skeleton import Skeleton, layers_of
 from hermes_async.modeling.transformers_api import plain_attention, supports_packed_attention
 from hermes_async.modeling.turns import MOST_TOKENS, TurnLayout
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.storage.rows import RowReader
 
 TEXT_TOKENS = 64
@@ -52,7 +55,9 @@ class WorkspaceBounds:
     float32, in which they are weighted. Over two dozen architectures this was 1.1 to 2.8 times what was measured.
     """
 
-    def __init__(self, skeleton: Skeleton, probe: Probe, attention: PackedAttention) -> None:
+    def __init__(
+        self, skeleton: Skeleton, probe: Probe, attention: PackedAttention, products: Bfloat16Products = LINEAR
+    ) -> None:
         model, config = skeleton.model, skeleton.model.config.get_text_config()
         self._generates, self._probe, self._attention = skeleton.generates, probe, attention
         self._context_length = skeleton.context_length
@@ -68,6 +73,7 @@ class WorkspaceBounds:
             ),
             default=0,
         )
+        self._products, self._shapes = products, bfloat16_shapes(model)
         self._itemsize = skeleton.dtype.itemsize
         self._num_layers = len(layers_of(model))
         self._hidden_size = int(getattr(config, "hidden_size", 0))
@@ -128,7 +134,7 @@ class WorkspaceBounds:
         nbytes = probed.nbytes * 5 // 4
         for _ in range(2 if self._plain_is_eager else 1):
             nbytes = max(nbytes, -(-nbytes * num_values // probed.num_values))
-        return nbytes + self._convolution_bytes
+        return nbytes + self._convolution_bytes + self._most_scratch_bytes
 
     def prompt_with_image(self, num_tokens: int, *, kv_bytes: int) -> int:
         """Of a sweep with one prompt: the probe's image and a question, or images that fill `num_tokens`."""
@@ -148,7 +154,7 @@ class WorkspaceBounds:
             outputs: Positions whose logits are wanted.
             kv_bytes: Of the KV caches of all sequences.
         """
-        total = self._scratch_bytes + tokens * (self._layer_token_bytes + self._rows_token_bytes)
+        total = self._scratch_of(tokens) + tokens * (self._layer_token_bytes + self._rows_token_bytes)
         total += self._vocab_size * (outputs * 2 * self._itemsize + 16)
         kv, context_length = self._probe.kv, self._context_length
         kv_tokens = kv_bytes // kv.bytes_per_token
@@ -180,7 +186,7 @@ class WorkspaceBounds:
         token_bytes = max(self._layer_token_bytes, self._turn_bytes // self._probe.tokens_of_turn)
         token_bytes += layout.bytes_per_token + layout.input_token_bytes
         total = (
-            self._scratch_bytes
+            self._scratch_of(tokens)
             + self._turn_bytes
             + tokens * token_bytes
             + self._vocab_size * (outputs * 2 * self._itemsize + 16)
@@ -201,7 +207,8 @@ class WorkspaceBounds:
         alive = sequences * tokens * self._image_token_bytes
         copied = self._convolution_bytes if self._image_token_bytes else 0
         of_layers = sequences * tokens * (token_bytes + tokens * self._plain_score_bytes)
-        return self._scratch_bytes + max(of_layers, 2 * alive, alive + copied)
+        scratch = self._most_scratch_bytes if alive else self._scratch_of(sequences * tokens)
+        return scratch + max(of_layers, 2 * alive, alive + copied)
 
     def recorded(self, *, sequences: int, tokens: int, hidden_states: bool, attentions: bool) -> int:
         """Of what a plain forward pass keeps if it is asked for every layer's hidden states, or attention weights."""
@@ -218,6 +225,15 @@ class WorkspaceBounds:
         return sum(
             RowReader.buffer_bytes(table.spec, num_rows) + num_rows * table.row_bytes for table in self._row_tables
         )
+
+    def _scratch_of(self, tokens: int) -> int:
+        """Where blocks of weights are dequantized, and converted to float32, while so many tokens are computed."""
+        return self._scratch_bytes + self._products.scratch_bytes(tokens, self._shapes)
+
+    @property
+    def _most_scratch_bytes(self) -> int:
+        """For any number of tokens, as images have it."""
+        return self._scratch_of(sys.maxsize)
 
     def _bytes_of_plain_score(self, model: PreTrainedModel) -> int:
         """What a pair of tokens takes in transformers' own attention."""

@@ -15,6 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
+from hermes_async.modeling.bfloat16_weight import Bfloat16Weight, is_large, may_be_bfloat16_weight
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
 from hermes_async.modeling.experts import ExpertLayer, RoutedExperts
 from hermes_async.modeling.kernels import without_one_dnn
@@ -23,9 +24,9 @@ from hermes_async.modeling.module_tensors import Place, places_of
 from hermes_async.modeling.packed import PackedBatch, forward_packed
 from hermes_async.modeling.row_tables import RowTable, row_taken
 from hermes_async.modeling.transformers_api import AttentionChoice, own_parameters
-from hermes_async.modeling.vector_products import VectorWeight, may_be_vector_weight
 from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import Placement, Stage
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, parameter_of, reads_no_values
 from hermes_async.storage.buffers import Buffer
 
@@ -137,7 +138,7 @@ class StreamedModel:
         row_tables: The embeddings that are not loaded; each call brings the rows that it looks up.
         encoded: The parameters that are computed from stored tensors, by name.
         native_tokens: Packed calls of at most so many tokens are computed by torch's own kernels, without oneDNN's.
-        vector_products: Large bfloat16 weights are bound as `VectorWeight`.
+        products: How inputs are multiplied with bfloat16 weights.
         lays_out: Weights of resident stages are written in a kernel's layout when they are first bound.
         gate: Asked before and after each stage.
     """
@@ -153,7 +154,7 @@ class StreamedModel:
         encoded: Mapping[str, EncodedParameter] = MappingProxyType({}),
         native_tokens: int = 0,
         lays_out: bool = False,
-        vector_products: bool = False,
+        products: Bfloat16Products = LINEAR,
         gate: StageGate,
     ) -> None:
         self.model = model
@@ -170,14 +171,15 @@ class StreamedModel:
         self._packed_attention = AttentionChoice(model)
         self._plain_attention = self._packed_attention.or_plain_for(attention.name)
         self._encoded = encoded
+        self._products = products
         names = {parameter_of(placement.name) for stage in stages for placement in stage.layout.placements}
         of_experts = {name for layer, _ in experts for name in layer.parameters}
         self._places = places_of(model, names | of_experts)
         self._unloaded = {name: _NotLoaded.of(place.get()) for name, place in self._places.items()}
-        self._vector_weights = frozenset(
+        self._bfloat16_weights = frozenset(
             name
             for name, place in self._places.items()
-            if vector_products and may_be_vector_weight(place, self._unloaded[name])
+            if not products.is_linear and may_be_bfloat16_weight(place, self._unloaded[name])
         )
         for name in of_experts:
             self._places[name].put(self._unloaded[name])
@@ -327,7 +329,12 @@ class StreamedModel:
         for name in dict.fromkeys(map(parameter_of, stored)):
             leaf = name.rpartition(".")[2]
             encoded = self._encoded.get(name)
-            weights[leaf] = part_of(name).to(dtypes[leaf]) if encoded is None else EncodedWeight.of(encoded, part_of)
+            if encoded is not None:
+                weights[leaf] = EncodedWeight.of(encoded, part_of, self._products)
+                continue
+            value = part_of(name).to(dtypes[leaf])
+            is_other = not self._products.is_linear and is_large(value)
+            weights[leaf] = Bfloat16Weight.of(value, self._products) if is_other else value
         self._experts.weights = weights
 
     def _unbind_expert(self) -> None:
@@ -343,8 +350,8 @@ class StreamedModel:
                 continue
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
             value = view.to(self._unloaded[placement.name].dtype)
-            if placement.name in self._vector_weights:
-                value = VectorWeight(value, requires_grad=False)
+            if placement.name in self._bfloat16_weights:
+                value = Bfloat16Weight.of(value, self._products)
             self._places[placement.name].put(value)
 
         def part_of(name: str) -> torch.Tensor:
@@ -358,10 +365,14 @@ class StreamedModel:
                     self._laid_out[name] = laid_out
             if name in self._laid_out:
                 encoded, tensors = self._laid_out[name]
-                weight: torch.Tensor = EncodedWeight.of(encoded, tensors.__getitem__)
+                weight: torch.Tensor = EncodedWeight.of(encoded, tensors.__getitem__, self._products)
             else:
                 encoded = self._encoded[name]
-                weight = encoded.dequantized(part_of) if encoded.whole else EncodedWeight.of(encoded, part_of)
+                weight = (
+                    encoded.dequantized(part_of)
+                    if encoded.whole
+                    else EncodedWeight.of(encoded, part_of, self._products)
+                )
             self._places[name].put(weight)
         self._bound.add(stage)
 

@@ -31,7 +31,11 @@ class StageProfile:
 
 @dataclass(frozen=True, slots=True)
 class KernelProfile:
-    """Operations a second by tokens, for the model's widest matrix; `kernel` is "oneDNN" (the default) or "native"."""
+    """Operations a second by tokens, for the model's widest matrix.
+
+    Attributes:
+        kernel: "oneDNN", which stands for what the engine does by default, or "native".
+    """
 
     dtype: str
     kernel: str
@@ -39,15 +43,16 @@ class KernelProfile:
 
 
 @dataclass(frozen=True, slots=True)
-class VectorProfile:
-    """How many times as fast as `linear` torch's `mv` is, with one token and bfloat16 weights, on this machine.
+class ProductsProfile:
+    """How fast this machine multiplies with bfloat16 weights by other functions than `linear`.
 
     Attributes:
         created_at: Seconds since 1970.
+        gains: How many times as fast as `linear`, by tokens: one with `mv`, and more in float32.
     """
 
     created_at: float
-    gain: float
+    gains: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,11 +16,11 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 import torch
 import transformers
 
-from hermes_async.planning.profile import Profile, VectorProfile
+from hermes_async.planning.profile import ProductsProfile, Profile
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.own_file import NewFile
 
-T = TypeVar("T", Profile, VectorProfile)
+T = TypeVar("T", Profile, ProductsProfile)
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +45,10 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
     return _file(key, folder)
 
 
-def vector_profile_file(folder: Path | None = None) -> Path:
-    """The file of this machine's `VectorProfile`. Its name depends on the processor, its threads and torch."""
+def products_profile_file(folder: Path | None = None) -> Path:
+    """The file of this machine's `ProductsProfile`. Its name depends on the processor, its threads and torch."""
     machine = (platform.machine(), _processor(), torch.get_num_threads())
-    return _file(json.dumps(["vector products", _FORMAT, machine, torch.__version__]), folder)
+    return _file(json.dumps(["bfloat16 products", _FORMAT, machine, torch.__version__]), folder)
 
 
 def _file(key: str, folder: Path | None) -> Path:
@@ -62,9 +62,9 @@ def load_profile(file: Path) -> Profile | None:
     return _load(file, Profile)
 
 
-def load_vector_profile(file: Path) -> VectorProfile | None:
+def load_products_profile(file: Path) -> ProductsProfile | None:
     """As `load_profile`."""
-    return _load(file, VectorProfile)
+    return _load(file, ProductsProfile)
 
 
 def _load(file: Path, kind: type[T]) -> T | None:
@@ -104,7 +104,7 @@ def _check_measurements(profile: Profile) -> None:
     profile.machine_speeds()  # raises if the measurements do not fit together
 
 
-def save_profile(file: Path, profile: Profile | VectorProfile) -> None:
+def save_profile(file: Path, profile: Profile | ProductsProfile) -> None:
     """Writes a profile. A failure is logged, and the next run measures again."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import anyio
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.foreign_errors import ungrouped
@@ -18,6 +17,7 @@ from hermes_async.modeling.kernels import without_one_dnn
 from hermes_async.modeling.skeleton import layers_of
 from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_down
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.reader import Reader, ReadStatistics
@@ -98,24 +98,29 @@ def widest_matrix(model: nn.Module) -> tuple[int, int]:
     return max(1, min(rows, _MAX_MATRIX_ELEMENTS // columns)), columns
 
 
-def measure_kernels(shape: tuple[int, int]) -> tuple[KernelProfile, ...]:
-    """Times products with a matrix of `shape` in each dtype, with and without oneDNN. Call it on a worker thread."""
+def measure_kernels(shape: tuple[int, int], products: Bfloat16Products) -> tuple[KernelProfile, ...]:
+    """Times products with a matrix of `shape` in each dtype, with and without oneDNN. Call it on a worker thread.
+
+    Args:
+        products: How the engine multiplies with bfloat16 weights.
+    """
     profiles = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         weight = torch.randn(shape).to(dtype)
         for kernel in ("oneDNN", "native"):
+            chosen = products if dtype == torch.bfloat16 and kernel == "oneDNN" else LINEAR
             with torch.inference_mode(), without_one_dnn() if kernel == "native" else nullcontext():
-                rates = {count: _kernel_rate(weight, count) for count in KERNEL_TOKENS}
+                rates = {count: _kernel_rate(weight, count, chosen) for count in KERNEL_TOKENS}
             profiles.append(KernelProfile(str(dtype).removeprefix("torch."), kernel, rates))
     return tuple(profiles)
 
 
-def _kernel_rate(weight: torch.Tensor, num_tokens: int) -> float:
+def _kernel_rate(weight: torch.Tensor, num_tokens: int, products: Bfloat16Products) -> float:
     inputs = torch.randn(num_tokens, weight.shape[1]).to(weight.dtype)
-    F.linear(inputs, weight)
+    products.linear(inputs, weight)
     seconds: list[float] = []
     while not seconds or sum(seconds) < _KERNEL_SECONDS:
         started = time.perf_counter()
-        F.linear(inputs, weight)
+        products.linear(inputs, weight)
         seconds.append(time.perf_counter() - started)
     return 2 * num_tokens * weight.numel() / statistics.median(seconds)

@@ -52,7 +52,8 @@ async def measure(
     """Measures a model on this machine: some sweeps, and some seconds more.
 
     Args:
-        config: Options of the engine. Prefix sharing, prompt lookup and `kernels` have no effect.
+        config: Options of the engine. Prefix sharing and prompt lookup have no effect, and "fastest" measures as
+            "auto".
         events: Gets the events of the engines' traces.
 
     Raises:
@@ -62,12 +63,16 @@ async def measure(
     """
     checkpoint = await run_in_thread(Checkpoint.open, source)
     disk = await measure_disk(checkpoint, direct=config.direct_io)
-    plain = replace(config, share_prefixes=False, prompt_lookup=False, kernels="transformers")
+    # Torch's own kernels are measured apart, and compared with what the engine does without them.
+    kernels = "transformers" if config.kernels == "transformers" else "auto"
+    plain = replace(config, share_prefixes=False, prompt_lookup=False, kernels=kernels)
     trace, events = Trace(), [] if events is None else events
     async with Engine(checkpoint.path, memory_budget=memory_budget, config=plain, trace=trace) as engine:
         first = await _measure_sweeps(engine, STAGE_TOKENS, trace, events)
     second = await _measure_second(first, replace(plain, max_resident_layers=None), trace, events)
-    kernels = await run_in_thread(measure_kernels, widest_matrix(first.opened.skeleton.model))
+    measured_kernels = await run_in_thread(
+        measure_kernels, widest_matrix(first.opened.skeleton.model), first.opened.products
+    )
     engines = [first] if second is None else [first, second]
     streamed = next((one for one in engines if one.plan.reads_weights), None)
     resident = next((one for one in engines if not one.plan.reads_weights), first)
@@ -86,7 +91,7 @@ async def measure(
         handover_s=None if streamed is None else streamed.handover_s(layer_s, head_s),
         disk=disk,
         read_share=1.0 if streamed is None else streamed.read_share(without_noise(disk)),
-        kernels=kernels,
+        kernels=measured_kernels,
         expert_uses=resident.expert_uses,
     )
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.memory.library_caches import reused_heap
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, multiply_widened
 from hermes_async.quantization.encoding import Parts, StoredMatrix
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -164,19 +165,33 @@ class EncodedWeight(nn.Parameter):
     # All state; it does not change.
     _matrices: tuple[_Loaded, ...]
     _flipped: bool  # whether its rows are the last dimension
+    _products: Bfloat16Products
 
     @classmethod
-    def of(cls, encoded: EncodedParameter, part_of: PartOf) -> Self:
+    def of(cls, encoded: EncodedParameter, part_of: PartOf, products: Bfloat16Products = LINEAR) -> Self:
+        """A weight whose stored tensors `part_of` gives.
+
+        Args:
+            products: How inputs are multiplied with blocks that are dequantized to bfloat16. One token is always
+                multiplied by `mv`.
+        """
         matrices = tuple(
             _Loaded(matrix, f"{encoded.name}{SEPARATOR}{idx}", part_of) for idx, matrix in enumerate(encoded.matrices)
         )
         shape = encoded.stored_shape if encoded.whole else encoded.shape
-        return cls._make(shape, encoded.dtype, matrices, flipped=encoded.transposed)
+        return cls._make(shape, encoded.dtype, matrices, encoded.transposed, products)
 
     @classmethod
-    def _make(cls, shape: tuple[int, ...], dtype: torch.dtype, matrices: tuple[_Loaded, ...], *, flipped: bool) -> Self:
+    def _make(
+        cls,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        matrices: tuple[_Loaded, ...],
+        flipped: bool,
+        products: Bfloat16Products,
+    ) -> Self:
         weight = torch.zeros((), dtype=dtype).expand(shape).as_subclass(cls)
-        weight._matrices, weight._flipped = matrices, flipped
+        weight._matrices, weight._flipped, weight._products = matrices, flipped, products
         return weight
 
     @classmethod
@@ -213,12 +228,12 @@ class EncodedWeight(nn.Parameter):
             raise IndexError(f"expert {idx} of {num_experts}")
         per_expert = len(self._matrices) // num_experts
         chosen = slice(idx % num_experts * per_expert, (idx % num_experts + 1) * per_expert)
-        return self._make(tuple(self.shape[1:]), self.dtype, self._matrices[chosen], flipped=self._flipped)
+        return self._make(tuple(self.shape[1:]), self.dtype, self._matrices[chosen], self._flipped, self._products)
 
     def flipped(self) -> EncodedWeight:
         """The transposed weight."""
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return self._make(shape, self.dtype, self._matrices, flipped=not self._flipped)
+        return self._make(shape, self.dtype, self._matrices, not self._flipped, self._products)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`inputs` [..., columns] times the rows, plus `bias` [rows]: [..., rows]."""
@@ -250,15 +265,19 @@ class EncodedWeight(nn.Parameter):
         rows, columns = matrix.shape
         elements = _SMALL_BLOCK if self.dtype == torch.float32 and lines.shape[0] < _FEW_ROWS else _BLOCK
         out = torch.empty((lines.shape[0], rows), dtype=lines.dtype)
+        widens = self.dtype == torch.bfloat16 and self._products.widens(lines)
         with reused_heap():
             scratch = torch.empty((min(rows, _block_rows(matrix, elements)), columns), dtype=self.dtype)
             for start, stop in _blocks(matrix, elements):
                 block = scratch[: stop - start]
                 matrix.encoding.dequantize(parts, start, stop, block)
+                bias_of_block = None if bias is None else bias[start:stop]
                 if bias is None and _is_one_vector(lines):
                     torch.mv(block, lines[0], out=out[0, start:stop])
+                elif widens:
+                    multiply_widened(lines, block, bias_of_block, out[:, start:stop])
                 else:
-                    out[:, start:stop] = F.linear(lines, block, None if bias is None else bias[start:stop])
+                    out[:, start:stop] = F.linear(lines, block, bias_of_block)
         return out
 
     def looked_up(self, ids: torch.Tensor) -> torch.Tensor:

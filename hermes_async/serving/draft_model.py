@@ -170,7 +170,7 @@ async def running_draft_model(
             file_states=file_states(opened.skeleton.tensors.values()),
             watch=watch,
         )
-        model = StreamedModel(opened.skeleton.model, opened.attention, stages, gate=pipeline)
+        model = StreamedModel(opened.skeleton.model, opened.attention, stages, products=opened.products, gate=pipeline)
         exits.callback(model.close)
         await exits.enter_async_context(pipeline.running())
         await pipeline.wait_resident()

@@ -410,7 +410,7 @@ def _streamed_model(planned: PlannedModel, stages: Sequence[Stage], pipeline: Pi
         encoded=partition.encoded,
         native_tokens=planned.plan.native_tokens,
         lays_out=planned.plan.layout_bytes > 0,
-        vector_products=planned.vector_products,
+        products=planned.products,
         gate=pipeline,
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from hermes_async.memory.claims import Claim
 from hermes_async.modeling.activations import SweepSize, WorkspaceBounds
@@ -13,6 +13,7 @@ from hermes_async.modeling.partition import Partition
 from hermes_async.modeling.probe import Probe
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.planning.plan import Plan
+from hermes_async.quantization.bfloat16_products import Bfloat16Products
 from hermes_async.serving.jobs import GenerationJob
 from hermes_async.storage.checkpoint import Checkpoint
 
@@ -23,6 +24,7 @@ class PlannedDraft:
 
     Attributes:
         attention: Registered with transformers until `close`.
+        products: As in `PlannedModel`.
         fixed_bytes: Bytes of its weights and of the workspace for a pass.
         max_tokens: Of one pass.
     """
@@ -31,6 +33,7 @@ class PlannedDraft:
     attention: PackedAttention
     probe: Probe
     partition: Partition
+    products: Bfloat16Products
     fixed_bytes: int
     max_tokens: int
     kv_bytes: int = 0
@@ -54,7 +57,7 @@ class PlannedModel:
         bounds: Of the memory that activations take.
         baseline_bytes: Resident memory of the process, libraries and tokenizer included, before any weight was read.
         claim: On the memory that all engines of the user share; released by `close`.
-        vector_products: Large bfloat16 weights are multiplied with one token by `mv` (`modeling/vector_products.py`).
+        products: How inputs are multiplied with bfloat16 weights.
     """
 
     checkpoint: Checkpoint
@@ -62,12 +65,12 @@ class PlannedModel:
     attention: PackedAttention
     probe: Probe
     partition: Partition
+    products: Bfloat16Products
     plan: Plan
     bounds: WorkspaceBounds
     draft: PlannedDraft | None
     baseline_bytes: int
     claim: Claim
-    vector_products: bool = field(default=False, kw_only=True)
 
     def workspace_of(self, jobs: Sequence[GenerationJob]) -> int:
         """The most memory that the activations of a sweep with these jobs take."""

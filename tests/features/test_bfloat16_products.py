@@ -1,4 +1,4 @@
-"""How one token is multiplied with bfloat16 weights: measured once, kept, and as close to exact as in transformers."""
+"""How bfloat16 weights are multiplied: measured once, kept, and as close to exact results as in transformers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine import kernel_choice
-from hermes_async.planning.profile_store import load_vector_profile, vector_profile_file
+from hermes_async.planning.profile_store import load_products_profile, products_profile_file
 from tests.engines import one_loop
 from tests.inside import inside
 
@@ -50,8 +50,13 @@ def gains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     """What the next measurements find. Those that are left were not made."""
     left: list[float] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernel_choice, "measured_gain", lambda: left.pop(0))
+    monkeypatch.setattr(kernel_choice, "measured_gains", lambda: gains_of(left.pop(0)))
     return left
+
+
+def gains_of(gain: float) -> dict[int, float]:
+    """With all numbers of tokens."""
+    return {1: gain, 4: gain}
 
 
 def engine(path: Path, kernels: str = "auto") -> Engine:
@@ -71,9 +76,10 @@ async def test_results_are_as_close_to_exact_ones_as_those_of_transformers(
     path, model = models[torch.bfloat16]
     gains.append(1.5)
     async with engine(path) as opened:
-        assert any(line.startswith("one token: torch.mv is 1.5 times") for line in opened.plan.explanation)
+        for line in ("one token: torch.mv is 1.5 times", "4 tokens and more: bfloat16 is multiplied in float32"):
+            assert any(reason.startswith(line) for reason in opened.plan.explanation)
         completion = await opened.complete(PROMPT, PARAMS)
-        names = inside(opened).vector_weights
+        names = inside(opened).bfloat16_weights
     assert {"lm_head.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"} <= names
     assert completion.logprobs is not None
     own = torch.tensor([sampled.logprob for sampled in completion.logprobs], dtype=torch.float64)
@@ -92,7 +98,7 @@ async def test_float32_is_computed_as_ever(
     for kernels in ("auto", "transformers"):
         async with engine(path, kernels) as opened:
             found.append((await opened.complete(PROMPT, PARAMS)).logprobs)
-            assert inside(opened).vector_weights == set()
+            assert inside(opened).bfloat16_weights == set()
     assert found[0] == found[1]
     assert gains == [9.0]  # nothing was measured
 
@@ -104,10 +110,10 @@ async def test_it_is_measured_once(models: dict[torch.dtype, tuple[Path, PreTrai
         async with engine(path) as opened:
             assert any("1.5 times" in line for line in opened.plan.explanation)
     assert gains == [9.0]
-    kept = load_vector_profile(vector_profile_file())
+    kept = load_products_profile(products_profile_file())
     assert kept is not None
-    assert kept.gain == 1.5
-    vector_profile_file().write_text("{")
+    assert kept.gains == gains_of(1.5)
+    products_profile_file().write_text("{")
     async with engine(path) as opened:
         assert any("9.0 times" in line for line in opened.plan.explanation)
 
@@ -126,8 +132,8 @@ async def test_where_it_is_not_used(
     gains.append(gain)
     async with engine(path, kernels) as opened:
         await opened.complete(PROMPT, PARAMS)
-        assert inside(opened).vector_weights == set()
-        assert not any(line.startswith("one token") for line in opened.plan.explanation)
+        assert inside(opened).bfloat16_weights == set()
+        assert not any("as fast as linear" in line for line in opened.plan.explanation)
     assert gains == left
 
 

@@ -1,0 +1,125 @@
+"""Products with bfloat16 weights by other functions than `linear`, on processors where those are faster.
+
+transformers calls `linear` for every number of tokens. Which function is the fastest depends on the processor and on
+the number of tokens:
+
+- One token: `mv`, torch's product of a matrix and a vector, takes half as long on some processors.
+- Many tokens: a processor without bfloat16 instructions multiplies float32 numbers two to four times as fast. So blocks
+  of the weight and of the inputs are converted to float32, and multiplied there.
+
+All of these sum in float32 and round each result to bfloat16 once, but they add in another order. So results may differ
+in the last bit of bfloat16. Weights in float32 and float16 are never multiplied so.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from hermes_async.memory.library_caches import reused_heap
+
+_BLOCK = 1 << 20
+"""Elements of a weight, of inputs, and of results that are in float32 at once."""
+_ITEMSIZE = torch.float32.itemsize
+
+
+@dataclass(frozen=True, slots=True)
+class Bfloat16Products:
+    """Which functions multiply inputs with bfloat16 weights. By default, `linear` does.
+
+    Attributes:
+        vector_gain: How many times as fast as `linear` one token is with `mv`; 0 where `linear` multiplies it.
+        widened_tokens: From so many tokens on, blocks are converted to float32; 0 where they never are.
+        widened_gain: How many times as fast as `linear` that is, with many tokens.
+    """
+
+    vector_gain: float = 0.0
+    widened_tokens: int = 0
+    widened_gain: float = 0.0
+
+    @property
+    def is_linear(self) -> bool:
+        """Whether `linear` multiplies all numbers of tokens."""
+        return not self.vector_gain and not self.widened_tokens
+
+    def explanation(self) -> tuple[str, ...]:
+        """Lines for a plan."""
+        lines = []
+        if self.vector_gain:
+            lines.append(f"one token: torch.mv is {self.vector_gain:.1f} times as fast as linear here")
+        if self.widened_tokens:
+            lines.append(
+                f"{self.widened_tokens} tokens and more: bfloat16 is multiplied in float32, a block of rows at a time, "
+                f"{self.widened_gain:.1f} times as fast as linear here"
+            )
+        return tuple(f"{line}; it may round otherwise, and kernels='transformers' keeps linear" for line in lines)
+
+    def widens(self, inputs: torch.Tensor) -> bool:
+        """Whether these inputs [..., columns] are multiplied in float32."""
+        if not self.widened_tokens or inputs.dtype != torch.bfloat16:
+            return False
+        return inputs.numel() >= self.widened_tokens * inputs.shape[-1]
+
+    def linear(self, inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """`inputs` [..., columns] times a bfloat16 `weight` [rows, columns], plus `bias` [rows]: [..., rows]."""
+        rows, columns = weight.shape
+        if self.vector_gain and inputs.numel() == columns:
+            vector = inputs.reshape(-1)
+            # With `addmv` the sum and the bias are rounded together, as `linear` does.
+            product = torch.mv(weight, vector) if bias is None else torch.addmv(bias, weight, vector)
+        elif self.widens(inputs):
+            lines = inputs.reshape(-1, columns)
+            product = torch.empty((lines.shape[0], rows), dtype=weight.dtype)
+            multiply_widened(lines, weight, bias, product)
+        else:
+            return F.linear(inputs, weight, bias)
+        return product.view(*inputs.shape[:-1], rows)
+
+    def scratch_bytes(self, num_tokens: int, shapes: Iterable[tuple[int, int]]) -> int:
+        """The most memory that products of so many tokens with weights of these shapes [rows, columns] take."""
+        if not self.widened_tokens or num_tokens < self.widened_tokens:
+            return 0
+        return max((_scratch_bytes(num_tokens, rows, columns) for rows, columns in shapes), default=0)
+
+
+LINEAR = Bfloat16Products()
+"""`linear` multiplies everything."""
+
+
+def multiply_widened(lines: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Writes `lines` [n, columns] times `weight` [rows, columns], plus `bias` [rows], into `out` [n, rows].
+
+    All are in bfloat16. Blocks of weights and inputs are converted to float32 and multiplied there. The bias is added
+    before the results are rounded, as `linear` does.
+    """
+    (num_lines, columns), num_rows = lines.shape, weight.shape[0]
+    most_rows, most_lines = _block_shape(num_lines, num_rows, columns)
+    with reused_heap():
+        block = torch.empty((most_rows, columns))
+        chunk = torch.empty((most_lines, columns))
+        if most_lines == num_lines:
+            chunk.copy_(lines)
+        for start in range(0, num_rows, most_rows):
+            stop = min(num_rows, start + most_rows)
+            rows = block[: stop - start].copy_(weight[start:stop])
+            bias_of_rows = None if bias is None else bias[start:stop].float()
+            for first in range(0, num_lines, most_lines):
+                last = min(num_lines, first + most_lines)
+                inputs = chunk[: last - first]
+                if most_lines < num_lines:
+                    inputs.copy_(lines[first:last])
+                out[first:last, start:stop] = F.linear(inputs, rows, bias_of_rows)
+
+
+def _block_shape(num_lines: int, num_rows: int, columns: int) -> tuple[int, int]:
+    """Rows of the weight and lines of the inputs that are in float32 at once."""
+    most_rows = min(num_rows, max(1, _BLOCK // columns))
+    return most_rows, min(num_lines, max(1, _BLOCK // max(columns, most_rows)))
+
+
+def _scratch_bytes(num_lines: int, num_rows: int, columns: int) -> int:
+    most_rows, most_lines = _block_shape(num_lines, num_rows, columns)
+    return (most_rows * columns + most_lines * columns + most_lines * most_rows + most_rows) * _ITEMSIZE

@@ -1,0 +1,54 @@
+"""How bfloat16 weights are multiplied is decided by the fastest times of a short measurement."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+
+from hermes_async.engine import kernel_choice
+from hermes_async.engine.kernel_choice import chosen_products, measured_gains
+from hermes_async.planning.profile import ProductsProfile
+from hermes_async.quantization.bfloat16_products import Bfloat16Products
+
+
+@pytest.mark.parametrize(
+    ("gains", "expected"),
+    [
+        ({1: 1.5, 16: 1.2, 64: 2.5, 256: 2.8}, Bfloat16Products(1.5, 16, 2.8)),
+        ({1: 0.5, 16: 1.05, 64: 2.5, 256: 2.0}, Bfloat16Products(0.0, 64, 2.5)),
+        ({1: 1.05, 16: 3.0, 64: 0.9, 256: 2.0}, Bfloat16Products(0.0, 256, 2.0)),
+        ({1: 2.0, 16: 3.0, 64: 3.0, 256: 0.5}, Bfloat16Products(2.0, 0, 0.0)),
+        ({}, Bfloat16Products()),
+    ],
+)
+def test_what_is_faster_is_used(gains: dict[int, float], expected: Bfloat16Products) -> None:
+    assert chosen_products(ProductsProfile(created_at=0.0, gains=gains)) == expected
+
+
+@pytest.mark.parametrize(("linear_s", "other_s", "gain"), [(3.0, 2.0, 1.5), (2.0, 3.0, 2 / 3)])
+def test_gains_are_of_the_fastest_times(
+    monkeypatch: pytest.MonkeyPatch, linear_s: float, other_s: float, gain: float
+) -> None:
+    now, slowed = 0.0, itertools.cycle((7.0, 1.0, 1.0, 1.0, 5.0))  # by other programs
+
+    def taking(seconds: float) -> Any:
+        def multiply(*args: Any) -> torch.Tensor:
+            nonlocal now
+            now += seconds * next(slowed)
+            return torch.zeros(())
+
+        return multiply
+
+    monkeypatch.setattr(kernel_choice.F, "linear", taking(linear_s))
+    monkeypatch.setattr(kernel_choice.Bfloat16Products, "linear", taking(other_s))
+    monkeypatch.setattr(kernel_choice.time, "perf_counter", lambda: now)
+    assert measured_gains() == pytest.approx(dict.fromkeys((1, 16, 64, 256), gain))
+
+
+def test_both_ways_are_really_measured() -> None:
+    gains = measured_gains()
+    assert list(gains) == [1, 16, 64, 256]
+    assert all(gain > 0 for gain in gains.values())
