@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,8 +19,8 @@ from hermes_async.planning.profile_store import load_products_profile, products_
 from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 
 _FASTER = 1.1  # a function counts as faster than `linear` above this gain
-_SHAPE = (1024, 4096)  # of the weight that is measured, 8 MiB
-_TOKENS = (1, 16, 64, 256)
+_SHAPE = (2, 4096, 4096)  # of the weights that are measured: 64 MiB, so that they come from memory, as in a model
+_TOKENS = (1, 16, 32, 64, 256)
 _SECONDS = 0.2  # for each number of tokens
 _FEWEST_TIMES = 3
 _LEAST_TOKENS = 2  # that are widened; one has `mv`
@@ -65,23 +67,26 @@ def chosen_products(profile: ProductsProfile) -> Bfloat16Products:
 def measured_gains() -> dict[int, float]:
     """How many times as fast as `linear` `mv` is with one token, and products in float32 with more, by tokens.
 
-    It takes a second and 20 MiB. Call it on a worker thread. Both are timed in turn, and the fastest times count: other
-    programs only make it longer.
+    It takes a second or two, and 64 MiB. Call it on a worker thread. Both are timed in turn, and the medians count. The
+    fastest times would be those of weights that the processor's cache still has.
     """
     other = Bfloat16Products(vector_gain=1.0, widened_tokens=_LEAST_TOKENS)
     with torch.inference_mode():
-        weight = torch.full(_SHAPE, 0.02, dtype=torch.bfloat16)
-        return {count: _gain(torch.ones(count, _SHAPE[1], dtype=weight.dtype), weight, other) for count in _TOKENS}
+        weights = torch.full(_SHAPE, 0.02, dtype=torch.bfloat16)
+        inputs = {count: torch.ones(count, _SHAPE[-1], dtype=weights.dtype) for count in _TOKENS}
+        return {count: _gain(lines, weights, other) for count, lines in inputs.items()}
 
 
-def _gain(inputs: torch.Tensor, weight: torch.Tensor, other: Bfloat16Products) -> float:
+def _gain(inputs: torch.Tensor, weights: torch.Tensor, other: Bfloat16Products) -> float:
     ways: tuple[Callable[[torch.Tensor, torch.Tensor], torch.Tensor], ...] = (F.linear, other.linear)
     seconds: Sequence[list[float]] = ([], [])
     for way in ways:
-        way(inputs, weight)
+        way(inputs, weights[0])
+    in_turn = itertools.cycle(weights)
     while len(seconds[0]) < _FEWEST_TIMES or sum(map(sum, seconds)) < _SECONDS:
         for way, own in zip(ways, seconds, strict=True):
+            weight = next(in_turn)
             started = time.perf_counter()
             way(inputs, weight)
             own.append(time.perf_counter() - started)
-    return min(seconds[0]) / min(seconds[1])
+    return statistics.median(seconds[0]) / statistics.median(seconds[1])

@@ -22,7 +22,12 @@ import torch.nn.functional as F
 from hermes_async.memory.library_caches import reused_heap
 
 _BLOCK = 1 << 20
-"""Elements of a weight, of inputs, and of results that are in float32 at once."""
+"""Elements of a weight, and of results, that are in float32 at once."""
+_SMALL_BLOCK = 1 << 19
+"""The same with few lines, which are multiplied faster with what is in the processor's cache."""
+_FEW_LINES = 64
+_INPUTS = 1 << 22
+"""Elements of inputs that are in float32 at once."""
 _ITEMSIZE = torch.float32.itemsize
 
 
@@ -73,7 +78,8 @@ class Bfloat16Products:
         elif self.widens(inputs):
             lines = inputs.reshape(-1, columns)
             product = torch.empty((lines.shape[0], rows), dtype=weight.dtype)
-            multiply_widened(lines, weight, bias, product)
+            with reused_heap():
+                WidenedInputs(lines).multiply(weight, bias, product)
         else:
             return F.linear(inputs, weight, bias)
         return product.view(*inputs.shape[:-1], rows)
@@ -89,37 +95,57 @@ LINEAR = Bfloat16Products()
 """`linear` multiplies everything."""
 
 
-def multiply_widened(lines: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Writes `lines` [n, columns] times `weight` [rows, columns], plus `bias` [rows], into `out` [n, rows].
+class WidenedInputs:
+    """Inputs [n, columns] in bfloat16, to be multiplied with bfloat16 weights in float32.
 
-    All are in bfloat16. Blocks of weights and inputs are converted to float32 and multiplied there. The bias is added
-    before the results are rounded, as `linear` does.
+    Blocks of the weights are converted to float32, and so are the inputs: once, or where they are too many, again for
+    each weight.
     """
-    (num_lines, columns), num_rows = lines.shape, weight.shape[0]
-    most_rows, most_lines = _block_shape(num_lines, num_rows, columns)
-    with reused_heap():
+
+    def __init__(self, lines: torch.Tensor) -> None:
+        self._lines = lines
+        self._most_lines = _most_lines(*lines.shape)
+        self._chunk = torch.empty((self._most_lines, lines.shape[1]))
+        if self._most_lines == lines.shape[0]:
+            self._chunk.copy_(lines)
+
+    def multiply(self, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor) -> None:
+        """Writes the inputs times `weight` [rows, columns], plus `bias` [rows], into `out` [n, rows].
+
+        The bias is added before the results are rounded, as `linear` does.
+        """
+        (num_lines, columns), num_rows = self._lines.shape, weight.shape[0]
+        most_rows = _most_rows(self._most_lines, num_rows, columns)
         block = torch.empty((most_rows, columns))
-        chunk = torch.empty((most_lines, columns))
-        if most_lines == num_lines:
-            chunk.copy_(lines)
-        for start in range(0, num_rows, most_rows):
-            stop = min(num_rows, start + most_rows)
-            rows = block[: stop - start].copy_(weight[start:stop])
-            bias_of_rows = None if bias is None else bias[start:stop].float()
-            for first in range(0, num_lines, most_lines):
-                last = min(num_lines, first + most_lines)
-                inputs = chunk[: last - first]
-                if most_lines < num_lines:
-                    inputs.copy_(lines[first:last])
+        for first in range(0, num_lines, self._most_lines):
+            last = min(num_lines, first + self._most_lines)
+            inputs = self._chunk[: last - first]
+            if self._most_lines < num_lines:
+                inputs.copy_(self._lines[first:last])
+            for start in range(0, num_rows, most_rows):
+                stop = min(num_rows, start + most_rows)
+                rows = block[: stop - start].copy_(weight[start:stop])
+                bias_of_rows = None if bias is None else bias[start:stop].float()
                 out[first:last, start:stop] = F.linear(inputs, rows, bias_of_rows)
 
 
-def _block_shape(num_lines: int, num_rows: int, columns: int) -> tuple[int, int]:
-    """Rows of the weight and lines of the inputs that are in float32 at once."""
-    most_rows = min(num_rows, max(1, _BLOCK // columns))
-    return most_rows, min(num_lines, max(1, _BLOCK // max(columns, most_rows)))
+def _most_lines(num_lines: int, columns: int) -> int:
+    """Lines of the inputs that are in float32 at once."""
+    return _evenly(num_lines, max(1, _INPUTS // columns))
+
+
+def _most_rows(most_lines: int, num_rows: int, columns: int) -> int:
+    """Rows of a weight that are in float32 at once."""
+    block = _BLOCK if most_lines > _FEW_LINES else _SMALL_BLOCK
+    return _evenly(num_rows, max(1, block // max(columns, most_lines)))
+
+
+def _evenly(count: int, most: int) -> int:
+    """The size of pieces of at most `most`: as few as possible, and none of them much smaller than the others."""
+    return -(-count // max(1, -(-count // most)))
 
 
 def _scratch_bytes(num_lines: int, num_rows: int, columns: int) -> int:
-    most_rows, most_lines = _block_shape(num_lines, num_rows, columns)
+    most_lines = _most_lines(num_lines, columns)
+    most_rows = _most_rows(most_lines, num_rows, columns)
     return (most_rows * columns + most_lines * columns + most_lines * most_rows + most_rows) * _ITEMSIZE

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.memory.library_caches import reused_heap
-from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, multiply_widened
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, WidenedInputs
 from hermes_async.quantization.encoding import Parts, StoredMatrix
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -265,8 +265,9 @@ class EncodedWeight(nn.Parameter):
         rows, columns = matrix.shape
         elements = _SMALL_BLOCK if self.dtype == torch.float32 and lines.shape[0] < _FEW_ROWS else _BLOCK
         out = torch.empty((lines.shape[0], rows), dtype=lines.dtype)
-        widens = self.dtype == torch.bfloat16 and self._products.widens(lines)
         with reused_heap():
+            widens = self.dtype == torch.bfloat16 and self._products.widens(lines)
+            widened = WidenedInputs(lines) if widens else None
             scratch = torch.empty((min(rows, _block_rows(matrix, elements)), columns), dtype=self.dtype)
             for start, stop in _blocks(matrix, elements):
                 block = scratch[: stop - start]
@@ -274,8 +275,8 @@ class EncodedWeight(nn.Parameter):
                 bias_of_block = None if bias is None else bias[start:stop]
                 if bias is None and _is_one_vector(lines):
                     torch.mv(block, lines[0], out=out[0, start:stop])
-                elif widens:
-                    multiply_widened(lines, block, bias_of_block, out[:, start:stop])
+                elif widened is not None:
+                    widened.multiply(block, bias_of_block, out[:, start:stop])
                 else:
                     out[:, start:stop] = F.linear(lines, block, bias_of_block)
         return out

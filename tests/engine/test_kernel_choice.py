@@ -1,4 +1,4 @@
-"""How bfloat16 weights are multiplied is decided by the fastest times of a short measurement."""
+"""How bfloat16 weights are multiplied is decided by the medians of a short measurement."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_what_is_faster_is_used(gains: dict[int, float], expected: Bfloat16Produ
 
 
 @pytest.mark.parametrize(("linear_s", "other_s", "gain"), [(3.0, 2.0, 1.5), (2.0, 3.0, 2 / 3)])
-def test_gains_are_of_the_fastest_times(
+def test_gains_are_of_the_medians(
     monkeypatch: pytest.MonkeyPatch, linear_s: float, other_s: float, gain: float
 ) -> None:
-    now, slowed = 0.0, itertools.cycle((7.0, 1.0, 1.0, 1.0, 5.0))  # by other programs
+    now, slowed = 0.0, itertools.cycle((7.0, 1.0, 1.0, 1.0, 1.0))  # by other programs
 
     def taking(seconds: float) -> Any:
         def multiply(*args: Any) -> torch.Tensor:
@@ -45,10 +45,10 @@ def test_gains_are_of_the_fastest_times(
     monkeypatch.setattr(kernel_choice.F, "linear", taking(linear_s))
     monkeypatch.setattr(kernel_choice.Bfloat16Products, "linear", taking(other_s))
     monkeypatch.setattr(kernel_choice.time, "perf_counter", lambda: now)
-    assert measured_gains() == pytest.approx(dict.fromkeys((1, 16, 64, 256), gain))
+    assert measured_gains() == pytest.approx(dict.fromkeys((1, 16, 32, 64, 256), gain))
 
 
 def test_both_ways_are_really_measured() -> None:
     gains = measured_gains()
-    assert list(gains) == [1, 16, 64, 256]
+    assert list(gains) == [1, 16, 32, 64, 256]
     assert all(gain > 0 for gain in gains.values())

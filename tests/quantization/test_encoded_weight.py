@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, uses_rows
 from hermes_async.quantization.encoding import StoredMatrix
@@ -30,6 +31,7 @@ def made(
     transposed: bool = False,
     order: tuple[int, ...] | None = None,
     dtype: torch.dtype = torch.float32,
+    products: Bfloat16Products = LINEAR,
 ) -> tuple[EncodedWeight, torch.Tensor]:
     """A weight of FP8 matrices, and the same weight as a plain tensor."""
     generator = torch.Generator().manual_seed(0)
@@ -51,7 +53,7 @@ def made(
         weight = weight.view(experts, per_expert * ROWS, COLUMNS)
     weight = weight.mT if transposed else weight
     parameter = EncodedParameter("w", tuple(weight.shape), dtype, tuple(matrices))
-    return EncodedWeight.of(parameter, parts.__getitem__), weight.to(dtype)
+    return EncodedWeight.of(parameter, parts.__getitem__, products), weight.to(dtype)
 
 
 INPUTS = torch.randn(2, 3, COLUMNS, generator=torch.Generator().manual_seed(1))
@@ -153,3 +155,14 @@ def test_which_uses_need_the_whole_weight() -> None:
     assert not uses_rows(torch.Tensor.__getitem__, (plain, torch.tensor([1, 2])))
     assert not uses_rows(torch.Tensor.view, (plain, -1))
     assert not uses_rows(torch.bmm, (plain, plain))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_many_tokens_are_multiplied_in_float32_where_that_is_faster(with_bias: bool) -> None:
+    weight, plain = made(dtype=torch.bfloat16, products=Bfloat16Products(widened_tokens=4))
+    inputs = torch.randn(9, COLUMNS, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    bias = BIAS.to(torch.bfloat16) if with_bias else None
+    with torch.inference_mode():
+        expected = F.linear(inputs.float(), plain.float(), None if bias is None else bias.float()).to(torch.bfloat16)
+        torch.testing.assert_close(F.linear(inputs, weight, bias), expected, rtol=2**-7, atol=2**-7)
+        assert torch.equal(F.linear(inputs[:3], weight, bias), F.linear(inputs[:3], plain, bias))
