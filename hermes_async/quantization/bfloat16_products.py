@@ -19,8 +19,6 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from hermes_async.memory.library_caches import reused_heap
-
 _BLOCK = 1 << 20
 """Elements of a weight, and of results, that are in float32 at once."""
 _SMALL_BLOCK = 1 << 19
@@ -78,8 +76,7 @@ class Bfloat16Products:
         elif self.widens(inputs):
             lines = inputs.reshape(-1, columns)
             product = torch.empty((lines.shape[0], rows), dtype=weight.dtype)
-            with reused_heap():
-                WidenedInputs(lines).multiply(weight, bias, product)
+            WidenedInputs(lines).multiply(weight, bias, product)
         else:
             return F.linear(inputs, weight, bias)
         return product.view(*inputs.shape[:-1], rows)
