@@ -192,7 +192,7 @@ PRIVATE_IN_TESTS = {
     "features/test_automatic_budget.py": {"_observe"},
     "fuzz/__main__.py": {"_exit"},  # that of os
     "modeling/test_attention.py": {"_grouped_attention"},
-    "modeling/test_bfloat16_weight.py": {"_BLOCK", "_INPUTS", "_SMALL_BLOCK"},
+    "modeling/test_bfloat16_weight.py": {"_INPUTS", "_SMALL_BLOCK"},
     "modeling/test_kernels.py": {"_packs_attention"},
     "modeling/test_selfcheck.py": {"_separately"},
     "pipeload/conftest.py": {"_free"},
