@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.config import EngineConfig
+from hermes_async.errors import ConfigError
+from hermes_async.memory.available import free_bytes
 from hermes_async.modeling.bfloat16_weight import bfloat16_shapes
 from hermes_async.planning.profile import ProductsProfile
 from hermes_async.planning.profile_store import load_products_profile, products_profile_file, save_profile
@@ -21,6 +23,7 @@ from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 _FASTER = 1.1  # a function counts as faster than `linear` above this gain
 _SHAPE = (2, 4096, 4096)  # of the weights that are measured: 64 MiB, so that they come from memory, as in a model
 _TOKENS = (1, 16, 32, 64, 256)
+_LEAST_FREE = 512 << 20  # bytes; with less, nothing is measured
 _SECONDS = 0.2  # for each number of tokens
 _FEWEST_TIMES = 3
 _LEAST_TOKENS = 2  # that are widened; one has `mv`
@@ -29,24 +32,33 @@ _LEAST_TOKENS = 2  # that are widened; one has `mv`
 def choose_products(model: nn.Module, config: EngineConfig, folder: Path | None = None) -> Bfloat16Products:
     """How inputs are multiplied with the bfloat16 weights of a model. Call it on a worker thread.
 
-    Nothing is measured where `kernels` is "transformers", or where the model has no large weight in bfloat16.
+    Nothing is measured where `kernels` is "transformers", where the model has no large weight in bfloat16, or where so
+    little memory is free that the measurement might take what the engine needs; then `linear` multiplies.
 
     Args:
         folder: Of the measurement; the user's cache by default.
     """
     if config.kernels == "transformers" or not bfloat16_shapes(model):
         return LINEAR
-    return chosen_products(products_profile(folder))
+    profile = products_profile(folder)
+    return LINEAR if profile is None else chosen_products(profile)
 
 
-def products_profile(folder: Path | None = None) -> ProductsProfile:
-    """What was measured here before, or is measured now."""
+def products_profile(folder: Path | None = None) -> ProductsProfile | None:
+    """What was measured here before, or is measured now; None where too little memory is free for that."""
     file = products_profile_file(folder)
     known = load_products_profile(file)
-    if known is None:
+    if known is None and _has_room():
         known = ProductsProfile(created_at=time.time(), gains=measured_gains())
         save_profile(file, known)
     return known
+
+
+def _has_room() -> bool:
+    try:
+        return free_bytes() >= _LEAST_FREE
+    except ConfigError:  # the system does not tell
+        return True
 
 
 def chosen_products(profile: ProductsProfile) -> Bfloat16Products:

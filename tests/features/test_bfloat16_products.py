@@ -137,6 +137,18 @@ async def test_where_it_is_not_used(
     assert gains == left
 
 
+async def test_nothing_is_measured_where_little_memory_is_free(
+    models: dict[torch.dtype, tuple[Path, PreTrainedModel]], gains: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = models[torch.bfloat16]
+    gains.append(9.0)
+    monkeypatch.setattr(kernel_choice, "free_bytes", lambda: 511 << 20)
+    async with engine(path) as opened:
+        assert inside(opened).bfloat16_weights == set()
+    assert gains == [9.0]
+    assert not products_profile_file().exists()  # it is measured when more is free
+
+
 async def test_small_models_are_not_measured(tiny_model: Any, gains: list[float]) -> None:
     gains.append(2.0)
     config = replace(tiny_model.config, dtype="bfloat16")
