@@ -73,6 +73,7 @@ def chosen_products(profile: ProductsProfile) -> Bfloat16Products:
         vector_gain=vector_gain if vector_gain > _FASTER else 0.0,
         widened_tokens=widened_tokens,
         widened_gain=widened_gain,
+        scales_inputs=True,
     )
 
 

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
+import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
 from hermes_async.engine.model_planner import ModelPlanner
-from hermes_async.engine.probing import build_and_probe, with_pooling
+from hermes_async.engine.probing import ProbedModel, build_and_probe, with_pooling
 from hermes_async.errors import CheckpointError, ConfigError
 from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.memory.available import process_rss_bytes
@@ -128,7 +129,9 @@ def open_model(
         products = model.products
         if chosen.native_tokens:  # torch's own kernels multiply few tokens
             products = replace(products, vector_gain=0.0)
-        chosen = replace(chosen, explanation=(*chosen.explanation, *products.explanation()))
+        chosen = replace(
+            chosen, explanation=(*chosen.explanation, *products.explanation(scaled=_has_scaled_products(model)))
+        )
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
@@ -223,6 +226,15 @@ def _sentences(
         return settings, None
     lower = lower_casing(tokenizer)
     return settings, None if lower is tokenizer else SharedTokenizer(lower)
+
+
+def _has_scaled_products(model: ProbedModel) -> bool:
+    return any(
+        one.dtype == torch.bfloat16 and matrix.encoding.scales_inputs
+        for one in model.skeleton.encoded.values()
+        for matrix in one.matrices
+        if not one.whole
+    )
 
 
 # --- the draft model ---

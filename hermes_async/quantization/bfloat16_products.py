@@ -37,19 +37,25 @@ class Bfloat16Products:
         vector_gain: How many times as fast as `linear` one token is with `mv`; 0 where `linear` multiplies it.
         widened_tokens: From so many tokens on, blocks are converted to float32; 0 where they never are.
         widened_gain: How many times as fast as `linear` that is, with many tokens.
+        scales_inputs: Whether one token may be multiplied with quantized weights by `Encoding.scaled_product`.
     """
 
     vector_gain: float = 0.0
     widened_tokens: int = 0
     widened_gain: float = 0.0
+    scales_inputs: bool = False
 
     @property
     def is_linear(self) -> bool:
-        """Whether `linear` multiplies all numbers of tokens."""
+        """Whether `linear` multiplies all numbers of tokens with weights that are stored in bfloat16."""
         return not self.vector_gain and not self.widened_tokens
 
-    def explanation(self) -> tuple[str, ...]:
-        """Lines for a plan."""
+    def explanation(self, *, scaled: bool) -> tuple[str, ...]:
+        """Lines for a plan.
+
+        Args:
+            scaled: Whether the model has weights with a `scaled_product`.
+        """
         lines = []
         if self.vector_gain:
             lines.append(f"one token: torch.mv is {self.vector_gain:.1f} times as fast as linear here")
@@ -58,7 +64,9 @@ class Bfloat16Products:
                 f"{self.widened_tokens} tokens and more: bfloat16 is multiplied in float32, a block of rows at a time, "
                 f"{self.widened_gain:.1f} times as fast as linear here"
             )
-        return tuple(f"{line}; it may round otherwise, and kernels='transformers' keeps linear" for line in lines)
+        if self.scales_inputs and scaled:
+            lines.append("one token: inputs are multiplied with the scales of quantized weights, which is faster")
+        return tuple(f"{line}; it may round otherwise than kernels='transformers'" for line in lines)
 
     def widens(self, inputs: torch.Tensor) -> bool:
         """Whether these inputs [..., columns] are multiplied in float32."""

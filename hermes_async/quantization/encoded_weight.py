@@ -253,6 +253,10 @@ class EncodedWeight(nn.Parameter):
         if bias is not None and order is not None:
             bias = torch.empty_like(bias).index_copy_(0, order, bias)
         out = matrix.encoding.product(parts, lines)
+        if out is None and bias is None and self._products.scales_inputs and _is_one_vector(lines):
+            with reused_heap():
+                product = matrix.encoding.scaled_product(parts, lines[0])
+            out = None if product is None else product[None]
         if out is None:
             out = self._product_of_blocks(matrix, parts, lines, bias)
         elif bias is not None:

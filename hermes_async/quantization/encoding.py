@@ -113,6 +113,19 @@ class Encoding(ABC):
         """
         return None
 
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether it has a `scaled_product`."""
+        return False
+
+    def scaled_product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
+        """The product of a bfloat16 vector `inputs` [columns] with all rows, [rows].
+
+        The inputs are multiplied with the scales of blocks, in place of the weights. So the rounding of these products
+        to bfloat16 is that of an input, and not that of a weight. None if these parts do not allow it.
+        """
+        return None
+
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         """How the matrix is made of whole numbers in groups, if it is: then `integer_rows` gives them."""
         return None

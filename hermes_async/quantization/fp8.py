@@ -27,6 +27,8 @@ _OTHER_FP8 = (torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz)
 _PACKED_FP4 = (torch.int8, torch.uint8)
 _SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float8_e8m0fnu, torch.uint8)
 _NAN, _NEGATIVE_NAN = 0x7F, 0xFF
+_LEAST_BLOCK_ROWS = 32  # with fewer, multiplying inputs takes as long as multiplying weights
+_LARGEST_SCALE = 2.0**30  # of those that inputs are multiplied with: no product overflows
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,37 @@ class Fp8Encoding(BlockEncoding):
                 numbers = weight.float()
                 multiply_blocks(numbers, scale[blocks], self.block)
                 own.copy_(numbers)
+
+    @property
+    def scales_inputs(self) -> bool:
+        return (self.block.rows is None or self.block.rows >= _LEAST_BLOCK_ROWS) and (
+            self.block.columns is None or self.block.columns > 1
+        )
+
+    def scaled_product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
+        weight, scale = parts["weight"], scale_values(parts["scale"])
+        lowest, highest = bounds_of(scale)
+        if not self.scales_inputs or not -_LARGEST_SCALE <= lowest <= highest <= _LARGEST_SCALE:
+            return None
+        rows, columns = weight.shape
+        height, width = self.block.rows or rows, self.block.columns or columns
+        out = torch.empty(rows, dtype=inputs.dtype)
+        most = max(1, min(height, FLOAT16_ELEMENTS // columns))
+        scratch = torch.empty((most, columns), dtype=inputs.dtype)
+        # Numbers are folded by half before they are added, and by half afterwards, so that nothing overflows.
+        half = 2.0 ** (_WIDENINGS[inputs.dtype].fold // 2)
+        wide_inputs = inputs.float()
+        for idx, factors in enumerate(scale * half):
+            scaled = (wide_inputs * factors.repeat_interleave(width)[:columns]).to(inputs.dtype)
+            end = min(rows, (idx + 1) * height)
+            for start in range(idx * height, end, most):
+                stop = min(end, start + most)
+                if has_nan(weight[start:stop]):
+                    return None
+                block = scratch[: stop - start]
+                _widen(weight[start:stop], _WIDENINGS[inputs.dtype], block)
+                torch.mv(block, scaled, out=out[start:stop])
+        return out.mul_(half)
 
     def scratch_bytes(self, rows: int, columns: int, itemsize: int) -> int:
         piece = max(columns, min(rows * columns, FLOAT16_ELEMENTS))

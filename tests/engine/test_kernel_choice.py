@@ -17,11 +17,11 @@ from hermes_async.quantization.bfloat16_products import Bfloat16Products
 @pytest.mark.parametrize(
     ("gains", "expected"),
     [
-        ({1: 1.5, 16: 1.2, 64: 2.5, 256: 2.8}, Bfloat16Products(1.5, 16, 2.8)),
-        ({1: 0.5, 16: 1.05, 64: 2.5, 256: 2.0}, Bfloat16Products(0.0, 64, 2.5)),
-        ({1: 1.05, 16: 3.0, 64: 0.9, 256: 2.0}, Bfloat16Products(0.0, 256, 2.0)),
-        ({1: 2.0, 16: 3.0, 64: 3.0, 256: 0.5}, Bfloat16Products(2.0, 0, 0.0)),
-        ({}, Bfloat16Products()),
+        ({1: 1.5, 16: 1.2, 64: 2.5, 256: 2.8}, Bfloat16Products(1.5, 16, 2.8, True)),
+        ({1: 0.5, 16: 1.05, 64: 2.5, 256: 2.0}, Bfloat16Products(0.0, 64, 2.5, True)),
+        ({1: 1.05, 16: 3.0, 64: 0.9, 256: 2.0}, Bfloat16Products(0.0, 256, 2.0, True)),
+        ({1: 2.0, 16: 3.0, 64: 3.0, 256: 0.5}, Bfloat16Products(2.0, 0, 0.0, True)),
+        ({}, Bfloat16Products(scales_inputs=True)),
     ],
 )
 def test_what_is_faster_is_used(gains: dict[int, float], expected: Bfloat16Products) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hermes_async.quantization import fp8
 from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, uses_rows
@@ -166,3 +167,20 @@ def test_many_tokens_are_multiplied_in_float32_where_that_is_faster(with_bias: b
         expected = F.linear(inputs.float(), plain.float(), None if bias is None else bias.float()).to(torch.bfloat16)
         torch.testing.assert_close(F.linear(inputs, weight, bias), expected, rtol=2**-7, atol=2**-7)
         assert torch.equal(F.linear(inputs[:3], weight, bias), F.linear(inputs[:3], plain, bias))
+
+
+def test_one_token_may_be_multiplied_with_the_scales(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fp8, "_LEAST_BLOCK_ROWS", 1)
+    inputs = torch.randn(1, COLUMNS, generator=torch.Generator().manual_seed(2)).to(torch.bfloat16)
+    called = []
+    product = fp8.Fp8Encoding.scaled_product
+    monkeypatch.setattr(fp8.Fp8Encoding, "scaled_product", lambda *args: (called.append(1), product(*args))[1])
+    for scales_inputs in (False, True):
+        weight, plain = made(dtype=torch.bfloat16, products=Bfloat16Products(scales_inputs=scales_inputs))
+        with torch.inference_mode():
+            exact = F.linear(inputs.float(), plain.float())
+            bound = F.linear(inputs.float().abs(), plain.float().abs()) * 2**-7
+            assert bool(((F.linear(inputs, weight).float() - exact).abs() <= bound).all())
+            F.linear(inputs.expand(2, COLUMNS), weight)
+            F.linear(inputs, weight, torch.zeros(ROWS, dtype=torch.bfloat16))
+        assert len(called) == scales_inputs  # not with several tokens, nor with a bias

@@ -280,3 +280,41 @@ def test_bad_tensors(tensors: Any, error: type[Exception], message: str) -> None
     with pytest.raises(error, match=message) as caught:
         found_in([spec(*one) for one in tensors])
     assert "model.safetensors" in str(caught.value)
+
+
+@pytest.mark.parametrize("block", [(32, 32), (64, 7), (None, 16), (None, None), (40, None)])
+@pytest.mark.parametrize("size", [1.0, 1e-20, 3e4])
+def test_one_token_is_multiplied_with_the_scales(block: tuple[int | None, int | None], size: float) -> None:
+    generator = torch.Generator().manual_seed(5)
+    rows, columns, encoding = 150, 96, Fp8Encoding(BlockSize(*block))
+    weight = torch.randn(rows, columns, generator=generator).mul_(40).to(FP8)
+    scale = torch.rand(encoding.block.grid(rows, columns), generator=generator) + 0.01
+    inputs = torch.randn(columns, generator=generator).mul_(size).to(torch.bfloat16)
+    assert encoding.scales_inputs
+    with torch.inference_mode():
+        found = encoding.scaled_product({"weight": weight, "scale": scale}, inputs)
+        exact = torch.empty(rows, columns)
+        encoding.dequantize({"weight": weight, "scale": scale}, 0, rows, exact)
+    assert found is not None
+    products = exact.double() * inputs.double()
+    # Each product has one rounding to bfloat16, and so has the sum.
+    bound = (products.sum(1).abs() + products.abs().sum(1)) * 2**-8
+    assert bool(((found.double() - products.sum(1)).abs() <= bound).all())
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 2.0**31, -(2.0**31)])
+def test_one_token_and_scales_that_are_too_large(scale: float) -> None:
+    encoding = Fp8Encoding(BlockSize(32, 32))
+    parts = {"weight": torch.ones(64, 32).to(FP8), "scale": torch.tensor([[1.0], [scale]])}
+    assert encoding.scaled_product(parts, torch.ones(32, dtype=torch.bfloat16)) is None
+
+
+def test_one_token_and_a_weight_that_is_no_number() -> None:
+    parts = {"weight": torch.ones(64, 32).to(FP8), "scale": torch.ones(2, 1)}
+    parts["weight"][40, 3] = float("nan")
+    assert Fp8Encoding(BlockSize(32, 32)).scaled_product(parts, torch.ones(32, dtype=torch.bfloat16)) is None
+
+
+def test_small_blocks_multiply_weights() -> None:
+    assert not Fp8Encoding(BlockSize(1, None)).scales_inputs
+    assert not Fp8Encoding(BlockSize(32, 1)).scales_inputs
