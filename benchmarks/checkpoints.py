@@ -128,10 +128,20 @@ def _write(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> Non
             if len(shape) == 1:
                 tensors[name] = torch.ones(shape, dtype=dtype)
             else:
-                shift = int(torch.randint(noise.numel(), (1,), generator=generator))
-                repeats = -(-shape.numel() // noise.numel())
-                tensors[name] = noise.roll(shift).repeat(repeats)[: shape.numel()].view(shape)
+                tensors[name] = _numbers(shape.numel(), noise, generator).view(shape)
             weight_map[name] = file
         save_file(tensors, path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
     (path / _INDEX).write_text(json.dumps(index))
+
+
+def _numbers(count: int, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """So many of the numbers in `noise`, from a drawn one on, in memory of their own; after the last comes the first."""
+    start = int(torch.randint(noise.numel(), (1,), generator=generator))
+    numbers = torch.empty(count, dtype=noise.dtype)
+    done = 0
+    while done < count:
+        piece = noise[start : start + count - done]
+        numbers[done : done + len(piece)] = piece
+        done, start = done + len(piece), 0
+    return numbers

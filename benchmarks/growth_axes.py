@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import statistics
 import tempfile
@@ -17,7 +18,6 @@ import torch
 from transformers import LlamaConfig
 
 from benchmarks.checkpoints import llama_config, random_checkpoint, shortened, write_tokenizer
-from benchmarks.processes import forget_files
 from benchmarks.sessions import measure_point
 from benchmarks.sweep import disk_seconds
 from hermes_async import Engine, EngineConfig, SamplingParams, format_bytes
@@ -98,8 +98,11 @@ async def _decode(
     return times[0] - started, statistics.median(steps[warm_up:])
 
 
-def _weight_bytes(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+def _written(path: Path) -> None:
+    """Waits until a checkpoint is on the disk: what is written later would hold up the reads."""
+    for file in path.glob("*.safetensors"):
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
 
 
 def _narrow_llama(**changes: int) -> LlamaConfig:
@@ -129,7 +132,7 @@ async def _by_size(settings: Settings) -> AsyncIterator[Points]:
     sizes = fitting_sizes(settings.of(_SIZES, _QUICK_SIZES), settings.folder)
     configs = [llama_config(int(size * GIB), torch.bfloat16) for size in sizes]
     with random_checkpoint(configs[-1], torch.bfloat16, settings.folder) as whole, ExitStack() as exits:
-        forget_files([whole])
+        _written(whole)
         paths = [exits.enter_context(shortened(whole, config.num_hidden_layers)) for config in configs]
         nbytes = [_num_bytes(config) for config in configs]
         yield [(own / GIB, partial(_visit_size, path, own)) for path, own in zip(paths, nbytes, strict=True)]
@@ -186,7 +189,7 @@ async def _by_layers(settings: Settings) -> AsyncIterator[Points]:
         for number in settings.of(_LAYERS, _QUICK_LAYERS):
             config = _narrow_llama(num_hidden_layers=int(number))
             path = exits.enter_context(random_checkpoint(config, torch.bfloat16, settings.folder))
-            forget_files([path])
+            _written(path)
             points.append((number, partial(_visit_layers, path, _num_bytes(config))))
         yield points
 
@@ -239,7 +242,7 @@ async def _by_sessions(settings: Settings) -> AsyncIterator[Points]:
     many = EngineConfig(max_sequences=_SESSIONS[-1], prompt_lookup=False, kv_budget=64 * MIB)
     nbytes = _num_bytes(config)
     with random_checkpoint(config, torch.bfloat16, settings.folder) as path:
-        forget_files([path])
+        _written(path)
         beside = 128 * MIB
         async with (
             _timed_engine(path, _STREAMED * nbytes + beside, many) as (streamed, _),
