@@ -136,7 +136,7 @@ def _write(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> Non
 
 
 def _numbers(count: int, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """So many of the numbers in `noise`, from a drawn one on, in memory of their own; after the last comes the first."""
+    """A copy of so many of the numbers in `noise`, from a drawn one on; after the last comes the first again."""
     start = int(torch.randint(noise.numel(), (1,), generator=generator))
     numbers = torch.empty(count, dtype=noise.dtype)
     done = 0

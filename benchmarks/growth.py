@@ -11,8 +11,8 @@ logarithms of the upper half of the points, and the least-squares line a + b x t
 faster than it must if p is at most what is expected, and a little for noise.
 
 Checkpoints are made on the spot, in bf16, and deleted afterwards. Models of several sizes share one checkpoint's files.
-Sweeps read with direct I/O, past the page cache. On the axis of the size, the same run measures plain direct reads of the same extents.
-Rounds visit the points of an axis in turn, and medians of the rounds count.
+Sweeps read with direct I/O, past the page cache. On the axis of the size, the same run measures plain direct reads of
+the same extents. Rounds visit the points of an axis in turn, and medians of the rounds count.
 
 A full run takes about ten minutes on two cores, and writes up to 12 GiB. `--quick` takes about two, and writes 3 GiB.
 """
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=None, help="visits to each point (default 3; 2 with --quick)")
     parser.add_argument("--limit", type=int, default=0, help="MiB/s that the disk is held at (default: not held)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoints: the disk to measure")
-    parser.add_argument("--json", type=Path, default=None, help="write the result to this file as well, after each axis")
+    parser.add_argument("--json", type=Path, default=None, help="write the result to this file, too, after each axis")
     args = parser.parse_args()
     names = args.axes.split(",")
     if unknown := set(names) - AXES.keys():

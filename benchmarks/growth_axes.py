@@ -9,7 +9,7 @@ import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -88,14 +88,12 @@ async def _timed_engine(
         yield engine, time.perf_counter() - started
 
 
-async def _decode(
-    engine: Engine, prompt: Sequence[int], params: SamplingParams, *, warm_up: int = 1
-) -> tuple[float, float]:
-    """Seconds to the first token, and the median of the later ones without the first `warm_up` of them."""
+async def _decode(engine: Engine, prompt: Sequence[int], params: SamplingParams) -> tuple[float, float]:
+    """Seconds to the first token, and the median of the later ones. The second is left out, as it warms up."""
     started = time.perf_counter()
     times = [time.perf_counter() async for _ in engine.generate(list(prompt), params)]
     steps = [later - earlier for earlier, later in pairwise(times)]
-    return times[0] - started, statistics.median(steps[warm_up:])
+    return times[0] - started, statistics.median(steps[1:])
 
 
 def _written(path: Path) -> None:
@@ -178,8 +176,6 @@ async def _visit_size(path: Path, nbytes: int) -> Mapping[str, float]:
 
 _LAYERS = (8, 16, 32, 48, 64, 80)
 _QUICK_LAYERS = (8, 24, 48, 80)
-_STREAMED = 0.5  # of the weights, as budget beside what sequences take
-_BESIDE_BYTES = 16 * MIB
 
 
 @asynccontextmanager
@@ -190,16 +186,18 @@ async def _by_layers(settings: Settings) -> AsyncIterator[Points]:
             config = _narrow_llama(num_hidden_layers=int(number))
             path = exits.enter_context(random_checkpoint(config, torch.bfloat16, settings.folder))
             _written(path)
-            points.append((number, partial(_visit_layers, path, _num_bytes(config))))
+            points.append((number, partial(_visit_layers, path, config)))
         yield points
 
 
-async def _visit_layers(path: Path, nbytes: int) -> Mapping[str, float]:
+async def _visit_layers(path: Path, config: LlamaConfig) -> Mapping[str, float]:
     params = SamplingParams(max_tokens=24, **_GREEDY)
-    async with _timed_engine(path, _STREAMED * nbytes + _BESIDE_BYTES) as (engine, opening_s):
+    budget = 4 * _num_bytes(config) + 64 * MIB
+    half = replace(_ALONE, max_resident_layers=config.num_hidden_layers // 2)
+    async with _timed_engine(path, budget, half) as (engine, opening_s):
         assert engine.plan.reads_weights
         _, streamed_s = await _decode(engine, _PROMPT, params)
-    async with _timed_engine(path, 4 * nbytes + 64 * MIB) as (engine, _):
+    async with _timed_engine(path, budget) as (engine, _):
         assert not engine.plan.reads_weights
         _, resident_s = await _decode(engine, _PROMPT, params)
     return {"opening": opening_s, "streamed": streamed_s, "in memory": resident_s}
@@ -240,13 +238,13 @@ _QUICK_SESSIONS = (1, 4, 8, 16, 32, 64)
 async def _by_sessions(settings: Settings) -> AsyncIterator[Points]:
     config = _narrow_llama(num_hidden_layers=16)
     many = EngineConfig(max_sequences=_SESSIONS[-1], prompt_lookup=False, kv_budget=64 * MIB)
-    nbytes = _num_bytes(config)
+    half = replace(many, max_resident_layers=config.num_hidden_layers // 2)
+    budget = 4 * _num_bytes(config) + 256 * MIB
     with random_checkpoint(config, torch.bfloat16, settings.folder) as path:
         _written(path)
-        beside = 128 * MIB
         async with (
-            _timed_engine(path, _STREAMED * nbytes + beside, many) as (streamed, _),
-            _timed_engine(path, 4 * nbytes + 2 * beside, many) as (resident, _),
+            _timed_engine(path, budget, half) as (streamed, _),
+            _timed_engine(path, budget, many) as (resident, _),
         ):
             assert streamed.plan.reads_weights and not resident.plan.reads_weights
             yield [
@@ -312,7 +310,7 @@ AXES = {
     "layers": Axis(
         "The number of layers",
         "layers",
-        "layers of 1.6 MiB, one session; streamed with about half of the weights in memory, and all in memory",
+        "layers of 1.6 MiB, one session; with half of the layers in memory, and with all",
         (
             Figure("opening", 1, "layers"),
             Figure("streamed", 1, "layers"),
@@ -333,7 +331,7 @@ AXES = {
     "sessions": Axis(
         "The number of sessions",
         "sessions",
-        "16 layers of 1.6 MiB; a decode sweep of all sessions, streamed and in memory",
+        "16 layers of 1.6 MiB; a decode sweep of all sessions, with half of the layers in memory, and with all",
         (
             Figure("streamed", 1, "tokens of a sweep"),
             Figure("in memory", 1, "tokens of a sweep"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import anyio
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -11,10 +12,6 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from benchmarks import growth, growth_axes
 from benchmarks.checkpoints import random_checkpoint, shortened
 from hermes_async import Engine, SamplingParams
-from tests.engines import one_loop
-
-pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 XS = [1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0]
 
@@ -60,7 +57,7 @@ def test_too_little_disk_gives_smaller_models_or_stops(tmp_path: Path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
-async def test_a_shortened_checkpoint_is_the_first_layers(tmp_path: Path) -> None:
+def test_a_shortened_checkpoint_is_the_first_layers(tmp_path: Path) -> None:
     config = LlamaConfig(
         hidden_size=64,
         intermediate_size=128,
@@ -72,12 +69,17 @@ async def test_a_shortened_checkpoint_is_the_first_layers(tmp_path: Path) -> Non
         tie_word_embeddings=True,
     )
     prompt = list(range(1, 9))
-    with random_checkpoint(config, torch.float32, tmp_path) as whole, shortened(whole, 2) as path:
+
+    async def generated(path: Path) -> list[int]:
         async with Engine(path, memory_budget="64MiB") as engine:
             completion = await engine.complete(prompt, SamplingParams(max_tokens=6, temperature=0, ignore_eos=True))
+            return list(completion.token_ids)
+
+    with random_checkpoint(config, torch.float32, tmp_path) as whole, shortened(whole, 2) as path:
+        ours = anyio.run(generated, path)
         model = AutoModelForCausalLM.from_pretrained(whole).eval()
         del model.model.layers[2:]
         with torch.inference_mode():
             expected = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=None)
-    assert list(completion.token_ids) == expected[0, len(prompt) :].tolist()
+    assert ours == expected[0, len(prompt) :].tolist()
     assert not list(tmp_path.iterdir())
