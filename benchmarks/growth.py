@@ -124,13 +124,16 @@ def table(
             f"{figure.exponent:g}",
             f"{found['intercept']:.4f}",
             f"{found['slope']:.3g}",
-            figure.why,
         ]
 
-    head = [axis.unit, *map(axis.shown, xs), "exponent p", "  at most", "a of a + b x", "b", "because of"]
+    head = [axis.unit, *map(axis.shown, xs), "exponent p", "at most", "a of a + b x", "b"]
     rows = list(zip(head, *map(cells, axis.figures), strict=True))
     widths = [max(len(row[idx]) for row in rows) for idx in range(len(rows[0]))]
-    return ["", *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)]
+    return [
+        "",
+        *("  " + "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows),
+        *(f"  {figure.name} grows with {figure.why}" for figure in axis.figures),
+    ]
 
 
 if __name__ == "__main__":
