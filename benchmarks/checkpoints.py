@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import struct
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig
 
 from benchmarks.folders import temporary_folder
 from hermes_async import format_bytes
 
 _SHARD_BYTES = 1 << 30
+_INDEX = "model.safetensors.index.json"
 
 
 def llama_config(num_bytes: int, dtype: torch.dtype) -> LlamaConfig:
@@ -54,6 +57,32 @@ def random_checkpoint(config: PreTrainedConfig, dtype: torch.dtype, folder: Path
         config.architectures = [type(model).__name__]
         config.save_pretrained(path)
         yield path
+
+
+@contextmanager
+def shortened(path: Path, num_layers: int) -> Iterator[Path]:
+    """The first layers of a checkpoint of `random_checkpoint`, as a checkpoint beside it that has the same files."""
+    index = json.loads((path / _INDEX).read_text())
+    kept = {
+        name: file
+        for name, file in index["weight_map"].items()
+        if (layer := re.search(r"\.layers\.(\d+)\.", name)) is None or int(layer[1]) < num_layers
+    }
+    config = json.loads((path / "config.json").read_text()) | {"num_hidden_layers": num_layers}
+    with temporary_folder(path.parent) as short:
+        for file in set(kept.values()):
+            (short / file).symlink_to(path / file)
+        (short / _INDEX).write_text(json.dumps(index | {"weight_map": kept}))
+        (short / "config.json").write_text(json.dumps(config))
+        yield short
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> None:
+    """Adds a tokenizer of so many tokens to a checkpoint."""
+    vocabulary = {"<unk>": 0} | {f"token{idx}": idx for idx in range(1, vocab_size)}
+    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(path / "tokenizer.json"))
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
+    (path / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
 @contextmanager
@@ -99,10 +128,20 @@ def _write(path: Path, shapes: dict[str, torch.Size], dtype: torch.dtype) -> Non
             if len(shape) == 1:
                 tensors[name] = torch.ones(shape, dtype=dtype)
             else:
-                shift = int(torch.randint(noise.numel(), (1,), generator=generator))
-                repeats = -(-shape.numel() // noise.numel())
-                tensors[name] = noise.roll(shift).repeat(repeats)[: shape.numel()].view(shape)
+                tensors[name] = _numbers(shape.numel(), noise, generator).view(shape)
             weight_map[name] = file
         save_file(tensors, path / file, metadata={"format": "pt"})
     index = {"metadata": {}, "weight_map": weight_map}
-    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (path / _INDEX).write_text(json.dumps(index))
+
+
+def _numbers(count: int, noise: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """A copy of so many of the numbers in `noise`, from a drawn one on; after the last comes the first again."""
+    start = int(torch.randint(noise.numel(), (1,), generator=generator))
+    numbers = torch.empty(count, dtype=noise.dtype)
+    done = 0
+    while done < count:
+        piece = noise[start : start + count - done]
+        numbers[done : done + len(piece)] = piece
+        done, start = done + len(piece), 0
+    return numbers

@@ -121,7 +121,9 @@ def main() -> None:
         )
         with random_checkpoint(config, getattr(torch, args.dtype), args.folder) as path:
             found.append({"num_layers": num_layers, **anyio.run(measure, path, args)})
-    _print_table(found)
+        _print_table(found[-1:])  # a later model may take long, or be interrupted
+    if len(found) > 1:
+        _print_table(found)
     print(json.dumps({"dtype": args.dtype, "width": args.width, "threads": torch.get_num_threads(), "models": found}))
 
 

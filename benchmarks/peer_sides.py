@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
@@ -13,10 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models
 from transformers import LlamaConfig
 
-from benchmarks.checkpoints import llama_config, random_checkpoint
+from benchmarks.checkpoints import llama_config, random_checkpoint, write_tokenizer
 from benchmarks.environments import LLAMA_CPP, Environment, InstallError, environment, llama_cpp_environment
 from benchmarks.gguf_files import convert_to_gguf
 from benchmarks.side_runs import run_program
@@ -159,7 +157,8 @@ def files(config: LlamaConfig, sides: Sequence[str], folder: Path | None) -> Ite
         random_checkpoint(config, torch.bfloat16, folder) as checkpoint,
         tempfile.TemporaryDirectory(prefix="hermes-benchmark-", dir=folder, ignore_cleanup_errors=True) as own,
     ):
-        _write_tokenizer(checkpoint, config.vocab_size)
+        # Prompts are token ids, but some libraries do not open a model without a tokenizer.
+        write_tokenizer(checkpoint, config.vocab_size)
         gguf = Path(own) / "model.gguf"
         if any(SIDES[side].program.endswith("llama_cpp_decode") for side in sides):
             convert_to_gguf(checkpoint, config, gguf)
@@ -172,11 +171,3 @@ def split_for_airllm(made: Files, python: Path, threads: int) -> Record:
     side = SIDES["airllm"]
     asked = made.asked(side, 0, None) | {"threads": threads, "points": []}
     return run_program(side.program, asked, python, memory_bytes=None, disk_limit=0, grouped=False)
-
-
-def _write_tokenizer(checkpoint: Path, vocab_size: int) -> None:
-    """A tokenizer of as many tokens. Prompts are token ids, but some libraries do not open a model without one."""
-    vocabulary = {"<unk>": 0} | {f"token{idx}": idx for idx in range(1, vocab_size)}
-    Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>")).save(str(checkpoint / "tokenizer.json"))
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>"}
-    (checkpoint / "tokenizer_config.json").write_text(json.dumps(settings))

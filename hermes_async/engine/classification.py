@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoImageProcessor
+import transformers
 
 from hermes_async.engine.encoding import count_text_tokens, encode_pair, encode_texts, model_inputs, truncated
 from hermes_async.engine.images import load_image
@@ -95,7 +95,7 @@ def _image_inputs(checkpoint: Path, file: Path) -> dict[str, Any]:
 @lru_cache(maxsize=8)
 def _image_processor(checkpoint: Path) -> Any:
     try:
-        load: Any = AutoImageProcessor.from_pretrained
+        load: Any = transformers.AutoImageProcessor.from_pretrained
         return load(checkpoint, trust_remote_code=False, local_files_only=True)
     except Exception as error:
         message = f"{checkpoint} does not say how images are prepared: {first_line(error)}"

@@ -100,7 +100,8 @@ class LoadOrder:
             return None
         position = self._load_position()
         streamed = None if position is None else self.cycle[position[0]]
-        resident = min(self._missing, key=lambda stage: not self._is_wanted(stage), default=None)
+        wanted = (stage for stage in self._missing if self._is_wanted(stage))
+        resident = next(wanted, None) or next(iter(self._missing), None)
         if streamed is None or resident is None:
             return streamed or resident
         return min(streamed, resident, key=self._distance) if self.has_place(streamed) else resident

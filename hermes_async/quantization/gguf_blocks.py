@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -91,6 +91,7 @@ class BlockType:
 # numbers are unpacked into planes, one for each place within the bytes. Eight bytes at a time are an int64.
 # Numbers with an offset are unpacked at the upper end of their bytes, with the highest bit flipped. The byte is then
 # the number less its offset, times a power of two, by which the scale is divided. Scales and products stay exact.
+# Tables are made when they are first needed. Otherwise every import would pay for the first computations of torch.
 
 
 def _chunks(out: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -120,15 +121,18 @@ def _words(blocks: torch.Tensor, start: int, stop: int) -> torch.Tensor:
 
 def _planes(words: torch.Tensor, bits: int) -> torch.Tensor:
     """Each number of so many bits in a byte of its own: int64 [numbers of a byte, blocks, words of a block]."""
-    return (words >> _PLACES[bits]).bitwise_and_(_in_each_byte((1 << bits) - 1))
+    return (words >> _places(bits)).bitwise_and_(_in_each_byte((1 << bits) - 1))
 
 
 def _planes_above(words: torch.Tensor, bits: int) -> torch.Tensor:
     """As `_planes`, but the numbers are at the upper end of their bytes."""
-    return (words << _PLACES[bits].flip(0)).bitwise_and_(_in_each_byte(0xFF & 0xFF00 >> bits))
+    return (words << _places(bits).flip(0)).bitwise_and_(_in_each_byte(0xFF & 0xFF00 >> bits))
 
 
-_PLACES = {bits: torch.arange(0, 8, bits)[:, None, None] for bits in (1, 2, 4)}
+@cache
+def _places(bits: int) -> torch.Tensor:
+    """Where the numbers of so many bits begin in a byte, [numbers of a byte, 1, 1]."""
+    return torch.arange(0, 8, bits, device="cpu")[:, None, None]
 
 
 def _in_each_byte(byte: int) -> int:
@@ -148,7 +152,8 @@ def _q8_0(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 def _two_runs(blocks: torch.Tensor, out: torch.Tensor, *, signed: bool, bits: int) -> None:
     """Q4_0 and Q5_0, which are `signed`, and Q4_1 and Q5_1, which have a minimum."""
-    dtype, table = (torch.int8, _FIFTH_BITS_OF_SIGNED) if signed else (torch.uint8, _FIFTH_BITS)
+    dtype = torch.int8 if signed else torch.uint8
+    table = _bit_table(0x80, 0) if signed else _bit_table(0, 0x10)
     packed = blocks.shape[1] - 16
     scale = _half(blocks, 0).div_(1 << 8 - bits if signed else 1)
     minimum = None if signed else _half(blocks, 2)
@@ -182,13 +187,15 @@ def _spread(packed: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.index_select(table, 0, packed.int().view(-1)).view(-1, 2)
 
 
+@cache
 def _bit_table(zero: int, one: int) -> torch.Tensor:
     """For each byte an int64, whose bytes are `zero` or `one` for each of its bits."""
     rows = [[one if byte >> bit & 1 else zero for bit in range(8)] for byte in range(256)]
-    return torch.tensor(rows, dtype=torch.uint8).view(torch.int64).view(-1)
+    return torch.tensor(rows, dtype=torch.uint8, device="cpu").view(torch.int64).view(-1)
 
 
-_FIFTH_BITS, _FIFTH_BITS_OF_SIGNED = _bit_table(0, 0x10), _bit_table(0x80, 0)
+_IQ4_NUMBERS = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_MXFP4_NUMBERS = (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)  # twice what they stand for
 
 
 def _iq4_nl(blocks: torch.Tensor, out: torch.Tensor) -> None:
@@ -209,24 +216,21 @@ def _iq4_xs(blocks: torch.Tensor, out: torch.Tensor) -> None:
 
 
 def _from_table(
-    blocks: torch.Tensor, out: torch.Tensor, packed: tuple[int, int], scale: torch.Tensor, table: torch.Tensor
+    blocks: torch.Tensor, out: torch.Tensor, packed: tuple[int, int], scale: torch.Tensor, numbers: tuple[int, ...]
 ) -> None:
-    """Numbers of four bits that stand for those of a table, times the scale of each 32 numbers."""
+    """Four bits that stand for one of sixteen numbers, times the scale of each 32 numbers."""
+    table = _pair_table(numbers)
     for rows, target in _chunks(out):
         pairs = _planes(_words(blocks[rows], *packed), 4).view(torch.int16).int()
-        numbers = torch.index_select(table, 0, pairs.view(-1)).view(torch.int8)
-        _multiply_runs(numbers, scale[rows], target, 16)
+        _multiply_runs(torch.index_select(table, 0, pairs.view(-1)).view(torch.int8), scale[rows], target, 16)
 
 
+@cache
 def _pair_table(numbers: tuple[int, ...]) -> torch.Tensor:
     """For each int16 of two bytes from 0 to 15, the int16 of the two bytes with their numbers."""
-    first, second = torch.tensor(numbers, dtype=torch.int8).repeat(256), torch.tensor(numbers, dtype=torch.int8)
-    table = torch.stack((first, second.repeat_interleave(256)), 1)
+    values = torch.tensor(numbers, dtype=torch.int8, device="cpu")
+    table = torch.stack((values.repeat(256), values.repeat_interleave(256)), 1)
     return table.view(torch.int16).view(-1)
-
-
-_IQ4_NUMBERS = _pair_table((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
-_MXFP4_NUMBERS = _pair_table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))  # twice what they stand for
 
 
 # --- blocks of 256 numbers in eight runs of 32, whose scales and minimums have six bits ---
@@ -255,13 +259,10 @@ def _scales_and_minimums(blocks: torch.Tensor) -> torch.Tensor:
     """Eight scales, and eight minimums, in twelve bytes: float32 [2, blocks, 8]."""
     packed = blocks[:, 4:16].view(torch.int32).t().contiguous()
     lower, last = packed[:2], packed[2]
-    four_bits = (last >> _PLACES_IN_INT32).bitwise_and_(0x0F0F0F0F)
+    four_bits = torch.stack((last, last >> 4)).bitwise_and_(0x0F0F0F0F)
     upper = (lower >> 2).bitwise_and_(0x30303030).bitwise_or_(four_bits)
     numbers = torch.stack((lower & 0x3F3F3F3F, upper), 2).view(torch.uint8)
     return numbers * blocks[:, :4].view(torch.float16).t().contiguous().float()[:, :, None]
-
-
-_PLACES_IN_INT32 = torch.tensor([[0], [4]], dtype=torch.int32)
 
 
 # --- blocks of 256 numbers, of which four runs of 32 are packed together ---

@@ -54,31 +54,32 @@ class Preparations:
     """
 
     def __init__(self) -> None:
-        # All mutable state.
+        # All mutable state: the calls, those of them that generate, by the request's id, and the threads.
         self._under_way: set[_Preparation] = set()
+        self._of_requests: dict[str, _Preparation] = {}
         self._threads = anyio.CapacityLimiter(_MAX_THREADS)
 
     @property
     def num_requests(self) -> int:
         """Requests that are being prepared; other calls do not count."""
-        return len(self.request_ids)
+        return len(self._of_requests)
 
     @property
     def request_ids(self) -> tuple[str, ...]:
-        """Ids of the requests that are being prepared, in no order."""
-        return tuple(each.request_id for each in self._under_way if each.request_id is not None)
+        """Ids of the requests that are being prepared, in the order in which they came."""
+        return tuple(self._of_requests)
 
     def is_under_way(self, request_id: str) -> bool:
-        return any(preparation.request_id == request_id for preparation in self._under_way)
+        return request_id in self._of_requests
 
     def abort(self, request_id: str) -> bool:
         """Ends the preparation of a request with `PreparationAbortedError`; False if there is none."""
-        for preparation in tuple(self._under_way):
-            if preparation.request_id == request_id:
-                self._under_way.remove(preparation)
-                preparation.end(PreparationAbortedError())
-                return True
-        return False
+        preparation = self._of_requests.get(request_id)
+        if preparation is None:
+            return False
+        self._remove(preparation)
+        preparation.end(PreparationAbortedError())
+        return True
 
     def end(self, error: HermesError) -> None:
         """Ends all preparations."""
@@ -93,6 +94,9 @@ class Preparations:
     async def run(self, check: Callable[[], T], request_id: str | None = None, deadline: float | None = None) -> T:
         """Calls `check` on a thread, once one is free.
 
+        Args:
+            request_id: Of no other request that is being prepared; None if the call does not generate.
+
         Raises:
             PreparationAbortedError: `abort` was called.
             DeadlineExceededError: The deadline passed.
@@ -105,12 +109,14 @@ class Preparations:
         scope = anyio.CancelScope(deadline=min(ends_at, math.inf if deadline is None else deadline))
         preparation = _Preparation(request_id, scope)
         self._under_way.add(preparation)
+        if request_id is not None:
+            self._of_requests[request_id] = preparation
         result: list[T] = []
         try:
             with scope:
                 result.append(await self._on_a_thread(check))
         finally:
-            self._under_way.discard(preparation)
+            self._remove(preparation)
             preparation.ready.set()
         if preparation.error is not None:
             raise preparation.error
@@ -122,6 +128,12 @@ class Preparations:
         if not result:
             raise DeadlineExceededError("the prompt was not tokenized before the request's deadline")
         return result[0]
+
+    def _remove(self, preparation: _Preparation) -> None:
+        """Its id may be that of another request by now."""
+        self._under_way.discard(preparation)
+        if preparation.request_id is not None and self._of_requests.get(preparation.request_id) is preparation:
+            del self._of_requests[preparation.request_id]
 
     async def _on_a_thread(self, check: Callable[[], T]) -> T:
         """Calls `check` on a thread that neither cancellation nor the interpreter's exit waits for."""

@@ -11,16 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoProcessor, AutoTokenizer
 
 from hermes_async.errors import CheckpointError
 from hermes_async.foreign_errors import is_foreign, reason_of
 
-_LOADERS: dict[str, Any] = {
-    "image_processor": AutoImageProcessor,
-    "feature_extractor": AutoFeatureExtractor,
-    "tokenizer": AutoTokenizer,
+_LOADERS = {
+    "image_processor": "AutoImageProcessor",
+    "feature_extractor": "AutoFeatureExtractor",
+    "tokenizer": "AutoTokenizer",
 }
+"""Names in transformers, which imports what a name needs when it is first asked for."""
+
 _OPTIONS = {"trust_remote_code": False, "local_files_only": True}
 
 
@@ -70,7 +71,7 @@ def _load_processor(path: Path) -> Any:
     """The checkpoint's processor; without its part for videos where torchvision, which that needs, is not installed."""
     name = _class_name(path)
     if name is None or find_spec("torchvision") is not None:
-        load: Any = AutoProcessor.from_pretrained
+        load: Any = transformers.AutoProcessor.from_pretrained
         return load(path, **_OPTIONS)
     processor_class: Any = getattr(transformers, name)
     every: list[str] = processor_class.get_attributes()  # raises an `ImportError` if the class needs torchvision itself
@@ -79,7 +80,10 @@ def _load_processor(path: Path) -> Any:
         load = processor_class.from_pretrained
         return load(path, **_OPTIONS)
     without_videos: Any = type(name, (processor_class,), {"get_attributes": classmethod(lambda _: kept)})
-    parts = [_LOADERS[part].from_pretrained(path, **_OPTIONS) if part in kept else None for part in every]
+    parts = [
+        getattr(transformers, _LOADERS[part]).from_pretrained(path, **_OPTIONS) if part in kept else None
+        for part in every
+    ]
     settings, _ = processor_class.get_processor_dict(path, local_files_only=True)
     return without_videos.from_args_and_dict(parts, settings)
 

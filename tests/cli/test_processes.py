@@ -26,6 +26,12 @@ OF_THE_HELP = {"typer", "click", "shellingham", "annotated_doc", "typing_extensi
 IN_A_LOOP = {"asyncio", "concurrent", "ssl", "email", "http"}
 """Parts of the standard library that take long to import, and are of no use before an engine opens."""
 
+NOT_FOR_EVERY_MODEL = {
+    *("llguidance", "gguf", "matplotlib", "httpx", "fastapi", "uvicorn", "typer", "rich"),
+    *(f"transformers.models.auto.{kind}_auto" for kind in ("image_processing", "feature_extraction", "processing")),
+}
+"""For images, audio, grammars, GGUF files, the hub, servers and commands. They are no part of an engine's baseline."""
+
 
 def python(code: str, *args: str | bytes, **kwargs: Any) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run([sys.executable, "-c", code, *args], capture_output=True, check=False, **kwargs)
@@ -98,6 +104,12 @@ def test_a_command_imports_no_other_command() -> None:
 
 def test_numpy_is_imported_when_a_trace_is_drawn() -> None:
     assert "numpy" not in imported_by("from hermes_async.cli import main; main()", "timeline", "--help")
+
+
+def test_an_engine_imports_nothing_that_only_some_models_need() -> None:
+    modules = imported_by("from hermes_async.engine.lifetime import import_torch; import_torch()")
+    assert "transformers.modeling_utils" in modules
+    assert not modules & NOT_FOR_EVERY_MODEL
 
 
 def test_every_public_name_is_where_the_package_looks_for_it() -> None:
