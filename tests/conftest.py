@@ -28,12 +28,11 @@ pytest.register_assert_rewrite("tests.engines", "tests.inside", "tests.server")
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-EVENT_LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
 
-
-@pytest.fixture(params=EVENT_LOOPS, ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """asyncio's own loop. `both_loops` is for the modules to which the loop makes a difference."""
+    return "asyncio", {"use_uvloop": False}
 
 
 @pytest.fixture(scope="session", autouse=True)

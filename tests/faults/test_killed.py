@@ -13,10 +13,8 @@ import pytest
 from hermes_async import Engine
 from hermes_async.conversion.quantizing import quantize
 from hermes_async.storage.own_file import is_unfinished
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 ENGINE = """
 import asyncio, sys, time

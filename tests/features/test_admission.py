@@ -25,13 +25,12 @@ from hermes_async import (
     RequestEvent,
     SamplingParams,
 )
-from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, open_engine, tokens, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
 open_engine = partial(open_engine, share_prefixes=False, prompt_lookup=False)
-anyio_backend = one_loop(use_uvloop=False)
 
 
 class Users:

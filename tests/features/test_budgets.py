@@ -6,10 +6,8 @@ import pytest
 
 from hermes_async import Engine, SamplingParams
 from hermes_async.demo import MODEL_PATH
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 MIB = 1 << 20
 

@@ -17,13 +17,11 @@ import torch
 from hermes_async import Engine, EngineConfig, RequestError, SamplingParams
 from hermes_async.modeling.sampling import Sampler
 from hermes_async.serving.speculation import PromptLookup
-from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop
+from tests.engines import check_nothing_is_left, drafts_cost_nothing
 from tests.inside import inside
 from tests.models import CopyingModel, SmallVocabulary
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 
 @pytest.fixture(scope="session")

@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 from hermes_async import CheckpointError, Engine, HermesError, RequestError, SamplingParams
 from hermes_async.engine import model_planner
 from hermes_async.serving.tokenizer import SharedTokenizer
-from tests.engines import check_nothing_is_left, one_loop, open_engine
+from tests.engines import check_nothing_is_left, open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 ONE_TOKEN = SamplingParams(max_tokens=1)
 

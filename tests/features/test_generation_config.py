@@ -14,11 +14,10 @@ import torch
 from transformers import GenerationConfig
 
 from hermes_async import ContextLengthError, Engine, EngineConfig, RequestError, SamplingParams
-from tests.engines import drafts_cost_nothing, one_loop
+from tests.engines import drafts_cost_nothing
 from tests.models import CopyingModel
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 FILE = "generation_config.json"
 NUM_TOKENS = 24

@@ -21,11 +21,10 @@ from hermes_async import (
     RequestEvent,
 )
 from hermes_async.engine import streaming
-from tests.engines import check_nothing_is_left, one_loop, open_engine, until
+from tests.engines import check_nothing_is_left, open_engine, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
 

@@ -27,10 +27,8 @@ from transformers import (
 )
 
 from hermes_async import CheckpointError, ContextLengthError, Engine, RequestError
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 WORDS = [f"w{idx}" for idx in range(4, 60)]
 SIZES: dict[str, Any] = {

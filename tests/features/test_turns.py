@@ -24,12 +24,10 @@ from hermes_async import (
 )
 from tests.architectures import tiny_config
 from tests.disks import Disk, Read
-from tests.engines import check_nothing_is_left, drafts_cost_nothing, greedy_params, one_loop, tokens, until
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, greedy_params, tokens, until
 from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=False)
 
 KINDS = ("bloom", "qwen3_5_text", "jamba")
 """A cache that can be cropped; recurrent states; and recurrent states of which a prompt cannot be divided."""

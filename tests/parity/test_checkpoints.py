@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-4  # of log-probabilities in float32
 INDEX = "model.safetensors.index.json"

@@ -15,11 +15,8 @@ import transformers as t
 
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine.opening import open_model
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 NUM_TOKENS = 12
 TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 3}

@@ -19,11 +19,8 @@ from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine.model_planner import ModelPlanner
 from hermes_async.planning.plan import Plan
 from tests.architectures import KINDS, random_model, tiny_config
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 NUM_TOKENS = 4
 LENGTHS = (1, 19, 6)

@@ -41,10 +41,8 @@ from transformers import (
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine.opening import open_model
 from hermes_async.modeling.model_classes import encoder_class
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-5
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}

@@ -13,11 +13,8 @@ import transformers as t
 from transformers import PreTrainedConfig
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 5e-4  # of log-probabilities in float32; routers and scaled residuals make noise louder
 WINDOW = 8  # shorter than most prompts
