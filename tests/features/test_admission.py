@@ -109,7 +109,7 @@ async def test_the_queue_goes_on_when_its_head_is_aborted(long_model: Any) -> No
 @pytest.mark.parametrize("seed", range(3))
 async def test_memory_is_never_more_than_the_budget(long_model: Any, seed: int) -> None:
     chosen = random.Random(seed)
-    requests = [(tokens(idx, chosen.randrange(1, 150)), chosen.randrange(1, 60)) for idx in range(20)]
+    requests = [(tokens(idx, chosen.randrange(1, 150)), chosen.randrange(1, 60)) for idx in range(10)]
     most = 0
 
     def on_event(event: RequestEvent) -> None:

@@ -265,7 +265,7 @@ async def test_a_packed_model_in_turns_gives_the_same_tokens(tiny_model: Any) ->
     prompts = [tokens(seed, 5 + 7 * seed) for seed in range(4)]
     found = []
     for batching in ("packed", "turns"):
-        config = replace(tiny_model.config, batching=batching)
+        config = replace(tiny_model.config, batching=batching, self_check="require")
         async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
             assert engine.plan.in_turns == (batching == "turns")
             found.append(await answers(engine, *prompts, num_tokens=12))
