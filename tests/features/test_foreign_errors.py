@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,37 +60,43 @@ async def only_ours(call: Callable[[], Any]) -> None:
             assert str(error)
 
 
+@pytest.fixture(scope="module")
+async def engine(tiny_model: Any, anyio_backend: Any) -> AsyncIterator[Engine]:
+    """One that every odd argument is given to."""
+    async with open_engine(tiny_model) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)
-async def test_odd_arguments_of_calls(tiny_model: Any, make: Callable[[], Any]) -> None:
-    async with open_engine(tiny_model) as engine:
-        calls: list[Callable[[], Any]] = [
-            lambda: engine.complete(make(), ONE_TOKEN),
-            lambda: engine.complete([5], make() if make() is not None else ONE_TOKEN),
-            lambda: engine.complete([5], ONE_TOKEN, request_id=make()),
-            lambda: engine.complete([5], ONE_TOKEN, deadline=make()),
-            lambda: engine.embed(make()),
-            lambda: engine.embed([make()]),
-            *[
-                lambda name=name: engine.embed("w5", **{name: make()})  # type: ignore[misc]
-                for name in ("pooling", "prompt_name", "prompt", "truncate_dim")
-            ],
-            lambda: engine.classify(make()),
-            lambda: engine.forward(input_ids=make()),
-            lambda: engine.forward(input_ids=[[5]], attention_mask=make()),
-            lambda: engine.forward(input_ids=[[5]], something=make()),
-            lambda: engine.session(make()),
-            lambda: engine.abort(make()),
-            lambda: engine.resize(make()),
-        ]
-        for call in calls:
-            await only_ours(call)
-        async with engine.session() as chat:
-            await only_ours(lambda: chat.edit(make()))
-            await only_ours(lambda: chat.edit(token_ids=make()))
-        async with engine.session() as chat:
-            await only_ours(lambda: chat.complete(make(), ONE_TOKEN))
-            await only_ours(lambda: chat.complete([5], ONE_TOKEN, request_id=make()))
-        assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+async def test_odd_arguments_of_calls(tiny_model: Any, engine: Engine, make: Callable[[], Any]) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.complete(make(), ONE_TOKEN),
+        lambda: engine.complete([5], make() if make() is not None else ONE_TOKEN),
+        lambda: engine.complete([5], ONE_TOKEN, request_id=make()),
+        lambda: engine.complete([5], ONE_TOKEN, deadline=make()),
+        lambda: engine.embed(make()),
+        lambda: engine.embed([make()]),
+        *[
+            lambda name=name: engine.embed("w5", **{name: make()})  # type: ignore[misc]
+            for name in ("pooling", "prompt_name", "prompt", "truncate_dim")
+        ],
+        lambda: engine.classify(make()),
+        lambda: engine.forward(input_ids=make()),
+        lambda: engine.forward(input_ids=[[5]], attention_mask=make()),
+        lambda: engine.forward(input_ids=[[5]], something=make()),
+        lambda: engine.session(make()),
+        lambda: engine.abort(make()),
+        lambda: engine.resize(make()),
+    ]
+    for call in calls:
+        await only_ours(call)
+    async with engine.session() as chat:
+        await only_ours(lambda: chat.edit(make()))
+        await only_ours(lambda: chat.edit(token_ids=make()))
+    async with engine.session() as chat:
+        await only_ours(lambda: chat.complete(make(), ONE_TOKEN))
+        await only_ours(lambda: chat.complete([5], ONE_TOKEN, request_id=make()))
+    assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
 
 
 @pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)
