@@ -1,6 +1,6 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo test test-oldest test-optimized test-wheel torture outdated coverage lint bench
+.PHONY: help setup demo test test-oldest test-optimized test-wheel torture outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -29,8 +29,6 @@ help:
 	@echo "make docs    build the documentation site into build/site"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only create the virtual environment and install the dependencies for development"
-	@echo "make environments"
-	@echo "             create this environment and that of test-oldest; make -j2 does both at once"
 
 setup: $(INSTALLED)
 
@@ -67,8 +65,6 @@ VERSION_CHOICE = not (those_of_transformers and (middle or resident))
 	@echo "installing into .venv-$*; this takes some minutes the first time"
 	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e ".[test]"
 	@touch $@
-
-environments: $(INSTALLED) .venv-oldest/.installed
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile $(VERSION_TESTS) -k "$(VERSION_CHOICE)"
