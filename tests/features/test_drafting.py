@@ -86,7 +86,7 @@ async def test_all_at_once(model: Any) -> None:
 @pytest.mark.parametrize(("temperature", "seed"), [(0.2, 1), (0.5, 2), (1.0, 3)])
 async def test_seeded_samples_are_the_same(model: Any, temperature: float, seed: int) -> None:
     params = SamplingParams(max_tokens=50, temperature=temperature, seed=seed, ignore_eos=True)
-    await check_same(model, model.prompts, params)
+    await check_same(model, model.prompts[::2], params)
 
 
 OF_SAMPLING: list[dict[str, Any]] = [{"top_p": 0.8}, {"top_k": 5}, {"min_p": 0.1}]
@@ -111,8 +111,8 @@ async def test_the_same_with_any_other_parameter(model: Any, more: dict[str, Any
 
 async def test_log_probabilities_are_the_same(model: Any) -> None:
     params = dataclasses.replace(model.params, logprobs=3)
-    *plain, _ = await answers(model, model.prompts, params, prompt_lookup=False)
-    *drafted, statistics = await answers(model, model.prompts, params)
+    *plain, _ = await answers(model, model.prompts[::2], params, prompt_lookup=False)
+    *drafted, statistics = await answers(model, model.prompts[::2], params)
     assert statistics.accepted_tokens > 0
     for done, reference in zip(drafted, plain, strict=True):
         assert tuple(sampled.token_id for sampled in done.logprobs) == done.token_ids
