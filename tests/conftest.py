@@ -38,7 +38,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 def pytest_collection_finish() -> None:
-    """What is imported by now stays, a million objects: no collection of garbage need look through it again."""
+    """What is imported by now stays, so that no collection of garbage looks through it again."""
     gc.collect()
     gc.freeze()
 
