@@ -1,6 +1,6 @@
 # Each target sets up what it needs; see `make help`.
 .DEFAULT_GOAL := help
-.PHONY: help setup environments demo test test-oldest test-optimized test-wheel torture outdated coverage lint bench
+.PHONY: help setup demo test test-oldest test-optimized test-wheel torture outdated coverage lint bench
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # The active virtual environment, or one of this project's own.
@@ -29,8 +29,6 @@ help:
 	@echo "make docs    build the documentation site into build/site"
 	@echo "make bench   run a benchmark: BENCH=name, ARGS=its arguments"
 	@echo "make setup   only create the virtual environment and install the dependencies for development"
-	@echo "make environments"
-	@echo "             create this environment and that of test-oldest; make -j2 does both at once"
 
 setup: $(INSTALLED)
 
@@ -49,23 +47,24 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(VENV)/bin/python -m pytest -q -n auto --dist loadfile
 
-# What depends on the versions of other libraries: parity, checkpoints, forward passes, tokenizers. To stay short, these
-# tests run on one event loop, and leave out features that are the engine's own. Tokens are compared with transformers' at
-# the smallest budget, where all weights are streamed and prompts are computed in chunks; `make test` has all budgets, with
-# the newest tested versions.
+# What depends on the versions of other libraries: parity, checkpoints, forward passes, tokenizers, and the server. Left out
+# are features that are the engine's own, and modules that use torch alone, of which both environments have the same
+# version. Tokens are compared with transformers' at the smallest budget, where all weights are streamed and prompts are
+# computed in chunks; `make test` has all budgets, with the newest tested versions.
 VERSION_FEATURES := classification context_length embedding forwarding kernels prompt sampling_params sentences \
 	structured_outputs text_length tokenizer
+TORCH_ALONE := modeling/test_kernels modeling/test_kv_cache modeling/test_vector_products \
+	quantization/test_encoded_weight quantization/test_name_patterns quantization/test_notes quantization/test_write
 VERSION_TESTS := tests/parity tests/modeling tests/quantization tests/engine tests/faults/test_checkpoints.py \
-	tests/serving/test_text_stream.py tests/server/test_app.py $(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py))
-VERSION_CHOICE = not uvloop and not (those_of_transformers and (middle or resident))
+	tests/serving/test_text_stream.py tests/server/test_app.py $(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py)) \
+	$(TORCH_ALONE:%=--ignore=tests/%.py)
+VERSION_CHOICE = not (those_of_transformers and (middle or resident))
 
 .venv-%/.installed: pyproject.toml constraints-%.txt
 	$(PYTHON) -m venv .venv-$*
 	@echo "installing into .venv-$*; this takes some minutes the first time"
 	.venv-$*/bin/python $(PIP_INSTALL) -c constraints-$*.txt -e ".[test]"
 	@touch $@
-
-environments: $(INSTALLED) .venv-oldest/.installed
 
 test-oldest: .venv-oldest/.installed
 	.venv-oldest/bin/python -m pytest -q -n auto --dist loadfile $(VERSION_TESTS) -k "$(VERSION_CHOICE)"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,12 +30,23 @@ pytest.register_assert_rewrite("tests.engines", "tests.inside", "tests.server")
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
 
-EVENT_LOOPS = [("asyncio", {"use_uvloop": False}), ("asyncio", {"use_uvloop": True})]
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores: now and then a test waits for a disk, a thread or a process."""
+    return len(os.sched_getaffinity(0)) + 1 if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1) + 1
 
 
-@pytest.fixture(params=EVENT_LOOPS, ids=["asyncio", "uvloop"])
-def anyio_backend(request: pytest.FixtureRequest) -> Any:
-    return request.param
+def pytest_collection_finish() -> None:
+    """What is imported by now stays, so that no collection of garbage looks through it again."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session")
+def anyio_backend() -> tuple[str, dict[str, Any]]:
+    """asyncio's own loop. `both_loops` is for the modules to which the loop makes a difference."""
+    return "asyncio", {"use_uvloop": False}
 
 
 @pytest.fixture(scope="session", autouse=True)

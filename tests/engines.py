@@ -21,12 +21,12 @@ RESIDENT_LEASES = 4
 """What an engine holds that does nothing: weights, ring, workspace, shared prefixes."""
 
 
-def one_loop(*, use_uvloop: bool) -> Any:
-    """The fixture `anyio_backend` for a module of tests to which the event loop makes no difference."""
+def both_loops() -> Any:
+    """The fixture `anyio_backend` for a module of tests that run on asyncio's own loop, and once more on uvloop."""
 
-    @pytest.fixture(name="anyio_backend")
-    def fixture() -> tuple[str, dict[str, Any]]:
-        return "asyncio", {"use_uvloop": use_uvloop}
+    @pytest.fixture(name="anyio_backend", params=[False, True], ids=["asyncio", "uvloop"])
+    def fixture(request: pytest.FixtureRequest) -> tuple[str, dict[str, Any]]:
+        return "asyncio", {"use_uvloop": request.param}
 
     return fixture
 

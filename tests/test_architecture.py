@@ -1,10 +1,14 @@
-"""The order of the rooms: imports go one way, and each foreign library is known where it belongs."""
+"""The order of the rooms: imports go one way, and each foreign library is known where it belongs.
+
+One test for each rule. It fails with a list of all that breaks the rule.
+"""
 
 from __future__ import annotations
 
 import ast
 import re
-from functools import cache
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ import pytest
 import hermes_async
 
 PACKAGE = Path(hermes_async.__file__).parent
-MODULES = sorted(PACKAGE.rglob("*.py"))
+TESTS = Path(__file__).parent
 BASE = {"config", "errors", "foreign_errors", "results"}
 ROOMS = (
     "storage",
@@ -26,113 +30,134 @@ ROOMS = (
     "profiler",
     "conversion",
 )
+USERS = ("server", "integrations")  # as users' own services do, they know the engine's public names alone
 MAX_LINES = 450
 
 
-@cache
-def tree_of(path: Path) -> ast.Module:
-    """The parsed module, which many tests walk."""
-    return ast.parse(path.read_text())
+@dataclass(frozen=True)
+class Source:
+    """A parsed file.
+
+    Attributes:
+        name: Its path within the package, or within the tests.
+    """
+
+    name: str
+    text: str
+
+    @cached_property
+    def nodes(self) -> list[ast.AST]:
+        """All of its syntax tree; the first is the module."""
+        return list(ast.walk(ast.parse(self.text)))
+
+    @property
+    def room(self) -> str:
+        return self.name.partition("/")[0]
+
+    @property
+    def stem(self) -> str:
+        return Path(self.name).stem
+
+    @cached_property
+    def imported(self) -> set[str]:
+        """Every module that it imports, wherever; of `from a import b` also `a.b`."""
+        names: set[str] = set()
+        for node in self.nodes:
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                assert node.level == 0, f"{self.name}: a relative import"
+                names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
+        return names
+
+    @property
+    def libraries(self) -> set[str]:
+        return {name.partition(".")[0] for name in self.imported}
 
 
-def imported(path: Path) -> set[str]:
-    """Every module that `path` imports, wherever in it; of `from a import b` also `a.b`."""
-    names: set[str] = set()
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {str(node.module)}
-    return names
+def sources_in(folder: Path) -> list[Source]:
+    return [Source(path.relative_to(folder).as_posix(), path.read_text()) for path in sorted(folder.rglob("*.py"))]
 
 
-def roots(path: Path) -> set[str]:
-    return {name.partition(".")[0] for name in imported(path)}
+@pytest.fixture(scope="module")
+def modules() -> list[Source]:
+    """All of the package."""
+    return sources_in(PACKAGE)
 
 
-def room_of(path: Path) -> str:
-    return path.relative_to(PACKAGE).parts[0]
-
-
-def ids(path: Path) -> str:
-    return str(path.relative_to(PACKAGE))
-
-
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_imports_go_one_way(path: Path) -> None:
-    room = room_of(path)
+def allowed_in(room: str) -> set[str] | None:
+    """What of the package a room may import; None for the command line and the demo, which may import all."""
     if room in ROOMS:
-        allowed = {*ROOMS[: ROOMS.index(room) + 1], *BASE}
-    elif room == "errors.py":
-        allowed = set()
-    elif room == "config.py" or room in ("foreign_errors.py", "results.py"):
-        allowed = {"errors"}
-    elif room in ("server", "integrations"):  # as users' own services do, they know the engine's public names alone
-        allowed = {*BASE, "server", *hermes_async.__all__, "__version__"}
-    else:  # the command line and the demo
-        return
-    for name in imported(path):
-        root, *rest = name.split(".")
-        if root == "hermes_async":
-            assert rest or room in ("server", "integrations"), f"{path} imports the whole package"
-            if not rest:
+        return {*ROOMS[: ROOMS.index(room) + 1], *BASE}
+    if room == "errors.py":
+        return set()
+    if room in ("config.py", "foreign_errors.py", "results.py"):
+        return {"errors"}
+    return {*BASE, "server", *hermes_async.__all__, "__version__"} if room in USERS else None
+
+
+def test_imports_go_one_way(modules: list[Source]) -> None:
+    faults = []
+    for module in modules:
+        allowed = allowed_in(module.room)
+        for name in sorted(module.imported):
+            root, *rest = name.split(".")
+            if root != "hermes_async" or allowed is None:
                 continue
-            assert rest[0] in allowed, f"{path} imports {name}"
+            if not rest and module.room not in USERS:
+                faults.append(f"{module.name} imports the whole package")
+            if rest and rest[0] not in allowed:
+                faults.append(f"{module.name} imports {name}")
+    assert faults == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_each_room_knows_only_its_libraries(path: Path) -> None:
-    room, libraries = room_of(path), roots(path)
-    if room in ("storage", "memory", "pipeload", "errors.py", "config.py", "foreign_errors.py", "results.py"):
-        assert not libraries & {"transformers", "tokenizers", "jinja2"}
-    if room == "modeling":
-        assert not libraries & {"asyncio", "anyio", "aiofiles", "uvloop"}
-    if ids(path) in ("serving/scheduler.py", "serving/speculation.py", "serving/sweep_times.py") or (
-        room == "planning" and path.name != "profile_store.py"
-    ):
-        assert not libraries & {"asyncio", "anyio", "os", "pathlib", "torch"}
-    assert not libraries & {"trio", "utils", "pytest", "hypothesis"}
+def test_each_room_knows_only_its_libraries(modules: list[Source]) -> None:
+    faults = []
+    for module in modules:
+        refused = {"trio", "utils", "pytest", "hypothesis"}
+        if module.room in ("storage", "memory", "pipeload", *(f"{name}.py" for name in BASE)):
+            refused |= {"transformers", "tokenizers", "jinja2"}
+        if module.room == "modeling":
+            refused |= {"asyncio", "anyio", "aiofiles", "uvloop"}
+        if module.name in ("serving/scheduler.py", "serving/speculation.py", "serving/sweep_times.py") or (
+            module.room == "planning" and module.stem != "profile_store"
+        ):
+            refused |= {"asyncio", "anyio", "os", "pathlib", "torch"}
+        faults += [f"{module.name} imports {name}" for name in sorted(module.libraries & refused)]
+    assert faults == []
 
 
-def test_aiofiles_is_known_to_the_reader_alone() -> None:
-    assert [ids(path) for path in MODULES if "aiofiles" in roots(path)] == ["storage/reader.py"]
+def test_aiofiles_is_known_to_the_reader_alone(modules: list[Source]) -> None:
+    assert [module.name for module in modules if "aiofiles" in module.libraries] == ["storage/reader.py"]
 
 
-def test_nothing_is_unpickled() -> None:
-    assert [ids(path) for path in MODULES if roots(path) & {"pickle", "dill", "joblib"}] == []
+def test_nothing_is_unpickled(modules: list[Source]) -> None:
+    assert [module.name for module in modules if module.libraries & {"pickle", "dill", "joblib"}] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_modules_are_of_a_size_to_be_read(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
-    assert path.stem not in ("utils", "util", "helpers", "common", "misc")
+def test_modules_are_of_a_size_to_be_read(modules: list[Source]) -> None:
+    lengths = {module.name: len(module.text.splitlines()) for module in modules}
+    assert {name: length for name, length in lengths.items() if length > MAX_LINES} == {}
+    assert [module.name for module in modules if module.stem in ("utils", "util", "helpers", "common", "misc")] == []
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_calls_with_many_arguments_name_them(path: Path) -> None:
-    for node in ast.walk(tree_of(path)):
-        if isinstance(node, ast.Call):
-            positional = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
-            assert len(positional) <= 5 or ast.unparse(node.func).endswith(".add_row"), ast.unparse(node)
+def test_calls_with_many_arguments_name_them(modules: list[Source]) -> None:
+    faults = []
+    for module in modules:
+        for node in module.nodes:
+            if isinstance(node, ast.Call):
+                positional = [argument for argument in node.args if not isinstance(argument, ast.Starred)]
+                if len(positional) > 5 and not ast.unparse(node.func).endswith(".add_row"):
+                    faults.append(f"{module.name}:{node.lineno}: {ast.unparse(node)}")
+    assert faults == []
 
 
-def test_every_module_says_what_it_is() -> None:
-    assert [ids(path) for path in MODULES if not ast.get_docstring(tree_of(path))] == []
+def test_every_module_says_what_it_is(modules: list[Source]) -> None:
+    trees = {module.name: module.nodes[0] for module in modules}
+    assert [name for name, tree in trees.items() if isinstance(tree, ast.Module) and not ast.get_docstring(tree)] == []
 
 
-# Names that start with an underscore and are ours, or Python's; every other one is a library's private name.
-_PRIVATE = re.compile(r"_[a-z]\w*")
-
-
-def private_names_of_others(path: Path) -> set[str]:
-    """Attributes that begin with an underscore and that no class or module of the package defines."""
-    used = {
-        node.attr
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and _PRIVATE.fullmatch(node.attr)
-    }
-    return used - OWN_NAMES - {"_exit"}  # os._exit is documented
+# --- private names ---
 
 
 def bound_name(node: ast.AST) -> str | None:
@@ -144,45 +169,54 @@ def bound_name(node: ast.AST) -> str | None:
     return node.id if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else None
 
 
-def own_names() -> set[str]:
-    """Every name that the package itself binds."""
-    nodes = [node for path in MODULES for node in ast.walk(tree_of(path))]
-    return {name for node in nodes if (name := bound_name(node)) is not None}
+def names_bound_in(source: Source) -> set[str]:
+    return {name for node in source.nodes if (name := bound_name(node)) is not None}
 
 
-OWN_NAMES = own_names()
-PRIVATE_NAMES = {name for name in OWN_NAMES if re.fullmatch(r"_[A-Za-z]\w*", name)}
-CHANGING = ("past_key_values", "cache_params", "conversion_mapping", "core_model_loading")
+@pytest.fixture(scope="module")
+def own_names(modules: list[Source]) -> set[str]:
+    """Every name that the package itself binds. Another one that starts with an underscore is a library's."""
+    return set().union(*map(names_bound_in, modules))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=ids)
-def test_private_and_changing_names_of_libraries_are_in_one_module(path: Path) -> None:
-    if ids(path) in (
-        "modeling/transformers_api.py",
-        "modeling/generation_api.py",
-        "modeling/chat_api.py",
-        "modeling/experts_api.py",
-        "quantization/kernel_layouts.py",
-        "demo/train.py",
-    ):
-        return
-    assert not private_names_of_others(path)
+CHANGING = {"past_key_values", "cache_params", "conversion_mapping", "core_model_loading"}
+KNOW_LIBRARIES = (
+    "modeling/transformers_api.py",
+    "modeling/generation_api.py",
+    "modeling/chat_api.py",
+    "modeling/experts_api.py",
+    "quantization/kernel_layouts.py",
+    "demo/train.py",
+)
+
+
+def words_in(module: Source) -> set[str]:
+    """Attributes, keywords and texts, and the parts of what is imported from transformers."""
     words = {
         word
-        for node in ast.walk(tree_of(path))
+        for node in module.nodes
         for word in (
             [node.attr] if isinstance(node, ast.Attribute) else
             [node.arg] if isinstance(node, ast.keyword) and node.arg else
             [node.value] if isinstance(node, ast.Constant) and isinstance(node.value, str) else []
         )
     }  # fmt: skip
-    words |= {part for name in imported(path) if name.startswith("transformers.") for part in name.split(".")}
-    assert not words & set(CHANGING)
+    return words | {part for name in module.imported if name.startswith("transformers.") for part in name.split(".")}
 
 
-# --- the tests ---
+def test_private_and_changing_names_of_libraries_are_in_few_modules(modules: list[Source], own_names: set[str]) -> None:
+    known = own_names | {"_exit"}  # os._exit is documented
+    faults = {}
+    for module in modules:
+        if module.name in KNOW_LIBRARIES:
+            continue
+        attributes = {node.attr for node in module.nodes if isinstance(node, ast.Attribute)}
+        private = {name for name in attributes - known if re.fullmatch(r"_[a-z]\w*", name)}
+        if found := private | (words_in(module) & CHANGING):
+            faults[module.name] = found
+    assert faults == {}
 
-TESTS = Path(__file__).parent
+
 INSIDE = "inside.py"
 # Tests that read private names of the module they test. May only become fewer: others go through `inside.py`.
 PRIVATE_IN_TESTS = {
@@ -205,12 +239,11 @@ PRIVATE_IN_TESTS = {
 }
 
 
-def private_names_in(path: Path) -> set[str]:
+def private_names_in(test: Source, private_names: set[str]) -> set[str]:
     """Private names of the package that a test reads, imports or replaces, and does not define itself."""
-    tree = tree_of(path)
-    own = {name for node in ast.walk(tree) if (name := bound_name(node)) is not None}
+    own = names_bound_in(test)
     used: set[str] = set()
-    for node in ast.walk(tree):
+    for node in test.nodes:
         if isinstance(node, ast.Attribute):
             of_itself = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls") and node.attr in own
             used |= set() if of_itself else {node.attr}
@@ -218,11 +251,11 @@ def private_names_in(path: Path) -> set[str]:
             used.add(node.name)
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and re.fullmatch(r"[\w.]+", node.value):
             used.add(node.value.rpartition(".")[2])  # as `monkeypatch.setattr` takes it
-    return used & PRIVATE_NAMES
+    return used & private_names
 
 
-@pytest.mark.parametrize("path", sorted(TESTS.rglob("*.py")), ids=lambda path: str(path.relative_to(TESTS)))
-def test_tests_use_no_private_names(path: Path) -> None:
-    name = str(path.relative_to(TESTS))
-    if name not in (INSIDE, Path(__file__).name):
-        assert private_names_in(path) == PRIVATE_IN_TESTS.get(name, set())
+def test_tests_use_no_private_names(own_names: set[str]) -> None:
+    private_names = {name for name in own_names if re.fullmatch(r"_[A-Za-z]\w*", name)}
+    others = [test for test in sources_in(TESTS) if test.name not in (INSIDE, Path(__file__).name)]
+    found = {test.name: private_names_in(test, private_names) for test in others}
+    assert {name: names for name, names in found.items() if names} == PRIVATE_IN_TESTS

@@ -16,10 +16,7 @@ import pytest
 import hermes_async
 from hermes_async import DeadlineExceededError, Engine, RequestError, SamplingParams
 from hermes_async.serving.request_log import printable_id
-from tests.engines import one_loop
 from tests.inside import inside
-
-anyio_backend = one_loop(use_uvloop=False)
 
 PACKAGE = Path(hermes_async.__file__).parent
 GREEDY = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)

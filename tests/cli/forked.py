@@ -1,4 +1,4 @@
-"""Commands in processes that need not import everything again: a process that has done so forks for each of them."""
+"""Commands and code in processes that need not import everything again: one that has done so forks for each of them."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class ForkedCommands:
     def start(
         self,
         *args: object,
+        code: str = "",
         stdin: int | None = None,
         stdout: int | None = None,
         stderr: int | None = None,
@@ -42,6 +43,7 @@ class ForkedCommands:
         """Starts a command in a session of its own.
 
         Args:
+            code: Runs instead of a command, as `python -c` runs it; `args` are its arguments.
             stdin: A file descriptor, which is not closed; by default, there is no input.
             stdout: A file descriptor, or None for a pipe.
             stderr: As `stdout`.
@@ -55,7 +57,7 @@ class ForkedCommands:
                 reader, file = os.pipe()
                 setattr(command, name, os.fdopen(reader, "rb"))
             files.append(file)
-        message = json.dumps({"args": [str(arg) for arg in args], "env": dict(env or {})}).encode()
+        message = json.dumps({"args": [str(arg) for arg in args], "code": code, "env": dict(env or {})}).encode()
         socket.send_fds(self._socket, [message], files)
         command.process_id = int(self._answers.readline())
         os.close(null)
@@ -117,8 +119,8 @@ class ForkedCommand:
 # --- in the process that forks ---
 
 
-def _next_command(connection: socket.socket) -> list[str] | None:
-    """In a process of its own, its arguments; None in this one, when there is nothing more."""
+def _next_command(connection: socket.socket) -> dict[str, Any] | None:
+    """In a process of its own, its arguments and code; None in this one, when there is nothing more."""
     while True:
         message, files, _, _ = socket.recv_fds(connection, 1 << 16, 3)
         if not message:
@@ -135,7 +137,7 @@ def _next_command(connection: socket.socket) -> list[str] | None:
             sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
             sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             os.environ.update(asked["env"])
-            return list(asked["args"])
+            return asked
         for file in files:
             os.close(file)
         connection.sendall(b"%d\n" % process_id)
@@ -147,7 +149,10 @@ if __name__ == "__main__":
     import_torch()
     for name in IMPORTED:
         import_module(name)
-    args = _next_command(socket.socket(fileno=int(sys.argv[1])))
-    if args is not None:
-        sys.argv = ["hermes-async", *args]
+    command = _next_command(socket.socket(fileno=int(sys.argv[1])))
+    if command is not None and command["code"]:
+        sys.argv = ["-c", *command["args"]]
+        exec(command["code"], {"__name__": "__main__"})
+    elif command is not None:
+        sys.argv = ["hermes-async", *command["args"]]
         main()

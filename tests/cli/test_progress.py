@@ -24,9 +24,7 @@ from hermes_async import (
 )
 from hermes_async.cli import progress as progress_module
 from hermes_async.cli.progress import EngineProgress, Row, rows_of, with_progress
-from tests.engines import one_loop, until
-
-anyio_backend = one_loop(use_uvloop=False)
+from tests.engines import until
 
 MIB = 1 << 20
 

@@ -13,8 +13,10 @@ import uvicorn
 
 from hermes_async.cli import server_process
 from hermes_async.cli.server_process import Connection
+from tests.engines import both_loops
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 HEAD = b"POST / HTTP/1.1\r\nhost: localhost\r\ncontent-length: 4\r\n\r\n"
 

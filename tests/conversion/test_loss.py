@@ -14,11 +14,9 @@ from safetensors.torch import load_file
 from hermes_async import MemoryBudgetError, RequestError
 from hermes_async.conversion.loss import measure_loss, sample_text
 from hermes_async.conversion.quantizing import quantize
-from tests.engines import one_loop
 from tests.models import TinyModel
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 @pytest.fixture(scope="module")

@@ -20,13 +20,11 @@ from hermes_async.quantization import processor_layout
 from hermes_async.quantization.kernel_layouts import Int4Layout, int4_block
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import read_tensors
-from tests.engines import one_loop
 
 pytestmark = [
     pytest.mark.anyio,
     pytest.mark.skipif(int4_block() is None, reason="torch has no kernel for 4-bit weights on this processor"),
 ]
-anyio_backend = one_loop(use_uvloop=False)
 
 SIZES = {
     "vocab_size": 64,

@@ -20,10 +20,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrain
 from hermes_async import CheckpointError, ConfigError, Engine, UnsupportedModelError
 from hermes_async.conversion.output_folder import STATE_NAME, open_output, other_files
 from hermes_async.conversion.quantizing import quantize
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 IDS = [5, 9, 2, 33, 17, 40, 8]
 

@@ -24,13 +24,12 @@ import pytest
 import uvicorn
 
 from hermes_async import Chunk, DeadlineExceededError, MessageDelta, ToolCall
-from tests.engines import one_loop, until
+from tests.engines import until
 from tests.project import ROOT
 
 EXAMPLES = ROOT / "docs" / "examples"
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 @pytest.fixture(autouse=True)

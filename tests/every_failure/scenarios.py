@@ -114,20 +114,22 @@ async def forking(engine: Engine) -> Any:
     return [answer.token_ids for answer in answers]
 
 
+_CHECKED = {"self_check": "require"}
+_TURNS = {"batching": "turns", **_CHECKED}
 _KV = {"max_resident_layers": 2, "share_prefixes": False}
 
 SCENARIOS = (
-    Scenario("open", opening, TinyModel.config, opens=True),
-    Scenario("open, all resident", opening, _config(max_resident_layers=None), opens=True),
-    Scenario("open, experts", opening, TinyMixture.config, _mixture, budget=0, opens=True),
+    Scenario("open", opening, _config(**_CHECKED), opens=True),
+    Scenario("open, all resident", opening, _config(max_resident_layers=None, **_CHECKED), opens=True),
+    Scenario("open, experts", opening, dataclasses.replace(TinyMixture.config, **_CHECKED), _mixture, 0, opens=True),
     Scenario("prompt and decode", generating, TinyModel.config),
     Scenario("forward", forwarding, TinyModel.config),
     Scenario("embed", embedding, TinyModel.config),
     Scenario("resize", resizing, _config(max_resident_layers=None), restore=lambda engine: engine.resize(LARGE)),
     Scenario("park and resume", parking, _config(kv_budget=8 * BLOCK_BYTES, **_KV), _longer),
-    Scenario("park in turns", parking, _config(kv_budget=8 * BLOCK_BYTES, batching="turns", **_KV), _longer),
+    Scenario("park in turns", parking, _config(kv_budget=8 * BLOCK_BYTES, **_TURNS, **_KV), _longer),
     Scenario("fork", forking, TinyModel.config),
-    Scenario("turns", forking, _config(batching="turns")),
+    Scenario("turns", forking, _config(**_TURNS)),
     Scenario("experts on demand", generating, TinyMixture.config, _mixture, budget=0),
     Scenario("drafts", generating, _config(max_resident_layers=None), drafts=True),
     Scenario("quantized", generating, TinyModel.config, _quantized),

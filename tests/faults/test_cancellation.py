@@ -18,10 +18,11 @@ from anyio.abc import TaskGroup
 
 from hermes_async import Engine, EngineConfig, RequestError
 from hermes_async.pipeload.stage import StageState
-from tests.engines import settle, until
+from tests.engines import both_loops, settle, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 NUM_REQUESTS = 125  # cancelled ones of each engine; four seeds, two event loops: 1,000
 

@@ -24,11 +24,8 @@ from hermes_async import (
     MissingTensorError,
     UnsupportedModelError,
 )
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=False)
 
 
 @pytest.fixture

@@ -17,11 +17,12 @@ from transformers import AttentionInterface
 
 from hermes_async import Engine, ReadTimeoutError
 from hermes_async.engine import opening
-from tests.engines import BLOCK_BYTES, greedy_params, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, both_loops, greedy_params, open_engine, tokens, until
 from tests.faults.hanging import Hanging
 from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 HOLDER = "reads that hang"
 

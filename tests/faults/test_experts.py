@@ -293,7 +293,7 @@ async def test_a_route_to_an_expert_that_does_not_exist(
         except CheckpointError as error:
             ends[idx] = error
 
-    async with open_mixture(tiny_mixture, batching=batching, max_tokens_per_sweep=64) as engine:
+    async with open_mixture(tiny_mixture, batching=batching, self_check="require", max_tokens_per_sweep=64) as engine:
         monkeypatch.setattr(Qwen3MoeTopKRouter, "forward", lost)
         for _ in range(2):
             await user(2)

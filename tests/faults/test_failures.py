@@ -15,11 +15,12 @@ import pytest
 
 from hermes_async import Engine, EngineClosedError, EngineFailedError, RequestEvent
 from hermes_async.engine.opening import OpenedModel
-from tests.engines import open_engine, until
+from tests.engines import both_loops, open_engine, until
 from tests.faults.test_leaving import Left
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 async def test_a_body_under_way_is_told_where_no_call_is(tiny_model: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -10,11 +10,12 @@ import anyio
 import pytest
 
 from hermes_async import DeadlineExceededError, Engine, SamplingParams
-from tests.engines import until
+from tests.engines import both_loops, until
 from tests.faults.hanging import Hanging
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 class Calls:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import signal
 import stat
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ import pytest
 from hermes_async import Engine
 from hermes_async.conversion.quantizing import quantize
 from hermes_async.storage.own_file import is_unfinished
-from tests.engines import one_loop
+from tests.cli.forked import ForkedCommands
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 ENGINE = """
 import asyncio, sys, time
@@ -56,26 +54,23 @@ quantize(sys.argv[1], Path(sys.argv[2]), "int8", shard_bytes=20_000, on_progress
 """
 
 
-def kill(code: str, *args: object) -> None:
+def kill(forked: ForkedCommands, code: str, *args: object) -> None:
     """Runs `code` in another process until it prints a line, and kills it then."""
-    command = [sys.executable, "-c", code, *map(str, args)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        process.kill()
-    assert line == "here\n"
+    with forked.start(*args, code=code) as process:
+        assert process.stdout.readline() == b"here\n"
+    assert process.returncode == -signal.SIGKILL
 
 
 def modes(folder: Path) -> set[int]:
     return {stat.S_IMODE(path.stat().st_mode) for path in folder.rglob("*") if path.is_file()}
 
 
-async def test_an_engine_that_is_killed(tiny_model: Any, tmp_path: Path) -> None:
+async def test_an_engine_that_is_killed(tiny_model: Any, tmp_path: Path, forked: ForkedCommands) -> None:
     parked, traces = tmp_path / "parked", tmp_path / "traces"
     parked.mkdir()
     traces.mkdir()
     trace = traces / "trace.json"
-    kill(ENGINE, tiny_model.path, trace, parked)
+    kill(forked, ENGINE, tiny_model.path, trace, parked)
     assert list(parked.iterdir()) == []
     (left,) = traces.iterdir()
     assert is_unfinished(left.name, trace.name)
@@ -85,9 +80,9 @@ async def test_an_engine_that_is_killed(tiny_model: Any, tmp_path: Path) -> None
     assert modes(traces) == {0o600}
 
 
-def test_a_conversion_that_is_killed(tiny_model: Any, tmp_path: Path) -> None:
+def test_a_conversion_that_is_killed(tiny_model: Any, tmp_path: Path, forked: ForkedCommands) -> None:
     out, at_once = tmp_path / "out", tmp_path / "at once"
-    kill(QUANTIZING, tiny_model.path, out)
+    kill(forked, QUANTIZING, tiny_model.path, out)
     assert modes(out) == {0o600}
     quantize(tiny_model.path, out, "int8", shard_bytes=20_000)
     quantize(tiny_model.path, at_once, "int8", shard_bytes=20_000)

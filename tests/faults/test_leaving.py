@@ -17,10 +17,11 @@ from transformers import AttentionInterface
 
 from hermes_async import Engine, EngineClosedError, EngineConfig
 from hermes_async.pipeload.stage import StageState
-from tests.engines import until
+from tests.engines import both_loops, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 class Left:

@@ -17,12 +17,10 @@ import anyio.lowlevel
 import pytest
 
 from hermes_async import Engine, EngineClosedError
-from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, open_engine, tokens, until
 from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=False)
 
 
 NUM_BLOCKS = 8  # of KV: the least for a context of 128

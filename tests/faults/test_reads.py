@@ -16,10 +16,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AttentionInterface
 
 from hermes_async import Engine, ReadError, RequestEvent, ShortReadError
-from tests.engines import settle, until
+from tests.engines import both_loops, settle, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 async def check_answers(engine: Engine, model: Any) -> None:

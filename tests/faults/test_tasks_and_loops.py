@@ -12,10 +12,11 @@ import anyio.to_thread
 import pytest
 
 from hermes_async import Engine, EngineClosedError, EngineConfig, EngineError, Session, SessionClosedError
-from tests.engines import until
+from tests.engines import both_loops, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 async def test_left_in_another_task(tiny_model: Any) -> None:

@@ -25,13 +25,12 @@ from hermes_async import (
     RequestEvent,
     SamplingParams,
 )
-from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, open_engine, tokens, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
 open_engine = partial(open_engine, share_prefixes=False, prompt_lookup=False)
-anyio_backend = one_loop(use_uvloop=False)
 
 
 class Users:
@@ -110,7 +109,7 @@ async def test_the_queue_goes_on_when_its_head_is_aborted(long_model: Any) -> No
 @pytest.mark.parametrize("seed", range(3))
 async def test_memory_is_never_more_than_the_budget(long_model: Any, seed: int) -> None:
     chosen = random.Random(seed)
-    requests = [(tokens(idx, chosen.randrange(1, 150)), chosen.randrange(1, 60)) for idx in range(20)]
+    requests = [(tokens(idx, chosen.randrange(1, 150)), chosen.randrange(1, 60)) for idx in range(10)]
     most = 0
 
     def on_event(event: RequestEvent) -> None:

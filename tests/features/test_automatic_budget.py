@@ -12,9 +12,7 @@ from hermes_async.memory import automatic_budget, available, claims
 from hermes_async.memory.automatic_budget import Observation
 from hermes_async.memory.available import MemoryLimit
 from hermes_async.memory.claims import Claim
-from tests.engines import check_nothing_is_left, one_loop, until
-
-anyio_backend = one_loop(use_uvloop=True)
+from tests.engines import check_nothing_is_left, until
 
 
 @pytest.fixture

@@ -14,11 +14,9 @@ from transformers import LlamaConfig, PreTrainedModel
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine import kernel_choice
 from hermes_async.planning.profile_store import load_products_profile, products_profile_file
-from tests.engines import one_loop
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 PROMPT = [5, 6, 7, 8, 9]
 PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True, logprobs=1)

@@ -18,10 +18,8 @@ from transformers import (
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hermes_async import CheckpointError, ContextLengthError, Engine, Label, RequestError
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 NAMES = {"id2label": {0: "bad", 1: "so-so", 2: "good"}, "label2id": {"bad": 0, "so-so": 1, "good": 2}}

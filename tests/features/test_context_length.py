@@ -15,10 +15,9 @@ from transformers import Gemma3TextConfig, LlamaForCausalLM
 
 from hermes_async import Completion, ConfigError, ContextLengthError, Engine, EngineConfig, SamplingParams
 from hermes_async.engine.opening import open_model
-from tests.engines import one_loop, tokens
+from tests.engines import tokens
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
 PARAMS = SamplingParams(max_tokens=4, temperature=0, ignore_eos=True)

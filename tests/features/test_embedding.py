@@ -17,10 +17,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertForMaskedLM, BertModel, PreTrainedTokenizerFast
 
 from hermes_async import CheckpointError, ContextLengthError, Engine, EngineConfig, RequestError
-from tests.engines import check_nothing_is_left, one_loop, open_engine
+from tests.engines import check_nothing_is_left, open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 WORDS = [f"w{idx}" for idx in range(2, 60)]
 

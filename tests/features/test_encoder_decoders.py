@@ -32,13 +32,11 @@ from hermes_async import (
     SamplingParams,
     UnsupportedModelError,
 )
-from tests.engines import check_nothing_is_left, one_loop
+from tests.engines import check_nothing_is_left
 from tests.inside import inside
 from tests.models import TinyModel
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 VOCAB_SIZE = 96
 TEXT = "w5 w6 w7 w8 w9 w5 w6"

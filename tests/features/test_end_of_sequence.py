@@ -12,10 +12,8 @@ from typing import Any
 import pytest
 
 from hermes_async import CheckpointError, Engine, HermesError, SamplingParams
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
 END = "END"

@@ -22,10 +22,11 @@ from hermes_async import (
     RequestError,
     SamplingParams,
 )
-from tests.engines import greedy_params, until
+from tests.engines import both_loops, greedy_params, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 def open_engine(model: Any, **config: Any) -> Engine:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ from transformers import AutoTokenizer
 from hermes_async import CheckpointError, Engine, HermesError, RequestError, SamplingParams
 from hermes_async.engine import model_planner
 from hermes_async.serving.tokenizer import SharedTokenizer
-from tests.engines import check_nothing_is_left, one_loop, open_engine
+from tests.engines import check_nothing_is_left, open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 ONE_TOKEN = SamplingParams(max_tokens=1)
 
@@ -61,37 +60,43 @@ async def only_ours(call: Callable[[], Any]) -> None:
             assert str(error)
 
 
+@pytest.fixture(scope="module")
+async def engine(tiny_model: Any, anyio_backend: Any) -> AsyncIterator[Engine]:
+    """One that every odd argument is given to."""
+    async with open_engine(tiny_model) as opened:
+        yield opened
+
+
 @pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)
-async def test_odd_arguments_of_calls(tiny_model: Any, make: Callable[[], Any]) -> None:
-    async with open_engine(tiny_model) as engine:
-        calls: list[Callable[[], Any]] = [
-            lambda: engine.complete(make(), ONE_TOKEN),
-            lambda: engine.complete([5], make() if make() is not None else ONE_TOKEN),
-            lambda: engine.complete([5], ONE_TOKEN, request_id=make()),
-            lambda: engine.complete([5], ONE_TOKEN, deadline=make()),
-            lambda: engine.embed(make()),
-            lambda: engine.embed([make()]),
-            *[
-                lambda name=name: engine.embed("w5", **{name: make()})  # type: ignore[misc]
-                for name in ("pooling", "prompt_name", "prompt", "truncate_dim")
-            ],
-            lambda: engine.classify(make()),
-            lambda: engine.forward(input_ids=make()),
-            lambda: engine.forward(input_ids=[[5]], attention_mask=make()),
-            lambda: engine.forward(input_ids=[[5]], something=make()),
-            lambda: engine.session(make()),
-            lambda: engine.abort(make()),
-            lambda: engine.resize(make()),
-        ]
-        for call in calls:
-            await only_ours(call)
-        async with engine.session() as chat:
-            await only_ours(lambda: chat.edit(make()))
-            await only_ours(lambda: chat.edit(token_ids=make()))
-        async with engine.session() as chat:
-            await only_ours(lambda: chat.complete(make(), ONE_TOKEN))
-            await only_ours(lambda: chat.complete([5], ONE_TOKEN, request_id=make()))
-        assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
+async def test_odd_arguments_of_calls(tiny_model: Any, engine: Engine, make: Callable[[], Any]) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: engine.complete(make(), ONE_TOKEN),
+        lambda: engine.complete([5], make() if make() is not None else ONE_TOKEN),
+        lambda: engine.complete([5], ONE_TOKEN, request_id=make()),
+        lambda: engine.complete([5], ONE_TOKEN, deadline=make()),
+        lambda: engine.embed(make()),
+        lambda: engine.embed([make()]),
+        *[
+            lambda name=name: engine.embed("w5", **{name: make()})  # type: ignore[misc]
+            for name in ("pooling", "prompt_name", "prompt", "truncate_dim")
+        ],
+        lambda: engine.classify(make()),
+        lambda: engine.forward(input_ids=make()),
+        lambda: engine.forward(input_ids=[[5]], attention_mask=make()),
+        lambda: engine.forward(input_ids=[[5]], something=make()),
+        lambda: engine.session(make()),
+        lambda: engine.abort(make()),
+        lambda: engine.resize(make()),
+    ]
+    for call in calls:
+        await only_ours(call)
+    async with engine.session() as chat:
+        await only_ours(lambda: chat.edit(make()))
+        await only_ours(lambda: chat.edit(token_ids=make()))
+    async with engine.session() as chat:
+        await only_ours(lambda: chat.complete(make(), ONE_TOKEN))
+        await only_ours(lambda: chat.complete([5], ONE_TOKEN, request_id=make()))
+    assert (await engine.complete(tiny_model.prompts[1], tiny_model.params)).token_ids == tiny_model.references[1]
 
 
 @pytest.mark.parametrize("make", ODD, ids=lambda make: type(make()).__name__)

@@ -23,6 +23,8 @@ from tests.engines import check_nothing_is_left, settle
 from tests.image_models import NAMES, ImageModel, message, picture
 from tests.inside import inside
 
+pytestmark = pytest.mark.anyio
+
 PARAMS = SamplingParams(max_tokens=8, temperature=0, ignore_eos=True)
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -31,12 +33,6 @@ CONVERSATIONS: list[list[dict[str, Any]]] = [
     [message("only a text")],
     [message(picture(4), "a longer text")],
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop, which makes no difference here, for the engine of all tests."""
-    return "asyncio", {"use_uvloop": True}
 
 
 @pytest.fixture(scope="module", params=NAMES)

@@ -16,10 +16,8 @@ from hermes_async.planning.machine_speeds import DiskRate
 from hermes_async.planning.profile import KernelProfile, Profile
 from hermes_async.planning.profile_store import profile_file, save_profile
 from hermes_async.storage.checkpoint import Checkpoint
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 PROMPT = [5, 6, 7, 8, 9]
 PARAMS = SamplingParams(max_tokens=6, temperature=0, ignore_eos=True)

@@ -11,10 +11,9 @@ from hermes_async import Completion, Engine, RequestError
 from hermes_async.modeling.sampling import Sampler
 from hermes_async.serving.speculation import PromptLookup
 from hermes_async.serving.text_stream import TextStream
-from tests.engines import check_nothing_is_left, one_loop, open_engine
+from tests.engines import check_nothing_is_left, open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 # As pyo3 names what a panic of Rust code becomes.
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})

@@ -13,13 +13,12 @@ import anyio.lowlevel
 import pytest
 
 from hermes_async import DeadlineExceededError, Engine, EngineClosedError, RequestEvent, SamplingParams
-from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop, open_engine, until
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, open_engine, until
 from tests.inside import inside, num_untaken_chunks
 
 pytestmark = pytest.mark.anyio
 
 open_engine = partial(open_engine, max_buffered_chunks=2, prompt_lookup=False)
-anyio_backend = one_loop(use_uvloop=True)
 
 
 async def many_turns() -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -21,11 +19,11 @@ from hermes_async import (
     RequestEvent,
 )
 from hermes_async.engine import streaming
-from tests.engines import check_nothing_is_left, one_loop, open_engine, until
+from tests.cli.forked import ForkedCommands
+from tests.engines import check_nothing_is_left, open_engine, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 PanicException = type("PanicException", (BaseException,), {"__module__": "pyo3_runtime"})
 
@@ -194,7 +192,7 @@ async def test_preparations_that_were_left_keep_their_places(tiny_model: Any, he
         await until(lambda: inside(engine).num_preparing == 0)
 
 
-def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: Any) -> None:
+def test_a_preparation_that_was_left_does_not_keep_the_interpreter(tiny_model: Any, forked: ForkedCommands) -> None:
     program = f"""
 import anyio, threading
 from hermes_async import Engine
@@ -220,8 +218,9 @@ async def main():
 
 anyio.run(main)
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=240, check=True)
-    assert ended.stdout == "left\n"
+    with forked.start(code=program) as process:
+        output, errors = process.communicate()
+    assert (output, process.returncode) == (b"left\n", 0), errors.decode()
 
 
 @pytest.mark.parametrize("request_id", [5, ["a"], b"a"])

@@ -13,11 +13,8 @@ import pytest
 import torch
 
 from hermes_async import ContextLengthError, Engine, EngineConfig, MemoryBudgetError, RequestError, SamplingParams
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=False)
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 

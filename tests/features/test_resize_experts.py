@@ -12,12 +12,11 @@ import pytest
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, Plan
 from hermes_async.planning.expert_use import all_expert_bytes
 from hermes_async.storage.buffers import Buffer
-from tests.engines import check_nothing_is_left, greedy_params, one_loop
+from tests.engines import check_nothing_is_left, greedy_params
 from tests.inside import inside
 from tests.models import mixture_config
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 CONFIG = EngineConfig(num_loading_agents=2, max_tokens_per_sweep=16, max_sequences=4, kv_budget="64KiB")
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6]]

@@ -9,10 +9,9 @@ import pytest
 import torch
 
 from hermes_async import SamplingParams
-from tests.engines import one_loop, open_engine
+from tests.engines import open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 # No stop before min_tokens

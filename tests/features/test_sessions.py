@@ -25,12 +25,10 @@ from hermes_async import (
     SessionClosedError,
 )
 from hermes_async.engine.prompt import prepare
-from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, one_loop, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, check_nothing_is_left, greedy_params, open_engine, tokens, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 
 @pytest.fixture(scope="session")

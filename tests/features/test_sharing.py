@@ -14,13 +14,12 @@ import anyio.lowlevel
 import pytest
 
 from hermes_async import Engine, SamplingParams
-from tests.engines import BLOCK_BYTES, greedy_params, one_loop, open_engine, tokens, until
+from tests.engines import BLOCK_BYTES, greedy_params, open_engine, tokens, until
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
 
 open_engine = partial(open_engine, prompt_lookup=False)
-anyio_backend = one_loop(use_uvloop=False)
 
 
 BLOCK = 16

@@ -17,12 +17,11 @@ import pytest
 from hermes_async import Engine, EngineClosedError, EngineSnapshot, ReadError
 from hermes_async.engine.prompt import prepare
 from tests.disks import Disk, Read
-from tests.engines import greedy_params, one_loop, open_engine, settle, tokens, until
+from tests.engines import greedy_params, open_engine, settle, tokens, until
 from tests.inside import inside
 from tests.models import TinyModel
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 
 @contextlib.asynccontextmanager

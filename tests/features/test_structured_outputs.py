@@ -14,10 +14,9 @@ import pytest
 
 import hermes_async
 from hermes_async import Completion, Engine, EngineConfig, RequestError, SamplingParams, StructuredOutputs
-from tests.engines import check_nothing_is_left, drafts_cost_nothing, one_loop, open_engine
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 DEMO = Path(hermes_async.__file__).parent / "demo" / "model"
 PROMPT = "First Citizen:\nYou are all resolved rather to die than to famish?\n\nAll:\nResolved. resolved.\n\n"

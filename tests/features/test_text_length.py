@@ -12,10 +12,9 @@ from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 from hermes_async import ContextLengthError
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.serving.tokenizer import SharedTokenizer
-from tests.engines import one_loop, open_engine
+from tests.engines import open_engine
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 PIECES = ["a", "b", "ab", "ba", "aab", "abab", "c", "   ", "▁", "▁ab", "▁▁▁▁"]
 

@@ -22,10 +22,9 @@ from hermes_async.engine.encoding import encode_texts
 from hermes_async.engine.text_length import check_could_fit
 from hermes_async.modeling.transformers_api import changes_in_calls
 from hermes_async.serving.tokenizer import SharedTokenizer
-from tests.engines import one_loop, open_engine, until
+from tests.engines import open_engine, until
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 def fast_tokenizer() -> PreTrainedTokenizerFast:

@@ -11,11 +11,9 @@ import pytest
 from transformers import AutoTokenizer
 
 from hermes_async import ContextLengthError, Engine, RequestError, SamplingParams
-from tests.engines import check_nothing_is_left, one_loop
+from tests.engines import check_nothing_is_left
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 GREEDY = SamplingParams(max_tokens=3, temperature=0, ignore_eos=True)
 # A tool's name is a word of the vocabulary, and so is what `loud` adds.

@@ -20,11 +20,10 @@ from hermes_async import ConfigError, Engine
 from hermes_async.cli import app, pictures
 from hermes_async.cli.timeline import read
 from hermes_async.pipeload.trace import WAITS_FOR_KV, WAITS_FOR_MEMORY, Span, Timeline, Trace
-from tests.engines import BLOCK_BYTES, greedy_params, one_loop, tokens
+from tests.engines import BLOCK_BYTES, greedy_params, tokens
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 
 @pytest.fixture

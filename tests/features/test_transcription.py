@@ -16,12 +16,9 @@ from hermes_async.engine import audio as audio_module
 from hermes_async.engine.audio import load_audio
 from hermes_async.engine.opening import open_model
 from tests.audio_models import FIRST_TIME, RATE, START, WINDOW_S, Whisper, noise, write_wave
-from tests.engines import one_loop
 from tests.models import TinyModel
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 
 @pytest.fixture(scope="module")

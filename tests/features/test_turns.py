@@ -24,12 +24,10 @@ from hermes_async import (
 )
 from tests.architectures import tiny_config
 from tests.disks import Disk, Read
-from tests.engines import check_nothing_is_left, drafts_cost_nothing, greedy_params, one_loop, tokens, until
+from tests.engines import check_nothing_is_left, drafts_cost_nothing, greedy_params, tokens, until
 from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=False)
 
 KINDS = ("bloom", "qwen3_5_text", "jamba")
 """A cache that can be cropped; recurrent states; and recurrent states of which a prompt cannot be divided."""
@@ -267,7 +265,7 @@ async def test_a_packed_model_in_turns_gives_the_same_tokens(tiny_model: Any) ->
     prompts = [tokens(seed, 5 + 7 * seed) for seed in range(4)]
     found = []
     for batching in ("packed", "turns"):
-        config = replace(tiny_model.config, batching=batching)
+        config = replace(tiny_model.config, batching=batching, self_check="require")
         async with Engine(tiny_model.path, memory_budget="8MiB", config=config) as engine:
             assert engine.plan.in_turns == (batching == "turns")
             found.append(await answers(engine, *prompts, num_tokens=12))

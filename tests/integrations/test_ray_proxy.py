@@ -9,10 +9,8 @@ import pytest
 from starlette.types import Message, Receive, Scope, Send
 
 from hermes_async.integrations.ray_proxy import LostReplicaErrors, middlewares
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 async def sent_by(*messages: Message, kind: str = "http") -> list[Message]:

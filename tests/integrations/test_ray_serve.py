@@ -23,13 +23,10 @@ from hermes_async import Engine, SamplingParams
 from hermes_async.demo import MODEL_PATH
 from hermes_async.errors import ConfigError
 from tests.docs.pages import code_blocks
-from tests.engines import one_loop
 from tests.project import ROOT
 
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'hermes-async[ray]'")
 openai = pytest.importorskip("openai", reason="the client is not installed")
-
-anyio_backend = one_loop(use_uvloop=False)
 pytestmark = [
     pytest.mark.ray,
     # Ray's own modules declare fields as older versions of pydantic wanted it; they are imported in the tests.

@@ -10,9 +10,6 @@ from hermes_async.errors import MemoryBudgetError
 from hermes_async.memory import automatic_budget
 from hermes_async.memory.automatic_budget import BudgetFollower, Observation
 from hermes_async.memory.available import headroom
-from tests.engines import one_loop
-
-anyio_backend = one_loop(use_uvloop=True)
 
 GIB = 1 << 30
 

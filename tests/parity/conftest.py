@@ -17,7 +17,7 @@ from hermes_async import Plan
 from hermes_async.engine.model_planner import ModelPlanner
 from hermes_async.engine.opening import open_model, plans_by_budget
 
-NUM_TOKENS = 24
+NUM_TOKENS = 12
 TOP_LOGPROBS = 5
 
 
@@ -42,17 +42,10 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="session")
-def greedy_reference() -> Callable[..., list[Expected]]:
-    """Runs `model.generate` for each prompt alone, with transformers' default attention."""
+def generated_by() -> Callable[..., list[Expected]]:
+    """Runs `model.generate` for each prompt alone."""
 
-    def reference(
-        path: Path,
-        prompts: Sequence[list[int]],
-        *,
-        dtype: torch.dtype = torch.float32,
-        num_tokens: int = NUM_TOKENS,
-    ) -> list[Expected]:
-        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+    def generated(model: Any, prompts: Sequence[list[int]], *, num_tokens: int = NUM_TOKENS) -> list[Expected]:
         # Without end-of-sequence tokens: the requests ignore them.
         model.generation_config = GenerationConfig(pad_token_id=0)
         expected = []
@@ -70,6 +63,19 @@ def greedy_reference() -> Callable[..., list[Expected]]:
             logits = torch.cat(output.logits).float()
             expected.append(Expected(prompt, token_ids, logits.log_softmax(-1)))
         return expected
+
+    return generated
+
+
+@pytest.fixture(scope="session")
+def greedy_reference(generated_by: Callable[..., list[Expected]]) -> Callable[..., list[Expected]]:
+    """What the causal language model of a checkpoint generates, with transformers' default attention."""
+
+    def reference(
+        path: Path, prompts: Sequence[list[int]], *, dtype: torch.dtype = torch.float32, num_tokens: int = NUM_TOKENS
+    ) -> list[Expected]:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).eval()
+        return generated_by(model, prompts, num_tokens=num_tokens)
 
     return reference
 
@@ -147,7 +153,7 @@ def budgets_of() -> Callable[[Path], dict[str, int]]:
     """
 
     def budgets(path: Path) -> dict[str, int]:
-        plans = plans_by_budget(path, hermes_async.EngineConfig(), 40)
+        plans = plans_by_budget(path, hermes_async.EngineConfig(), 12)
         middle = next(plan for plan in plans if 0 < len(plan.resident) < len(plan.stages))
         return {"smallest": plans[0].minimum_budget, "middle": middle.memory_budget, "resident": 64 * 1024 * 1024}
 

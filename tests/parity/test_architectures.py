@@ -27,11 +27,8 @@ from transformers import (
 )
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-4  # of log-probabilities in float32
 WINDOW = 8  # shorter than most prompts

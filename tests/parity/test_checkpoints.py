@@ -14,11 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, PreTrainedConfig
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-4  # of log-probabilities in float32
 INDEX = "model.safetensors.index.json"
@@ -44,9 +41,15 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         num_local_experts=4,
     ),
 }
-NUM_TOKENS = 8
+NUM_TOKENS = 4
 
 Tensors = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def prompts(prompts: list[list[int]]) -> list[list[int]]:
+    """Two, one of which is computed in chunks: what differs here is how weights are found, not how they are used."""
+    return [prompt for prompt in prompts if len(prompt) in (5, 17)]
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +84,7 @@ def check(
     prompts: list[list[int]],
     originals: Callable[[str], tuple[Path, list[Any]]],
     greedy_reference: Callable[..., list[Any]],
-    minimum_budget: Callable[[Path], int],
+    least_budget: int,
     complete_all: Callable[..., Any],
     assert_parity: Callable[..., None],
 ) -> Callable[[Path, str], Any]:
@@ -92,7 +95,7 @@ def check(
         # transformers reads it too, so it is a checkpoint that people have.
         theirs = greedy_reference(path, prompts, num_tokens=NUM_TOKENS)
         assert [item.token_ids for item in theirs] == [item.token_ids for item in expected]
-        for budget in (minimum_budget(path), 64 * 1024 * 1024):
+        for budget in (least_budget, 64 * 1024 * 1024):
             async with hermes_async.Engine(path, memory_budget=budget) as engine:
                 assert_parity(await complete_all(engine, prompts, num_tokens=NUM_TOKENS), expected, atol=ATOL)
 
@@ -299,7 +302,7 @@ async def test_an_untied_checkpoint_whose_config_ties(
     rewritten: Callable[..., Path],
     prompts: list[list[int]],
     greedy_reference: Callable[..., list[Any]],
-    minimum_budget: Callable[[Path], int],
+    least_budget: int,
     complete_all: Callable[..., Any],
     assert_parity: Callable[..., None],
 ) -> None:
@@ -310,5 +313,5 @@ async def test_an_untied_checkpoint_whose_config_ties(
 
     path = rewritten("llama-tied", with_other_head)
     expected = greedy_reference(path, prompts, num_tokens=NUM_TOKENS)
-    async with hermes_async.Engine(path, memory_budget=minimum_budget(path)) as engine:
+    async with hermes_async.Engine(path, memory_budget=least_budget) as engine:
         assert_parity(await complete_all(engine, prompts, num_tokens=NUM_TOKENS), expected, atol=ATOL)

@@ -12,11 +12,8 @@ import torch
 from transformers import Gemma3TextConfig, GPT2Config, GPTJConfig, LlamaConfig, OPTConfig, PreTrainedConfig
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 SMALL = TOKENS | {

@@ -15,13 +15,12 @@ import transformers as t
 
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine.opening import open_model
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
 
-anyio_backend = one_loop(use_uvloop=True)
-
-NUM_TOKENS = 12
+NUM_TOKENS = 8
+LENGTHS = (1, 5, 40, 200, 17)  # of the prompts
+NUM_PROMPTS = len(LENGTHS)
 TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 3}
 SIDES = TOKENS | {
     "d_model": 32,
@@ -78,8 +77,7 @@ def subject(
     model.generation_config = t.GenerationConfig.from_model_config(model.config)
     path = save_model(model)
     generator = torch.Generator().manual_seed(1)
-    lengths = (1, 5, 40, 200, 3, 17, 40, 2)
-    prompts = [torch.randint(4, 200, (length,), generator=generator).tolist() for length in lengths]
+    prompts = [torch.randint(4, 200, (length,), generator=generator).tolist() for length in LENGTHS]
     return Subject(path, prompts, generated(model_class.from_pretrained(path).eval(), prompts))
 
 
@@ -98,14 +96,15 @@ async def test_alone_together_and_joining(subject: Subject) -> None:
             answers[idx] = list(completion.token_ids)
             assert completion.usage.prompt_tokens == len(subject.prompts[idx])
 
-        for idx in range(4):
+        for idx in range(3):
             await answer(idx)
+        assert [answers.pop(idx) for idx in range(3)] == subject.expected[:3]
         async with anyio.create_task_group() as tasks:
-            for idx in range(8):
+            for idx in range(NUM_PROMPTS):
                 tasks.start_soon(answer, idx)
-        assert [answers.pop(idx) for idx in range(8)] == subject.expected
+        assert [answers.pop(idx) for idx in range(NUM_PROMPTS)] == subject.expected
         async with anyio.create_task_group() as tasks:  # one joins after each chunk of the first
-            joining = iter(range(1, 8))
+            joining = iter(range(1, NUM_PROMPTS))
             tokens: list[int] = []
             async for chunk in engine.generate(subject.prompts[0], PARAMS):
                 tokens += chunk.token_ids
@@ -113,7 +112,7 @@ async def test_alone_together_and_joining(subject: Subject) -> None:
                     tasks.start_soon(answer, idx)
             for idx in joining:
                 tasks.start_soon(answer, idx)
-        assert [tokens, *(answers[idx] for idx in range(1, 8))] == subject.expected
+        assert [tokens, *(answers[idx] for idx in range(1, NUM_PROMPTS))] == subject.expected
         statistics = engine.statistics()
         assert statistics.peak_bytes_in_use <= engine.plan.memory_budget
         assert statistics.kv_bytes == 0

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +14,14 @@ import transformers
 from transformers import AutoModelForTokenClassification, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from hermes_async import Engine, EngineConfig, SamplingParams
+from hermes_async import Engine, EngineConfig
 from hermes_async.engine.model_planner import ModelPlanner
 from hermes_async.planning.plan import Plan
 from tests.architectures import KINDS, random_model, tiny_config
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
 
-anyio_backend = one_loop(use_uvloop=True)
-
+ATOL = 5e-4  # of log-probabilities in float32
 NUM_TOKENS = 4
 LENGTHS = (1, 19, 6)
 NUM_EXPERTS = ("num_experts", "num_local_experts", "moe_num_experts", "n_routed_experts")  # names of one setting
@@ -127,16 +124,7 @@ def known(model_types: Iterable[str]) -> list[str]:
     return [model_type for model_type in model_types if model_type in CONFIG_MAPPING]
 
 
-@dataclass(frozen=True)
-class Mixture:
-    """A small mixture on disk, and what transformers generates."""
-
-    path: Path
-    prompts: list[list[int]]
-    expected: list[list[int]]
-
-
-def tiny_mixture(model_type: str, kind: Any, path: Path, **saved: Any) -> Mixture:
+def tiny_mixture(model_type: str, kind: Any) -> PreTrainedModel:
     """Has 8 experts in each layer, or what its configuration lists for each."""
     changes = CHANGES.get(model_type, {})
     config = tiny_config(model_type, **changes)
@@ -145,24 +133,7 @@ def tiny_mixture(model_type: str, kind: Any, path: Path, **saved: Any) -> Mixtur
     more: dict[str, Any] = {name: 8 for name in own if isinstance(getattr(text, name, None), int)}
     if text is not config:
         more, changes = changes | {"text_config": more | changes.get("text_config", {})}, {}
-    model = random_model(tiny_config(model_type, **more | changes), kind)
-    model.save_pretrained(path, **saved)
-    generator = torch.Generator().manual_seed(1)
-    prompts = [torch.randint(3, 180, (length,), generator=generator).tolist() for length in LENGTHS]
-    return Mixture(path, prompts, [_greedy(model, prompt) for prompt in prompts])
-
-
-def _greedy(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    input_ids = torch.tensor([prompt])
-    with torch.inference_mode():
-        output = model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            max_new_tokens=NUM_TOKENS,
-            do_sample=False,
-            eos_token_id=-1,
-        )
-    return output[0, len(prompt) :].tolist()
+    return random_model(tiny_config(model_type, **more | changes), kind)
 
 
 @pytest.fixture
@@ -176,44 +147,47 @@ def smallest_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ModelPlanner, "plan", smallest)
 
 
-async def check(mixture: Mixture, **config: Any) -> Plan:
-    """Experts are read one by one, and all prompts at once give transformers' tokens."""
-    params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0, ignore_eos=True)
-    results: dict[int, list[int]] = {}
-    async with Engine(mixture.path, memory_budget="64MiB", config=EngineConfig(**config)) as engine:
+@pytest.fixture
+def check(
+    smallest_budget: None,
+    tmp_path: Path,
+    generated_by: Callable[..., list[Any]],
+    complete_all: Callable[..., Any],
+    assert_parity: Callable[..., None],
+) -> Callable[..., Any]:
+    """That experts are read one by one, and all prompts at once give transformers' tokens and log-probabilities."""
 
-        async def one(idx: int) -> None:
-            results[idx] = list((await engine.complete(mixture.prompts[idx], params)).token_ids)
+    async def same(model: PreTrainedModel, **saved: Any) -> None:
+        model.save_pretrained(tmp_path, **saved)
+        generator = torch.Generator().manual_seed(1)
+        prompts = [torch.randint(3, 180, (length,), generator=generator).tolist() for length in LENGTHS]
+        expected = generated_by(model, prompts, num_tokens=NUM_TOKENS)
+        async with Engine(tmp_path, memory_budget="64MiB") as engine:
+            completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)
+            plan = engine.plan
+        assert plan.minimum_budget == plan.memory_budget
+        assert plan.experts
+        assert plan.expert_bytes < sum(expert.slot_bytes for expert in plan.experts)
+        assert_parity(completions, expected, atol=ATOL)
 
-        async with anyio.create_task_group() as tasks:
-            for idx in range(len(mixture.prompts)):
-                tasks.start_soon(one, idx)
-        plan = engine.plan
-    assert plan.minimum_budget == plan.memory_budget
-    assert plan.experts
-    assert plan.expert_bytes < sum(expert.slot_bytes for expert in plan.experts)
-    assert [results[idx] for idx in range(len(results))] == mixture.expected
-    return plan
+    return same
 
 
-@pytest.mark.usefixtures("smallest_budget")
 @pytest.mark.parametrize("model_type", known(CAUSAL))
-async def test_tokens_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
-    await check(tiny_mixture(model_type, KINDS["causal"], tmp_path))
+async def test_tokens_are_those_of_transformers(model_type: str, check: Callable[..., Any]) -> None:
+    await check(tiny_mixture(model_type, KINDS["causal"]))
 
 
-@pytest.mark.usefixtures("smallest_budget")
 @pytest.mark.parametrize("model_type", known(IMAGES))
-async def test_tokens_of_models_that_see_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+async def test_tokens_of_models_that_see_are_those_of_transformers(model_type: str, check: Callable[..., Any]) -> None:
     saved = {"save_original_format": False} if model_type in CONVERTED else {}
-    await check(tiny_mixture(model_type, KINDS["images"], tmp_path, **saved))
+    await check(tiny_mixture(model_type, KINDS["images"]), **saved)
 
 
-@pytest.mark.usefixtures("smallest_budget")
 @pytest.mark.parametrize("model_type", known(MERGED))
-async def test_tokens_of_merged_experts_are_those_of_transformers(model_type: str, tmp_path: Path) -> None:
+async def test_tokens_of_merged_experts_are_those_of_transformers(model_type: str, check: Callable[..., Any]) -> None:
     """All experts of a layer in one tensor, which most checkpoints have not."""
-    await check(tiny_mixture(model_type, KINDS["causal"], tmp_path, save_original_format=False))
+    await check(tiny_mixture(model_type, KINDS["causal"]), save_original_format=False)
 
 
 @pytest.mark.usefixtures("smallest_budget")

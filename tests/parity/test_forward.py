@@ -41,12 +41,11 @@ from transformers import (
 from hermes_async import Engine, EngineConfig
 from hermes_async.engine.opening import open_model
 from hermes_async.modeling.model_classes import encoder_class
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 1e-5
+CONFIG = EngineConfig(max_tokens_per_sweep=128)
 LAYERS = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
 TEXT = LAYERS | {"vocab_size": 300, "max_position_embeddings": 64, "pad_token_id": 0}
 VISION = LAYERS | {"image_size": 16, "patch_size": 4}
@@ -160,6 +159,7 @@ class Subject:
     path: Path
     inputs: list[dict[str, torch.Tensor]]
     expected: list[Any]
+    budgets: dict[str, int]
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -171,7 +171,12 @@ def subject(
     model = model_class.from_pretrained(path).eval()
     inputs = [some_inputs(request.param, seed) for seed in range(3)]
     with torch.inference_mode():
-        return Subject(path, inputs, [model(**given) for given in inputs])
+        expected = [model(**given) for given in inputs]
+    opened = open_model(path, "64MiB", CONFIG)
+    opened.close()
+    least = opened.plan.minimum_budget
+    budgets = {"smallest": least, "middle": least + opened.plan.weight_bytes // 4, "resident": 64 << 20}
+    return Subject(path, inputs, expected, budgets)
 
 
 def check_same(actual: Any, expected: Any) -> None:
@@ -184,13 +189,8 @@ def check_same(actual: Any, expected: Any) -> None:
 
 @pytest.mark.parametrize("budget", ["smallest", "middle", "resident"])
 async def test_passes_together_and_alone_are_those_of_transformers(subject: Subject, budget: str) -> None:
-    tokens = EngineConfig(max_tokens_per_sweep=128)
-    opened = await anyio.to_thread.run_sync(open_model, subject.path, "64MiB", tokens)
-    opened.close()
-    least = opened.plan.minimum_budget
-    budgets = {"smallest": least, "middle": least + opened.plan.weight_bytes // 4, "resident": "64MiB"}
     outputs: list[Any] = [None] * 3
-    async with Engine(subject.path, memory_budget=budgets[budget], config=tokens) as engine:
+    async with Engine(subject.path, memory_budget=subject.budgets[budget], config=CONFIG) as engine:
 
         async def run(idx: int) -> None:
             outputs[idx] = await engine.forward(**subject.inputs[idx])

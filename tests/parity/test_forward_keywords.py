@@ -32,10 +32,8 @@ from transformers import (
 )
 
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, RequestError
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,

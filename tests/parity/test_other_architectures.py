@@ -1,4 +1,8 @@
-"""Every other architecture: refused by name when the engine opens, or right. Never wrong tokens."""
+"""Every other architecture: refused by name when the engine opens, or right. Never wrong tokens.
+
+Not here are those of which another file compares tokens and log-probabilities: mixtures whose experts lie apart
+(`test_experts.py`), caches that are no keys and values (`test_turns.py`), and tables of rows (`test_row_tables.py`).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +17,8 @@ import transformers as t
 from transformers import PreTrainedConfig
 
 import hermes_async
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 5e-4  # of log-probabilities in float32; routers and scaled residuals make noise louder
 WINDOW = 8  # shorter than most prompts
@@ -25,29 +26,13 @@ TOKENS = {"vocab_size": 300, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id
 SMALL = TOKENS | {
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
 }
 GROUPED = SMALL | {"num_key_value_heads": 2, "head_dim": 16}
-GPT = TOKENS | {"n_embd": 64, "n_layer": 4, "n_head": 4, "n_positions": 128}
-MIXED = ["sliding_attention", "full_attention"] * 2
-LATENT = SMALL | {
-    "num_key_value_heads": 4,
-    "q_lora_rank": 24,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 8,
-    "moe_intermediate_size": 32,
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_shared_experts": 1,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 4,
-}
-EXPERTS = {"moe_intermediate_size": 32, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+GPT = TOKENS | {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128}
+MIXED = ["sliding_attention", "full_attention"]
 VISION = {
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -77,10 +62,10 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **GROUPED, **rope("dynamic", factor=4.0, original_max_position_embeddings=16)
     ),
     "qwen2-mixed-windows": lambda: t.Qwen2Config(
-        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
+        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "qwen3-mixed-windows": lambda: t.Qwen3Config(
-        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=2
+        **GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
     ),
     "gemma3-bidirectional": lambda: t.Gemma3TextConfig(
         **GROUPED, sliding_window=WINDOW, use_bidirectional_attention=True
@@ -96,7 +81,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         **GROUPED, intermediate_size_mlp=96, attention_chunk_size=128, num_local_experts=2
     ),
     # Dense decoders.
-    "afmoe": lambda: t.AfmoeConfig(**GROUPED, **EXPERTS),
     "apertus": lambda: t.ApertusConfig(**SMALL, num_key_value_heads=2),
     "arcee": lambda: t.ArceeConfig(**GROUPED),
     "bitnet": lambda: t.BitNetConfig(**SMALL, num_key_value_heads=2),
@@ -116,18 +100,18 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "gpt-neo-local": lambda: t.GPTNeoConfig(
         **TOKENS,
         hidden_size=64,
-        num_layers=4,
+        num_layers=2,
         num_heads=4,
-        attention_types=[[["global", "local"], 2]],
+        attention_types=[[["global", "local"], 1]],
         window_size=WINDOW,
         max_position_embeddings=128,
     ),
     "gpt-neo-wide": lambda: t.GPTNeoConfig(
         **TOKENS,
         hidden_size=64,
-        num_layers=4,
+        num_layers=2,
         num_heads=4,
-        attention_types=[[["global", "local"], 2]],
+        attention_types=[[["global", "local"], 1]],
         window_size=20,
         max_position_embeddings=128,
     ),
@@ -164,7 +148,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bart": lambda: t.BartConfig(
         **TOKENS,
         d_model=64,
-        decoder_layers=3,
+        decoder_layers=2,
         decoder_attention_heads=4,
         decoder_ffn_dim=96,
         encoder_layers=1,
@@ -177,24 +161,20 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "bert": lambda: t.BertConfig(**SMALL),
     "big-bird": lambda: t.BigBirdConfig(**SMALL, is_decoder=True, attention_type="original_full"),
     "biogpt": lambda: t.BioGptConfig(**SMALL),
-    "bloom": lambda: t.BloomConfig(**TOKENS, hidden_size=64, n_layer=4, n_head=4),
     "electra-decoder": lambda: t.ElectraConfig(**SMALL, embedding_size=32, is_decoder=True),
     "megatron-bert-decoder": lambda: t.MegatronBertConfig(**SMALL, is_decoder=True),
-    "mpt": lambda: t.MptConfig(**TOKENS, d_model=64, n_layers=4, n_heads=4, max_seq_len=128),
-    "openai-gpt": lambda: t.OpenAIGPTConfig(**GPT),
+    "mpt": lambda: t.MptConfig(**TOKENS, d_model=64, n_layers=2, n_heads=4, max_seq_len=128),
     "rembert-decoder": lambda: t.RemBertConfig(
         **SMALL, input_embedding_size=32, output_embedding_size=32, is_decoder=True
     ),
     "roberta-decoder": lambda: t.RobertaConfig(**SMALL, is_decoder=True),
     "roformer-decoder": lambda: t.RoFormerConfig(**SMALL, is_decoder=True),
     "xglm": lambda: t.XGLMConfig(
-        **TOKENS, d_model=64, ffn_dim=96, num_layers=4, attention_heads=4, max_position_embeddings=128
+        **TOKENS, d_model=64, ffn_dim=96, num_layers=2, attention_heads=4, max_position_embeddings=128
     ),
     "xlm-roberta-xl-decoder": lambda: t.XLMRobertaXLConfig(**SMALL, is_decoder=True),
-    "xlnet": lambda: t.XLNetConfig(**TOKENS, d_model=64, n_layer=4, n_head=4, d_inner=96),
+    "xlnet": lambda: t.XLNetConfig(**TOKENS, d_model=64, n_layer=2, n_head=4, d_inner=96),
     # Keys and values that are not cached as they are used.
-    "deepseek-v2-dense": lambda: t.DeepseekV2Config(**LATENT),
-    "deepseek-v3-dense": lambda: t.DeepseekV3Config(**LATENT),
     "minicpm3": lambda: t.MiniCPM3Config(
         **SMALL, q_lora_rank=24, kv_lora_rank=16, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8
     ),
@@ -207,68 +187,23 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         qk_rope_head_dim=8,
         v_head_dim=8,
     ),
-    "gemma3n": lambda: t.Gemma3nTextConfig(
-        **GROUPED | {"intermediate_size": [96] * 4},
-        sliding_window=WINDOW,
-        layer_types=MIXED,
-        vocab_size_per_layer_input=300,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=2,
-        laurel_rank=8,
-        activation_sparsity_pattern=[0.0] * 4,
-    ),
-    "gemma4": lambda: t.Gemma4TextConfig(
-        **GROUPED,
-        sliding_window=WINDOW,
-        layer_types=MIXED,
-        global_head_dim=16,
-        vocab_size_per_layer_input=300,
-        hidden_size_per_layer_input=8,
-        num_kv_shared_layers=0,
-    ),
     "gemma4-shared-kv": lambda: t.Gemma4TextConfig(
-        **GROUPED,
+        **GROUPED | {"num_hidden_layers": 4},
         sliding_window=WINDOW,
-        layer_types=MIXED,
+        layer_types=MIXED * 2,
         global_head_dim=16,
         vocab_size_per_layer_input=300,
         hidden_size_per_layer_input=8,
         num_kv_shared_layers=2,
     ),
     # Mixtures of experts.
-    "aria-text": lambda: t.AriaTextConfig(**GROUPED, moe_num_experts=4, moe_topk=2, moe_num_shared_experts=1),
-    "ernie4.5-moe": lambda: t.Ernie4_5_MoeConfig(
-        **SMALL, num_key_value_heads=2, moe_intermediate_size=32, moe_num_experts=4, moe_k=2
-    ),
-    "glm4-moe": lambda: t.Glm4MoeConfig(**GROUPED, moe_intermediate_size=32, n_routed_experts=4, num_experts_per_tok=2),
-    "gpt-oss": lambda: t.GptOssConfig(
-        **GROUPED, sliding_window=WINDOW, layer_types=MIXED, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "granitemoe": lambda: t.GraniteMoeConfig(
-        **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
-    ),
-    "granitemoeshared": lambda: t.GraniteMoeSharedConfig(
-        **SMALL, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=32
-    ),
     "jetmoe": lambda: t.JetMoeConfig(**SMALL, num_key_value_heads=2, kv_channels=16, num_local_experts=2),
-    "mixtral": lambda: t.MixtralConfig(**GROUPED, num_local_experts=4),
     "mixtral-window": lambda: t.MixtralConfig(**GROUPED, num_local_experts=4, sliding_window=WINDOW),
-    "olmoe": lambda: t.OlmoeConfig(**SMALL, num_key_value_heads=2, num_experts=4, num_experts_per_tok=2),
-    "phimoe": lambda: t.PhimoeConfig(**SMALL, num_key_value_heads=2, num_local_experts=4),
-    "qwen2-moe": lambda: t.Qwen2MoeConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        num_experts=4,
-        num_experts_per_tok=2,
-        moe_intermediate_size=32,
-        shared_expert_intermediate_size=32,
-    ),
-    "qwen3-moe": lambda: t.Qwen3MoeConfig(**GROUPED, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32),
     # States that are not keys and values.
     "bamba": lambda: t.BambaConfig(
         **SMALL,
         num_key_value_heads=2,
-        attn_layer_indices=[1, 3],
+        attn_layer_indices=[1],
         mamba_n_heads=4,
         mamba_d_head=32,
         mamba_d_state=8,
@@ -278,7 +213,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "granitemoehybrid": lambda: t.GraniteMoeHybridConfig(
         **SMALL,
         num_key_value_heads=2,
-        layers_block_type=["mamba", "attention"] * 2,
+        layers_block_type=["mamba", "attention"],
         mamba_n_heads=4,
         mamba_d_head=32,
         mamba_d_state=8,
@@ -286,42 +221,6 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         shared_intermediate_size=32,
         num_local_experts=0,
     ),
-    "jamba": lambda: t.JambaConfig(
-        **SMALL,
-        num_key_value_heads=2,
-        attn_layer_period=2,
-        attn_layer_offset=1,
-        num_experts=1,
-        mamba_d_state=8,
-        use_mamba_kernels=False,
-    ),
-    "lfm2": lambda: t.Lfm2Config(
-        **SMALL, num_key_value_heads=2, layer_types=["conv", "full_attention"] * 2, block_auto_adjust_ff_dim=False
-    ),
-    "mamba": lambda: t.MambaConfig(**TOKENS, hidden_size=64, num_hidden_layers=4, state_size=8),
-    "mamba2": lambda: t.Mamba2Config(
-        **TOKENS, hidden_size=64, num_hidden_layers=4, state_size=8, num_heads=4, head_dim=32, n_groups=1
-    ),
-    "qwen3-next": lambda: t.Qwen3NextConfig(
-        **GROUPED,
-        num_experts=0,
-        layer_types=["linear_attention", "full_attention"] * 2,
-        linear_key_head_dim=16,
-        linear_value_head_dim=16,
-        linear_num_key_heads=2,
-        linear_num_value_heads=2,
-    ),
-    "recurrent-gemma": lambda: t.RecurrentGemmaConfig(
-        **TOKENS,
-        hidden_size=64,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        lru_width=64,
-        attention_window_size=WINDOW,
-    ),
-    "rwkv": lambda: t.RwkvConfig(**TOKENS, hidden_size=64, num_hidden_layers=4, attention_hidden_size=64),
     # With pictures, and not causal at all.
     "gemma3-multimodal": lambda: t.Gemma3Config(
         text_config=t.Gemma3TextConfig(**GROUPED, sliding_window=WINDOW, layer_types=MIXED, query_pre_attn_scalar=16),
@@ -343,12 +242,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
         decoder_start_token_id=1,
     ),
 }
-# Each expert's matrices lie apart in their checkpoints.
-NEVER_REFUSED = {
-    *("afmoe", "ernie4.5-moe", "glm4-moe", "mixtral", "mixtral-window"),
-    *("olmoe", "phimoe", "qwen2-moe", "qwen3-moe"),
-}
-NUM_TOKENS = 10
+NUM_TOKENS = 6
 
 
 # transformers up to 5.22 compiles functions of GPT-BigCode with what torch 2.13 deprecates.
@@ -366,14 +260,12 @@ async def test_refused_by_name_or_right(
 ) -> None:
     model = random_model(CONFIGS[name]())
     path = save_model(model)
-    if name == "recurrent-gemma":  # its `generate` goes on from the state of the last prompt after one of one token
-        prompts = [prompt for prompt in prompts if len(prompt) > 1]
     try:
         async with hermes_async.Engine(path, memory_budget=least_budget) as engine:
             assert engine.plan.memory_budget == engine.plan.minimum_budget
             completions = await complete_all(engine, prompts, num_tokens=NUM_TOKENS)
     except hermes_async.UnsupportedModelError as error:
-        assert name not in NEVER_REFUSED
+        assert name != "mixtral-window"  # each expert's matrices lie apart in its checkpoint
         family = re.sub(r"ForCausalLM|ForConditionalGeneration|LMHeadModel|Model|_", "", type(model).__name__)
         assert family.lower() in re.sub(r"[-_]", "", str(error)).lower()
         return
@@ -395,7 +287,7 @@ async def test_longrope_past_its_original_context_is_refused_or_right(
         **rope("longrope", short_factor=[1.0] * 8, long_factor=[4.0 + i for i in range(8)], factor=4.0),
     )
     path = save_model(random_model(config))
-    expected = greedy_reference(path, prompts)
+    expected = greedy_reference(path, prompts, num_tokens=24)
     assert max(len(item.prompt) for item in expected) > 32
     params = hermes_async.SamplingParams(max_tokens=len(expected[0].token_ids), temperature=0.0, ignore_eos=True)
     completed: list[int] = []

@@ -12,12 +12,9 @@ import transformers as t
 
 import hermes_async
 from hermes_async.engine.opening import open_model
-from tests.engines import one_loop
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 5e-4
 NUM_TOKENS = 10

@@ -14,11 +14,9 @@ import torch
 
 import hermes_async
 from tests.architectures import FIRST_SPECIAL_TOKEN, WINDOW, tiny_config
-from tests.engines import check_nothing_is_left, one_loop
+from tests.engines import check_nothing_is_left
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 ATOL = 5e-4  # of log-probabilities in float32
 NUM_TOKENS = 8

@@ -10,8 +10,10 @@ import pytest
 
 from hermes_async.errors import MemoryBudgetError
 from hermes_async.pipeload.governor import Lease, MemoryGovernor
+from tests.engines import both_loops
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 async def test_acquire_takes_and_release_gives_back() -> None:

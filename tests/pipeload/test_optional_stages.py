@@ -15,11 +15,9 @@ import pytest
 
 from hermes_async.errors import ReadError
 from hermes_async.pipeload.agents import SweepAbandoned
-from tests.engines import one_loop, until
+from tests.engines import until
 
 pytestmark = pytest.mark.anyio
-
-anyio_backend = one_loop(use_uvloop=True)
 
 GROUPS = [None, "vision", "vision", "vision", None, "audio", None, None, None]
 TEXT = [idx for idx, group in enumerate(GROUPS) if group is None]

@@ -22,9 +22,10 @@ from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import StageState
 from hermes_async.pipeload.trace import Timeline, Trace
 from hermes_async.storage.buffers import Buffer
-from tests.engines import until
+from tests.engines import both_loops, until
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 CONFIGURATIONS = [
     pytest.param({"agents": 1}, id="1 agent"),

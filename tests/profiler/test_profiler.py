@@ -23,10 +23,8 @@ from hermes_async.planning.profile_store import MAX_AGE_S, load_profile, profile
 from hermes_async.profiler import machine, profiler
 from hermes_async.profiler.profiler import measure
 from hermes_async.storage.checkpoint import Checkpoint
-from tests.engines import one_loop
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 PROFILE = Profile(
     memory_budget=8 << 20,

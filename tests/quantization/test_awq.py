@@ -11,7 +11,6 @@ from transformers import LlamaConfig
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.awq import AwqEncoding, AwqRowsEncoding
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, save
 from tests.quantization.integer_formats import (
     check,
@@ -22,8 +21,6 @@ from tests.quantization.integer_formats import (
     some_numbers,
     some_scales,
 )
-
-anyio_backend = one_loop(use_uvloop=False)
 
 I32, F16 = torch.int32, torch.float16
 PARTS = {"packed": "qweight", "zero_point": "qzeros", "scale": "scales"}

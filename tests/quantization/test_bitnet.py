@@ -14,10 +14,7 @@ from hermes_async.errors import CheckpointError, CorruptShardError, UnsupportedM
 from hermes_async.quantization.bitnet import TernaryEncoding
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import read_tensors
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 
 def packed(numbers: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,8 @@ from hermes_async.errors import CheckpointError, CorruptShardError, UnsupportedM
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import read_tensors
 from hermes_async.storage.tensor_bytes import read_small_tensor
-from tests.engines import one_loop
 from tests.modeling.test_activations import allocated
 from tests.quantization.float_formats import SMALL, check_engine, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),

@@ -16,7 +16,6 @@ from hermes_async.quantization.encoding import StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.quantization.packed_integers import PackedEncoding, unpacked
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
 from tests.quantization.integer_formats import (
     DTYPES,
@@ -28,8 +27,6 @@ from tests.quantization.integer_formats import (
     some_numbers,
     some_scales,
 )
-
-anyio_backend = one_loop(use_uvloop=False)
 
 I32, BF16, F32 = torch.int32, torch.bfloat16, torch.float32
 FP8, U8 = torch.float8_e4m3fn, torch.uint8

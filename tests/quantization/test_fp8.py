@@ -15,10 +15,7 @@ from hermes_async.quantization.fp8 import Fp8Encoding
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.storage.tensor_spec import TensorSpec
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 FP8, E8M0 = torch.float8_e4m3fn, torch.float8_e8m0fnu
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

@@ -26,10 +26,8 @@ from hermes_async import (
 from hermes_async.cli import app
 from hermes_async.engine.opening import open_model
 from tests import gguf_models
-from tests.engines import greedy_params, one_loop
+from tests.engines import greedy_params
 from tests.gguf_models import Written, greedy, loaded, save_gguf
-
-anyio_backend = one_loop(use_uvloop=False)
 
 PROMPT = [5, 9, 2, 33, 17, 40, 8]
 NUM_TOKENS = 8

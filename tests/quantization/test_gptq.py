@@ -15,7 +15,6 @@ from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.gptq import GptqEncoding
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import Checkpoint
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, save
 from tests.quantization.integer_formats import (
     check,
@@ -26,8 +25,6 @@ from tests.quantization.integer_formats import (
     some_numbers,
     some_scales,
 )
-
-anyio_backend = one_loop(use_uvloop=False)
 
 I32, F16 = torch.int32, torch.float16
 SETTINGS = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True, "sym": False}

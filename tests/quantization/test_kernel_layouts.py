@@ -23,9 +23,6 @@ from hermes_async.quantization.kernel_layouts import Int4Layout, Int8Layout
 from hermes_async.quantization.packed_integers import PackedEncoding
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
 from hermes_async.storage.tensor_spec import TensorSpec
-from tests.engines import one_loop
-
-anyio_backend = one_loop(use_uvloop=False)
 
 ROWS, COLUMNS, GROUP = 128, 256, 64
 Parts = dict[str, torch.Tensor]

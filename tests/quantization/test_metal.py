@@ -15,10 +15,7 @@ from hermes_async.errors import CorruptShardError
 from hermes_async.quantization.metal import AffineWordsEncoding
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import read_tensors
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -16,10 +16,7 @@ from hermes_async.quantization.encoded_weight import EncodedWeight
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.storage.tensor_spec import TensorSpec
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 U8 = torch.uint8

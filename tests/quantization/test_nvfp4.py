@@ -17,10 +17,7 @@ from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.quantization.nvfp4 import Nvfp4Encoding
 from hermes_async.storage.quantization_settings import quantization
 from hermes_async.storage.tensor_spec import TensorSpec
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, e2m1, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 FP8, U8, F32 = torch.float8_e4m3fn, torch.uint8, torch.float32
 

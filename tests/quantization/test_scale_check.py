@@ -18,10 +18,7 @@ from hermes_async.quantization.encoding import Encoding
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.quantization.scale_check import check_scales
 from hermes_async.storage.checkpoint import read_tensors
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 FP8 = torch.float8_e4m3fn
 

@@ -15,10 +15,7 @@ from transformers import LlamaConfig
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.methods import quantized_matrices
 from hermes_async.storage.checkpoint import read_tensors
-from tests.engines import one_loop
 from tests.quantization.float_formats import SMALL, check_engine, save
-
-anyio_backend = one_loop(use_uvloop=False)
 
 GROUP = 32
 ATTRIBUTES = "_" + "data"  # a key of torchao; one word would look like a private name of the package

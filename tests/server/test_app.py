@@ -21,9 +21,10 @@ from hermes_async import ConfigError, Engine, RequestError
 from hermes_async.demo import MODEL_PATH
 from hermes_async.server import ServerSettings, create_app
 from hermes_async.server.model_server import model_server_of
-from tests.engines import until
+from tests.engines import both_loops, until
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 4, "temperature": 0}
 

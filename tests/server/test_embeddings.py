@@ -12,11 +12,9 @@ import openai
 import pytest
 
 from hermes_async.server.model_server import model_server_of
-from tests.engines import one_loop
 from tests.server.small_models import MODEL, WORDS, save_embedder, serving
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 TEXTS = ["w4 w5 w6", "w7", "w9 w8", " ".join(WORDS[:40]), " ".join(WORDS[10:20])]
 NUM_TOKENS = [5, 3, 4, 16, 12]

@@ -15,11 +15,9 @@ import pytest
 
 from hermes_async.server import ServerSettings
 from hermes_async.server.streams import COMMENT
-from tests.engines import one_loop
 from tests.server.running import MODEL, RunningServer, counts_of, running_server
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 MESSAGES = [{"role": "user", "content": "Speak, good friends."}]
 

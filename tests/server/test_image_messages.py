@@ -14,11 +14,7 @@ from hermes_async import EngineConfig, SamplingParams
 from tests.image_models import ImageModel, picture
 from tests.server.small_models import Serving, serving
 
-
-@pytest.fixture(scope="module", autouse=True)
-def anyio_backend() -> tuple[str, dict[str, Any]]:
-    """One event loop, which makes no difference here, for the server of all tests."""
-    return "asyncio", {"use_uvloop": False}
+pytestmark = pytest.mark.anyio
 
 
 def data_url(image: Image.Image, kind: str = "png") -> str:

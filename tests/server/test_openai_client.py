@@ -10,11 +10,9 @@ import anyio
 import openai
 import pytest
 
-from tests.engines import one_loop
 from tests.server.running import MODEL, RunningServer
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 MESSAGES: Any = [{"role": "user", "content": "Speak, good friends, and say what you have to tell."}]
 TOO_LONG = "context_length_exceeded"

@@ -16,11 +16,10 @@ import hermes_async.server
 from hermes_async import Engine, EngineSnapshot
 from hermes_async.server import page
 from hermes_async.server.page import SnapshotFeed
-from tests.engines import greedy_params, one_loop, open_engine, settle, tokens, until
+from tests.engines import greedy_params, open_engine, settle, tokens, until
 from tests.models import TinyModel
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 STYLES = Path(hermes_async.server.__file__).parent / "static" / "base.css"
 

@@ -11,11 +11,9 @@ from typing import Any
 import pytest
 
 from hermes_async import Engine, RequestError
-from tests.engines import one_loop
 from tests.server.small_models import MODEL, WORDS, save_cross_encoder, save_embedder, serving
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=True)
 
 QUERY = "w4 w5 w6"
 _chosen = random.Random(4)

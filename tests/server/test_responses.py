@@ -16,10 +16,7 @@ from hermes_async import Chunk, MessageDelta, ReadError, Timings, ToolCall, Usag
 from hermes_async.server.chat_message import ForcedCall, MessageReader
 from hermes_async.server.response_output import ResponseOutput
 from hermes_async.server.responses_fields import ResponseRequest
-from tests.engines import one_loop
 from tests.server.running import MODEL, RunningServer
-
-anyio_backend = one_loop(use_uvloop=True)
 
 TEXT = "Speak, good friends, and say what you have to tell."
 MESSAGES = [{"role": "user", "content": TEXT}]

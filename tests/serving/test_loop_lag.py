@@ -8,9 +8,10 @@ import anyio
 import pytest
 
 from hermes_async.serving.loop_lag import LoopLag
-from tests.engines import until
+from tests.engines import both_loops, until
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 
 async def test_what_blocks_the_loop_is_seen() -> None:

@@ -20,13 +20,10 @@ from hermes_async.config import EngineConfig
 from hermes_async.engine.opening import plans_by_budget
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.hub import HubOptions, download, without_weights
-from tests.engines import one_loop
 from tests.gguf_models import save_gguf
 from tests.hub import Hub, hub_fixture  # noqa: F401 - a fixture
 from tests.inside import inside
 from tests.quantization.test_gguf import llama
-
-anyio_backend = one_loop(use_uvloop=False)
 
 
 def files_of(path: Path) -> dict[str, bytes]:

@@ -21,8 +21,10 @@ from hermes_async.storage.file_state import FileState
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.shard import ReadRange
 from tests.disks import Disk, Read
+from tests.engines import both_loops
 
 pytestmark = pytest.mark.anyio
+anyio_backend = both_loops()
 
 SIZE = 3 * ALIGNMENT + 1234
 DATA = random.Random(0).randbytes(SIZE)
