@@ -219,7 +219,8 @@ class EngineStatistics:
         bytes_read: Read from disk, including resident weights and embedding rows.
         bytes_read_by_kind: The same by kind: "resident weights" (a draft model's included), "streamed weights",
             "experts" (those that are read one by one) and "embedding rows". A kind that was never read is not in it.
-        bytes_resident: Weights that stay in memory.
+        bytes_resident: Weights that stay in memory, those on loan included.
+        bytes_lent: Weights that stay in memory that is set aside for sequences, until these need it.
         bytes_in_use: Leased from the budget now: weights, ring, workspace and KV caches.
         peak_bytes_in_use: The most that was leased at any time.
         memory_budget: The most that may be leased.
@@ -261,6 +262,7 @@ class EngineStatistics:
     bytes_read: int
     bytes_read_by_kind: dict[str, int]
     bytes_resident: int
+    bytes_lent: int
     bytes_in_use: int
     peak_bytes_in_use: int
     memory_budget: int

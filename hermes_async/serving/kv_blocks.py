@@ -190,8 +190,8 @@ class KVBlocks(SequenceCaches):
         return count * self.pool.layout.block_bytes
 
     def make_room(self, nbytes: int) -> None:
-        """Drops unused prefixes until so many bytes are free, or none is left."""
-        missing = nbytes - self._governor.free_bytes
+        """Drops unused prefixes until so many bytes are free or lent, or none is left."""
+        missing = nbytes - self._governor.free_bytes - self._governor.lent_bytes
         self.drop_unused(max(0, -(-missing // self.pool.layout.block_bytes)))
 
     def extend(self, reservation: BlockReservation, length: int, capacity: int) -> bool:
@@ -299,7 +299,8 @@ class KVBlocks(SequenceCaches):
 
     def _make_room(self, count: int) -> bool:
         missing = count - self._num_free()
-        if missing > len(self._unused):
+        lent = self._governor.lent_bytes
+        if missing > len(self._unused) or (lent and missing > 0):  # what is lent comes back, before prefixes are dropped
             return False
         self.drop_unused(max(0, missing))
         return self._governor.can_grant(count * self.pool.layout.block_bytes)
