@@ -55,10 +55,9 @@ _SHARES = (0.5, 0.75, 0.95, 1.6)  # of the weights
 _OTHER_PROMPTS = 8  # tokens of the other sessions
 _NEW_TOKENS = 8
 _NEIGHBOUR_SHARE = 1 / 7
-_LEAST_SECONDS = 4.0  # that sessions generate
-_NEIGHBOUR_SECONDS = 20.0
-_TAKEN_AT_ONCE = MIB // 2
-_SECONDS_BETWEEN_SAMPLES = 0.02
+_NUM_SWEEPS = 14  # in which sessions generate, at least
+_NEIGHBOUR_SECONDS = 20.0  # at least, with a neighbour
+_SECONDS_BETWEEN_SAMPLES = 0.05
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of runs (default 0)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoint")
+    parser.add_argument("--smallest", type=float, default=None, help="the smallest room in MiB, if it is known")
     parser.add_argument("--json", type=Path, default=None, help="where to write the records")
     parser.add_argument("--inside", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -90,7 +90,7 @@ def main() -> None:
         return
     with sparse_checkpoint(_config(), args.folder) as path:
         everything = plans_by_budget(path, EngineConfig(), 2)[-1]
-        smallest = _smallest_room(path, everything.minimum_budget)
+        smallest = int(args.smallest * MIB) if args.smallest else _smallest_room(path, everything.minimum_budget)
         print(
             f"weights {_mib(everything.weight_bytes)} MiB, smallest budget {_mib(everything.minimum_budget)} MiB, "
             f"smallest room {_mib(smallest)} MiB\n\n{_HEADER}",
@@ -153,7 +153,7 @@ def _runs(count: int, seed: int, smallest: int, weight_bytes: int) -> Iterator[R
 
 def _smallest_room(path: Path, minimum: int) -> int:
     """The smallest room that an engine opens and answers in, to within 8 MiB."""
-    room = minimum + 16 * MIB
+    room = minimum + 8 * MIB
     while True:
         record = _tried(Run(room, 1, 8, on_parent=False, neighbour=False), path, 0)
         if not record["broken"]:
@@ -169,7 +169,7 @@ def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
     with memory_group(None) as group, ExitStack() as exits:
         engines = exits.enter_context(group.inner("engine")) if run.on_parent else group
         others = exits.enter_context(group.inner("neighbour")) if run.on_parent else group
-        seconds = _NEIGHBOUR_SECONDS if run.neighbour else _LEAST_SECONDS
+        seconds = _NEIGHBOUR_SECONDS if run.neighbour else 0.0
         process = _started(engines, exits, ["--inside", json.dumps({**asdict(run), "path": str(path), "s": seconds})])
         neighbour = None
         if run.neighbour:
@@ -296,7 +296,7 @@ async def _inside(run: dict[str, Any]) -> None:
 
 
 async def _generate(engine: Engine, run: dict[str, Any]) -> int:
-    """Lets all sessions generate, again and again; returns the tokens of the first one's prompt."""
+    """Lets all sessions generate, again and again, for some sweeps; returns the tokens of the first one's prompt."""
     params = SamplingParams(max_tokens=_NEW_TOKENS, temperature=0, ignore_eos=True)
     plan, numbers = engine.plan, random.Random(0)
     longest = plan.kv_bytes // plan.kv_bytes_per_token // 16 * 16 - 16 - _NEW_TOKENS
@@ -307,15 +307,19 @@ async def _generate(engine: Engine, run: dict[str, Any]) -> int:
             async for _ in chat.generate([numbers.randrange(2, 1000) for _ in range(num_tokens)], params):
                 pass
 
+    async def user(num_tokens: int) -> None:
+        while True:
+            await session(num_tokens)
+            num_tokens = _OTHER_PROMPTS
+
     ends_at = time.monotonic() + run["s"]
-    lengths = [first, *[_OTHER_PROMPTS] * (run["num_sessions"] - 1)]
-    while True:
-        async with anyio.create_task_group() as group:
-            for num_tokens in lengths:
-                group.start_soon(session, num_tokens)
-        if time.monotonic() > ends_at:
-            return first
-        lengths[0] = _OTHER_PROMPTS
+    async with anyio.create_task_group() as users:
+        for num_tokens in (first, *[_OTHER_PROMPTS] * (run["num_sessions"] - 1)):
+            users.start_soon(user, num_tokens)
+        while engine.statistics().sweeps < _NUM_SWEEPS or time.monotonic() < ends_at:
+            await anyio.sleep(_SECONDS_BETWEEN_SAMPLES)
+        users.cancel_scope.cancel()
+    return first
 
 
 class _Samples:

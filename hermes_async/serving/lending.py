@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 
 HOLDER = "weights on loan"
 
-SWEEPS_BEFORE_LENDING = 8
+SWEEPS_BEFORE_LENDING = 4
 """All of these must have left the memory unused. So requests that come and go do not make stages come and go."""
 
 
