@@ -27,7 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=100, help="how many (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of runs (default 0)")
     parser.add_argument("--folder", type=Path, default=None, help="where to make the checkpoint")
-    parser.add_argument("--smallest", type=float, default=None, help="the smallest room in MiB, if it is known")
+    parser.add_argument("--rooms", default=None, help="MiB, such as 100,200 (default: from the smallest to all)")
     parser.add_argument("--json", type=Path, default=None, help="where to write the records")
     parser.add_argument("--inside", default=None, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -90,15 +90,16 @@ def main() -> None:
         return
     with sparse_checkpoint(_config(), args.folder) as path:
         everything = plans_by_budget(path, EngineConfig(), 2)[-1]
-        smallest = int(args.smallest * MIB) if args.smallest else _smallest_room(path, everything.minimum_budget)
-        print(
-            f"weights {_mib(everything.weight_bytes)} MiB, smallest budget {_mib(everything.minimum_budget)} MiB, "
-            f"smallest room {_mib(smallest)} MiB\n\n{_HEADER}",
-            flush=True,
-        )
+        minimum, weight_bytes = everything.minimum_budget, everything.weight_bytes
+        print(f"weights {_mib(weight_bytes)} MiB, smallest budget {_mib(minimum)} MiB", flush=True)
+        if args.rooms is not None:
+            rooms = [int(room) * MIB for room in args.rooms.split(",")]
+        else:
+            rooms = _rooms(_smallest_room(path, minimum), weight_bytes)
+        print(f"\n{_HEADER}", flush=True)
         records = []
-        for run in _runs(args.runs, args.seed, smallest, everything.weight_bytes):
-            records.append(_tried(run, path, everything.weight_bytes))
+        for run in _runs(args.runs, args.seed, rooms):
+            records.append(_tried(run, path, weight_bytes))
             print(_line(records[-1]), flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(records))
@@ -136,11 +137,14 @@ def _config() -> LlamaConfig:
     )
 
 
-def _runs(count: int, seed: int, smallest: int, weight_bytes: int) -> Iterator[Run]:
+def _rooms(smallest: int, weight_bytes: int) -> list[int]:
+    rooms = [int(smallest * factor) for factor in _ROOMS]
+    return rooms + [room for share in _SHARES if (room := int(weight_bytes * share)) > rooms[-1]]
+
+
+def _runs(count: int, seed: int, rooms: Sequence[int]) -> Iterator[Run]:
     """All rooms in turn, each with other sessions, prompts, limits and neighbours. Long prompts are rarer."""
     numbers = random.Random(seed)
-    rooms = [int(smallest * factor) for factor in _ROOMS]
-    rooms += [room for share in _SHARES if (room := int(weight_bytes * share)) > rooms[-1]]
     for idx in range(count):
         yield Run(
             room_bytes=rooms[idx % len(rooms)],

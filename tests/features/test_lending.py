@@ -2,59 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import anyio
 import pytest
 
-from hermes_async import Engine, EngineConfig
-from hermes_async.serving.lending import HOLDER, SWEEPS_BEFORE_LENDING
-from tests.engines import check_nothing_is_left, greedy_params, one_loop, settle, tokens, until
-from tests.features.machines import Machine, told
-from tests.inside import inside
+from hermes_async import Engine, MemoryBudgetError
+from hermes_async.serving.lending import SWEEPS_BEFORE_LENDING
+from hermes_async.storage.buffers import Buffer
+from tests.engines import check_nothing_is_left, greedy_params, one_loop, tokens, until
+from tests.features.machines import CONFIG, Machine, check_leases, lend, lender, told
 
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=True)
 
-CONFIG = EngineConfig(num_loading_agents=1, max_tokens_per_sweep=32, max_sequences=4)
-
-
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return told(monkeypatch)
-
-
-@asynccontextmanager
-async def lender(model: Any, machine: type[Machine], **config: Any) -> AsyncIterator[Engine]:
-    """An engine with an automatic budget in which some stages are streamed, and has lent what it can."""
-    async with Engine(model.path, memory_budget="8MiB", config=CONFIG) as engine:
-        least = engine.plan.minimum_budget
-    machine.total = round((least + 40_000) / 0.95)
-    async with Engine(model.path, config=CONFIG, **config) as engine:
-        assert engine.plan.num_buffers > 0
-        assert 0 < engine.statistics().bytes_in_use <= engine.plan.memory_budget
-        await lend(engine)
-        yield engine
-        check_leases(engine)
-
-
-async def lend(engine: Engine) -> None:
-    await engine.complete(tokens(1, 1), greedy_params(SWEEPS_BEFORE_LENDING + 1))
-    await engine.wait_ready()
-    await settle(engine)
-    assert engine.statistics().bytes_lent > 0
-
-
-def check_leases(engine: Engine) -> None:
-    """What is leased is what is in memory, and within the budget."""
-    statistics, plan = engine.statistics(), engine.plan
-    assert statistics.bytes_in_use == sum(statistics.holders.values()) <= plan.memory_budget
-    assert statistics.peak_bytes_in_use <= plan.memory_budget
-    assert statistics.holders.get(HOLDER, 0) == statistics.bytes_lent <= plan.lendable_bytes
-    resident = sum(stage.layout.slot_bytes for stage in inside(engine).stages if stage.resident)
-    assert resident == statistics.bytes_resident == plan.resident_bytes + statistics.bytes_lent
 
 
 async def test_a_stage_on_loan_is_not_read_again(tiny_model: Any, machine: type[Machine]) -> None:
@@ -142,3 +107,25 @@ async def test_nothing_is_left_of_loans(tiny_model: Any, machine: type[Machine])
     statistics = engine.statistics()
     assert statistics.bytes_lent == statistics.bytes_in_use == 0
     assert not statistics.holders
+
+
+async def test_if_the_system_gives_no_memory_nothing_is_lent(
+    tiny_model: Any, machine: type[Machine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with lender(tiny_model, machine) as engine:
+        await engine.resize(engine.plan.memory_budget)
+        assert engine.statistics().bytes_lent == 0
+
+        def refused(sizes: Sequence[int]) -> list[Buffer]:
+            if sizes:
+                raise MemoryBudgetError("no memory", requested_bytes=sum(sizes), budget_bytes=0)
+            return []
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Buffer, "side_by_side", refused)
+            completion = await engine.complete(tiny_model.prompts[2], tiny_model.params)
+        assert completion.token_ids == tiny_model.references[2]
+        assert "not lent to weights: no memory" in caplog.text
+        assert engine.statistics().bytes_lent == 0
+        check_leases(engine)
+        await lend(engine)
