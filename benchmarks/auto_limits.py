@@ -23,8 +23,8 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import resource
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -37,13 +37,12 @@ import anyio.to_thread
 import torch
 from transformers import LlamaConfig
 
-from benchmarks.auto_memory import ended, tell
+from benchmarks.auto_memory import end_process, tell
 from benchmarks.checkpoints import sparse_checkpoint
 from benchmarks.memory_group import MemoryGroup, let_go_on, line_of, memory_group
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams
 from hermes_async.engine.lifetime import import_torch
 from hermes_async.engine.opening import plans_by_budget
-from hermes_async.memory.available import process_rss_bytes
 
 MIB = 2**20
 
@@ -221,16 +220,17 @@ def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
 
 
 def _started(
-    group: MemoryGroup, exits: ExitStack, arguments: list[str], program: Sequence[str] = ("-m", "benchmarks.auto_limits")
+    group: MemoryGroup,
+    exits: ExitStack,
+    arguments: list[str],
+    program: Sequence[str] = ("-m", "benchmarks.auto_limits"),
 ) -> subprocess.Popen[str]:
     process = group.start([*program, *arguments])
-    exits.callback(ended, process)
+    exits.callback(end_process, process)
     return process
 
 
-_COLUMNS = (
-    *("budget", "resident", "ring", "kv_set_aside", "kv_leased", "workspace", "opening", "activations", "beside"),
-)
+_COLUMNS = (*("budget", "resident", "lent", "ring", "kv_set_aside", "kv_leased", "workspace", "activations", "beside"),)
 _HEADER = (
     "run: room MiB, sessions, prompt, limit   used  mean  MiB of the room: "
     + " ".join(f"{name:>9.9}" for name in (*_COLUMNS, "free"))
@@ -284,11 +284,11 @@ while True:
 async def _inside(run: dict[str, Any]) -> None:
     import_torch()
     await anyio.to_thread.run_sync(tell, "ready")
-    rss_before = process_rss_bytes()
+    bytes_before = _anonymous_bytes()
     try:
         async with Engine(run["path"]) as engine:
             await anyio.to_thread.run_sync(tell, "opened")
-            samples = _Samples(engine, rss_before)
+            samples = _Samples(engine, bytes_before)
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(samples.take)
                 prompt = await _generate(engine, run)
@@ -320,18 +320,28 @@ async def _generate(engine: Engine, run: dict[str, Any]) -> int:
     async with anyio.create_task_group() as users:
         for num_tokens in (first, *[_OTHER_PROMPTS] * (run["num_sessions"] - 1)):
             users.start_soon(user, num_tokens)
-        while engine.statistics().sweeps < _NUM_SWEEPS or time.monotonic() < ends_at:
+        while engine.statistics().sweeps < _NUM_SWEEPS or time.monotonic() < ends_at:  # noqa: ASYNC110
             await anyio.sleep(_SECONDS_BETWEEN_SAMPLES)
         users.cancel_scope.cancel()
     return first
 
 
-class _Samples:
-    """What the engine holds, looked at again and again."""
+def _anonymous_bytes() -> int:
+    """Memory of this process, without pages of files, such as the libraries' code."""
+    _, resident, shared, *_ = Path("/proc/self/statm").read_text().split()
+    return (int(resident) - int(shared)) * resource.getpagesize()
 
-    def __init__(self, engine: Engine, rss_before: int) -> None:
+
+class _Samples:
+    """What the engine holds, looked at again and again.
+
+    Args:
+        bytes_before: What the process had before the engine was opened.
+    """
+
+    def __init__(self, engine: Engine, bytes_before: int) -> None:
         self._engine = engine
-        self._opening = engine.statistics().baseline_bytes - rss_before
+        self._before = bytes_before
         self._most: dict[str, int] = {}
         self._least_beside: int | None = None
 
@@ -342,22 +352,23 @@ class _Samples:
 
     def _look(self) -> None:
         plan, snapshot, statistics = self._engine.plan, self._engine.snapshot(), self._engine.statistics()
-        rss = process_rss_bytes()
+        grown = _anonymous_bytes() - self._before
         ready = [stage for stage in snapshot.stages if stage.activity in ("ready", "computing", "computed")]
         resident = sum(stage.nbytes for stage in ready if stage.resident)
         ring = sum(stage.nbytes for stage in ready if not stage.resident)
-        rest = rss - statistics.baseline_bytes - resident - plan.ring_bytes - statistics.kv_bytes
+        rest = grown - resident - plan.ring_bytes - statistics.kv_bytes
         if statistics.sweeps > 2 and (self._least_beside is None or rest < self._least_beside):
             self._least_beside = rest
-        if rss > self._most.get("rss", 0):
+        if grown > self._most.get("grown", 0):
             self._most = {
-                "rss": rss,
+                "grown": grown,
                 "budget": plan.memory_budget,
                 "resident": resident,
                 "ring": plan.ring_bytes,
                 "ring_in_use": ring,
                 "kv_set_aside": plan.kv_bytes,
                 "kv_leased": statistics.kv_bytes,
+                "lent": statistics.bytes_lent,
                 "workspace": plan.workspace_bytes,
                 "rest": rest,
             }
@@ -367,7 +378,6 @@ class _Samples:
         beside = max(0, self._least_beside or 0)
         return {
             **self._most,
-            "opening": self._opening,
             "beside": beside,
             "activations": self._most["rest"] - beside,
             "last_budget": self._engine.plan.memory_budget,

@@ -149,7 +149,7 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
         started = []
         for inside in insides:
             process = group.start(["-m", "benchmarks.auto_memory", "--inside", json.dumps(inside)])
-            exits.callback(ended, process)
+            exits.callback(end_process, process)
             started.append(process)
         ready = [line_of(process.stdout) for process in started]
         baseline = group.used_bytes
@@ -199,7 +199,7 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
     return record
 
 
-def ended(process: subprocess.Popen[str]) -> None:
+def end_process(process: subprocess.Popen[str]) -> None:
     """Ends a process, and closes its pipes."""
     process.kill()
     process.wait()

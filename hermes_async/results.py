@@ -221,8 +221,8 @@ class EngineStatistics:
             "experts" (those that are read one by one) and "embedding rows". A kind that was never read is not in it.
         bytes_resident: Weights that stay in memory, those on loan included.
         bytes_lent: Weights that stay in memory that is set aside for sequences, until these need it.
-        bytes_beside_budget: The most that the process had grown by above baseline and leases: kernels of libraries, thread
-            stacks, pieces of the heap. It is looked at once a second with an automatic budget; 0 otherwise.
+        bytes_beside_budget: The most by which the process had grown above baseline and leases: kernels of libraries,
+            thread stacks, pieces of the heap. With an automatic budget, it is looked at once a second; 0 otherwise.
         bytes_in_use: Leased from the budget now: weights, ring, workspace and KV caches.
         peak_bytes_in_use: The most that was leased at any time.
         memory_budget: The most that may be leased.

@@ -46,8 +46,8 @@ class BudgetFollower:
     """Decides when the budget changes. Synchronous; observes nothing itself.
 
     The budget shrinks at once when half of the headroom is gone: the kernel would react in a worse way. It grows only
-    if ten observations in a row allow it, and only by a fiftieth or more. As it shrinks only when half of the headroom is
-    gone, engines that share a machine do not give and take in turn.
+    if ten observations in a row allow it, and only by a fiftieth or more. Because it shrinks only when half of the
+    headroom is gone, engines that share a machine do not give and take in turn.
     """
 
     def __init__(self, budget: int, most: int) -> None:

@@ -79,17 +79,19 @@ def automatic_budget(root: Path = Path("/")) -> int:
     Raises:
         ConfigError: The system does not tell.
     """
-    return min(max(0, limit.free - headroom(limit.free, neighbours=limit.has_neighbours())) for limit in memory_limits(root))
+    return min(
+        max(0, limit.free - headroom(limit.free, neighbours=limit.has_neighbours())) for limit in memory_limits(root)
+    )
 
 
 def headroom(total: int, unleased: int = 0, num_processes: int = 1, *, neighbours: bool = True) -> int:
     """How much of `total` no budget takes: a share for other programs, and at least the engines' overhead.
 
     Args:
-        neighbours: Whether there may be other programs under the limit.
         unleased: Bytes of overhead that are already taken, and so are no longer in `total`. The headroom was meant
             for them, and shrinks by them. It keeps half of its size, for more of them.
         num_processes: The processes with engines that share `total`.
+        neighbours: Whether there may be other programs under the limit.
     """
     least = num_processes * (OVERHEAD_BYTES + (NEIGHBOUR_BYTES if neighbours else 0))
     full = max(least, int((total + unleased) * HEADROOM_SHARE))

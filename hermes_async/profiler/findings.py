@@ -221,8 +221,8 @@ def _memory(root: Path) -> Finding:
         return Finding("memory", found, advice, "problem", values)
     advice = (
         f"The budget auto may grow to {format_bytes(budget)}, less what this process takes itself, "
-        f"about {format_bytes(_PROCESS_BYTES)}. It leaves {format_bytes(kept_free)} to other programs, and to what engines "
-        "take beside their budgets."
+        f"about {format_bytes(_PROCESS_BYTES)}. It leaves {format_bytes(kept_free)} to other programs, and to what "
+        "engines take beside their budgets."
     )
     return Finding("memory", found, advice, values=values)
 

@@ -298,11 +298,12 @@ class KVBlocks(SequenceCaches):
         return BlockReservation(self, kv, list(shared), lease)
 
     def _make_room(self, count: int) -> bool:
-        missing = count - self._num_free()
-        lent = self._governor.lent_bytes
-        if missing > len(self._unused) or (lent and missing > 0):  # what is lent comes back, before prefixes are dropped
+        missing = max(0, count - self._num_free())
+        if missing > len(self._unused):
             return False
-        self.drop_unused(max(0, missing))
+        if missing and self._governor.lent_bytes:  # this comes back before prefixes are dropped
+            return False
+        self.drop_unused(missing)
         return self._governor.can_grant(count * self.pool.layout.block_bytes)
 
     def _free_own(self, reservation: BlockReservation, kept: int) -> None:

@@ -36,7 +36,7 @@ class Lending:
     stages that the plan streams stay there. That costs no read, because every sweep reads them anyway. Before a sweep
     or a request needs the memory, stages leave, as many as it takes. So nobody gets less than the plan promises.
 
-    KV memory is lent only where sequences are packed. A cache of transformers is copied for a fork, which does not wait.
+    KV memory is lent only where sequences are packed. A fork copies a cache of transformers, and waits for no memory.
 
     All methods belong to the event loop, between two sweeps.
 

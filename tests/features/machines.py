@@ -49,9 +49,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
 
 
 @asynccontextmanager
-async def lender(
-    model: Any, machine: type[Machine], more: int = 40_000, **config: Any
-) -> AsyncIterator[Engine]:
+async def lender(model: Any, machine: type[Machine], more: int = 40_000, **config: Any) -> AsyncIterator[Engine]:
     """An engine with an automatic budget in which some stages are streamed. It has lent what it can.
 
     Args:

@@ -17,6 +17,7 @@ from tests.features.machines import CONFIG, Machine, check_leases, lend, lender,
 pytestmark = pytest.mark.anyio
 anyio_backend = one_loop(use_uvloop=True)
 
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return told(monkeypatch)

@@ -211,9 +211,7 @@ def test_of_several_limits_the_one_that_leaves_the_least_counts(
     assert seen.num_processes == 1 + sum(other.is_in("memory", expected) for other in near)
 
 
-def test_processes_with_engines_are_no_neighbours(
-    neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_processes_with_engines_are_no_neighbours(neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they take is known."""
     processes = {os.getpid(), 10}
     monkeypatch.setattr(
