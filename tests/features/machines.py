@@ -40,6 +40,7 @@ def told(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     monkeypatch.setattr(automatic_budget, "_observe", look)
     monkeypatch.setattr(automatic_budget, "SECONDS_BETWEEN_OBSERVATIONS", 0.0)
     monkeypatch.setattr(available, "OVERHEAD_BYTES", 0)
+    monkeypatch.setattr(available, "NEIGHBOUR_BYTES", 0)
     monkeypatch.setattr(claims, "memory_limits", lambda: [MemoryLimit(Told.total)])
     monkeypatch.setattr(claims, "process_rss_bytes", lambda: 0)
     return Told
