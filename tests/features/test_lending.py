@@ -46,11 +46,14 @@ async def test_a_fixed_budget_lends_nothing(tiny_model: Any, machine: type[Machi
 async def test_a_request_of_an_idle_engine_gets_all_kv_memory(tiny_model: Any, machine: type[Machine]) -> None:
     """Nothing else would have woken the loop."""
     async with lender(tiny_model, machine) as engine:
-        lent = engine.statistics().bytes_lent
+        engine.drop_prefixes()
+        most, token_ids = 0, []
         with anyio.fail_after(60):
-            completion = await engine.complete(tiny_model.prompts[4], greedy_params(31))  # the whole context
-        assert completion.token_ids[: tiny_model.num_tokens] == tiny_model.references[4]
-        assert engine.statistics().bytes_lent < lent
+            async for chunk in engine.generate(tiny_model.prompts[4], greedy_params(31)):  # the whole context
+                most = max(most, engine.statistics().kv_bytes)
+                token_ids += chunk.token_ids
+        assert tuple(token_ids[: tiny_model.num_tokens]) == tuple(tiny_model.references[4])
+        assert most == engine.plan.kv_bytes
         await lend(engine)
 
 
