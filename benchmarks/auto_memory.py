@@ -149,7 +149,7 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
         started = []
         for inside in insides:
             process = group.start(["-m", "benchmarks.auto_memory", "--inside", json.dumps(inside)])
-            exits.callback(_end, process)
+            exits.callback(end_process, process)
             started.append(process)
         ready = [line_of(process.stdout) for process in started]
         baseline = group.used_bytes
@@ -199,7 +199,8 @@ def _tried(trial: str, limit_mib: int, insides: list[dict[str, Any]], least: flo
     return record
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def end_process(process: subprocess.Popen[str]) -> None:
+    """Ends a process, and closes its pipes."""
     process.kill()
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -214,7 +215,7 @@ def _end(process: subprocess.Popen[str]) -> None:
 async def _inside(trial: dict[str, Any]) -> None:
     if "cached" in trial:
         await anyio.to_thread.run_sync(_read_twice, Path(trial["cached"]))
-    _tell("ready")
+    tell("ready")
     path, opened = trial["path"], trial.get("engines", 1)
     async with AsyncExitStack() as exits:
         engines = [Engine(path) for _ in range(opened)]
@@ -233,7 +234,7 @@ async def _inside(trial: dict[str, Any]) -> None:
         budgets = [engine.plan.memory_budget for engine in engines]
         leases = [engine.statistics().peak_bytes_in_use for engine in engines]
         await anyio.to_thread.run_sync(
-            _tell, json.dumps({"budgets": budgets, "first_budgets": first, "peak_lease_bytes": leases})
+            tell, json.dumps({"budgets": budgets, "first_budgets": first, "peak_lease_bytes": leases})
         )
 
 
@@ -244,7 +245,8 @@ def _read_twice(path: Path) -> None:
                 pass
 
 
-def _tell(text: str) -> None:
+def tell(text: str) -> None:
+    """Writes a line, and waits for one."""
     print(text, flush=True)
     sys.stdin.readline()
 

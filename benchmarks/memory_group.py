@@ -63,6 +63,7 @@ class _ProcessMemory:
 
     def __init__(self) -> None:
         self.peak_used_bytes = 0
+        self.samples: list[int] = []
 
     @property
     def used_bytes(self) -> int:
@@ -96,12 +97,13 @@ class _ProcessMemory:
 
     @contextmanager
     def sampled(self) -> Iterator[None]:
-        """Keeps `peak_used_bytes` while the body runs."""
+        """Keeps `samples` of what is used, and `peak_used_bytes`, while the body runs."""
         ended = threading.Event()
 
         def sample() -> None:
             while not ended.wait(_SECONDS_BETWEEN_SAMPLES):
-                self.peak_used_bytes = max(self.peak_used_bytes, self.used_bytes)
+                self.samples.append(self.used_bytes)
+                self.peak_used_bytes = max(self.peak_used_bytes, self.samples[-1])
 
         thread = threading.Thread(target=sample)
         thread.start()
@@ -150,6 +152,29 @@ class MemoryGroup(_ProcessMemory):
     def limit(self, limit_bytes: int) -> None:
         """Sets another hard limit."""
         (self._path / self._files.limit).write_text(str(limit_bytes))
+
+    @property
+    def swapped_bytes(self) -> int:
+        """What its processes have on a swap device; 0 where the kernel does not count it."""
+        counts = self._counts("memory.stat")
+        if self._files is _V1:
+            return counts.get("total_swap", 0)
+        with suppress(FileNotFoundError):
+            return self._count("memory.swap.current")
+        return 0
+
+    @contextmanager
+    def inner(self, name: str) -> Iterator[MemoryGroup]:
+        """A group in this one, without a limit of its own. Its processes are ended at the end, and it is removed."""
+        if self._files is _V2:
+            (self._path / "cgroup.subtree_control").write_text("+memory")
+        path = self._path / name
+        path.mkdir()
+        group = MemoryGroup(self._files, path)
+        try:
+            yield group
+        finally:
+            group.remove()
 
     def remove(self) -> None:
         """Ends the processes that are left, and removes the group."""

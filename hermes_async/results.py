@@ -219,7 +219,8 @@ class EngineStatistics:
         bytes_read: Read from disk, including resident weights and embedding rows.
         bytes_read_by_kind: The same by kind: "resident weights" (a draft model's included), "streamed weights",
             "experts" (those that are read one by one) and "embedding rows". A kind that was never read is not in it.
-        bytes_resident: Weights that stay in memory.
+        bytes_resident: Weights that stay in memory; of these, `bytes_lent` only until sequences need their memory.
+        bytes_beside_budget: The most that was beside baseline and leases, with an automatic budget; 0 otherwise.
         bytes_in_use: Leased from the budget now: weights, ring, workspace and KV caches.
         peak_bytes_in_use: The most that was leased at any time.
         memory_budget: The most that may be leased.
@@ -236,8 +237,8 @@ class EngineStatistics:
         stall_seconds: Time that sweeps waited for a stage.
         loop_lag_ms: How late the event loop ran what was due, in the last minute in which the engine had work: "p50",
             "p99" and "max", in milliseconds. A timer was due every 50 ms; timers have a resolution of about 1 ms.
-        expert_hits: Experts that were in memory, or on their way there, when a sweep asked for them.
-        expert_misses: Experts that had to be read when a sweep asked for them.
+        expert_hits, expert_misses: Experts that were in memory, or on their way there, when a sweep asked for them,
+            and those that had to be read.
         experts_read_ahead: Experts that were read before a sweep asked for them.
         num_experts: Experts of all layers that are read one by one; 0 if the model has none, or all are resident.
         num_experts_in_memory: Those of them that are in memory, or on their way there.
@@ -245,14 +246,12 @@ class EngineStatistics:
         num_running: Requests that have their KV memory, including paused ones.
         num_paused: Running requests whose user does not take the chunks.
         num_waiting: Requests that wait for memory or a place, or whose prompts are still being tokenized.
-        num_sessions: Open chat sessions.
-        num_parked: Open sessions whose KV is on disk.
+        num_sessions, num_parked: Open chat sessions, and those of them whose KV is on disk.
         num_parkings: The number of times that a session's KV was written to disk.
         num_forwards: Plain forward passes that wait or run.
         kv_bytes: Keys and values in memory, including kept prefixes.
         prefix_bytes: Kept prefixes that no request or session uses now.
-        prefix_hits: Requests that found the beginning of their prompt in memory.
-        prefix_tokens: Prompt tokens that were not computed for that reason.
+        prefix_hits, prefix_tokens: Requests that found the beginning of their prompt in memory, and tokens of it.
         num_leases: Leases of all holders.
         num_free_buffers: Free buffers of the ring.
         holders: Leased bytes, by holder.
@@ -261,6 +260,8 @@ class EngineStatistics:
     bytes_read: int
     bytes_read_by_kind: dict[str, int]
     bytes_resident: int
+    bytes_lent: int
+    bytes_beside_budget: int
     bytes_in_use: int
     peak_bytes_in_use: int
     memory_budget: int

@@ -223,7 +223,7 @@ PRIVATE_IN_TESTS = {
     "engine/test_opening.py": {"_BUILDING"},
     "memory/test_automatic_budget.py": {"_resize"},
     "memory/test_claims.py": {"_CLAIMS", "_observe"},
-    "features/test_automatic_budget.py": {"_observe"},
+    "features/machines.py": {"_observe"},
     "fuzz/__main__.py": {"_exit"},  # that of os
     "modeling/test_attention.py": {"_grouped_attention"},
     "modeling/test_bfloat16_weight.py": {"_INPUTS", "_SMALL_BLOCK"},

@@ -123,6 +123,8 @@ def open_model(
             own_kv_bytes = chosen.kv_bytes * planner.own_kv_bytes_per_token // planner.sizes.kv_bytes_per_token
             draft = replace(draft, kv_bytes=chosen.kv_bytes - own_kv_bytes)
             chosen = replace(chosen, kv_bytes=own_kv_bytes, kv_bytes_per_token=planner.own_kv_bytes_per_token)
+        lends = claim.automatic and config.max_resident_layers is None and not chosen.partition.experts
+        chosen = replace(chosen, lends=lends)
         lockable = chosen.lockable_bytes + (0 if draft is None else draft.weight_bytes)
         lock = locking(config.lock_memory, lockable)
         chosen = replace(chosen, locked_bytes=lockable if lock.is_on else 0, lock_refusal=lock.refusal)

@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 SECONDS_BETWEEN_OBSERVATIONS = 1.0
 _PRESSURE = 0.1  # share of time spent waiting for memory, above which some memory is given back
 _GIVEN_BACK = 0.1  # share of the budget that pressure takes
-_MIN_GROWTH = 0.2  # share of the budget; it does not grow by less
+_MIN_GROWTH = 0.02  # share of the budget; it does not grow by less
 _OBSERVATIONS_BEFORE_GROWING = 10  # all of which must allow the growth: other programs may only have paused
 
 
@@ -46,8 +46,8 @@ class BudgetFollower:
     """Decides when the budget changes. Synchronous; observes nothing itself.
 
     The budget shrinks at once when half of the headroom is gone: the kernel would react in a worse way. It grows only
-    if ten observations in a row allow it, and only by a fifth or more. So engines that share a machine do not give and
-    take in turn.
+    if ten observations in a row allow it, and only by a fiftieth or more. Because it shrinks only when half of the
+    headroom is gone, engines that share a machine do not give and take in turn.
     """
 
     def __init__(self, budget: int, most: int) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,8 +15,14 @@ from hermes_async.memory.other_processes import memory_cgroups
 HEADROOM_SHARE = 0.05
 """The least share of the memory that is left to other programs."""
 
-OVERHEAD_BYTES = 32 << 20
-"""What engines take in addition to their budgets, in each process: kernels, thread stacks, pieces of the heap."""
+OVERHEAD_BYTES = 16 << 20
+"""What engines take in addition to their budgets, in each process: kernels, thread stacks, pieces of the heap.
+
+`python -m benchmarks.auto_limits` measures it: `EngineStatistics.bytes_beside_budget`.
+"""
+
+NEIGHBOUR_BYTES = 16 << 20
+"""What other programs under the same limit may take before an engine has looked and given memory back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +34,18 @@ class MemoryLimit:
         hierarchy: The cgroup's hierarchy: "memory", or "" for version 2 and for the machine.
         group: The cgroup's path in it; "" is the root, and the machine.
         total: All bytes that the limit allows, used ones too; 0 if the system does not tell.
+        processes: All processes under the limit, by their number; None for the machine, or if the system does not tell.
     """
 
     free: int
     hierarchy: str = ""
     group: str = ""
     total: int = 0
+    processes: frozenset[int] | None = None
+
+    def has_neighbours(self, known: Collection[int] = ()) -> bool:
+        """Whether there are, or may be, other processes under the limit than this one and the `known` ones."""
+        return self.processes is None or bool(self.processes - {os.getpid(), *known})
 
 
 # --- this process ---
@@ -65,19 +79,22 @@ def automatic_budget(root: Path = Path("/")) -> int:
     Raises:
         ConfigError: The system does not tell.
     """
-    free = free_bytes(root)
-    return max(0, free - headroom(free))
+    return min(
+        max(0, limit.free - headroom(limit.free, neighbours=limit.has_neighbours())) for limit in memory_limits(root)
+    )
 
 
-def headroom(total: int, unleased: int = 0, num_processes: int = 1) -> int:
+def headroom(total: int, unleased: int = 0, num_processes: int = 1, *, neighbours: bool = True) -> int:
     """How much of `total` no budget takes: a share for other programs, and at least the engines' overhead.
 
     Args:
         unleased: Bytes of overhead that are already taken, and so are no longer in `total`. The headroom was meant
             for them, and shrinks by them. It keeps half of its size, for more of them.
         num_processes: The processes with engines that share `total`.
+        neighbours: Whether there may be other programs under the limit.
     """
-    full = max(num_processes * OVERHEAD_BYTES, int((total + unleased) * HEADROOM_SHARE))
+    least = num_processes * (OVERHEAD_BYTES + (NEIGHBOUR_BYTES if neighbours else 0))
+    full = max(least, int((total + unleased) * HEADROOM_SHARE))
     return max(full - unleased, full // 2)
 
 
@@ -139,8 +156,17 @@ def cgroup_limits(root: Path) -> list[MemoryLimit]:
             if found is not None:
                 total, free = found
                 group = "".join(f"/{part}" for part in parts[:depth])
-                limits.append(MemoryLimit(max(0, free), hierarchy, group, total))
+                limits.append(MemoryLimit(max(0, free), hierarchy, group, total, _processes(folder)))
     return limits
+
+
+def _processes(folder: Path) -> frozenset[int] | None:
+    """The processes of a cgroup and of those in it, by their number here; 0 for one that this process cannot see."""
+    try:
+        files = [folder / "cgroup.procs", *folder.glob("**/*/cgroup.procs")]
+        return frozenset(int(number) for file in files for number in file.read_text().split())
+    except (OSError, ValueError):
+        return None
 
 
 def _total_and_free(folder: Path, *, is_version_1: bool) -> tuple[int, int] | None:

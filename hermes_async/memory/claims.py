@@ -24,6 +24,7 @@ class SharedMemory:
         own_budget: This engine's budget; 0 while it has none.
         here: What the engines of this process claim, this one included.
         processes: The other processes with engines under this limit.
+        neighbours: Whether there may be processes without engines under this limit.
     """
 
     free: int
@@ -32,6 +33,7 @@ class SharedMemory:
     own_budget: int
     here: ProcessClaims
     processes: tuple[OtherProcess, ...]
+    neighbours: bool
 
     @property
     def held(self) -> int:
@@ -61,7 +63,7 @@ class SharedMemory:
     @property
     def headroom(self) -> int:
         """What no budget takes."""
-        return headroom(self.free + self.held, self.unleased, self.num_processes)
+        return headroom(self.free + self.held, self.unleased, self.num_processes, neighbours=self.neighbours)
 
     @property
     def for_budgets(self) -> int:
@@ -84,6 +86,11 @@ class SharedMemory:
 class Claim:
     """What one engine may hold. It ends with `release`, or when it is garbage collected. Thread-safe.
 
+    Attributes:
+        automatic: Whether its budget follows the machine.
+        leased: Tells what the engine has leased.
+        most_unleased: The most bytes by which the process had grown that no engine had leased, as often as it looked.
+
     Args:
         fixed_bytes: The engine's budget; None for one that follows the machine.
     """
@@ -91,6 +98,7 @@ class Claim:
     def __init__(self, fixed_bytes: int | None) -> None:
         self.automatic = fixed_bytes is None
         self.leased: Callable[[], int] = lambda: 0
+        self.most_unleased = 0
         # All mutable state, under `_LOCK`: the budget, None while it is undecided; what the process held before it had
         # engines.
         self._budget: int | None = fixed_bytes
@@ -115,6 +123,7 @@ class Claim:
                     claim._baseline = rss
             grown = max(0, rss - self._baseline)
             held = min(leased, grown)
+            self.most_unleased = max(self.most_unleased, grown - held)
             here, others = _claims_of(claims), PROCESSES.others()
             shared = [
                 SharedMemory(
@@ -124,6 +133,7 @@ class Claim:
                     own_budget=self._budget or 0,
                     here=here,
                     processes=tuple(process for process in others if process.is_in(limit.hierarchy, limit.group)),
+                    neighbours=limit.has_neighbours([process.pid for process in others]),
                 )
                 for limit in memory_limits()
             ]

@@ -39,11 +39,13 @@ class OtherProcess:
     """Another process with engines.
 
     Attributes:
+        pid: Its number.
         claims: What its engines claim.
         held: Bytes of its budgets that are in memory now.
         groups: Its cgroups, by hierarchy.
     """
 
+    pid: int
     claims: ProcessClaims
     held: int
     groups: Mapping[str, str]
@@ -110,7 +112,7 @@ class ProcessRegistry:
             held = min(claims.budget, max(0, rss - claims.baseline))
         except (OSError, ValueError, TypeError, KeyError, AttributeError, IndexError):
             return None  # it has ended meanwhile, or is of another version
-        return OtherProcess(claims, held, groups)
+        return OtherProcess(int(pid), claims, held, groups)
 
     def _start_time(self, pid: str) -> str | None:
         """When the process started, in the kernel's own unit; None if there is no such process."""

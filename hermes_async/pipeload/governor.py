@@ -127,7 +127,7 @@ class MemoryGovernor:
 
     def __init__(self, budget_bytes: int, *, max_leases: int | None = None, outer: Lease | None = None) -> None:
         # All mutable state: the two limits, the leases that are out, their bytes and the most there ever were, who
-        # waits, in order, and whether nothing is granted.
+        # waits, in order, whether nothing is granted, what is lent, and what is set when it is wanted back.
         self.budget_bytes = budget_bytes
         self._max_leases = max_leases
         self._outer = outer
@@ -136,6 +136,8 @@ class MemoryGovernor:
         self._peak = 0
         self._waiters: deque[_Waiter] = deque()
         self._is_closed = False
+        self._loan: Lease | None = None
+        self._when_wanted_back: anyio.Event | None = None
 
     @property
     def free_bytes(self) -> int:
@@ -195,6 +197,7 @@ class MemoryGovernor:
             pass
         waiter = _Waiter(holder, nbytes)
         self._waiters.append(waiter)
+        self._tell_wanted_back()
         try:
             await waiter.granted.wait()
         except BaseException:
@@ -228,7 +231,55 @@ class MemoryGovernor:
 
     @property
     def shortfall_bytes(self) -> int:
-        """What the first task that waits lacks now; 0 where nobody waits."""
+        """What the first task that waits lacks now, and no loan will give back; 0 where nobody waits."""
+        return max(0, self._lacking_bytes - self.lent_bytes)
+
+    @property
+    def is_waited_for(self) -> bool:
+        """Whether any task waits in `acquire`."""
+        return bool(self._waiters)
+
+    # --- what is lent ---
+
+    @property
+    def lent_bytes(self) -> int:
+        """Bytes of the loan."""
+        return 0 if self._loan is None else self._loan.nbytes
+
+    @property
+    def wanted_back_bytes(self) -> int:
+        """The part of the loan that the first task that waits needs."""
+        return min(self.lent_bytes, self._lacking_bytes)
+
+    def lend(self, holder: str, nbytes: int) -> None:
+        """Makes so many bytes a loan: `holder` has them while they are free, and gives them back for tasks that wait.
+
+        Raises:
+            anyio.WouldBlock: The loan cannot grow so far. Nothing changes.
+        """
+        loan = self._loan or self.empty_lease(holder)
+        self._loan = loan
+        try:
+            if nbytes > loan.nbytes:
+                loan.grow_nowait(nbytes - loan.nbytes)
+            else:
+                loan.shrink(loan.nbytes - nbytes)
+        finally:
+            if not loan.nbytes:
+                loan.release()
+                self._loan = None
+
+    def set_when_wanted_back(self, event: anyio.Event) -> None:
+        """Sets the event when a task waits for what is lent, perhaps now. Only the last such event counts."""
+        self._when_wanted_back = event
+        self._tell_wanted_back()
+
+    def _tell_wanted_back(self) -> None:
+        if self._when_wanted_back is not None and self.wanted_back_bytes:
+            self._when_wanted_back.set()
+
+    @property
+    def _lacking_bytes(self) -> int:
         return max(0, self._waiters[0].nbytes - self.free_bytes) if self._waiters else 0
 
     def empty_lease(self, holder: str) -> Lease:
@@ -289,6 +340,7 @@ class MemoryGovernor:
             waiter = self._waiters.popleft()
             waiter.lease = self._grant(waiter.holder, waiter.nbytes)
             waiter.granted.set()
+        self._tell_wanted_back()
 
     def __enter__(self) -> MemoryGovernor:
         return self

@@ -68,6 +68,7 @@ class Plan:
         locked_bytes: The most bytes that are locked in memory: resident weights, also those of a draft model, ring and
             experts.
         lock_refusal: Why nothing is locked; empty if something is, or if nobody asked for it.
+        lends: Whether stages that are streamed stay in memory that sequences do not need, until they need it.
         layout_bytes: The part of the workspace in which weights are laid out for kernels of whole numbers. 0 where all
             weights are used as they are stored.
     """
@@ -98,6 +99,7 @@ class Plan:
     expert_layers: tuple[ExpertSizes, ...] = ()
     num_experts_per_token: int = 0
     sessions_for_all_experts: int | None = None
+    lends: bool = False
 
     @property
     def generates(self) -> bool:
@@ -138,11 +140,19 @@ class Plan:
         return self.resident_bytes + self.ring_bytes + self.expert_bytes + self.workspace_bytes
 
     @property
+    def lendable_bytes(self) -> int:
+        """The most bytes of weights that stay in memory for sequences while these do not need it."""
+        if not self.lends or not self.num_buffers:
+            return 0
+        streamed = sum(stage.slot_bytes for idx, stage in enumerate(self.stages) if idx not in self.resident)
+        return min(streamed, self.memory_budget - self.resident_bytes - self.ring_bytes)
+
+    @property
     def lockable_bytes(self) -> int:
         """The most bytes of the buffers for weights. Buffers for experts are made some at once, of each size."""
         made_ahead = (NEW_BUFFERS - 1) * sum({layer.slot_bytes for layer in self.expert_layers})
         experts = self.expert_bytes + made_ahead if self.partition.experts else 0
-        return self.resident_bytes + self.ring_bytes + experts
+        return self.resident_bytes + self.ring_bytes + experts + self.lendable_bytes
 
     @property
     def streamed(self) -> tuple[StageLayout, ...]:
@@ -220,7 +230,7 @@ class Plan:
         names = (
             *("memory_budget", "minimum_budget", "weight_bytes", "resident_bytes", "num_loading_agents", "num_buffers"),
             *("slot_bytes", "ring_bytes", "expert_bytes", "bytes_per_sweep", "kv_bytes", "workspace_bytes"),
-            *("layout_bytes", "locked_bytes"),
+            *("layout_bytes", "locked_bytes", "lendable_bytes"),
             *("max_tokens_per_sweep", "max_prompt_tokens", "max_sequences", "context_length"),
             "sessions_for_all_experts",
         )
@@ -260,12 +270,13 @@ class Plan:
             ("experts", self.expert_bytes, f"room for {self.cached_share:.0%} of {len(self.experts)} experts"),
             ("KV caches", self.kv_bytes, f"for all sequences together{each}"),
             ("workspace", self.workspace_bytes, f"up to {tokens} of {sequences} a sweep{alone}"),
+            ("lent", self.lendable_bytes, "at most, of KV caches and workspace to weights, until sequences need it"),
             ("locked", self.locked_bytes, self.lock_refusal or "at most, of weights and buffers; no swap takes these"),
             ("each sweep", self.bytes_per_sweep, each_sweep),
             ("and experts", expert_bytes, f"{of_sessions}, at a hit rate of {self.expert_hit_rate(1):.0%}"),
             *((group, nbytes, "more in a sweep that needs it") for group, nbytes in self.bytes_by_group.items()),
         ]
-        unless_empty = ("KV caches", "experts", "and experts", *(() if self.lock_refusal else ("locked",)))
+        unless_empty = ("KV caches", "experts", "lent", "and experts", *(() if self.lock_refusal else ("locked",)))
         rows = [row for row in rows if row[1] or row[0] not in unless_empty]
         width = max(10, *(len(name) for name, _, _ in rows))
         lines = [f"{name:{width}}  {format_bytes(size):>9}  {text}" for name, size, text in rows]

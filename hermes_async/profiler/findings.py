@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 
 from hermes_async.config import format_bytes, format_count
 from hermes_async.errors import ConfigError
-from hermes_async.memory.available import automatic_budget, cgroup_limits, memory_counts
+from hermes_async.memory.available import automatic_budget, cgroup_limits, free_bytes, memory_counts
 from hermes_async.profiler import system
 from hermes_async.profiler.disk_check import DiskCheck, check_disk
 from hermes_async.storage.locked_pages import can_lock, has_locked_pages, lock_limit
@@ -205,7 +205,13 @@ def _memory(root: Path) -> Finding:
     except ConfigError:
         advice = "The system does not tell. Give a budget such as 3GiB, because auto works only on Linux."
         return Finding("memory", "not known", advice, "advice", {"automatic_budget": None})
-    values = {"available_bytes": available, "total_bytes": total, "automatic_budget": budget}
+    kept_free = free_bytes(root) - budget
+    values = {
+        "available_bytes": available,
+        "total_bytes": total,
+        "automatic_budget": budget,
+        "kept_free_bytes": kept_free,
+    }
     found = f"{format_bytes(available)} of {format_bytes(total)} are available"
     if budget < _PROCESS_BYTES:
         advice = (
@@ -215,7 +221,8 @@ def _memory(root: Path) -> Finding:
         return Finding("memory", found, advice, "problem", values)
     advice = (
         f"The budget auto may grow to {format_bytes(budget)}, less what this process takes itself, "
-        f"about {format_bytes(_PROCESS_BYTES)}."
+        f"about {format_bytes(_PROCESS_BYTES)}. It leaves {format_bytes(kept_free)} to other programs, and to what "
+        "engines take beside their budgets."
     )
     return Finding("memory", found, advice, values=values)
 

@@ -34,6 +34,8 @@ _COUNTERS = {
 }
 _GAUGES = {
     "bytes_resident": "Bytes of weights that stay in memory.",
+    "bytes_lent": "Bytes of weights in memory that is set aside for sequences.",
+    "bytes_beside_budget": "The most bytes that the process took beside baseline and leases.",
     "bytes_in_use": "Bytes that are leased from the budget.",
     "peak_bytes_in_use": "The most bytes that were leased at once.",
     "memory_budget": "Bytes that may be leased.",

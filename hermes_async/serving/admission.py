@@ -85,6 +85,11 @@ class Admission:
         return len(self._waiting)
 
     @property
+    def short_of_kv(self) -> Request | None:
+        """The first request of the queue, while it waits for KV memory."""
+        return self._short_of_kv
+
+    @property
     def num_restoring(self) -> int:
         return len(self._restoring)
 
@@ -175,7 +180,6 @@ class Admission:
             await self._changed.wait()
             return
         self._short_of_kv = request
-        self._park_longest_idle(request)
         started = time.perf_counter()
         await self._wait_for_room(request)
         if self._trace is not None:
@@ -189,6 +193,9 @@ class Admission:
         nbytes = caches.missing_bytes(request.token_ids, request.prepared.capacity, kept, parked)
         nbytes += request.prepared.input_bytes
         self.blocks.make_room(nbytes)
+        lent = self._kv_memory.lent_bytes
+        if not lent or nbytes > self._kv_memory.free_bytes + lent:
+            self._park_longest_idle(request)
         lease = await self._kv_memory.acquire(_holder(request), nbytes)
         lease.release()  # `_reserve` takes it again at once
 

@@ -190,8 +190,8 @@ class KVBlocks(SequenceCaches):
         return count * self.pool.layout.block_bytes
 
     def make_room(self, nbytes: int) -> None:
-        """Drops unused prefixes until so many bytes are free, or none is left."""
-        missing = nbytes - self._governor.free_bytes
+        """Drops unused prefixes until so many bytes are free or lent, or none is left."""
+        missing = nbytes - self._governor.free_bytes - self._governor.lent_bytes
         self.drop_unused(max(0, -(-missing // self.pool.layout.block_bytes)))
 
     def extend(self, reservation: BlockReservation, length: int, capacity: int) -> bool:
@@ -298,10 +298,12 @@ class KVBlocks(SequenceCaches):
         return BlockReservation(self, kv, list(shared), lease)
 
     def _make_room(self, count: int) -> bool:
-        missing = count - self._num_free()
+        missing = max(0, count - self._num_free())
         if missing > len(self._unused):
             return False
-        self.drop_unused(max(0, missing))
+        if missing and self._governor.lent_bytes:  # this comes back before prefixes are dropped
+            return False
+        self.drop_unused(missing)
         return self._governor.can_grant(count * self.pool.layout.block_bytes)
 
     def _free_own(self, reservation: BlockReservation, kept: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncGenerator, Collection, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -30,7 +30,9 @@ from hermes_async.planning.resize import PlanChange, resized
 from hermes_async.planning.workspace import LEAST_KV_TOKENS
 from hermes_async.serving.draft_model import DraftModel, running_draft_model
 from hermes_async.serving.kv_blocks import KVBlocks
+from hermes_async.serving.lending import Lending
 from hermes_async.serving.planned_model import PlannedModel
+from hermes_async.serving.resident_stages import ResidentStages
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import SLOT_BYTES, TurnCaches
 from hermes_async.storage.buffers import BufferLock, BufferPool
@@ -60,6 +62,8 @@ class LoadedModel:
         kv_memory: The part of the governor for KV. The first request of the queue waits for it.
         lock: Locks weights and the ring in memory, if the plan says so.
         lock_memory: The engine's option of this name.
+        resident: Makes stages resident.
+        lending: Lends weights what sequences do not need.
         rows: Reads rows of the partition's `row_tables`; None if there are none.
         blocks: The KV of sequences that are packed; unused where they run in turns.
         turns: Runs sequences in turns; None where all are packed.
@@ -75,6 +79,8 @@ class LoadedModel:
     lock_memory: LockMemory
     pipeline: Pipeline
     model: StreamedModel
+    resident: ResidentStages
+    lending: Lending
     rows: RowReader | None
     blocks: KVBlocks
     turns: Turns | None
@@ -103,12 +109,13 @@ class LoadedModel:
     @property
     def kv_bytes(self) -> int:
         """Bytes of all caches of sequences, unused prefixes included."""
-        return self.kv_memory.budget_bytes - self.kv_memory.free_bytes
+        return self.kv_memory.budget_bytes - self.kv_memory.free_bytes - self.kv_memory.lent_bytes
 
     def memory(self) -> GovernorStatistics:
         """The leases of the budget. KV counts with the bytes in use, not with those set aside for it."""
         whole, kv = self.governor.statistics(), self.kv_memory.statistics()
-        holders = {holder: nbytes for holder, nbytes in whole.holders.items() if holder != _KV} | kv.holders
+        holders = Counter({holder: nbytes for holder, nbytes in whole.holders.items() if holder != _KV})
+        holders.update(kv.holders)  # weights may have loans of both
         set_aside = whole.holders.get(_KV, 0)
         return replace(
             whole,
@@ -116,7 +123,7 @@ class LoadedModel:
             peak_bytes_in_use=whole.bytes_in_use - set_aside + kv.peak_bytes_in_use,
             num_leases=whole.num_leases - (_KV in whole.holders) + kv.num_leases,
             num_waiting=kv.num_waiting,
-            holders=holders,
+            holders=dict(holders),
         )
 
     # --- another budget ---
@@ -132,6 +139,7 @@ class LoadedModel:
         """
         with self.pipeline.load_order.held_back():
             await self.pipeline.wait_for_reads()
+            await self.lending.return_all()
             await self._resize(budget)
 
     async def _resize(self, budget: int) -> None:
@@ -205,7 +213,7 @@ class LoadedModel:
         # They take memory at their first use. They are locked when what leaves is no longer.
         added_buffers = self.buffers.add(max(0, change.num_added_buffers), change.slot_bytes)
         with self.kv_memory.closed():  # new requests must not take the memory that is freed here
-            await self._set_resident(staying)
+            await self.resident.set(staying)
             self.weights.shrink(change.leaving_bytes)
             kv_surplus = self.kv_memory.statistics().bytes_in_use - after.kv_bytes
             self.blocks.drop_unused(max(0, -(-kv_surplus // self.planned.probe.kv.block_bytes)))
@@ -217,9 +225,9 @@ class LoadedModel:
             self.ring.resize(after.ring_bytes, max_leases=after.num_buffers)
         self.weights.grow_nowait(change.coming_bytes)
         try:
-            await self._set_resident(after.resident)
+            await self.resident.set(after.resident)
         except MemoryBudgetError:  # raised only if stages come, and then no stage has left
-            await self._set_resident(staying)
+            await self.resident.set(staying)
             self.weights.shrink(change.coming_bytes)
             self.governor.resize(before.memory_budget)
             await self.pipeline.resize_experts(before.expert_bytes)
@@ -250,20 +258,6 @@ class LoadedModel:
     async def _claim(self, budget: int) -> None:
         """Publishes the budget, on a thread: other processes read it from a file."""
         await run_in_thread(self.planned.claim.change, budget)
-
-    def _numbered_stages(self) -> list[tuple[int, Stage]]:
-        """The plan's stages with their indices in the plan; the base is not among them."""
-        stages = self.pipeline.stages
-        return list(enumerate(stages[len(stages) - len(self.planned.plan.stages) :]))
-
-    async def _set_resident(self, resident: Collection[int]) -> None:
-        """Makes exactly these stages of the plan resident, and the base."""
-        numbered = self._numbered_stages()
-        for idx, stage in numbered:
-            if stage.resident and idx not in resident:
-                self.model.unbind(stage)
-        base = self.pipeline.stages[: len(self.pipeline.stages) - len(numbered)]
-        await self.pipeline.set_resident([*base, *(stage for idx, stage in numbered if idx in resident)])
 
 
 @asynccontextmanager
@@ -296,7 +290,7 @@ async def loaded_model(
         expert_memory = MemoryGovernor(0)
         if partition.experts:
             expert_memory = exits.enter_context(governor.part(EXPERTS_HOLDER, plan.expert_bytes))
-        exits.enter_context(governor.acquire_nowait(WORKSPACE_HOLDER, plan.workspace_bytes))
+        workspace = exits.enter_context(governor.acquire_nowait(WORKSPACE_HOLDER, plan.workspace_bytes))
         kv_memory = exits.enter_context(governor.part(_KV, plan.kv_bytes))
         planned.claim.leased = lambda: governor.budget_bytes - governor.free_bytes - kv_memory.free_bytes
         blocks = KVBlocks(KVPool(planned.probe.kv, plan.kv_bytes), kv_memory, share=config.share_prefixes)
@@ -336,6 +330,16 @@ async def loaded_model(
         # On a thread, because the agents are reading already and need the event loop.
         model = await run_in_thread(_streamed_model, planned, stages, pipeline)
         after_pipeline.callback(model.close)
+        resident = ResidentStages(pipeline, model, len(plan.stages))
+        lending = Lending(
+            planned,
+            governor,
+            workspace=workspace,
+            kv_memory=kv_memory,
+            pipeline=pipeline,
+            resident=resident,
+        )
+        after_pipeline.callback(lending.close)
         rows = None
         if partition.row_tables:
             executor = exits.enter_context(DaemonExecutor(ROWS_AT_ONCE, "hermes-row-reader"))
@@ -371,6 +375,8 @@ async def loaded_model(
             lock_memory=config.lock_memory,
             pipeline=pipeline,
             model=model,
+            resident=resident,
+            lending=lending,
             rows=rows,
             blocks=blocks,
             turns=turns,

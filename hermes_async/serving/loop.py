@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import anyio
@@ -14,7 +13,7 @@ import anyio.abc
 import anyio.lowlevel
 
 from hermes_async.config import EngineConfig, format_count
-from hermes_async.errors import DeadlineExceededError, EngineClosedError, HermesError, QueueFullError, RequestError
+from hermes_async.errors import DeadlineExceededError, HermesError, QueueFullError, ReadTimeoutError, RequestError
 from hermes_async.foreign_errors import one_request
 from hermes_async.results import Chunk, EventKind, RequestEvent, Timings, Usage
 from hermes_async.serving.admission import Admission
@@ -25,25 +24,13 @@ from hermes_async.serving.loop_lag import LoopLag
 from hermes_async.serving.preparations import Preparations
 from hermes_async.serving.request import Request, RequestState
 from hermes_async.serving.request_log import log_finished
+from hermes_async.serving.resizes import Resizes
 from hermes_async.serving.scheduler import Scheduler
 from hermes_async.serving.speculation import AcceptanceRates
 from hermes_async.serving.sweep import Sweep, SweepOutcomes
 
 _SHARING_SECONDS = 0.02
 """How long the first sweep after an idle time waits for prompts that are being tokenized."""
-
-
-@dataclass(eq=False, slots=True)
-class _Resize:
-    """A new budget, and the event that its caller waits for."""
-
-    budget: int
-    done: anyio.Event = field(default_factory=anyio.Event)
-    error: HermesError | None = None
-
-    def end(self, error: HermesError | None = None) -> None:
-        self.error = error
-        self.done.set()
 
 
 class ServingLoop:
@@ -93,7 +80,7 @@ class ServingLoop:
         self._forwards_first = False
         self.acceptance = AcceptanceRates()
         self.lag = LoopLag()
-        self._resizes: deque[_Resize] = deque()
+        self._resizes = Resizes()
         self._listener_error: Exception | None = None
         self._work = anyio.Event()
         self.num_tokens = self.num_prompt_tokens = 0
@@ -111,7 +98,9 @@ class ServingLoop:
         """
         self._tasks.start_soon(self._admit_requests)
         while True:
-            await self._apply_resizes()
+            if await self._resizes.apply(self.loaded):
+                self.admission.check_again()
+            await self._return_loans()
             generation, forwards = self.schedule()
             if not generation and not forwards:
                 self.lag.pause()
@@ -160,6 +149,7 @@ class ServingLoop:
 
     async def _wait_for_work(self) -> None:
         self._work = anyio.Event()
+        self.loaded.kv_memory.set_when_wanted_back(self._work)
         await self._work.wait()
         # Requests that are made at the same time share the first sweep, unless a prompt takes long to tokenize.
         with anyio.move_on_after(_SHARING_SECONDS):
@@ -389,30 +379,20 @@ class ServingLoop:
 
         Cancellation: a resize that has begun goes on; one that has not never begins.
         """
-        resize = _Resize(budget)
-        self._resizes.append(resize)
+        resize = self._resizes.add(budget)
         self._work.set()
-        try:
-            await resize.done.wait()
-        finally:
-            if resize in self._resizes:
-                self._resizes.remove(resize)
-        if resize.error is not None:
-            raise resize.error from resize.error.__cause__
+        await self._resizes.wait(resize)
 
-    async def _apply_resizes(self) -> None:
-        while self._resizes:
-            resize = self._resizes.popleft()
+    async def _return_loans(self) -> None:
+        """Takes back the KV memory that the first request waits for, if it is lent to weights."""
+        while self.admission.short_of_kv is not None:
             try:
-                await self.loaded.resize(resize.budget)
-            except HermesError as error:
-                resize.end(error)
-            except BaseException:
-                resize.end(EngineClosedError("the engine was left while it was resized"))
-                raise
-            else:
-                resize.end()
-            self.admission.check_again()
+                if not await self.loaded.lending.return_kv():
+                    return
+            except ReadTimeoutError as error:
+                if (request := self.admission.short_of_kv) is not None:
+                    self.finish(request, error)
+            await self.admission.settle()
 
     # --- the end, events and counts ---
 
@@ -428,8 +408,7 @@ class ServingLoop:
             job.end(error_of("while the forward pass was running"))
         self.forwards.end_all(error_of("while the forward pass was running"))
         self.preparations.end(error_of("while the request was prepared"))
-        while self._resizes:
-            self._resizes.popleft().end(error_of("before it was resized"))
+        self._resizes.end_all(error_of("before it was resized"))
         self.admission.close()
         self.lag.pause()
 

@@ -72,8 +72,12 @@ class PlannedModel:
     baseline_bytes: int
     claim: Claim
 
-    def workspace_of(self, jobs: Sequence[GenerationJob]) -> int:
-        """The most memory that the activations of a sweep with these jobs take."""
+    def workspace_of(self, jobs: Sequence[GenerationJob], *, kv_bytes: int | None = None) -> int:
+        """The most memory that the activations of a sweep with these jobs take.
+
+        Args:
+            kv_bytes: Of all sequences; None for as many as the plan has.
+        """
         turns = [job for job in jobs if job.request.prepared.in_turns]
         packed = [job for job in jobs if not job.request.prepared.in_turns]
         size = SweepSize(
@@ -83,7 +87,7 @@ class PlannedModel:
             turn_outputs=sum(job.num_outputs for job in turns),
             num_values=tuple(num_values(job.model_inputs) for job in turns if job.has_images),
         )
-        return self.bounds.calls(size, kv_bytes=self.plan.kv_bytes)
+        return self.bounds.calls(size, kv_bytes=self.plan.kv_bytes if kv_bytes is None else kv_bytes)
 
     def fits(self, jobs: Sequence[GenerationJob]) -> bool:
         """Whether their activations fit into the workspace."""

@@ -76,20 +76,20 @@ def _stage_snapshot(stage: Stage, computing: Stage | None) -> StageSnapshot:
 
 
 def _memory_snapshot(loaded: LoadedModel) -> MemorySnapshot:
-    memory, kv = loaded.memory(), loaded.kv_memory.statistics()
+    memory, kv_budget_bytes, lent_bytes = loaded.memory(), loaded.kv_memory.budget_bytes, loaded.lending.lent_bytes
     weights, ring, experts, workspace = (
         memory.holders.get(holder, 0) for holder in (WEIGHTS_HOLDER, RING_HOLDER, EXPERTS_HOLDER, WORKSPACE_HOLDER)
     )
     return MemorySnapshot(
         budget_bytes=memory.budget_bytes,
-        weights_bytes=weights,
+        weights_bytes=weights + lent_bytes,
         ring_bytes=ring,
         expert_bytes=experts,
-        kv_bytes=kv.bytes_in_use,
+        kv_bytes=loaded.kv_bytes,
         workspace_bytes=workspace,
-        other_bytes=memory.bytes_in_use - weights - ring - experts - workspace - kv.bytes_in_use,
+        other_bytes=memory.bytes_in_use - weights - lent_bytes - ring - experts - workspace - loaded.kv_bytes,
         free_bytes=memory.budget_bytes - memory.bytes_in_use,
-        kv_budget_bytes=kv.budget_bytes,
+        kv_budget_bytes=kv_budget_bytes,
     )
 
 

@@ -16,7 +16,9 @@ def engine_statistics(loop: ServingLoop) -> EngineStatistics:
     return EngineStatistics(
         bytes_read=pipeline.read_statistics.bytes_read,
         bytes_read_by_kind=dict(pipeline.read_statistics.bytes_by_kind),
-        bytes_resident=loaded.planned.plan.resident_bytes,
+        bytes_resident=loaded.planned.plan.resident_bytes + loaded.lending.lent_bytes,
+        bytes_lent=loaded.lending.lent_bytes,
+        bytes_beside_budget=loaded.planned.claim.most_unleased,
         bytes_in_use=memory.bytes_in_use,
         peak_bytes_in_use=memory.peak_bytes_in_use,
         memory_budget=memory.budget_bytes,

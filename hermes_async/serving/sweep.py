@@ -90,6 +90,9 @@ class Sweep:
         drafting = [job for job in self.generation if job.needs_draft]
         if loaded.draft_model is not None and drafting:
             await loaded.draft_model.draft(drafting)
+        kv_bytes, forwards_bytes = loaded.kv_bytes, sum(job.nbytes for job in self.forwards)
+        activation_bytes = loaded.planned.workspace_of(self.generation, kv_bytes=kv_bytes) + forwards_bytes
+        await loaded.lending.before_sweep(activation_bytes)
         self._check_dropped()
         rows = await self._read_rows()
         before, loads_resident = replace(loaded.pipeline.statistics), loaded.pipeline.loads_resident

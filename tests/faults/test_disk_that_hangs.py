@@ -19,6 +19,7 @@ from hermes_async import Engine, ReadTimeoutError
 from hermes_async.engine import opening
 from tests.engines import BLOCK_BYTES, both_loops, greedy_params, open_engine, tokens, until
 from tests.faults.hanging import Hanging
+from tests.features.machines import lender, told
 from tests.inside import inside, is_parked
 
 pytestmark = pytest.mark.anyio
@@ -251,3 +252,19 @@ async def test_a_session_is_brought_back_from_a_disk_that_hangs(
         disk.let_go.set()
         completion = await until_it_works(lambda: chat.complete([5], greedy_params(4)))
         assert completion.usage.cached_tokens > 0
+
+
+async def test_a_request_that_waits_for_memory_on_loan_gets_the_error(
+    tiny_model: Any, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a stage is read, no other can leave."""
+    async with lender(tiny_model, told(monkeypatch), more=0, read_timeout=0.05) as engine:
+        assert inside(engine).streamed_stages
+        hanging.weights(engine)
+        with pytest.raises(ReadTimeoutError):
+            await engine.complete(tiny_model.prompts[2], tiny_model.params)
+        with anyio.fail_after(30), pytest.raises(ReadTimeoutError):
+            await engine.complete(tiny_model.prompts[4], greedy_params(31))
+        hanging.end()
+        completion = await until_it_works(lambda: engine.complete(tiny_model.prompts[2], tiny_model.params))
+        assert completion.token_ids == tiny_model.references[2]

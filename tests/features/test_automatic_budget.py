@@ -8,34 +8,17 @@ import anyio
 import pytest
 
 from hermes_async import Engine, EngineConfig
-from hermes_async.memory import automatic_budget, available, claims
-from hermes_async.memory.automatic_budget import Observation
-from hermes_async.memory.available import MemoryLimit
-from hermes_async.memory.claims import Claim
 from tests.engines import check_nothing_is_left, until
+from tests.features.machines import Machine, told
 
 
 @pytest.fixture
-def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """What the engine is told when it looks."""
-
-    class Machine:
-        total = 8 << 20
-
-    def look(claim: Claim) -> Observation:
-        seen = claim.look()
-        return Observation(Machine.total, 0, others=min(seen.claimed_by_others, seen.for_budgets - seen.fair_share))
-
-    monkeypatch.setattr(automatic_budget, "_observe", look)
-    monkeypatch.setattr(automatic_budget, "SECONDS_BETWEEN_OBSERVATIONS", 0.0)
-    monkeypatch.setattr(available, "OVERHEAD_BYTES", 0)
-    monkeypatch.setattr(claims, "memory_limits", lambda: [MemoryLimit(Machine.total)])
-    monkeypatch.setattr(claims, "process_rss_bytes", lambda: 0)
-    return Machine
+def machine(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
+    return told(monkeypatch)
 
 
 @pytest.mark.anyio
-async def test_a_second_engine_waits_for_its_share(tiny_model: Any, machine: Any) -> None:
+async def test_a_second_engine_waits_for_its_share(tiny_model: Any, machine: type[Machine]) -> None:
     machine.total = 1_000_000
     config = EngineConfig(num_loading_agents=2, max_tokens_per_sweep=16, max_sequences=4)
     async with Engine(tiny_model.path, config=config) as first:
@@ -50,7 +33,7 @@ async def test_a_second_engine_waits_for_its_share(tiny_model: Any, machine: Any
 
 
 @pytest.mark.anyio
-async def test_an_engine_gives_back_and_takes_again(tiny_model: Any, machine: Any) -> None:
+async def test_an_engine_gives_back_and_takes_again(tiny_model: Any, machine: type[Machine]) -> None:
     config = EngineConfig(num_loading_agents=2, max_tokens_per_sweep=16, max_sequences=4)
     async with Engine(tiny_model.path, config=config) as engine:
         assert engine.plan.bytes_per_sweep == 0

@@ -24,7 +24,7 @@ def budgets(follower: BudgetFollower, looks: Iterator[Observation] | list[Observ
 
 
 def test_nothing_changes_while_the_room_does_not() -> None:
-    follower = BudgetFollower(9 * GIB, 20 * GIB)
+    follower = BudgetFollower(after_headroom(10 * GIB), 20 * GIB)
     looks = [Observation(free=10 * GIB - held, held=held) for held in range(0, 9 * GIB, GIB // 4)]
     assert set(budgets(follower, looks)) == {None}
 
@@ -54,14 +54,14 @@ def test_the_least_of_what_there_was_is_taken() -> None:
 
 def test_room_that_comes_and_goes_is_left_alone() -> None:
     follower = BudgetFollower(9 * GIB, 20 * GIB)
-    looks = [Observation((10 if idx % 5 else 1) * GIB, 9 * GIB) for idx in range(100)]
+    looks = [Observation(10 * GIB if idx % 5 else GIB // 2, 9 * GIB) for idx in range(100)]
     assert set(budgets(follower, looks)) == {None}
 
 
 def test_a_little_more_is_not_worth_it_unless_it_holds_everything() -> None:
-    looks = [Observation(int(1.9 * GIB), 9 * GIB)] * 20  # 10.355 GiB
+    looks = [Observation(int(0.6 * GIB), 9 * GIB)] * 20  # 9.12 GiB
     assert set(budgets(BudgetFollower(9 * GIB, 20 * GIB), looks)) == {None}
-    assert budgets(BudgetFollower(9 * GIB, 10 * GIB), looks)[9:] == [10 * GIB] + [None] * 10
+    assert budgets(BudgetFollower(9 * GIB, int(9.1 * GIB)), looks)[9:] == [int(9.1 * GIB)] + [None] * 10
 
 
 def test_pressure_takes_a_tenth_each_time() -> None:

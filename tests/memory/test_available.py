@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,28 @@ def test_v1_and_v2_together(machine: Machine) -> None:
     machine.v1("x", 300 * MIB, 100 * MIB)
     machine.v2("y", 150 * MIB, 0)
     assert automatic_budget(machine.root) == less_headroom(150 * MIB)
+
+
+@pytest.mark.parametrize(
+    ("processes", "kept"),
+    [
+        ({"": [os.getpid()]}, 16),
+        ({"": [], "/inner": [os.getpid()]}, 16),
+        ({"": [os.getpid(), 1]}, 32),
+        ({"": [os.getpid()], "/inner": [], "/inner/most": [7]}, 32),
+        ({"": [os.getpid(), 0]}, 32),  # in another namespace
+        ({}, 32),
+    ],
+)
+def test_less_is_kept_free_for_a_process_that_is_alone(
+    machine: Machine, processes: dict[str, list[int]], kept: int
+) -> None:
+    machine.available(1000 * MIB)
+    machine.write("proc/self/cgroup", "9:memory:/x\n")
+    machine.v1("x", 300 * MIB, 100 * MIB)
+    for group, numbers in processes.items():
+        machine.write(f"sys/fs/cgroup/memory/x{group}/cgroup.procs", "".join(f"{number}\n" for number in numbers))
+    assert automatic_budget(machine.root) == (200 - kept) * MIB
 
 
 def test_more_used_than_allowed_leaves_nothing(machine: Machine) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -126,7 +127,7 @@ def neighbours(process: Any, monkeypatch: pytest.MonkeyPatch) -> Neighbours:
 def neighbour(budget: int = 0, held: int = 0, fixed: int = 0, group: str = "/ours") -> OtherProcess:
     """One engine in a process; without a budget it is about to take one. In MiB."""
     claimed = ProcessClaims(budget << 20, fixed << 20, int(not fixed), int(not budget), 300 << 20)
-    return OtherProcess(claimed, held << 20, {"memory": group})
+    return OtherProcess(10, claimed, held << 20, {"memory": group})
 
 
 def two_heads(room: int) -> int:
@@ -136,6 +137,7 @@ def two_heads(room: int) -> int:
 
 def test_headroom_is_for_each_process() -> None:
     assert headroom(100 << 20, num_processes=2) == 64 << 20
+    assert headroom(100 << 20, num_processes=2, neighbours=False) == 32 << 20
     assert headroom(100 << 30, num_processes=2) == headroom(100 << 30)
 
 
@@ -207,6 +209,29 @@ def test_of_several_limits_the_one_that_leaves_the_least_counts(
     seen = Claim(None).look()
     assert seen.free == next(room.free for room in limits if (room.hierarchy, room.group) == ("memory", expected))
     assert seen.num_processes == 1 + sum(other.is_in("memory", expected) for other in near)
+
+
+def test_processes_with_engines_are_no_neighbours(neighbours: Neighbours, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they take is known."""
+    processes = {os.getpid(), 10}
+    monkeypatch.setattr(
+        claims, "memory_limits", lambda: [MemoryLimit(1200 << 20, "memory", "/ours", processes=frozenset(processes))]
+    )
+    claim = Claim(None)
+    assert claim.look().neighbours
+    neighbours.seen = [neighbour(budget=100)]
+    assert not claim.look().neighbours
+    processes.add(11)
+    assert claim.look().neighbours
+
+
+def test_the_most_that_nobody_leased_is_kept(process: Any) -> None:
+    claim = Claim(None)
+    claim.leased = lambda: 500 << 20
+    for grown, most in ((400, 0), (520, 20), (510, 20)):
+        process.rss = (300 + grown) << 20
+        claim.look()
+        assert claim.most_unleased == most << 20
 
 
 def test_what_is_claimed_is_published(neighbours: Neighbours) -> None:

@@ -49,7 +49,7 @@ def processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Processes:
 
 def test_others_see_what_one_claims_and_holds(processes: Processes) -> None:
     groups = {"memory": "/ours", "": ""}
-    assert processes.seen_from(11).others() == [OtherProcess(CLAIMED, 150 * MIB, groups)]
+    assert processes.seen_from(11).others() == [OtherProcess(10, CLAIMED, 150 * MIB, groups)]
     assert processes.seen_from(10).others() == []
 
 
@@ -120,7 +120,7 @@ def test_without_a_proc_nobody_is_seen(tmp_path: Path) -> None:
 
 
 def test_groups_above_are_shared() -> None:
-    one = OtherProcess(CLAIMED, 0, memory_cgroups("9:cpu,memory:/a/b\n0::/c\n3:cpu:/x\n"))
+    one = OtherProcess(10, CLAIMED, 0, memory_cgroups("9:cpu,memory:/a/b\n0::/c\n3:cpu:/x\n"))
     assert all(one.is_in("memory", group) for group in ("", "/a", "/a/b"))
     assert not any(one.is_in("memory", group) for group in ("/a/b/c", "/a/bb", "/x"))
     assert one.is_in("", "/c")

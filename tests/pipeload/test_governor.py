@@ -306,3 +306,72 @@ async def test_several_waiters_are_served_by_one_release_and_the_last_may_leave_
     for lease in queue.leases.values():
         lease.release()
     assert (governor.free_bytes, governor.statistics().num_leases) == (100, 0)
+
+
+# Loans
+
+
+async def test_what_is_lent_is_not_free_and_is_wanted_back_by_who_waits() -> None:
+    governor = MemoryGovernor(100)
+    governor.acquire_nowait("x", 30)
+    governor.lend("weights", 60)
+    assert (governor.free_bytes, governor.lent_bytes, governor.wanted_back_bytes) == (10, 60, 0)
+    with pytest.raises(anyio.WouldBlock):
+        governor.lend("weights", 71)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("a", 30)
+        assert (governor.wanted_back_bytes, governor.shortfall_bytes) == (20, 0)
+        with pytest.raises(anyio.WouldBlock):  # it is not for this loan that somebody waits
+            governor.lend("weights", 61)
+        governor.lend("weights", 40)
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["a"]
+    assert governor.statistics().holders == {"x": 30, "weights": 40, "a": 30}
+    governor.lend("weights", 0)
+    assert governor.statistics().holders == {"x": 30, "a": 30}
+
+
+async def test_a_loan_is_not_enough_for_who_waits_for_more() -> None:
+    governor = MemoryGovernor(100)
+    governor.acquire_nowait("x", 50)
+    governor.lend("weights", 40)
+    async with anyio.create_task_group() as group:
+        await Queue(governor, group).add("a", 70)
+        assert (governor.wanted_back_bytes, governor.shortfall_bytes) == (40, 20)
+        group.cancel_scope.cancel()
+    assert (governor.wanted_back_bytes, governor.shortfall_bytes) == (0, 0)
+
+
+async def test_an_event_is_set_when_a_loan_is_wanted_back() -> None:
+    governor, early, late = MemoryGovernor(100), anyio.Event(), anyio.Event()
+    governor.acquire_nowait("x", 40)
+    governor.lend("weights", 60)
+    governor.set_when_wanted_back(early)
+    assert not early.is_set()
+    async with anyio.create_task_group() as group:
+        await Queue(governor, group).add("a", 10)
+        assert early.is_set()
+        governor.set_when_wanted_back(late)
+        assert late.is_set()
+        group.cancel_scope.cancel()
+
+
+async def test_an_event_is_set_for_the_next_in_the_queue() -> None:
+    governor, event = MemoryGovernor(100), anyio.Event()
+    first = governor.acquire_nowait("x", 40)
+    governor.lend("weights", 60)
+    async with anyio.create_task_group() as group:
+        queue = Queue(governor, group)
+        await queue.add("a", 40)
+        governor.lend("weights", 55)
+        await queue.add("b", 10)
+        governor.set_when_wanted_back(event)
+        assert event.is_set()
+        event = anyio.Event()
+        governor.set_when_wanted_back(event)
+        first.release()
+        await anyio.wait_all_tasks_blocked()
+        assert queue.served == ["a"]
+        assert event.is_set()
+        group.cancel_scope.cancel()

@@ -209,6 +209,21 @@ def test_memory_of_others_is_respected(blocks: KVBlocks, governor: MemoryGoverno
 # Sequences that go on: sessions
 
 
+def test_prefixes_stay_for_what_a_loan_gives_back(blocks: KVBlocks, governor: MemoryGovernor) -> None:
+    token_ids = prompt("a", "b")
+    old = reserved(blocks, token_ids)
+    compute(blocks, old, token_ids)
+    blocks.release(old)
+    governor.lend("weights", (NUM_BLOCKS - 3) * BLOCK)
+    assert blocks.reserve("KV of someone", [1], 2 * BLOCK_TOKENS) is None
+    blocks.make_room(2 * BLOCK)
+    assert leased(governor) == {"shared prefixes": 2, "weights": NUM_BLOCKS - 3}
+    blocks.make_room(NUM_BLOCKS * BLOCK)  # more than the loan
+    assert leased(governor) == {"shared prefixes": 0, "weights": NUM_BLOCKS - 3}
+    governor.lend("weights", 0)
+    assert reserved(blocks, [1], NUM_BLOCKS * BLOCK_TOKENS).num_own == NUM_BLOCKS
+
+
 def test_trimmed_a_sequence_keeps_what_it_has_computed(blocks: KVBlocks, governor: MemoryGovernor) -> None:
     token_ids = prompt("a", "b")
     turn = reserved(blocks, token_ids, 100)
