@@ -62,6 +62,7 @@ _SWEEP_TOKENS = 64
 _TOLERANCES = {"rss_bytes": (0.05, 16 * 2**20), "files": (0, 4), "threads": (0, 4), "tasks": (0.05, 20)}
 """How much more there may be at the end than after a minute: a share of that, and so many beside."""
 _SECONDS_OF_IDLE_THREADS = 15
+_SAMPLES = 24
 _NUM_PASSES = 16
 _PASSING_USERS = 4
 _DRAIN_SECONDS = 120
@@ -347,11 +348,11 @@ class Soak:
                 )
 
     def _check_growth(self) -> None:
-        """Compares what the process had after a minute with what it had at the end, as medians of some seconds."""
+        """Compares what the process had after a minute with what it had at the end, as medians of some samples."""
         end = self._samples[-1][0]
         minute = min(60.0, end / 4)
-        first = _medians(sample for at, sample in self._samples if 0.8 * minute <= at <= 1.2 * minute)
-        last = _medians(sample for at, sample in self._samples if at >= end - 0.4 * minute)
+        first = _medians([sample for at, sample in self._samples if at >= 0.8 * minute][:_SAMPLES])
+        last = _medians([sample for _, sample in self._samples[-_SAMPLES:]])
         self._compared = {"after_first_minute": first, "at_end": last}
         print(f"after {minute:.0f} s: {_shown(first)}; at the end: {_shown(last)}")
         for name, (share, most) in _TOLERANCES.items():

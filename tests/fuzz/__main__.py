@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from os import _exit as leave_at_once  # neither the parent's handlers nor its buffers
 from pathlib import Path
@@ -185,10 +186,20 @@ def _serve(folder: Path, options: argparse.Namespace, numbers: int, answers: int
         cases = Cases(folder / "corpus", own, options.seed, options.only)
         with os.fdopen(numbers) as source, os.fdopen(answers, "w") as out:
             for line in source:
-                print(json.dumps(as_json(cases.run(int(line)))), file=out, flush=True)
+                print(json.dumps(_result(cases, int(line), options)), file=out, flush=True)
         status = 0
     finally:
         leave_at_once(status)
+
+
+def _result(cases: Cases, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What came of a case, or what is wrong with the fuzzer itself."""
+    try:
+        return as_json(cases.run(number))
+    except Exception:
+        _, part, model = chosen(number, options.seed, options.only)
+        about = {"number": number, "part": part, "what": model.name, "seconds": 0.0, "more_bytes": 0}
+        return about | {"outcome": "broken", "error": traceback.format_exc()[-2000:]}
 
 
 if __name__ == "__main__":
