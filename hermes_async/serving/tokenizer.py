@@ -17,7 +17,7 @@ from hermes_async.serving.chat_template import render_template
 from hermes_async.serving.text_threads import TextThreads
 
 _NUM_ENCODERS = 2  # copies for encoding, each for one thread at a time: a long text leaves the other one free
-_NUM_THREADS = max(_NUM_ENCODERS, (os.cpu_count() or 1) // 2)
+NUM_THREADS = max(_NUM_ENCODERS, (os.cpu_count() or 1) // 2)
 """Threads that encode at once with the Rust library, which needs no copies."""
 
 
@@ -40,7 +40,7 @@ class SharedTokenizer:
         self._tokenizer = tokenizer
         self._encoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
         self._decoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
-        self._threads = TextThreads(_NUM_THREADS)
+        self._threads = TextThreads(NUM_THREADS)
         if changes_in_calls(tokenizer):
             self._encoders, self._decoders = SimpleQueue(), SimpleQueue()
             self._threads = TextThreads(_NUM_ENCODERS)

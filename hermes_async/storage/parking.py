@@ -303,7 +303,7 @@ class ParkingFile:
         if self._fd is None:
             if self._folder_is_default and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
                 self._folder = Path(tempfile.gettempdir())
-            self._fd = _open_unnamed(self._folder)
+            self._fd = open_unnamed(self._folder)
             if self._direct:
                 self._set_direct(self._fd, True)
         return self._fd
@@ -326,7 +326,7 @@ class ParkingFile:
                 os.close(fd)
 
 
-def _open_unnamed(folder: Path) -> int:
+def open_unnamed(folder: Path) -> int:
     """Opens a new file in `folder`, which only this user can read. Closing it deletes it."""
     if _O_TMPFILE:
         with suppress(OSError):  # if the system refuses this, `mkstemp` below reports the reason

@@ -205,7 +205,7 @@ class ParkingDisk:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.let_go, self.entered = threading.Event(), threading.Event()
         self.hangs: str | None = None
-        preadv, pwritev, make = os.preadv, os.pwritev, parking._open_unnamed
+        preadv, pwritev, make = os.preadv, os.pwritev, parking.open_unnamed
 
         def read(fd: int, *args: Any) -> int:
             if not os.fstat(fd).st_nlink:
@@ -222,7 +222,7 @@ class ParkingDisk:
 
         monkeypatch.setattr(os, "preadv", read)
         monkeypatch.setattr(os, "pwritev", write)
-        monkeypatch.setattr(parking, "_open_unnamed", make_file)
+        monkeypatch.setattr(parking, "open_unnamed", make_file)
 
     def _wait(self, doing: str) -> None:
         if self.hangs == doing:

@@ -36,6 +36,7 @@ MAX_BYTES = 200 * 2**20
 """Memory that a case may take beyond what the process took before."""
 
 _PATIENCE = 20  # a process that only waits is killed after so many times MAX_SECONDS
+_LOOK_S = 0.2
 _MOST_BYTES = 3 * 2**30  # of addresses beyond those of the process: a case cannot take all memory of the machine
 _CASES_PER_PROCESS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -124,10 +125,11 @@ class _Worker:
         print(number, file=self._numbers, flush=True)
         _, part, model = chosen(number, self._seed, self._only)
         about: dict[str, Any] = {"number": number, "part": part, "what": model.name}
-        before, started = self._cpu_seconds(), time.monotonic()
-        while not select.select([self._answers], [], [], 0.2)[0]:
+        before, num_looks = self._cpu_seconds(), 0
+        while not select.select([self._answers], [], [], _LOOK_S)[0]:
             seconds = self._cpu_seconds() - before
-            if seconds > self._seconds or time.monotonic() - started > _PATIENCE * self._seconds:
+            num_looks += 1  # not the clock, which goes on while both processes are stopped
+            if seconds > self._seconds or num_looks * _LOOK_S > _PATIENCE * self._seconds:
                 threads = self._threads()
                 self.close(kill=True)
                 failed = {"outcome": "slow", "error": f"{seconds:.1f} s of computation", "threads": threads}

@@ -37,7 +37,7 @@ class Hanging:
 
 @pytest.fixture
 def hanging(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hanging]:
-    monkeypatch.setattr(tokenizer, "_NUM_THREADS", 2)
+    monkeypatch.setattr(tokenizer, "NUM_THREADS", 2)
     hanging = Hanging(monkeypatch)
     yield hanging
     hanging.let_go.set()
