@@ -87,7 +87,7 @@ def _numbers(
     if depth > _MAX_DEPTH:
         raise CheckpointError(f"{path}: configurations are nested more than {_MAX_DEPTH} deep", path=path)
     for key, value in config.items():
-        if key in _NOT_OF_THE_MODEL or len(key) > _MAX_KEY_CHARS:
+        if key in _NOT_OF_THE_MODEL or len(str(key)) > _MAX_KEY_CHARS:
             continue
         several = value if isinstance(value, list) else [value]
         for one in several:
