@@ -1,12 +1,16 @@
 """Checks that nothing remains and nothing goes wrong when users leave hundreds of requests in every possible way.
 
     python -m benchmarks.soak [--minutes 10] [--in-flight 200] [--seed 0] [--checkpoint PATH] [--memory SIZE]
+        [--batching turns]
 
 There is KV memory for a tenth of the requests. So requests wait, prefixes are dropped, and idle chat sessions are
-parked. Users iterate, read slowly, cancel their task, break off, abort or set a deadline; others chat, fork and idle.
-At the end, the checks are exact: there are only the engine's own leases, no more tasks, files and parked bytes than
-before, and as much memory as after the first minute. Every request got the tokens that it gets alone. The weights are
-computed in float32, in which tokens do not depend on other requests of the sweep.
+parked. Users iterate, read slowly, cancel their task, break off, abort or set a deadline; others chat, fork and idle,
+or run forward passes. Meanwhile the budget changes, and reads and writes fail, are cut short or are late.
+
+At the end, the checks are exact: there are only the engine's own leases, no more tasks, files, threads and parked bytes
+than before. While it runs, there are as much memory, files, threads and tasks as after the first minute. Every request
+got the tokens that it gets alone. The weights are computed in float32, in which tokens do not depend on other requests
+of the sweep.
 """
 
 from __future__ import annotations
@@ -21,9 +25,10 @@ import random
 import shutil
 import statistics
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +39,18 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.folders import temporary_folder
-from hermes_async import Chunk, DeadlineExceededError, Engine, EngineConfig, SamplingParams, Session, format_bytes
+from benchmarks.soak_faults import MADE_TO_FAIL, FaultyFiles
+from hermes_async import (
+    Chunk,
+    DeadlineExceededError,
+    Engine,
+    EngineConfig,
+    MemoryBudgetError,
+    ReadError,
+    SamplingParams,
+    Session,
+    format_bytes,
+)
 from hermes_async.demo import MODEL_PATH
 from hermes_async.engine.opening import OpenedModel, open_model
 from hermes_async.engine.prompt import has_chat_template
@@ -43,7 +59,12 @@ from hermes_async.memory.available import process_rss_bytes
 _ENGINE_LEASES = 4
 _KV_TOKENS = 2048
 _SWEEP_TOKENS = 64
-_RSS_TOLERANCE = (0.05, 16 * 2**20)
+_TOLERANCES = {"rss_bytes": (0.05, 16 * 2**20), "files": (0, 4), "threads": (0, 4), "tasks": (0.05, 20)}
+"""How much more there may be at the end than after a minute: a share of that, and so many beside."""
+_SECONDS_OF_IDLE_THREADS = 15
+_SAMPLES = 24
+_NUM_PASSES = 16
+_PASSING_USERS = 4
 _DRAIN_SECONDS = 120
 _LINES = 20
 
@@ -78,6 +99,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="default: the demo model")
     parser.add_argument("--memory", default=None, help="budget (default: the least, and half of the weights)")
     parser.add_argument("--check", type=int, default=1000, help="requests to run again alone, at most (default 1000)")
+    parser.add_argument("--batching", default="auto", choices=("auto", "packed", "turns"), help="as of EngineConfig")
+    parser.add_argument("--fault-every", type=float, default=5, help="seconds between two faults (default 5)")
+    parser.add_argument("--resize-every", type=float, default=20, help="seconds between two resizes (default 20)")
     args = parser.parse_args()
     with float32_copy(args.checkpoint) as path, temporary_folder() as folder:
         result, failures = anyio.run(run, args, path, folder, backend_options={"use_uvloop": True})
@@ -103,15 +127,18 @@ async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[
     """Runs the soak and then its check; returns figures and failures."""
     parking = folder / "parking"
     parking.mkdir()
-    opened, config = await anyio.to_thread.run_sync(_configure, path, parking)
+    opened, config = await anyio.to_thread.run_sync(_configure, path, parking, args.batching)
     memory = args.memory or opened.plan.minimum_budget + opened.plan.weight_bytes // 2
-    tasks, files = asyncio.all_tasks(), _open_files()
+    tasks, files, threads = asyncio.all_tasks(), _open_files(), _threads()
+    faulty = FaultyFiles([path, parking])
     # Records go to a file, so that they do not count as memory.
     with (folder / "records").open("wb") as records:
         async with Engine(path, memory_budget=memory, config=config) as engine:
             print(f"{engine.plan}\n{args.in_flight} requests in flight for {args.minutes:g} minutes", flush=True)
-            soak = Soak(engine, opened, records, seed=args.seed, in_flight=args.in_flight)
-            await soak.run(args.minutes * 60)
+            soak = Soak(engine, opened, records, faulty, args)
+            await soak.prepare()
+            with faulty.in_use():
+                await soak.run(args.minutes * 60)
             await soak.check_idle()
         if soak.engine.statistics().num_leases:
             soak.failures.append(f"leases after the engine was left: {soak.engine.statistics().holders}")
@@ -119,13 +146,18 @@ async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[
     print(
         f"{result['requests']} requests ({sum(result['left_early'].values())} left early: {result['left_early']}), "
         f"{result['turns']} turns and {result['forks']} forks of sessions, {result['parkings']} parked; "
+        f"{result['forwards']} forward passes, {result['resizes']} resizes, faults: {result['faults']}, which ended "
+        f"{result['ended_by_faults']} calls; "
         f"{result['prefix_hits']} prefixes shared, {result['accepted_tokens']} of {result['drafted_tokens']} drafted "
         "tokens right",
         flush=True,
     )
     del soak, engine
     gc.collect()
-    await anyio.sleep(0.1)
+    await anyio.sleep(_SECONDS_OF_IDLE_THREADS)
+    more = _threads() - threads
+    if more:
+        failures.append(f"threads are left: {dict(more)}")
     left = asyncio.all_tasks() - tasks
     if left:
         failures.append(f"{len(left)} tasks are left: {sorted(task.get_name() for task in left)[:5]}")
@@ -134,11 +166,11 @@ async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[
         failures.append(f"files are left open: {dict(+open_files)}")
     if parked := list(parking.iterdir()):
         failures.append(f"{len(parked)} parking files are left, {parked[0]} for one")
-    result |= await check_alone(path, folder / "records", args.check, args.seed, failures)
+    result |= await check_alone(path, folder / "records", args, failures)
     return result, failures
 
 
-def _configure(path: Path, parking: Path) -> tuple[OpenedModel, EngineConfig]:
+def _configure(path: Path, parking: Path, batching: str) -> tuple[OpenedModel, EngineConfig]:
     """The model without weights, and options: little KV, and few chunks that a slow user may leave."""
     opened = open_model(path, "1TiB", EngineConfig())
     opened.close()
@@ -146,6 +178,7 @@ def _configure(path: Path, parking: Path) -> tuple[OpenedModel, EngineConfig]:
         kv_budget=opened.probe.kv.nbytes(_KV_TOKENS),
         max_buffered_chunks=4,
         max_tokens_per_sweep=_SWEEP_TOKENS,
+        batching=batching,
         parking_dir=parking,
     )
     opened = open_model(path, "1TiB", config)
@@ -161,15 +194,26 @@ def _open_files() -> Counter[str]:
     return files
 
 
+def _threads() -> Counter[str]:
+    """By name, without a number at its end."""
+    return Counter(thread.name.rstrip("0123456789_-") for thread in threading.enumerate())
+
+
 class Soak:
     """The users of one engine, and their requests."""
 
-    def __init__(self, engine: Engine, opened: OpenedModel, records: IO[bytes], *, seed: int, in_flight: int) -> None:
+    def __init__(
+        self, engine: Engine, opened: OpenedModel, records: IO[bytes], faulty: FaultyFiles, args: argparse.Namespace
+    ) -> None:
         self.engine = engine
         self.failures: list[str] = []
         self._records = records
-        self._seed = seed
-        self._in_flight = in_flight
+        self._faulty = faulty
+        self._seed = seed = args.seed
+        self._in_flight = args.in_flight
+        self._fault_every, self._resize_every = args.fault_every, args.resize_every
+        self._budget = engine.plan.memory_budget
+        self._smallest = engine.plan.minimum_budget
         self._vocab_size = opened.skeleton.vocab_size
         self._has_text = opened.tokenizer is not None
         self._has_messages = has_chat_template(opened)
@@ -187,8 +231,9 @@ class Soak:
         self._counts: Counter[str] = Counter()
         self._most: Counter[str] = Counter()
         self._fewest_asking = sys.maxsize
-        self._rss: list[tuple[float, int]] = []
-        self._rss_checked: dict[str, int] = {}
+        self._samples: list[tuple[float, dict[str, int]]] = []
+        self._compared: dict[str, dict[str, int]] = {}
+        self._passes: list[tuple[list[list[int]], torch.Tensor]] = []
 
     def result(self) -> dict[str, Any]:
         counts = self.engine.statistics()
@@ -204,11 +249,21 @@ class Soak:
             "prefix_tokens": counts.prefix_tokens,
             "drafted_tokens": counts.drafted_tokens,
             "accepted_tokens": counts.accepted_tokens,
-            **self._rss_checked,
+            **self._compared,
+            "faults": dict(self._faulty.done),
             "statistics": counts.as_dict(),
         }
 
     # --- while it runs ---
+
+    async def prepare(self) -> None:
+        """Runs some forward passes alone, to compare others with."""
+        chosen = random.Random(f"{self._seed} passes")
+        for _ in range(_NUM_PASSES):
+            length = chosen.randint(1, _SWEEP_TOKENS // 2)
+            inputs = [list(self._tokens(chosen, length)) for _ in range(chosen.randint(1, 2))]
+            output = await self.engine.forward(input_ids=inputs)
+            self._passes.append((inputs, output.logits.clone()))
 
     async def run(self, seconds: float) -> None:
         """Keeps the users at work for this time, then lets them end."""
@@ -220,7 +275,13 @@ class Soak:
                         users.start_soon(self._user, idx)
                     for idx in range(self._in_flight // 5):  # besides, because they idle between their turns
                         users.start_soon(self._chatter, idx)
-                    await anyio.sleep(seconds)
+                    for idx in range(_PASSING_USERS):
+                        users.start_soon(self._passer, idx)
+                    async with anyio.create_task_group() as disturbing:
+                        disturbing.start_soon(self._disturb)
+                        disturbing.start_soon(self._resize)
+                        await anyio.sleep(seconds)
+                        disturbing.cancel_scope.cancel()
                     self._stopping = True
             watching.cancel_scope.cancel()
         if limit.cancelled_caught:
@@ -248,13 +309,14 @@ class Soak:
         untried = [name for name in ("paused", "waiting", "sessions") if not self._most[name]]
         tried = ("num_parkings", "prefix_hits", "drafted_tokens", "accepted_tokens")
         untried += [name for name in tried if not getattr(counts, name)]
-        untried += [name for name in ("turns", "forks", "prefixes_dropped") if not self._counts[name]]
+        counted = ("turns", "forks", "prefixes_dropped", "forwards", "forwards_cancelled", "resizes", "ended_by_faults")
+        untried += [name for name in counted if not self._counts[name]]
         untried += [name for name in ("break", "drop", "cancel", "abort", "deadline") if not self._cut[name]]
         if untried:
             self.failures.append(f"the soak did not come to try: {', '.join(untried)}")
         if self._fewest_asking < self._in_flight:
             self.failures.append(f"only {self._fewest_asking} requests were in flight at a time")
-        self._check_rss()
+        self._check_growth()
 
     def _state(self) -> dict[str, int]:
         counts = self.engine.statistics()
@@ -273,29 +335,68 @@ class Soak:
             self._fewest_asking = min(self._fewest_asking, self._asking)
             self._counts["prefixes_dropped"] += counts.prefix_bytes < prefix_bytes
             prefix_bytes = counts.prefix_bytes
-            if not self._rss or elapsed - self._rss[-1][0] >= min(1.0, seconds / 100):
-                self._rss.append((elapsed, process_rss_bytes()))
+            # A smaller budget takes less memory, so there is nothing to compare then.
+            is_due = not self._samples or elapsed - self._samples[-1][0] >= min(1.0, seconds / 100)
+            if is_due and counts.memory_budget == self._budget:
+                self._samples.append((elapsed, _sample()))
             if elapsed >= next_report:
                 next_report += 60
                 print(
                     f"  {elapsed / 60:.0f} min: {sum(self._tried.values())} requests, {counts.tokens_generated} tokens "
-                    f"in {counts.sweeps} sweeps, {format_bytes(self._rss[-1][1])} resident; {self._seen}",
+                    f"in {counts.sweeps} sweeps, {_shown(self._samples[-1][1])}; {self._seen}",
                     flush=True,
                 )
 
-    def _check_rss(self) -> None:
-        end = self._rss[-1][0]
+    def _check_growth(self) -> None:
+        """Compares what the process had after a minute with what it had at the end, as medians of some samples."""
+        end = self._samples[-1][0]
         minute = min(60.0, end / 4)
-        first = statistics.median(rss for at, rss in self._rss if 0.8 * minute <= at <= 1.2 * minute)
-        last = statistics.median(rss for at, rss in self._rss if at >= end - 0.4 * minute)
-        share, most = _RSS_TOLERANCE
-        self._rss_checked = {"rss_after_first_minute": int(first), "rss_at_end": int(last)}
-        print(
-            f"resident memory: {format_bytes(int(first))} after {minute:.0f} s, {format_bytes(int(last))} at the end "
-            f"(allowed: {share:.0%} and {format_bytes(most)} more)"
-        )
-        if last > first * (1 + share) + most:
-            self.failures.append(f"resident memory grew from {format_bytes(int(first))} to {format_bytes(int(last))}")
+        first = _medians([sample for at, sample in self._samples if at >= 0.8 * minute][:_SAMPLES])
+        last = _medians([sample for _, sample in self._samples[-_SAMPLES:]])
+        self._compared = {"after_first_minute": first, "at_end": last}
+        print(f"after {minute:.0f} s: {_shown(first)}; at the end: {_shown(last)}")
+        for name, (share, most) in _TOLERANCES.items():
+            if last[name] > first[name] * (1 + share) + most:
+                self.failures.append(f"{name} grew from {first[name]} to {last[name]}")
+
+    # --- what disturbs them ---
+
+    async def _disturb(self) -> None:
+        """Lets a read or a write go wrong now and then."""
+        chosen = random.Random(f"{self._seed} faults")
+        while True:
+            await anyio.sleep(chosen.expovariate(1 / self._fault_every))
+            self._faulty.ask(chosen)
+
+    async def _resize(self) -> None:
+        """Makes the budget smaller for some seconds, now and then."""
+        chosen = random.Random(f"{self._seed} resizes")
+        try:
+            while True:
+                await anyio.sleep(chosen.expovariate(1 / self._resize_every))
+                await self._set_budget(chosen.randint(self._smallest, self._budget))
+                await anyio.sleep(chosen.uniform(0, self._resize_every / 4))
+                await self._set_budget(self._budget)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self._set_budget(self._budget)
+
+    async def _set_budget(self, budget: int) -> None:
+        try:
+            await self.engine.resize(budget)
+            self._counts["resizes"] += 1
+        except MemoryBudgetError:  # KV that is in use is not given back
+            self._counts["resizes_refused"] += 1
+            if budget == self._budget:
+                self.failures.append("the first budget was refused")
+        except ReadError as error:
+            self._count_fault(error, "resize")
+
+    def _count_fault(self, error: ReadError, what: str) -> None:
+        """An error that a call ended with: it must be one that was made."""
+        self._counts["ended_by_faults"] += 1
+        if MADE_TO_FAIL not in str(error):
+            self.failures.append(f"{what}: {error!r}")
 
     # --- users ---
 
@@ -305,6 +406,23 @@ class Soak:
         while not self._stopping:
             prompt = self._prompt(chosen)
             await self._ask(self.engine, prompt, prompt, self._params(chosen), chosen)
+
+    async def _passer(self, idx: int) -> None:
+        """Runs forward passes, some of which are cancelled."""
+        chosen = random.Random(f"{self._seed} passes {idx}")
+        while not self._stopping:
+            inputs, alone = chosen.choice(self._passes)
+            patience = chosen.expovariate(1 / self._typical) if chosen.random() < 0.2 else None
+            with anyio.move_on_after(patience) as limit:
+                try:
+                    output = await self.engine.forward(input_ids=inputs)
+                    self._counts["forwards"] += 1
+                    if not torch.equal(output.logits, alone):
+                        self.failures.append(f"a forward pass of {inputs} has other logits than alone")
+                except ReadError as error:
+                    self._count_fault(error, "forward")
+            self._counts["forwards_cancelled"] += limit.cancelled_caught
+            await self._pause(chosen)
 
     async def _chatter(self, idx: int) -> None:
         chosen = random.Random(f"{self._seed} chat {idx}")
@@ -354,6 +472,7 @@ class Soak:
             manner = "break"
         token_ids: list[int] = []
         reason: str | None = None
+        ended_by_fault = False
         started = time.monotonic()
         self._asking += 1
         self._tried[manner] += 1
@@ -362,6 +481,9 @@ class Soak:
         except DeadlineExceededError as error:
             if manner != "deadline":
                 self.failures.append(f"{manner}: {error!r}")
+        except ReadError as error:
+            ended_by_fault = True
+            self._count_fault(error, manner)
         except Exception as error:
             self.failures.append(f"{manner}, prompt of length {len(prompt)} ({len(whole)}), {params}: {error!r}")
         finally:
@@ -372,7 +494,7 @@ class Soak:
             self._typical += 0.02 * (time.monotonic() - started - self._typical)
         else:
             self._cut[manner] += 1
-            if manner in ("complete", "iterate", "slow"):
+            if manner in ("complete", "iterate", "slow") and not ended_by_fault:
                 self.failures.append(f"{manner}: ended with {reason!r} after {len(token_ids)} tokens")
             reason = None
         kind = "chat" if isinstance(source, Session) else "request"
@@ -397,11 +519,12 @@ class Soak:
             return await self._cancelled(self._iterate(source.generate(prompt, params), token_ids), patience)
         if manner == "abort":
             request_id = f"abort {chosen.random()}"
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._abort, request_id, patience)
-                reason = await self._iterate(source.generate(prompt, params, request_id=request_id), token_ids)
-                group.cancel_scope.cancel()
-            return reason
+            aborting = asyncio.ensure_future(self._abort(request_id, patience))
+            try:
+                return await self._iterate(source.generate(prompt, params, request_id=request_id), token_ids)
+            finally:
+                aborting.cancel()
+                await asyncio.wait([aborting])
         if manner == "deadline":
             deadline = anyio.current_time() + patience
             return await self._iterate(source.generate(prompt, params, deadline=deadline), token_ids)
@@ -499,14 +622,38 @@ class Soak:
         return SamplingParams(**options)
 
 
-async def check_alone(path: Path, records: Path, most: int, seed: int, failures: list[str]) -> dict[str, Any]:
+def _sample() -> dict[str, int]:
+    """What the process has now."""
+    return {
+        "rss_bytes": process_rss_bytes(),
+        "files": _open_files().total(),
+        "threads": threading.active_count(),
+        "tasks": len(asyncio.all_tasks()),
+    }
+
+
+def _medians(samples: Iterable[dict[str, int]]) -> dict[str, int]:
+    columns: dict[str, list[int]] = defaultdict(list)
+    for sample in samples:
+        for name, figure in sample.items():
+            columns[name].append(figure)
+    return {name: int(statistics.median(figures)) for name, figures in columns.items()}
+
+
+def _shown(sample: dict[str, int]) -> str:
+    return f"{format_bytes(sample['rss_bytes'])} resident, " + ", ".join(
+        f"{figure} {name}" for name, figure in sample.items() if name != "rss_bytes"
+    )
+
+
+async def check_alone(path: Path, records: Path, args: argparse.Namespace, failures: list[str]) -> dict[str, Any]:
     """Runs all prompts again, one at a time and with nothing shared, and compares the tokens."""
     recorded = await anyio.to_thread.run_sync(_load, records)
     by_kind: dict[str, list[Record]] = defaultdict(list)
     for record in recorded:
         by_kind[record.kind].append(record)
     num_asked = len({record.asked for record in recorded})
-    chosen = random.Random(f"{seed} check")
+    chosen, most = random.Random(f"{args.seed} check"), args.check
     if num_asked > most:  # as many of every kind
         recorded = [
             record
@@ -518,7 +665,7 @@ async def check_alone(path: Path, records: Path, most: int, seed: int, failures:
         by_asked[record.asked].append(record)
     print(f"running {len(by_asked)} of {num_asked} different requests again, alone", flush=True)
     differing, num_checked, num_partial = 0, 0, 0
-    config = EngineConfig(share_prefixes=False, prompt_lookup=False)
+    config = EngineConfig(share_prefixes=False, prompt_lookup=False, batching=args.batching)
     async with Engine(path, memory_budget="64GiB", config=config) as engine:
         for same in by_asked.values():
             completion = await engine.complete(same[0].prompt, same[0].params)

@@ -371,8 +371,9 @@ class EngineConfig:
         lock_memory: Locks weights and the ring's buffers in memory, so that no swap takes them (Linux only). "auto"
             does so if the system allows it for all of them (`RLIMIT_MEMLOCK`, CAP_IPC_LOCK); the plan says if not. True
             makes that an error. KV caches and the workspace are not locked.
-        read_timeout: Seconds after which a read that has not come back is a `ReadTimeoutError` for the requests that
-            wait for it. None waits for as long as the disk takes. It bounds one system call, of up to a whole stage.
+        read_timeout: Seconds after which a read that has not come back is a `ReadTimeoutError` for those who wait for
+            it, also while the engine opens, and while KV is written to disk. None waits for as long as the disk takes.
+            It bounds one system call, of up to a whole stage.
         kernels: "transformers" makes the calls that transformers makes. "auto" makes the same calls, but multiplies
             large bfloat16 weights with one token by `torch.mv`, and with many tokens in float32, where a short
             measurement has found that to be faster here; the last bit of a result may differ. float32 and float16 are

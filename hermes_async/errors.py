@@ -132,7 +132,7 @@ class ShortReadError(ReadError):
 
 
 class ReadTimeoutError(ReadError):
-    """A read that has not come back for `EngineConfig.read_timeout` seconds. Its thread still waits for the disk.
+    """A read or a write that has not come back for `EngineConfig.read_timeout` seconds. Its thread still waits for it.
 
     Attributes:
         seconds: How long the read has taken so far.

@@ -59,7 +59,8 @@ class Engine(Transcribing):
         CheckpointError: The checkpoint cannot be used.
         UnsupportedModelError: The results of this architecture would be wrong.
         MemoryBudgetError: The budget is too small; the error has the smallest that works.
-        ReadError: A file of weights could not be opened, or the draft model could not be read.
+        ReadError: A file of weights could not be opened, or the draft model could not be read; or `config.read_timeout`
+            has passed (`ReadTimeoutError`).
     """
 
     # --- what users call ---

@@ -12,7 +12,9 @@ import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +28,7 @@ from hermes_async.memory.automatic_budget import follow
 from hermes_async.pipeload.trace import Trace
 from hermes_async.results import RequestEvent
 from hermes_async.storage.hub import HubOptions
+from hermes_async.storage.opening_watch import OpeningWatch
 from hermes_async.storage.threads import run_in_thread
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
@@ -223,7 +226,7 @@ class EngineLifetime:
         started_at = time.perf_counter()
         try:
             async with _closed_in_thread() as exits:
-                opened = self._opened = await run_in_thread(self._open, exits, when_given_up=exits.close)
+                opened = self._opened = await self._opened_in_thread(exits)
                 from hermes_async.serving.loaded_model import loaded_model
 
                 async with tracing(self._trace) as trace, loaded_model(opened, self._config, trace) as loaded:
@@ -241,8 +244,13 @@ class EngineLifetime:
                 raise first from first.__cause__
             self._fail(error, "the engine could not be closed properly")
 
+    async def _opened_in_thread(self, exits: contextlib.ExitStack) -> OpenedModel:
+        """The model before its weights are read. Cancellation, or a disk that hangs: its thread closes `exits`."""
+        await run_in_thread(import_torch, when_given_up=lambda: None)
+        watch = OpeningWatch(Path(self._source), self._config.read_timeout)
+        return await watch.in_time(run_in_thread(watch.run, partial(self._open, exits), when_given_up=exits.close))
+
     def _open(self, exits: contextlib.ExitStack) -> OpenedModel:
-        import_torch()
         from hermes_async.engine.opening import open_model
 
         with one_checkpoint(self._source):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -30,12 +31,15 @@ from hermes_async.quantization.bfloat16_products import Bfloat16Products
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.opening_watch import waits_for_others
+from hermes_async.storage.threads import check_cancelled
 
 Preparation: TypeAlias = tuple[SharedTokenizer | None, str | None, SharedProcessor]
 """What turns texts and images into inputs: the tokenizer, or the reason why there is none, and the processor."""
 
 _BUILDING = threading.Lock()
 """Held while a model is built: transformers changes torch's default dtype for the whole process meanwhile."""
+_SECONDS_BETWEEN_TRIES = 0.1
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +89,18 @@ class _Unopened:
     processor: SharedProcessor
 
 
+@contextmanager
+def _building() -> Iterator[None]:
+    """A block in which a model is built. Another one may take long, because its disk hangs."""
+    with waits_for_others():
+        while not _BUILDING.acquire(timeout=_SECONDS_BETWEEN_TRIES):
+            check_cancelled()
+    try:
+        yield
+    finally:
+        _BUILDING.release()
+
+
 def build_and_probe(
     checkpoint: Checkpoint, config: EngineConfig, exits: ExitStack, preparation: Preparation | None = None
 ) -> ProbedModel:
@@ -96,7 +112,7 @@ def build_and_probe(
     warn_of_untested_versions()
     attention = PackedAttention()
     exits.callback(attention.close)
-    with _BUILDING:
+    with _building():
         model_config = load_config(checkpoint)
         # In turns, with transformers' default attention, which some architectures choose when they are built.
         named_attention = None if config.batching == "turns" else attention.name

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,7 @@ MAX_TABLE_BYTES = 64 * 2**20
 _PACKED = 16
 """A dimension of a quantized tensor is smaller than the matrix's by at most this factor."""
 _MAX_DEPTH = 16
+_MAX_KEY_CHARS = 100
 
 _LAYERS = re.compile(r"(\w+_)?(layers?|blocks|depths?|stages)")
 _EXPERTS = re.compile(r"(num|n)_(\w+_)?experts?")
@@ -69,25 +70,32 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: Collection[Tens
         (_WIDTHS, max(MAX_WIDTH, _PACKED * largest), of_tensors),
         (_POSITIONS, MAX_POSITIONS, "no model has a longer context"),
     )
-    for name, value in _numbers(path, config):
+    for name, values in _numbers(path, config):
         key = name.rpartition(".")[2]
         most, why = next(((most, why) for pattern, most, why in limits if pattern.fullmatch(key)), (math.inf, ""))
-        if value > most:
+        for value in (value for value in values if value > most):
             raise CheckpointError(f"{path}: {name} is {value!s:.40}, of at most {most}, because {why}", path=path)
 
 
-def _numbers(path: Path, config: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Iterator[tuple[str, float]]:
-    """The numbers of a configuration and of those in it, by their keys; those in lists by the list's key."""
+def _numbers(
+    path: Path, config: Mapping[str, Any], prefix: str = "", depth: int = 0
+) -> Iterator[tuple[str, Sequence[float]]]:
+    """The numbers of a configuration and of those in it, by their keys; those in a list together, by the list's key.
+
+    Keys that are longer than any setting's name are left out: to compare one with patterns takes time.
+    """
     if depth > _MAX_DEPTH:
         raise CheckpointError(f"{path}: configurations are nested more than {_MAX_DEPTH} deep", path=path)
     for key, value in config.items():
-        if key in _NOT_OF_THE_MODEL:
+        if key in _NOT_OF_THE_MODEL or len(str(key)) > _MAX_KEY_CHARS:
             continue
-        for one in value if isinstance(value, list) else (value,):
+        several = value if isinstance(value, list) else [value]
+        for one in several:
             if isinstance(one, Mapping):
                 yield from _numbers(path, one, f"{prefix}{key}.", depth + 1)
-            elif isinstance(one, (int, float)) and not isinstance(one, bool):
-                yield f"{prefix}{key}", one
+        numbers = [one for one in several if isinstance(one, (int, float)) and not isinstance(one, bool)]
+        if numbers:
+            yield f"{prefix}{key}", numbers
 
 
 def check_tables(tables: Mapping[str, torch.Tensor], file_bytes: int, where: str) -> None:

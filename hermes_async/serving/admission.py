@@ -150,6 +150,9 @@ class Admission:
             if reservation is not None:
                 self._admit(request, reservation)
                 return request, None
+            if (overdue := self._overdue(request)) is not None:
+                self._waiting.popleft()
+                return request, overdue
             if self._max_waiting is not None and len(self._waiting) > self._max_waiting:
                 return self._waiting.pop(), self._queue_full(len(self._waiting))
             try:
@@ -175,8 +178,9 @@ class Admission:
             self._wait.cancel()
 
     async def _wait_for(self, request: Request) -> None:
-        """Waits for one thing that the request lacks; it may lack others too."""
+        """Waits for one thing that the request lacks; it may lack others too. Returns early if a disk may hang."""
         if not self._may_enter(request):
+            self._look_later(request)
             await self._changed.wait()
             return
         self._short_of_kv = request
@@ -184,6 +188,25 @@ class Admission:
         await self._wait_for_room(request)
         if self._trace is not None:
             self._trace.span(WAITS_FOR_KV, _holder(request), started, time.perf_counter())
+
+    def _waits_for_disk(self, request: Request) -> bool:
+        """Whether the request cannot be admitted before KV was written to disk, or read back."""
+        if self._num_free_places <= 0:
+            return False
+        session = request.session
+        if session is not None and session.busy:
+            return session.state is not SessionState.IN_TURN
+        return self._is_parking
+
+    def _overdue(self, request: Request) -> ReadTimeoutError | None:
+        """The error of a disk that hangs, if the request waits for it."""
+        return self._parking.watch.overdue() if self._waits_for_disk(request) else None
+
+    def _look_later(self, request: Request) -> None:
+        """Ends the request's wait when the disk that it waits for may be overdue."""
+        seconds = self._parking.watch.seconds_left()
+        if seconds is not None and self._wait is not None and self._waits_for_disk(request):
+            self._wait.deadline = anyio.current_time() + seconds
 
     async def _wait_for_room(self, request: Request) -> None:
         """Waits at the governor for what `_reserve` found no room for. Unused prefixes are dropped for it."""
@@ -196,6 +219,7 @@ class Admission:
         lent = self._kv_memory.lent_bytes
         if not lent or nbytes > self._kv_memory.free_bytes + lent:
             self._park_longest_idle(request)
+        self._look_later(request)
         lease = await self._kv_memory.acquire(_holder(request), nbytes)
         lease.release()  # `_reserve` takes it again at once
 

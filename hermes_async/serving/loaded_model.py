@@ -391,7 +391,7 @@ async def loaded_model(
 def _lease_what_hangs(governor: MemoryGovernor, watches: Sequence[ReadWatch]) -> None:
     """Leases the memory that threads still read into, until each of them has returned."""
     loop = asyncio.get_running_loop()
-    reads = [read for watch in watches for read in watch.under_way]
+    reads = [read for watch in watches for read in watch.under_way if read.views]
     num_readers = Counter(id(read.views[0]) for read in reads)  # several threads read rows into one buffer
 
     def release(lease: Lease) -> None:

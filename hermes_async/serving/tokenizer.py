@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from queue import SimpleQueue
@@ -13,8 +14,11 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 from hermes_async.modeling.chat_api import has_own_chat_format, template_variables
 from hermes_async.modeling.transformers_api import changes_in_calls, forget_truncation_and_padding
 from hermes_async.serving.chat_template import render_template
+from hermes_async.serving.text_threads import TextThreads
 
 _NUM_ENCODERS = 2  # copies for encoding, each for one thread at a time: a long text leaves the other one free
+NUM_THREADS = max(_NUM_ENCODERS, (os.cpu_count() or 1) // 2)
+"""Threads that encode at once with the Rust library, which needs no copies."""
 
 
 class SharedTokenizer:
@@ -36,11 +40,19 @@ class SharedTokenizer:
         self._tokenizer = tokenizer
         self._encoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
         self._decoders: SimpleQueue[PreTrainedTokenizerBase] | None = None
+        self._threads = TextThreads(NUM_THREADS)
         if changes_in_calls(tokenizer):
             self._encoders, self._decoders = SimpleQueue(), SimpleQueue()
+            self._threads = TextThreads(_NUM_ENCODERS)
             self._decoders.put(copy.deepcopy(tokenizer))
             for _ in range(_NUM_ENCODERS):
                 self._encoders.put(copy.deepcopy(tokenizer))
+
+    @contextmanager
+    def _encoder(self) -> Iterator[PreTrainedTokenizerBase]:
+        """A tokenizer that encodes on this thread."""
+        with self._threads.place(), self._taken(self._encoders) as tokenizer:
+            yield tokenizer
 
     @contextmanager
     def _taken(self, copies: SimpleQueue[PreTrainedTokenizerBase] | None) -> Iterator[PreTrainedTokenizerBase]:
@@ -57,8 +69,12 @@ class SharedTokenizer:
     # --- calls, with transformers' names ---
 
     def __call__(self, text: str, pair: str | None = None, **options: Any) -> BatchEncoding:
-        """Encodes one text, or a pair; `options` are transformers', without truncation and padding."""
-        with self._taken(self._encoders) as tokenizer:
+        """Encodes one text, or a pair; `options` are transformers', without truncation and padding.
+
+        Raises:
+            RequestError: As `TextThreads.place`.
+        """
+        with self._encoder() as tokenizer:
             # A batch of one, because a single empty text would have no `input_ids`.
             encoded = tokenizer([text], None if pair is None else [pair], **options)
         return BatchEncoding({name: values[0] for name, values in encoded.items()})
@@ -72,7 +88,7 @@ class SharedTokenizer:
             return list(tokenizer.convert_ids_to_tokens(list(token_ids)))
 
     def pad(self, encoded: Sequence[dict[str, list[int]]], **options: Any) -> BatchEncoding:
-        with self._taken(self._encoders) as tokenizer:
+        with self._encoder() as tokenizer:
             return tokenizer.pad(list(encoded), **options)
 
     def chat_text(
@@ -93,7 +109,7 @@ class SharedTokenizer:
             RequestError: The template takes more steps, time or memory than allowed.
             Exception: The template is not valid, or refuses the messages.
         """
-        with self._taken(self._encoders) as tokenizer:
+        with self._encoder() as tokenizer:
             if has_own_chat_format(tokenizer):
                 options = {**variables, "tools": tools, "add_generation_prompt": add_generation_prompt}
                 return cast(str, tokenizer.apply_chat_template(list(messages), tokenize=False, **options))

@@ -11,6 +11,7 @@ from typing import BinaryIO
 
 from hermes_async.errors import CheckpointError, CorruptShardError
 from hermes_async.storage.file_state import FileState
+from hermes_async.storage.opening_watch import reads_file
 
 MAX_HEADER_BYTES = 32 * 2**20
 """The most bytes of a header that are read. The safetensors format allows 100 MB."""
@@ -32,13 +33,14 @@ def opened(path: Path) -> Iterator[tuple[BinaryIO, FileState]]:
         CheckpointError: It is missing, is no regular file, or cannot be read.
     """
     try:
-        # Checked before opening, because opening a device may have an effect.
-        check_regular(path, path.stat())
-        # It may have been replaced meanwhile: opening a named pipe must not wait for a writer.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
-            status = os.fstat(file.fileno())
-            check_regular(path, status)
-            yield file, FileState.of(status)
+        with reads_file(path):
+            # Checked before opening, because opening a device may have an effect.
+            check_regular(path, path.stat())
+            # It may have been replaced meanwhile: opening a named pipe must not wait for a writer.
+            with open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                check_regular(path, status)
+                yield file, FileState.of(status)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing; is the checkpoint complete?", path=path) from error
     except OSError as error:

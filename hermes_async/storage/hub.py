@@ -14,6 +14,7 @@ from pathlib import Path
 from hermes_async.errors import CheckpointError, HermesError, UnsupportedModelError
 from hermes_async.storage.gguf_models import chosen_model, gguf_models, listed
 from hermes_async.storage.headers import MAX_HEADER_BYTES
+from hermes_async.storage.opening_watch import waits_for_others
 from hermes_async.storage.other_formats import check_repository
 from hermes_async.storage.own_file import scratch_folder
 
@@ -82,7 +83,7 @@ def download(source: str, hub: HubOptions, *, local_files_only: bool = False, we
         UnsupportedModelError: The model is on the hub, but not in safetensors.
     """
     repo_id, _, wanted = source.partition(":")
-    with _hub_errors(repo_id, hub):
+    with _hub_errors(repo_id, hub), waits_for_others():
         if wanted:
             return _download_gguf(repo_id, wanted, hub, local_files_only=local_files_only)
         if local_files_only:

@@ -239,19 +239,20 @@ class ParkingFile:
 
     def _write(self, slots: list[int], views: list[memoryview]) -> None:
         self._check_open()  # it may have been closed in the meantime
-        fd = self._open()
-        if self._stale:
-            os.ftruncate(fd, 0)
-            self._stale = False
-        size = os.fstat(fd).st_size
-        try:
-            with self.watch.reading(*views) as under_way:
+        with self.watch.reading(*views) as under_way:
+            with under_way.at(self._folder, 0, "making a file"):
+                fd = self._open()
+                if self._stale:
+                    os.ftruncate(fd, 0)
+                    self._stale = False
+                size = os.fstat(fd).st_size
+            try:
                 for offset, batch in self._batches(slots, views):
                     self._transfer(fd, offset, batch, under_way, writing=True)
-        except BaseException:
-            with suppress(OSError):
-                os.ftruncate(fd, size)  # on a full disk, other programs may need the space
-            raise
+            except BaseException:
+                with under_way.at(self._folder, size, "a write"), suppress(OSError):
+                    os.ftruncate(fd, size)  # on a full disk, other programs may need the space
+                raise
 
     def _read(self, slots: list[int], views: list[memoryview]) -> None:
         self._check_open()
@@ -275,7 +276,7 @@ class ParkingFile:
         while views:
             check_cancelled()
             try:
-                with under_way.at(self._folder, offset):
+                with under_way.at(self._folder, offset, "a write" if writing else "a read"):
                     count = os.pwritev(fd, views, offset) if writing else os.preadv(fd, views, offset)
                     if writing and not self._direct and hasattr(os, "posix_fadvise"):
                         os.fdatasync(fd)  # only pages that are on disk are dropped from the cache
@@ -302,7 +303,7 @@ class ParkingFile:
         if self._fd is None:
             if self._folder_is_default and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
                 self._folder = Path(tempfile.gettempdir())
-            self._fd = _open_unnamed(self._folder)
+            self._fd = open_unnamed(self._folder)
             if self._direct:
                 self._set_direct(self._fd, True)
         return self._fd
@@ -325,7 +326,7 @@ class ParkingFile:
                 os.close(fd)
 
 
-def _open_unnamed(folder: Path) -> int:
+def open_unnamed(folder: Path) -> int:
     """Opens a new file in `folder`, which only this user can read. Closing it deletes it."""
     if _O_TMPFILE:
         with suppress(OSError):  # if the system refuses this, `mkstemp` below reports the reason

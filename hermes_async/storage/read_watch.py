@@ -6,14 +6,18 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, TypeVar
 
 import anyio
 
 from hermes_async.errors import ReadTimeoutError
+from hermes_async.foreign_errors import ungrouped
+
+T = TypeVar("T")
 
 _log = logging.getLogger("hermes_async")
 
@@ -23,19 +27,20 @@ _SHORTEST_WAIT = 0.01
 
 @dataclass(frozen=True, eq=False, slots=True)
 class _Place:
-    """Where a thread reads, and since when, on the clock of `time.monotonic`."""
+    """Where a thread reads or writes, and since when, on the clock of `time.monotonic`."""
 
     path: Path
     offset: int
     since: float
+    doing: str
 
 
 @dataclass(eq=False, slots=True)
 class ReadUnderWay:
-    """A call that reads on a thread.
+    """A call that reads or writes on a thread.
 
     Attributes:
-        views: The memory that the thread writes to.
+        views: The memory that the thread uses; empty while it opens a file.
         place: Set by the thread; None between two reads.
         warned_of: The place that was logged last.
     """
@@ -48,9 +53,9 @@ class ReadUnderWay:
     _then: Callable[[], None] | None = None
 
     @contextmanager
-    def at(self, path: Path, offset: int) -> Iterator[None]:
+    def at(self, path: Path, offset: int, doing: str = "a read") -> Iterator[None]:
         """A block in which the thread makes one system call, which reads or writes from `offset` on."""
-        self.place = _Place(path, offset, time.monotonic())
+        self.place = _Place(path, offset, time.monotonic(), doing)
         try:
             yield
         finally:
@@ -92,7 +97,7 @@ class ReadWatch:
 
     @contextmanager
     def reading(self, *views: memoryview) -> Iterator[ReadUnderWay]:
-        """A block in which a thread reads into these views, or writes them to a file."""
+        """A block in which a thread reads into these views, writes them to a file, or opens one."""
         read = ReadUnderWay(views)
         with self._lock:
             self._under_way.add(read)
@@ -118,8 +123,8 @@ class ReadWatch:
         if place is None or self.timeout is None or seconds < self.timeout:
             return None
         return ReadTimeoutError(
-            f"a read at offset {place.offset} of {place.path} has not come back for {seconds:.1f} s, and read_timeout "
-            f"is {self.timeout:g} s; the disk hangs, or is slower than that",
+            f"{place.doing} at offset {place.offset} of {place.path} has not come back for {seconds:.1f} s, and "
+            f"read_timeout is {self.timeout:g} s; the disk hangs, or is slower than that",
             path=place.path,
             offset=place.offset,
             seconds=seconds,
@@ -137,6 +142,25 @@ class ReadWatch:
         return [place for read in self.under_way if (place := read.place) is not None]
 
     # --- on the event loop ---
+
+    async def in_time(self, call: Coroutine[Any, Any, T]) -> T:
+        """Waits for a call that reads on a thread.
+
+        Raises:
+            ReadTimeoutError: It has taken `timeout` seconds, and a read is overdue. The call was cancelled.
+            Exception: What the call raised.
+
+        Cancellation: cancels the call.
+        """
+        ended = anyio.Event()
+        with ungrouped():
+            async with anyio.create_task_group() as group:
+                group.start_soon(self.wait, ended)
+                try:
+                    result = await call
+                finally:
+                    ended.set()
+        return result
 
     async def wait(self, event: anyio.Event) -> None:
         """Waits for an event that a read sets.
@@ -171,7 +195,8 @@ class ReadWatch:
                 read.warned_of = place
                 waits.append(SECONDS_UNTIL_WARNING)
                 _log.warning(
-                    "the disk does not answer: a read at offset %d of %s has not come back for %.0f s",
+                    "the disk does not answer: %s at offset %d of %s has not come back for %.0f s",
+                    place.doing,
                     place.offset,
                     place.path,
                     now - place.since,

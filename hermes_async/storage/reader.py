@@ -67,7 +67,7 @@ class Reader:
             a read, is an error: its bytes may not be those that the header describes.
 
     Raises:
-        ReadError: On entering: a shard cannot be opened, or has changed.
+        ReadError: On entering: a shard cannot be opened, has changed, or its opening is overdue.
     """
 
     def __init__(
@@ -93,12 +93,12 @@ class Reader:
         self._shards: dict[Path, Shard] = {}
         self._users = threading.Lock()
         self._opening = anyio.Lock()
-        self._open_in_thread, self._close_in_thread = aiofiles.os.wrap(Shard.open), aiofiles.os.wrap(Shard.close)
+        self._open_in_thread, self._close_in_thread = aiofiles.os.wrap(self._opened), aiofiles.os.wrap(Shard.close)
 
     async def __aenter__(self) -> Self:
         try:
             for file in list(self._files)[: self._max_open]:
-                await self._open(file)
+                await self.watch.in_time(self._open(file))
         except BaseException:
             await self._close()
             raise
@@ -277,7 +277,13 @@ class Reader:
             raise ShortReadError(message, path=path, offset=0, expected=before.nbytes, actual=now.nbytes)
         raise ReadError(message, path=path, offset=0)
 
+    def _opened(self, path: Path, *, direct: bool) -> Shard:
+        """Runs on a thread of the executor."""
+        with self.watch.reading() as under_way, under_way.at(path, 0):
+            return Shard.open(path, direct=direct)
+
     async def _open_shard(self, path: Path, *, direct: bool) -> Shard:
+        self.watch.warn_later()
         opening = self._open_in_thread(path, direct=direct, executor=self._executor)
         return await finished_or_given_up(asyncio.ensure_future(opening))
 

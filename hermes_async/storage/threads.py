@@ -204,6 +204,12 @@ def check_cancelled() -> None:
         raise CallCancelled
 
 
+def tells_cancelled() -> Callable[[], bool]:
+    """Says, on any thread, whether the call of `run_in_thread` that this thread runs was cancelled."""
+    call: _Call | None = getattr(_thread, "call", None)
+    return lambda: call is not None and call.cancelled
+
+
 @contextmanager
 def only_waiting() -> Iterator[None]:
     """A block that waits and calls no native code: the interpreter's exit does not wait for this thread there.

@@ -1,6 +1,6 @@
 """Lets every point of every scenario go wrong, in each way, one after another.
 
-    python -m tests.every_failure [--scenario NAME ...] [--kind KIND ...] [--stride N]
+    python -m tests.every_failure [--scenario NAME ...] [--kind KIND ...] [--stride N [--first N]]
 
 Prints what was tried for each scenario, and what faults did that they may not do. The last line is one JSON object.
 """
@@ -26,11 +26,12 @@ def main() -> int:
     parser.add_argument("--scenario", action="append", choices=names, help="only this one; may be given several times")
     parser.add_argument("--kind", action="append", choices=FAULTS, help="only points of this kind; as --scenario")
     parser.add_argument("--stride", type=int, default=1, help="try every so manieth point (default 1: all of them)")
+    parser.add_argument("--first", type=int, default=1, help="the first point that is tried (default 1)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    choice = every(tuple(args.kind or FAULTS), args.stride)
+    choice = every(tuple(args.kind or FAULTS), args.stride, args.first)
     report = {}
     for scenario in SCENARIOS:
         if args.scenario and scenario.name not in args.scenario:

@@ -16,7 +16,7 @@ import pytest
 
 from hermes_async.memory import claims
 from hermes_async.memory.other_processes import ProcessRegistry
-from tests.every_failure.points import FAULTS, Fault, Kind, counted
+from tests.every_failure.points import FAULTS, Fault, Faults, Kind, counted
 from tests.every_failure.scenarios import Scenario
 from tests.every_failure.stand import BrokenError, Stand
 from tests.inside import park_in
@@ -39,20 +39,23 @@ class Tried:
     broken: list[str] = field(default_factory=list)
 
 
-Choice = Callable[[Counter[Kind]], Iterator[Fault]]
-"""The faults to try of a scenario with so many points. A generator; it is sent whether there was such a point."""
+Choice = Callable[[Counter[Kind], Faults], Iterator[Fault]]
+"""The faults to try of a scenario with so many points, in which these may go wrong.
+
+A generator; it is sent whether there was such a point.
+"""
 
 
-def every(kinds: tuple[Kind, ...] = tuple(FAULTS), stride: int = 1) -> Choice:
-    """Each way in which points of these kinds go wrong, for every so manieth point, to the end of the scenario.
+def every(kinds: tuple[Kind, ...] = tuple(FAULTS), stride: int = 1, first: int = 1) -> Choice:
+    """Each way in which points of these kinds go wrong, for every so manieth point from `first` on.
 
     The end is where no such point is reached: threads and tasks take turns as they like, so the number varies a little.
     """
 
-    def faults(points: Counter[Kind]) -> Iterator[Fault]:
+    def faults(points: Counter[Kind], possible: Faults) -> Iterator[Fault]:
         for kind in kinds:
-            for how in FAULTS[kind]:
-                for number in count(1, stride):
+            for how in possible.get(kind, ()):
+                for number in count(first, stride):
                     if not (yield Fault(kind, how, number)):
                         break
 
@@ -66,10 +69,10 @@ def sample(most: int, offset: float) -> Choice:
         offset: Where the first one is, from 0 to 1; so that several samples together are of all kinds.
     """
 
-    def faults(points: Counter[Kind]) -> Iterator[Fault]:
+    def faults(points: Counter[Kind], possible: Faults) -> Iterator[Fault]:
         everything = [
             Fault(kind, how, number)
-            for kind, hows in FAULTS.items()
+            for kind, hows in possible.items()
             for how in hows
             for number in range(1, points[kind] + 1)
         ]
@@ -91,7 +94,7 @@ def try_faults(scenario: Scenario, choice: Choice, complain: Callable[[str], Non
         with _alone(root):
             (root / "model").mkdir()
             path = scenario.model(root / "model")
-            todo = _Todo(choice)
+            todo = _Todo(choice, scenario.faults)
             while not todo.is_done:
                 broken: str | None = None
                 try:
@@ -113,8 +116,8 @@ class _Todo:
         fault: The one that is tried now; None before the first.
     """
 
-    def __init__(self, choice: Choice) -> None:
-        self._choice = choice
+    def __init__(self, choice: Choice, possible: Faults) -> None:
+        self._choice, self._possible = choice, possible
         self._faults: Iterator[Fault] | None = None
         self.fault: Fault | None = None
         self.is_done = False
@@ -123,7 +126,7 @@ class _Todo:
         """The next fault."""
         try:
             if self._faults is None:
-                self._faults = self._choice(points)
+                self._faults = self._choice(points, self._possible)
                 self.fault = next(self._faults)
             else:
                 self.fault = self._faults.send(reached)  # type: ignore[attr-defined]

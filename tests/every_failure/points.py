@@ -25,15 +25,19 @@ from tests.disks import first_bytes
 
 Kind = Literal["read", "write", "allocation", "switch"]
 
-FAULTS: dict[Kind, tuple[str, ...]] = {
+Faults = dict[Kind, tuple[str, ...]]
+FAULTS: Faults = {
     "read": ("fails", "is short", "finds the end", "is late", "cancel"),
     "write": ("fails", "is short", "cancel"),
     "allocation": ("fails",),
     "switch": ("cancel", "cancel natively"),
 }
-"""What can go wrong at a point of each kind."""
+"""What can go wrong at a point of each kind. A read or write where the call is cancelled hangs until it has ended."""
+HANGS: Faults = {"read": ("hangs",), "write": ("hangs",)}
+"""What goes wrong in scenarios with a `read_timeout`: the call is not cancelled, and has to end by itself."""
 
 _LATE_SECONDS = 0.03
+_HANGS_SECONDS = 20.0
 _POISON = 0xFF
 
 
@@ -59,13 +63,14 @@ class Points:
     Attributes:
         counts: Of each kind, since `arm`.
         where: What the point was that went wrong; None while none did.
+        outlasted: A read or write that came back because the victim did not end while it hung.
         memory: The buffers and the pools of KV that there are.
     """
 
     def __init__(self, root: Path) -> None:
         self._root = str(root)
         # All mutable state, guarded by `_lock`. `_cancel` cancels the victim, on any thread, natively or by its scope.
-        # `_ended` is set when the victim has ended; a read that is late waits for it.
+        # `_ended` is set when the victim has ended; a read that is late or hangs waits for it.
         self._lock = threading.Lock()
         self._is_armed = False
         self._fault: Fault | None = None
@@ -73,6 +78,7 @@ class Points:
         self._ended = threading.Event()
         self.counts: Counter[Kind] = Counter()
         self.where: str | None = None
+        self.outlasted: str | None = None
         self.memory: WeakSet[Buffer | KVPool] = WeakSet()
 
     def arm(self, fault: Fault | None, cancel: Callable[[bool], None]) -> None:
@@ -80,7 +86,7 @@ class Points:
         with self._lock:
             self._is_armed, self._fault, self._cancel = True, fault, cancel
             self._ended = threading.Event()
-            self.counts, self.where = Counter(), None
+            self.counts, self.where, self.outlasted = Counter(), None, None
 
     def disarm(self) -> None:
         """The scenario has ended."""
@@ -117,9 +123,11 @@ class Points:
             return nothing
         if how == "is late":
             self._ended.wait(_LATE_SECONDS)
-        elif how == "cancel":
-            self._cancel(False)
-            self._ended.wait(_LATE_SECONDS)
+        elif how in ("cancel", "hangs"):
+            if how == "cancel":
+                self._cancel(False)
+            if not self._ended.wait(_HANGS_SECONDS):
+                self.outlasted = what
         return call(_half(nbytes) if how == "is short" else nbytes)
 
     def is_watched(self, fd: int) -> bool:

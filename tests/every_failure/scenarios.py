@@ -10,6 +10,7 @@ from typing import Any
 from hermes_async import Engine, EngineConfig
 from hermes_async.conversion.quantizing import quantize
 from tests.engines import BLOCK_BYTES, greedy_params, tokens
+from tests.every_failure.points import FAULTS, HANGS, Faults
 from tests.inside import inside
 from tests.models import BareModel, TinyMixture, TinyModel
 
@@ -41,6 +42,11 @@ class Scenario:
     restore: Callable[[Engine], Awaitable[Any]] = _nothing
     opens: bool = False
     drafts: bool = False
+
+    @property
+    def faults(self) -> Faults:
+        """What goes wrong in it."""
+        return FAULTS if self.config.read_timeout is None else HANGS
 
 
 def _config(**changes: Any) -> EngineConfig:
@@ -116,6 +122,7 @@ async def forking(engine: Engine) -> Any:
 
 _CHECKED = {"self_check": "require"}
 _TURNS = {"batching": "turns", **_CHECKED}
+_TIMEOUT_S = 1.0
 _KV = {"max_resident_layers": 2, "share_prefixes": False}
 
 SCENARIOS = (
@@ -133,4 +140,11 @@ SCENARIOS = (
     Scenario("experts on demand", generating, TinyMixture.config, _mixture, budget=0),
     Scenario("drafts", generating, _config(max_resident_layers=None), drafts=True),
     Scenario("quantized", generating, TinyModel.config, _quantized),
+    Scenario("open, a disk that hangs", opening, _config(read_timeout=_TIMEOUT_S), opens=True),
+    Scenario(
+        "park, a disk that hangs",
+        parking,
+        _config(kv_budget=8 * BLOCK_BYTES, read_timeout=_TIMEOUT_S, **_KV),
+        _longer,
+    ),
 )

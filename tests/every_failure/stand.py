@@ -17,7 +17,7 @@ from typing import Any
 import anyio
 from transformers import AttentionInterface
 
-from hermes_async import Engine, EngineClosedError, EngineFailedError, HermesError
+from hermes_async import Engine, EngineClosedError, EngineFailedError, HermesError, ReadTimeoutError
 from hermes_async.engine.opening import open_model
 from tests.engines import greedy_params, settle, tokens, until
 from tests.every_failure.points import Fault, Points
@@ -182,6 +182,8 @@ class Stand:
         try:
             task, outcome = await self._run_victim(fault)
             where = self._points.where
+            if self._points.outlasted is not None:
+                raise BrokenError(f"does not end while this hangs: {self._points.outlasted}")
             self._check_victim(fault, task, outcome, reached=where is not None)
             await self._within_time([neighbour], "the neighbour")
             self._check_neighbour(fault, neighbour.exception(), tuple(taken), reached=where is not None)
@@ -244,7 +246,7 @@ class Stand:
         if fault.how.startswith("cancel"):
             if not cancelled:
                 raise BrokenError(f"a cancelled call ends with {_short(outcome or error)}") from error
-        elif not _may_raise(fault, error) or fault.kind == "write":
+        elif not _may_raise(fault, error) or (fault.kind == "write" and fault.how != "hangs"):
             raise BrokenError(f"ends with {error!r}") from error
 
     def _check_neighbour(
@@ -255,7 +257,8 @@ class Stand:
         if len(taken) == len(self._neighbour) and error is None:
             return
         # What fails in a sweep ends all requests of it.
-        if not reached or fault is None or fault.kind == "write" or not _may_raise(fault, error):
+        from_write = fault is not None and fault.kind == "write" and fault.how != "hangs"
+        if not reached or fault is None or from_write or not _may_raise(fault, error):
             raise BrokenError(f"the neighbour ended after {len(taken)} tokens: {error!r}") from error
 
     async def _check_rest(self) -> None:
@@ -295,6 +298,8 @@ class Stand:
 def _may_raise(fault: Fault, error: BaseException | None) -> bool:
     """Whether an error is one of ours that a call may end with, while the engine goes on."""
     ends_engine = isinstance(error, EngineFailedError | EngineClosedError)
+    if fault.how == "hangs":
+        return isinstance(error, ReadTimeoutError)
     return fault.how in ("fails", "finds the end") and isinstance(error, HermesError) and not ends_engine
 
 

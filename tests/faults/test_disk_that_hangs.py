@@ -15,8 +15,9 @@ import anyio
 import pytest
 from transformers import AttentionInterface
 
-from hermes_async import Engine, ReadTimeoutError
+from hermes_async import DeadlineExceededError, Engine, ReadTimeoutError
 from hermes_async.engine import opening
+from hermes_async.storage import parking
 from tests.engines import BLOCK_BYTES, both_loops, greedy_params, open_engine, tokens, until
 from tests.faults.hanging import Hanging
 from tests.features.machines import lender, told
@@ -197,19 +198,39 @@ async def test_one_warning_names_the_file_and_the_offset(
 
 
 class ParkingDisk:
-    """Reads of files without a name hang until the test lets them go."""
+    """Reads and writes of files without a name hang until the test lets them go, and so does making one.
+
+    Attributes:
+        hangs: "read", "write" or "make"; None if nothing hangs.
+    """
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.let_go, self.entered, self.hangs = threading.Event(), threading.Event(), False
-        preadv = os.preadv
+        self.let_go, self.entered = threading.Event(), threading.Event()
+        self.hangs: str | None = None
+        preadv, pwritev, make = os.preadv, os.pwritev, parking.open_unnamed
 
         def read(fd: int, *args: Any) -> int:
-            if self.hangs and not os.fstat(fd).st_nlink:
-                self.entered.set()
-                assert self.let_go.wait(60)
+            if not os.fstat(fd).st_nlink:
+                self._wait("read")
             return preadv(fd, *args)
 
+        def write(fd: int, *args: Any) -> int:
+            self._wait("write")
+            return pwritev(fd, *args)
+
+        def make_file(folder: Path) -> int:
+            self._wait("make")
+            return make(folder)
+
         monkeypatch.setattr(os, "preadv", read)
+        monkeypatch.setattr(os, "pwritev", write)
+        monkeypatch.setattr(parking, "open_unnamed", make_file)
+
+    def _wait(self, doing: str) -> None:
+        if self.hangs == doing:
+            self.entered.set()
+            if not self.let_go.wait(60):  # no assert: it must also wait under `python -O`
+                raise TimeoutError("the test did not let the disk go")
 
 
 @pytest.mark.parametrize("how", ["leave", "abort", "timeout"])
@@ -227,7 +248,7 @@ async def test_a_session_is_brought_back_from_a_disk_that_hangs(
         await chat.complete(tokens(1, 40), greedy_params(6))
         await engine.complete(tokens(99, 120), greedy_params(1))  # leaves no room beside it
         assert is_parked(chat)
-        disk.hangs = True
+        disk.hangs = "read"
         ends: list[Any] = []
 
         async def turn() -> None:
@@ -268,3 +289,55 @@ async def test_a_request_that_waits_for_memory_on_loan_gets_the_error(
         hanging.end()
         completion = await until_it_works(lambda: engine.complete(tiny_model.prompts[2], tiny_model.params))
         assert completion.token_ids == tiny_model.references[2]
+
+
+@pytest.mark.parametrize("doing", ["write", "make"])
+@pytest.mark.parametrize("how", ["leave", "abort", "deadline", "timeout"])
+async def test_a_session_is_parked_on_a_disk_that_hangs(
+    tiny_model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, doing: str, how: str
+) -> None:
+    """Who needs the session's memory waits for it, and so does the session's own turn."""
+    disk = ParkingDisk(monkeypatch)
+    config: dict[str, Any] = {"share_prefixes": False, "kv_budget": 8 * BLOCK_BYTES, "parking_dir": tmp_path}
+    if how == "timeout":
+        config["read_timeout"] = 0.1
+    async with AsyncExitStack() as exits:
+        exits.callback(disk.let_go.set)
+        engine = await exits.enter_async_context(open_engine(tiny_model, **config))
+        chat = await exits.enter_async_context(engine.session())
+        first = await chat.complete(tokens(1, 40), greedy_params(6))
+        disk.hangs = doing
+        deadline = anyio.current_time() + 0.3 if how == "deadline" else None
+        ends: dict[str, Any] = {}
+
+        async def ask(name: str, call: Callable[..., Awaitable[Any]], prompt: list[int], num_tokens: int) -> None:
+            try:
+                ends[name] = await call(prompt, greedy_params(num_tokens), request_id=name, deadline=deadline)
+            except (ReadTimeoutError, DeadlineExceededError) as error:
+                ends[name] = error
+
+        async with anyio.create_task_group() as group:
+            group.start_soon(ask, "large", engine.complete, tokens(99, 120), 1)  # leaves no room beside it
+            await until(disk.entered.is_set)
+            group.start_soon(ask, "turn", chat.complete, [5], 4)
+            await until(lambda: {"large", "turn"} <= inside(engine).request_ids or how in ("timeout", "deadline"))
+            if how == "leave":
+                group.cancel_scope.cancel()
+            elif how == "abort":
+                assert await engine.abort("large")
+                assert await engine.abort("turn")
+        if how == "leave":
+            return
+        assert not disk.let_go.is_set()
+        for name in ("large", "turn"):
+            if how == "abort":
+                assert ends[name].finish_reason == "abort"
+            else:
+                assert isinstance(ends[name], ReadTimeoutError if how == "timeout" else DeadlineExceededError)
+        if how == "timeout":
+            assert ("a write at" if doing == "write" else "making a file at") in str(ends["large"])
+        disk.let_go.set()
+        completion = await until_it_works(lambda: chat.complete([5], greedy_params(4)))
+        assert completion.usage.prompt_tokens > len(first.token_ids)
+        large = await until_it_works(lambda: engine.complete(tokens(99, 120), greedy_params(1)))
+        assert large.token_ids

@@ -16,6 +16,7 @@ from tests.features.machines import CONFIG, Machine, check_leases, lend, lender,
 
 pytestmark = pytest.mark.anyio
 
+
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> type[Machine]:
     return told(monkeypatch)

@@ -17,6 +17,7 @@ import select
 import signal
 import sys
 import time
+import traceback
 from collections import Counter, defaultdict
 from os import _exit as leave_at_once  # neither the parent's handlers nor its buffers
 from pathlib import Path
@@ -35,6 +36,7 @@ MAX_BYTES = 200 * 2**20
 """Memory that a case may take beyond what the process took before."""
 
 _PATIENCE = 20  # a process that only waits is killed after so many times MAX_SECONDS
+_LOOK_S = 0.2
 _MOST_BYTES = 3 * 2**30  # of addresses beyond those of the process: a case cannot take all memory of the machine
 _CASES_PER_PROCESS = 500
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -123,10 +125,11 @@ class _Worker:
         print(number, file=self._numbers, flush=True)
         _, part, model = chosen(number, self._seed, self._only)
         about: dict[str, Any] = {"number": number, "part": part, "what": model.name}
-        before, started = self._cpu_seconds(), time.monotonic()
-        while not select.select([self._answers], [], [], 0.2)[0]:
+        before, num_looks = self._cpu_seconds(), 0
+        while not select.select([self._answers], [], [], _LOOK_S)[0]:
             seconds = self._cpu_seconds() - before
-            if seconds > self._seconds or time.monotonic() - started > _PATIENCE * self._seconds:
+            num_looks += 1  # not the clock, which goes on while both processes are stopped
+            if seconds > self._seconds or num_looks * _LOOK_S > _PATIENCE * self._seconds:
                 threads = self._threads()
                 self.close(kill=True)
                 failed = {"outcome": "slow", "error": f"{seconds:.1f} s of computation", "threads": threads}
@@ -185,10 +188,20 @@ def _serve(folder: Path, options: argparse.Namespace, numbers: int, answers: int
         cases = Cases(folder / "corpus", own, options.seed, options.only)
         with os.fdopen(numbers) as source, os.fdopen(answers, "w") as out:
             for line in source:
-                print(json.dumps(as_json(cases.run(int(line)))), file=out, flush=True)
+                print(json.dumps(_result(cases, int(line), options)), file=out, flush=True)
         status = 0
     finally:
         leave_at_once(status)
+
+
+def _result(cases: Cases, number: int, options: argparse.Namespace) -> dict[str, Any]:
+    """What came of a case, or what is wrong with the fuzzer itself."""
+    try:
+        return as_json(cases.run(number))
+    except Exception:
+        _, part, model = chosen(number, options.seed, options.only)
+        about = {"number": number, "part": part, "what": model.name, "seconds": 0.0, "more_bytes": 0}
+        return about | {"outcome": "broken", "error": traceback.format_exc()[-2000:]}
 
 
 if __name__ == "__main__":

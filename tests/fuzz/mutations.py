@@ -205,7 +205,7 @@ def _value(random: Random, old: Any) -> Any:
         case 0 | 1 | 2:
             return random.choice(_NUMBERS)
         case 3 if isinstance(old, (int, float)) and not isinstance(old, bool):
-            return random.choice((old + 1, old - 1, old * 2, -old, str(old), float(old), [old], old * 1000))
+            return random.choice((old + 1, old - 1, old * 2, -old, str(old), _as_float(old), [old], old * 1000))
         case 4:
             return random.choice(_WORDS)
         case 5:
@@ -222,6 +222,14 @@ def _value(random: Random, old: Any) -> Any:
                 "rope_type": random.choice(("yarn", "dynamic", "llama3", "x")),
                 "factor": random.choice(_NUMBERS),
             }
+
+
+def _as_float(number: float) -> float:
+    """Also of whole numbers that are larger than any float."""
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf") if number > 0 else float("-inf")
 
 
 # --- bytes ---

@@ -30,6 +30,7 @@ def tensors(count: int = 3, size: int = 64) -> list[TensorSpec]:
         {"n_layer": 10**9},
         {"encoder_layers": 1e300},
         {"depths": [2, 2, 10**6]},
+        {"depths": [2, float("nan"), 10**6]},
         {"text_config": {"num_hidden_layers": 10**9}},
         {"num_labels": 10**8},
         {"num_local_experts": 10**6},
@@ -57,6 +58,7 @@ def test_a_number_that_the_tensors_do_not_bear_out(config: dict[str, Any]) -> No
         {"num_hidden_layers": None, "hidden_size": "10", "id2label": {"hidden_size": 10**9}},
         {"quantization_config": {"hidden_size": 10**9}, "layer_types": ["full_attention"], "num_labels": 1024},
         {"dataset_size": 10**12, "num_parameters": 7 * 10**9, "attn_layer_indices": [3]},
+        {"a" * 10_000: [10**9] * 10_000, f"{'key_' * 10_000}size": 10**9},
     ],
 )
 def test_other_numbers_are_left_alone(config: dict[str, Any]) -> None:
