@@ -12,10 +12,9 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_async import DeadlineExceededError, RequestError
 from hermes_async.serving import tokenizer
-from tests.engines import one_loop, open_engine, until
+from tests.engines import open_engine, until
 
 pytestmark = pytest.mark.anyio
-anyio_backend = one_loop(use_uvloop=False)
 
 
 class Hanging:
