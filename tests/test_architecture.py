@@ -230,6 +230,7 @@ PRIVATE_IN_TESTS = {
     "modeling/test_kernels.py": {"_packs_attention"},
     "modeling/test_selfcheck.py": {"_separately"},
     "pipeload/conftest.py": {"_free"},
+    "quantization/test_encoded_weight.py": {"_LEAST_BLOCK_ROWS"},
     "profiler/test_profiler.py": {"_DISK_REST_SECONDS", "_DISK_SECONDS", "_KERNEL_SECONDS"},
     "serving/test_kv_blocks.py": {"_free", "_root", "_unused"},
     "storage/test_buffers.py": {"_map", "_within"},

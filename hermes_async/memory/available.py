@@ -15,7 +15,7 @@ from hermes_async.memory.other_processes import memory_cgroups
 HEADROOM_SHARE = 0.05
 """The least share of the memory that is left to other programs."""
 
-OVERHEAD_BYTES = 16 << 20
+OVERHEAD_BYTES = 32 << 20
 """What engines take in addition to their budgets, in each process: kernels, thread stacks, pieces of the heap.
 
 `python -m benchmarks.auto_limits` measures it: `EngineStatistics.bytes_beside_budget`.

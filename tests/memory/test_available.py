@@ -64,7 +64,7 @@ def machine(tmp_path: Path) -> Machine:
 
 
 def less_headroom(num_bytes: int) -> int:
-    return num_bytes - max(32 * MIB, int(num_bytes * 0.05))
+    return num_bytes - max(48 * MIB, int(num_bytes * 0.05))
 
 
 def test_without_cgroups_it_is_the_memory_available(machine: Machine) -> None:
@@ -101,16 +101,16 @@ def test_what_an_engine_takes_beside_its_budget_has_room(machine: Machine, room:
     machine.available(room * MIB)
     budget = automatic_budget(machine.root)
     assert budget == max(0, room * MIB - headroom(room * MIB))
-    assert headroom(room * MIB) >= 32 * MIB
-    assert budget >= 0.95 * room * MIB - 32 * MIB
+    assert headroom(room * MIB) >= 48 * MIB
+    assert budget >= 0.95 * room * MIB - 48 * MIB
 
 
 def test_v2_a_group_above_is_tighter(machine: Machine) -> None:
     machine.available(1000 * MIB)
     machine.write("proc/self/cgroup", "0::/slice/service\n")
     machine.v2("slice/service", "max", 50 * MIB)
-    machine.v2("slice", 100 * MIB, 60 * MIB)
-    assert automatic_budget(machine.root) == less_headroom(40 * MIB)
+    machine.v2("slice", 300 * MIB, 160 * MIB)
+    assert automatic_budget(machine.root) == less_headroom(140 * MIB)
 
 
 def test_v2_no_limit(machine: Machine) -> None:
@@ -163,12 +163,12 @@ def test_v1_and_v2_together(machine: Machine) -> None:
 @pytest.mark.parametrize(
     ("processes", "kept"),
     [
-        ({"": [os.getpid()]}, 16),
-        ({"": [], "/inner": [os.getpid()]}, 16),
-        ({"": [os.getpid(), 1]}, 32),
-        ({"": [os.getpid()], "/inner": [], "/inner/most": [7]}, 32),
-        ({"": [os.getpid(), 0]}, 32),  # in another namespace
-        ({}, 32),
+        ({"": [os.getpid()]}, 32),
+        ({"": [], "/inner": [os.getpid()]}, 32),
+        ({"": [os.getpid(), 1]}, 48),
+        ({"": [os.getpid()], "/inner": [], "/inner/most": [7]}, 48),
+        ({"": [os.getpid(), 0]}, 48),  # in another namespace
+        ({}, 48),
     ],
 )
 def test_less_is_kept_free_for_a_process_that_is_alone(
