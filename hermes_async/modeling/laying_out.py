@@ -119,6 +119,9 @@ def _laid_out(
 def _scales_and_zeros(block: IntegerRows, num_groups: int) -> torch.Tensor:
     """[groups, rows, 2]. Groups that are larger than the kernel's own count as several."""
     scales = block.scales.float()
-    zeros = torch.zeros_like(scales) if block.zeros is None else (8 - block.zeros.float()) * scales
+    if block.minimums is not None:
+        zeros = 8 * scales - block.minimums.float()
+    else:
+        zeros = torch.zeros_like(scales) if block.zeros is None else (8 - block.zeros.float()) * scales
     both = torch.stack([scales.t(), zeros.t()], dim=-1)
     return both.repeat_interleave(num_groups // len(both), dim=0)

@@ -137,13 +137,13 @@ class Encoding(ABC):
 
 @dataclass(frozen=True, slots=True)
 class IntegerGroups:
-    """A matrix of whole numbers. Those of a group, some columns of one row, share a scale and a zero point.
+    """A matrix of whole numbers. Those of a group, some columns of one row, share a scale, and a zero or a minimum.
 
     Attributes:
         bits: 4 or 8, of each number.
         group: Columns of a group.
         part: The stored tensor that has the numbers. It has at least `bits` for each.
-        symmetric: All zero points are in the middle: 8 for 4 bits, 0 for 8 bits.
+        symmetric: All zero points are in the middle: 8 for 4 bits, 0 for 8 bits. There are no minimums.
     """
 
     bits: int
@@ -154,17 +154,19 @@ class IntegerGroups:
 
 @dataclass(frozen=True, slots=True)
 class IntegerRows:
-    """Rows of such a matrix. A weight is `(number - zero) * scale`.
+    """Rows of such a matrix. A weight is `(number - zero) * scale`, or `number * scale - minimum`.
 
     Attributes:
         numbers: [rows, columns], int8; from 0 to 15 for 4 bits.
         scales: [rows, groups], floating point.
-        zeros: The same. None if the matrix is `IntegerGroups.symmetric`.
+        zeros: The same. None if the matrix is `IntegerGroups.symmetric`, or has minimums.
+        minimums: The same. None if there are zeros, or the matrix is symmetric.
     """
 
     numbers: torch.Tensor
     scales: torch.Tensor
     zeros: torch.Tensor | None
+    minimums: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
 
+_FOUR_BITS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
+"""Types whose numbers have four bits, and where in a block these begin."""
 _CHUNK = 1 << 18  # elements that are dequantized at once: their temporary tensors stay in the processor's cache
 
 
@@ -48,13 +50,21 @@ class GgufEncoding(Encoding):
             block.values(stored.view(-1, block.nbytes), out.view(-1, block.elements))
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
-        return IntegerGroups(4, 32, "weight", symmetric=True) if self.type_name == "Q4_0" else None
+        if self.type_name not in _FOUR_BITS:
+            return None
+        return IntegerGroups(4, 32, "weight", symmetric=self.type_name == "Q4_0")
 
     def integer_rows(self, parts: Parts, start: int, stop: int) -> IntegerRows:
-        blocks = parts["weight"][start:stop].view(stop - start, -1, GGUF_TYPES["Q4_0"].nbytes)  # [rows, groups, bytes]
-        octets = blocks[..., 2:]
-        numbers = torch.cat([octets & 15, octets >> 4], dim=-1).flatten(1)
-        return IntegerRows(numbers.view(torch.int8), blocks[..., :2].contiguous().view(torch.float16)[..., 0], None)
+        num_rows = stop - start
+        blocks = parts["weight"][start:stop].view(-1, GGUF_TYPES[self.type_name].nbytes)
+        octets = blocks[:, _FOUR_BITS[self.type_name] :].view(len(blocks), -1, 16 if self.type_name != "Q4_K" else 32)
+        numbers = torch.stack([octets & 15, octets >> 4], dim=2).view(num_rows, -1).view(torch.int8)
+        if self.type_name == "Q4_K":
+            scales, minimums = _scales_and_minimums(blocks)
+            return IntegerRows(numbers, scales.view(num_rows, -1), None, minimums.view(num_rows, -1))
+        scales = _half(blocks, 0).view(num_rows, -1)
+        minimums = None if self.type_name == "Q4_0" else -_half(blocks, 2).view(num_rows, -1)
+        return IntegerRows(numbers, scales, None, minimums)
 
     def part_rows(self, part: str, rows: int) -> int | None:
         return rows

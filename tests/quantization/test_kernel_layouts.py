@@ -97,6 +97,37 @@ def test_a_laid_out_weight_has_the_same_values(encoding: Encoding, layout: type[
     assert sum(tensor.nbytes for tensor in added) == layout_bytes(stored)  # the numbers lie where they lay
 
 
+@pytest.mark.parametrize(("type_name", "nbytes", "elements"), [("Q4_1", 20, 32), ("Q4_K", 144, 256)])
+@torch.inference_mode()
+def test_blocks_with_minimums_are_laid_out(type_name: str, nbytes: int, elements: int) -> None:
+    """Scales and minimums are rounded to bfloat16: to a hundredth of what four bits round weights to."""
+    rows, columns = ROWS, 512
+    blocks = torch.randint(0, 256, (rows * columns // elements, nbytes), dtype=torch.uint8)
+    blocks[:, :4] = torch.tensor([2.0**-6, 2.0**-5], dtype=torch.float16).view(torch.uint8)
+    if type_name == "Q4_K":
+        blocks[3, 4:16] = torch.tensor([0] * 4 + [63] * 4 + [240] * 4, dtype=torch.uint8)  # no scale, but minimums
+    weight = blocks.view(rows, -1)
+    encoding = GgufEncoding(type_name)
+    spec = TensorSpec("weight", Path("model.gguf"), 0, weight.nbytes, weight.dtype, tuple(weight.shape))
+    matrix = StoredMatrix(encoding, (rows, columns), {"weight": spec})
+    stored = EncodedParameter("w", (rows, columns), torch.bfloat16, (matrix,))
+    exact, integers = torch.empty(rows, columns), encoding.integer_rows({"weight": weight}, 0, rows)
+    encoding.dequantize({"weight": weight}, 0, rows, exact)
+    step = integers.scales.float().repeat_interleave(32, dim=1)
+    assert integers.minimums is not None
+    least = integers.minimums.float().repeat_interleave(32, dim=1)
+    assert torch.equal(integers.numbers * step - least, exact)
+
+    laid_out = lay_out(stored, lambda name: weight)
+    assert laid_out is not None
+    in_memory, tensors = laid_out
+    own = EncodedWeight.of(in_memory, tensors.__getitem__)
+    values = own.dequantized().float()
+    assert bool(((values - exact).abs() <= (step * 16 + least.abs()) * 2**-8 + exact.abs() * 2**-8).all())
+    inputs = torch.randn(2, columns).bfloat16()
+    torch.testing.assert_close(own.product(inputs, None).float(), inputs.float() @ values.t(), rtol=2e-2, atol=1.0)
+
+
 @pytest.mark.parametrize(
     ("encoding", "dtype"),
     [
