@@ -279,7 +279,11 @@ async def test_a_request_that_waits_for_memory_on_loan_gets_the_error(
     tiny_model: Any, hanging: Hanging, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While a stage is read, no other can leave."""
-    async with lender(tiny_model, told(monkeypatch), more=0, read_timeout=0.05) as engine:
+    async with (
+        lender(tiny_model, told(monkeypatch), more=0, share_prefixes=False, read_timeout=0.05) as engine,
+        engine.session() as chat,
+    ):
+        await chat.complete(tokens(1, 20), greedy_params(6))  # its memory is not lent, so one stage is streamed
         assert inside(engine).streamed_stages
         hanging.weights(engine)
         with pytest.raises(ReadTimeoutError):
