@@ -151,6 +151,7 @@ def _evenly(count: int, most: int) -> int:
 
 
 def _scratch_bytes(num_lines: int, num_rows: int, columns: int) -> int:
-    most_lines = _most_lines(num_lines, columns)
-    most_rows = _most_rows(most_lines, num_rows, columns)
-    return (most_rows * columns + most_lines * columns + most_lines * most_rows + most_rows) * _ITEMSIZE
+    """A bound that never shrinks with more lines. Even pieces may: a line more can make two of half the size."""
+    most_lines, most_rows = min(num_lines, max(1, _INPUTS // columns)), min(num_rows, max(1, _BLOCK // columns))
+    results = min(most_lines * most_rows, max(_BLOCK, most_lines))
+    return (most_rows * columns + most_lines * columns + results + most_rows) * _ITEMSIZE

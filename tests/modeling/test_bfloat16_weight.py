@@ -154,6 +154,12 @@ def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, shape: tuple
     assert 0 < made + largest <= bound <= max(25 << 20, 9 * shape[1])
 
 
+@pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (8192, 4096), (1 << 15, 16)])
+def test_more_tokens_never_need_less_scratch_memory(shape: tuple[int, int]) -> None:
+    bounds = [BOTH.scratch_bytes(num_tokens, [shape]) for num_tokens in range(1, 5000)]
+    assert bounds == sorted(bounds)
+
+
 def test_few_tokens_need_no_scratch_memory() -> None:
     assert BOTH.scratch_bytes(3, [(ROWS, COLUMNS)]) == 0
     assert LINEAR.scratch_bytes(1000, [(ROWS, COLUMNS)]) == 0
