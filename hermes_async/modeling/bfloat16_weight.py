@@ -46,6 +46,11 @@ def is_large(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() >= _LEAST_ELEMENTS
 
 
+def with_products(weight: torch.Tensor, products: Bfloat16Products) -> torch.Tensor:
+    """The weight, as a `Bfloat16Weight` if it is large and `linear` does not multiply everything."""
+    return Bfloat16Weight.of(weight, products) if not products.is_linear and is_large(weight) else weight
+
+
 def may_be_bfloat16_weight(place: Place, weight: torch.Tensor) -> bool:
     """Whether a module's parameter may be a `Bfloat16Weight`: the large weight of a linear layer."""
     return isinstance(place.module, nn.Linear) and place.name == "weight" and is_large(weight)

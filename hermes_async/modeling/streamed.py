@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hermes_async.modeling.attention import PackedAttention
-from hermes_async.modeling.bfloat16_weight import Bfloat16Weight, is_large, may_be_bfloat16_weight
+from hermes_async.modeling.bfloat16_weight import Bfloat16Weight, may_be_bfloat16_weight, with_products
 from hermes_async.modeling.calls import EmbeddingRows, ModelCall, NotLoadedError, PackedCall, Turn, run_calls
 from hermes_async.modeling.experts import ExpertLayer, RoutedExperts
 from hermes_async.modeling.kernels import without_one_dnn
@@ -329,12 +329,10 @@ class StreamedModel:
         for name in dict.fromkeys(map(parameter_of, stored)):
             leaf = name.rpartition(".")[2]
             encoded = self._encoded.get(name)
-            if encoded is not None:
+            if encoded is None:
+                weights[leaf] = with_products(part_of(name).to(dtypes[leaf]), self._products)
+            else:
                 weights[leaf] = EncodedWeight.of(encoded, part_of, self._products)
-                continue
-            value = part_of(name).to(dtypes[leaf])
-            is_other = not self._products.is_linear and is_large(value)
-            weights[leaf] = Bfloat16Weight.of(value, self._products) if is_other else value
         self._experts.weights = weights
 
     def _unbind_expert(self) -> None:

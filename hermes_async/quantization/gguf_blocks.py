@@ -13,8 +13,8 @@ import torch
 
 from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
 
-_FOUR_BITS = {"Q4_0": 2, "Q4_1": 4, "Q4_K": 16}
-"""Types whose numbers have four bits, and where in a block these begin."""
+_FOUR_BITS = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q4_K": (16, 32)}
+"""Types whose numbers have four bits: where in a block these begin, and the bytes that pack two runs of numbers."""
 _CHUNK = 1 << 18  # elements that are dequantized at once: their temporary tensors stay in the processor's cache
 
 
@@ -57,7 +57,8 @@ class GgufEncoding(Encoding):
     def integer_rows(self, parts: Parts, start: int, stop: int) -> IntegerRows:
         num_rows = stop - start
         blocks = parts["weight"][start:stop].view(-1, GGUF_TYPES[self.type_name].nbytes)
-        octets = blocks[:, _FOUR_BITS[self.type_name] :].view(len(blocks), -1, 16 if self.type_name != "Q4_K" else 32)
+        first, run = _FOUR_BITS[self.type_name]
+        octets = blocks[:, first:].view(len(blocks), -1, run)
         numbers = torch.stack([octets & 15, octets >> 4], dim=2).view(num_rows, -1).view(torch.int8)
         if self.type_name == "Q4_K":
             scales, minimums = _scales_and_minimums(blocks)
