@@ -17,8 +17,7 @@ from typing import TypeVar
 import anyio
 
 from hermes_async.errors import ReadTimeoutError
-from hermes_async.foreign_errors import ungrouped
-from hermes_async.storage.read_watch import SECONDS_UNTIL_WARNING
+from hermes_async.storage.read_watch import SECONDS_UNTIL_WARNING, while_watched
 
 T = TypeVar("T")
 
@@ -67,12 +66,7 @@ class OpeningWatch:
 
         Cancellation: cancels the call.
         """
-        with ungrouped():
-            async with anyio.create_task_group() as group:
-                group.start_soon(self._look)
-                result = await call
-                group.cancel_scope.cancel()
-        return result
+        return await while_watched(call, self._look)
 
     async def _look(self) -> None:
         step = min(SECONDS_UNTIL_WARNING, self._timeout or SECONDS_UNTIL_WARNING) / _LOOKS_PER_TIMEOUT

@@ -6,9 +6,10 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -143,7 +144,7 @@ class ReadWatch:
 
     # --- on the event loop ---
 
-    async def in_time(self, call: Coroutine[Any, Any, T]) -> T:
+    async def in_time(self, call: Awaitable[T]) -> T:
         """Waits for a call that reads on a thread.
 
         Raises:
@@ -152,15 +153,7 @@ class ReadWatch:
 
         Cancellation: cancels the call.
         """
-        ended = anyio.Event()
-        with ungrouped():
-            async with anyio.create_task_group() as group:
-                group.start_soon(self.wait, ended)
-                try:
-                    result = await call
-                finally:
-                    ended.set()
-        return result
+        return await while_watched(call, partial(self.wait, anyio.Event()))
 
     async def wait(self, event: anyio.Event) -> None:
         """Waits for an event that a read sets.
@@ -212,3 +205,19 @@ class ReadWatch:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
+
+
+async def while_watched(call: Awaitable[T], watch: Callable[[], Coroutine[Any, Any, None]]) -> T:
+    """Waits for a call. `watch` runs meanwhile: if it raises, the call is cancelled.
+
+    Raises:
+        Exception: What the call or `watch` raised.
+
+    Cancellation: cancels the call.
+    """
+    with ungrouped():
+        async with anyio.create_task_group() as group:
+            group.start_soon(watch)
+            result = await call
+            group.cancel_scope.cancel()
+    return result
