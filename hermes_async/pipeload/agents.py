@@ -26,12 +26,16 @@ from hermes_async.pipeload.stage import Stage, StageState
 from hermes_async.pipeload.trace import WAITS_FOR_MEMORY, AgentTrace
 from hermes_async.storage.buffers import BufferPool
 from hermes_async.storage.interpreter_exit import when_interpreter_exits
+from hermes_async.storage.kernel_threads import end_kernel_threads
 from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import Reader
 from hermes_async.storage.threads import LoopEvent, only_waiting, run_in_thread
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
+
+_SECONDS_UNTIL_IDLE = 0.005
+"""A compute thread without a sweep for so long ends its kernel threads, which slow down other engines."""
 
 
 class SweepAbandoned(BaseException):
@@ -138,6 +142,7 @@ class InferenceAgent:
 
     def start(self, sweep: Sweep) -> None:
         """Has a sweep computed; no other may be under way."""
+        end_kernel_threads()  # this thread's, which the application may have made
         self._abandoned, self._error = False, None
         self._sweep = sweep
         self.notify()
@@ -181,10 +186,18 @@ class InferenceAgent:
             sweep.run()
 
     def _next_sweep(self) -> Sweep | None:
-        with only_waiting(), self._changed:
-            self._changed.wait_for(lambda: self._sweep is not None or self._is_closed)
+        """Waits for the next sweep; None at the end."""
+        if not self._wait_for_sweep(_SECONDS_UNTIL_IDLE):
+            end_kernel_threads()
+            self._wait_for_sweep()
+        with self._changed:
             sweep, self._sweep = self._sweep, None
             return sweep
+
+    def _wait_for_sweep(self, seconds: float | None = None) -> bool:
+        """Waits for a sweep or the end; returns whether one came in time."""
+        with only_waiting(), self._changed:
+            return self._changed.wait_for(lambda: self._sweep is not None or self._is_closed, seconds)
 
     def enter(self, stages: Sequence[Stage]) -> Stage | None:
         """See `Pipeline.enter`."""

@@ -18,8 +18,9 @@ logger = logging.getLogger(__name__)
 
 HOLDER = "weights on loan"
 
-SWEEPS_BEFORE_LENDING = 4
-"""All of these must have left the memory unused. So requests that come and go do not make stages come and go."""
+SWEEPS_BEFORE_LENDING = 2
+"""All of these must have left the memory unused, so the sweep of a prompt lends nothing. Each time that stages come or
+go, the loads in progress are waited for."""
 
 
 class _Spare(NamedTuple):

@@ -27,6 +27,7 @@ from hermes_async.storage.interpreter_exit import (
     thread_given_up,
     when_interpreter_exits,
 )
+from hermes_async.storage.kernel_threads import end_kernel_threads
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
@@ -75,6 +76,7 @@ class _Call:
                 self.error = error
             finally:
                 _thread.call = None
+            end_kernel_threads()
             with self.lock:
                 self.has_run = True
             if self.then is not None:

@@ -1,0 +1,56 @@
+"""Threads that wait keep no kernel threads, because those would slow down the threads that compute."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from hermes_async.storage.kernel_threads import end_kernel_threads
+from hermes_async.storage.threads import run_in_thread
+
+pytestmark = [
+    pytest.mark.anyio,
+    pytest.mark.skipif("libgomp" not in Path("/proc/self/maps").read_text(), reason="OpenMP is not GNU's here"),
+    pytest.mark.skipif(torch.get_num_threads() < 2, reason="kernels have one thread here"),
+]
+
+SUM = 2.0 * (1 << 20)
+
+
+def threads() -> set[str]:
+    return {path.name for path in Path("/proc/self/task").iterdir()}
+
+
+def compute() -> float:
+    return float(torch.ones(1 << 20).add_(1).sum())
+
+
+def test_the_next_kernel_starts_new_ones() -> None:
+    before, num_used = threads(), torch.get_num_threads()
+    num_more, results = [], []
+
+    def run() -> None:
+        for _ in range(2):
+            results.append(compute())
+            num_more.append(len(threads() - before))
+            end_kernel_threads()
+            num_more.append(len(threads() - before))
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    assert results == [SUM] * 2
+    assert num_more == [num_used, 1] * 2
+    assert torch.get_num_threads() == num_used
+
+
+async def test_a_worker_thread_keeps_none() -> None:
+    await run_in_thread(int)  # so that a worker is there
+    before = threads()
+    during = await run_in_thread(lambda: (compute(), threads()))
+    assert during[0] == SUM
+    assert len(during[1] - before) == torch.get_num_threads() - 1
+    assert not threads() - before
