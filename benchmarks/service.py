@@ -162,6 +162,8 @@ def latencies(port: int, clients: list[str]) -> dict[str, Any]:
             assert running.stdout is not None
             running.stdout.readline()  # all have had their first token
         probing = stack.enter_context(child("probe", ["--port", str(port)]))
+        assert probing.stdout is not None
+        probing.stdout.readline()
         streams: dict[str, Any] = {}
         if clients:
             streams = output_of(running)
@@ -280,7 +282,10 @@ def get(port: int, path: str) -> str:
 
 
 def probe(port: int) -> dict[str, Any]:
-    """Asks the trivial endpoint again and again until SIGTERM; with plain sockets, to measure the server alone."""
+    """Asks the trivial endpoint again and again until SIGTERM; with plain sockets, to measure the server alone.
+
+    Prints a line when it begins.
+    """
     import signal
 
     ended: list[int] = []
@@ -288,6 +293,7 @@ def probe(port: int) -> dict[str, Any]:
     seconds: list[float] = []
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        print("ready", flush=True)
         while not ended:
             began_at = time.perf_counter()
             connection.sendall(b"GET /trivial HTTP/1.1\r\nhost: localhost\r\n\r\n")
