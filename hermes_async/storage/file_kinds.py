@@ -2,7 +2,7 @@
 
 Since Python 3.14, `Path.exists`, `Path.is_file` and `Path.is_dir` say no when the system cannot tell: a folder may not
 be searched, a disk fails. What cannot be reached would count as missing: the engine would ignore a checkpoint's
-settings, or ask the hub for a model that is on this machine. These functions raise the system's error, on every version.
+settings, or ask the hub for a model that is on this machine. These functions raise the system's error.
 """
 
 from __future__ import annotations

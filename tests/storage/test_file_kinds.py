@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 
@@ -37,7 +37,7 @@ def failing(monkeypatch: pytest.MonkeyPatch, failed: Path, code: int) -> None:
     """Has the system fail when it is asked what `failed` is."""
     ask = os.stat
 
-    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result | NoReturn:
+    def stat(path: Any, *args: Any, **kwargs: Any) -> os.stat_result:
         if path in (failed, os.fspath(failed)):
             raise OSError(code, os.strerror(code), os.fspath(failed))
         return ask(path, *args, **kwargs)
