@@ -131,6 +131,16 @@ def test_aiofiles_is_known_to_the_reader_alone(modules: list[Source]) -> None:
     assert [module.name for module in modules if "aiofiles" in module.libraries] == ["storage/reader.py"]
 
 
+def test_what_a_path_is_is_asked_of_file_kinds(modules: list[Source]) -> None:
+    """The methods of `Path` say no when the system cannot tell, since Python 3.14."""
+    faults = []
+    for module in modules:
+        if module.name not in ("storage/file_kinds.py", "server/page.py"):  # the page's files may be in an archive
+            named = {node.attr for node in module.nodes if isinstance(node, ast.Attribute)}
+            faults += [f"{module.name}: {name}" for name in sorted(named & {"exists", "is_file", "is_dir"})]
+    assert faults == []
+
+
 def test_nothing_is_unpickled(modules: list[Source]) -> None:
     assert [module.name for module in modules if module.libraries & {"pickle", "dill", "joblib"}] == []
 

@@ -12,6 +12,7 @@ from hermes_async.cli import options
 from hermes_async.cli.progress import with_progress
 from hermes_async.cli.run import Interrupts, errors_in_one_line, find_checkpoint, run
 from hermes_async.errors import ConfigError
+from hermes_async.storage.file_kinds import exists
 from hermes_async.storage.hub import HubOptions
 
 if TYPE_CHECKING:
@@ -233,5 +234,5 @@ def _named(settings: ServerSettings, model: str, path: Path) -> ServerSettings:
 
     if settings.served_model_name is not None:
         return settings
-    name = model if not Path(model).exists() else path.name
+    name = model if not exists(Path(model)) else path.name
     return replace(settings, served_model_name=name)

@@ -18,6 +18,7 @@ from typing import Any
 
 from hermes_async.config import format_bytes
 from hermes_async.errors import ConfigError
+from hermes_async.storage.file_kinds import exists, is_dir, is_file
 from hermes_async.storage.own_file import NewFile, is_unfinished
 
 STATE_NAME = "hermes-async-unfinished.json"
@@ -81,7 +82,7 @@ def open_output(out: Path, settings: Mapping[str, Any], names: Collection[str]) 
 
 def check_space(out: Path, needed_bytes: int) -> None:
     """Raises `ConfigError` if the disk has less than these bytes, and some more, free."""
-    folder = next(one for one in (out, *out.resolve().parents) if one.is_dir())
+    folder = next(one for one in (out, *out.resolve().parents) if is_dir(one))
     free = shutil.disk_usage(folder).free
     if free < needed_bytes + _SPARE_BYTES:
         raise ConfigError(
@@ -110,7 +111,7 @@ def other_files(source: Path) -> tuple[dict[str, Path], list[str]]:
                 continue
             target = path.resolve()
             inside = any(target.is_relative_to(root) for root in roots)
-            if name.lower().endswith(_WEIGHTS) or not inside or not target.is_file():
+            if name.lower().endswith(_WEIGHTS) or not inside or not is_file(target):
                 if not name.lower().endswith((".safetensors", ".safetensors.index.json")):
                     left_out.append(relative)
                 continue
@@ -155,11 +156,11 @@ def writing(out: Path) -> Iterator[None]:
 
 def _contents(out: Path) -> set[str] | None:
     """The names in a folder; None if it is not there."""
-    if out.is_symlink() and not out.exists():
+    if out.is_symlink() and not exists(out):
         raise ConfigError(f"the output {out} is a link to nothing; give the name of a new folder")
-    if not out.exists():
+    if not exists(out):
         return None
-    if not out.is_dir():
+    if not is_dir(out):
         raise ConfigError(f"the output {out} is no folder; give the name of a new one")
     return {path.name for path in out.iterdir()}
 

@@ -19,6 +19,7 @@ from hermes_async.modeling.model_config import load_config
 from hermes_async.modeling.skeleton import Skeleton, build_skeleton, layers_of
 from hermes_async.modeling.transformers_api import conversion_mapping, operation_of
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.file_kinds import exists, is_file
 from hermes_async.storage.hub import names_gguf
 from hermes_async.storage.quantization_settings import quantization
 from hermes_async.storage.tensor_spec import Extent, TensorSpec
@@ -101,7 +102,7 @@ def check_no_gguf(source: str | os.PathLike[str]) -> None:
         UnsupportedModelError: It is one, here or on the hub.
     """
     path = Path(source)
-    if (path.suffix == ".gguf" and path.is_file()) or (not path.exists() and names_gguf(os.fspath(source))):
+    if (path.suffix == ".gguf" and is_file(path)) or (not exists(path) and names_gguf(os.fspath(source))):
         raise UnsupportedModelError(_already(path, "GGUF"), path=path)
 
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 from hermes_async.config import format_bytes
 from hermes_async.errors import RequestError
 from hermes_async.foreign_errors import reason_of
+from hermes_async.storage.file_kinds import is_dir
 
 MAX_FILE_BYTES = 1 << 30
 MAX_SECONDS = 3600
@@ -53,7 +54,7 @@ def load_audio(audio: Any, sampling_rate: int | None, wanted_rate: int) -> Sampl
 def _read_file(path: Path) -> tuple[Samples, int]:
     try:
         nbytes = path.stat().st_size
-        if path.is_dir():
+        if is_dir(path):
             raise RequestError(f"{path} is a directory, not an audio file")
     except OSError as error:
         raise RequestError(f"{path} cannot be read: {reason_of(error)}") from error

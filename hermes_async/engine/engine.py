@@ -19,6 +19,7 @@ from hermes_async.errors import EngineClosedError, RequestError
 from hermes_async.foreign_errors import one_request
 from hermes_async.planning.plan import Plan
 from hermes_async.results import Chunk, Completion, EngineSnapshot, EngineStatistics
+from hermes_async.storage.file_kinds import exists, is_dir
 
 if TYPE_CHECKING:  # these import torch, which only an engine that opens may do
     from hermes_async.serving.session_kv import SessionKV
@@ -69,9 +70,9 @@ class Engine(Transcribing):
     def model_name(self) -> str:
         """The model's id on the hub, or the name of its directory or file."""
         source = Path(self._source)
-        if not source.exists():
+        if not exists(source):
             return str(self._source)
-        return source.resolve().name if source.is_dir() else source.name  # a link's name says more than its file's
+        return source.resolve().name if is_dir(source) else source.name  # a link's name says more than its file's
 
     @property
     def is_open(self) -> bool:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from hermes_async.errors import RequestError
+from hermes_async.storage.file_kinds import exists, is_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -118,7 +119,7 @@ def load_image(source: Any, *, where: str, max_pixels: int = MAX_PIXELS) -> Imag
         source = io.BytesIO(_decoded(source, where))
     elif isinstance(source, (str, os.PathLike)):
         source = Path(source)
-        if source.exists() and not source.is_file():
+        if exists(source) and not is_file(source):
             raise RequestError(f"{where} cannot be read as an image: {source} is no file")
     Image.init()
     formats = [name for name in _FORMATS if name in Image.OPEN]  # as this Pillow was built

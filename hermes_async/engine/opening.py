@@ -36,6 +36,7 @@ from hermes_async.serving.planned_model import PlannedDraft, PlannedModel
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
+from hermes_async.storage.file_kinds import is_file
 from hermes_async.storage.hub import HubOptions
 from hermes_async.storage.threads import check_cancelled, only_waiting
 
@@ -197,7 +198,7 @@ def _find_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpo
 def _load_tokenizer(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, str | None]:
     """The checkpoint's tokenizer, or the reason why there is none. Without one, prompts are token ids."""
     path, gguf = checkpoint.path, checkpoint.gguf
-    if gguf is None and not any((path / name).is_file() for name in _TOKENIZER_FILES):
+    if gguf is None and not any(is_file(path / name) for name in _TOKENIZER_FILES):
         return None, "the checkpoint has no tokenizer; give the prompt as token ids"
     if gguf is not None and "tokenizer.ggml.tokens" not in gguf.metadata:
         return None, "the GGUF file has no tokenizer; give the prompt as token ids"

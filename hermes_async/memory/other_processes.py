@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from hermes_async.storage.file_kinds import is_dir
 from hermes_async.storage.own_file import NewFile, remove_if_left
 
 _START_TIME = 21  # among the fields of /proc/PID/stat
@@ -134,7 +135,7 @@ class ProcessRegistry:
             status = self._folder.lstat()
         except OSError:
             return False
-        return self._folder.is_dir() and not self._folder.is_symlink() and status.st_uid == os.getuid()
+        return is_dir(self._folder) and not self._folder.is_symlink() and status.st_uid == os.getuid()
 
 
 def memory_cgroups(text: str) -> dict[str, str]:

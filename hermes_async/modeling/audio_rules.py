@@ -17,6 +17,7 @@ from hermes_async.errors import CheckpointError, RequestError
 from hermes_async.modeling.generation_config import GenerationConfig
 from hermes_async.modeling.token_rules import TokenRules
 from hermes_async.storage.checkpoint import read_config
+from hermes_async.storage.file_kinds import is_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +46,7 @@ class AudioTokens:
             CheckpointError: The file is missing, or a value is not valid.
         """
         file = path / "generation_config.json"
-        entries: dict[str, Any] = read_config(file, dict) if file.is_file() else {}
+        entries: dict[str, Any] = read_config(file, dict) if is_file(file) else {}
 
         def token(name: str, value: Any) -> int:
             if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < vocab_size:

@@ -17,6 +17,7 @@ from transformers import PreTrainedConfig
 from hermes_async.errors import RequestError
 from hermes_async.modeling.pooling import ACTIVATIONS
 from hermes_async.storage.checkpoint import read_config
+from hermes_async.storage.file_kinds import is_file
 
 _HARMLESS = {"transformer_task": "sequence-classification", "module_output_name": "scores", "do_lower_case": False}
 _MODALITIES = {"text": {"method": "forward", "method_output_name": "logits"}}
@@ -71,14 +72,14 @@ def cross_encoder_settings(root: Path, transformer: Path, config: PreTrainedConf
 
 
 def _check_modules(file: Path) -> None:
-    modules = read_config(file, list) if file.is_file() else []
+    modules = read_config(file, list) if is_file(file) else []
     kinds = [str(module.get("type", "")).rpartition(".")[2] if isinstance(module, dict) else "?" for module in modules]
     if kinds not in ([], ["Transformer"]):
         raise RequestError("the cross-encoder has modules behind its Transformer, which are not supported")
 
 
 def _read(file: Path) -> dict[str, Any]:
-    return dict(read_config(file, dict)) if file.is_file() else {}
+    return dict(read_config(file, dict)) if is_file(file) else {}
 
 
 def _activation(general: Mapping[str, Any], config: PreTrainedConfig) -> nn.Module:

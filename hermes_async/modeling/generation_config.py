@@ -12,6 +12,7 @@ from typing import Any
 from hermes_async.config import LARGEST_NUMBER, SamplingParams
 from hermes_async.errors import CheckpointError
 from hermes_async.storage.checkpoint import Checkpoint, read_config
+from hermes_async.storage.file_kinds import is_file
 
 logger = logging.getLogger(__name__)
 
@@ -130,7 +131,7 @@ def read_generation_config(
             names the file and the field.
     """
     path, config_path = checkpoint.path / "generation_config.json", checkpoint.path / "config.json"
-    has_own = path.is_file()
+    has_own = is_file(path)
     entries = read_config(path, dict) if has_own else _legacy_entries(checkpoint.config)
     fields = _Fields(path if has_own else config_path, entries, vocab_size)
     said = {name: entries.get(name) for name in ("eos_token_id", "decoder_start_token_id") if has_own}

@@ -18,6 +18,7 @@ from transformers import (
 
 from hermes_async.modeling.transformers_api import model_class_of
 from hermes_async.storage.checkpoint import Checkpoint
+from hermes_async.storage.file_kinds import is_file
 
 
 def encoder_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
@@ -81,7 +82,7 @@ def headless_class(
     bare = not any(name.startswith(prefix) for name in checkpoint.tensors)
     if bare and model_class_of(AutoModelForMaskedLM, config) is None:
         return model_class_of(AutoModel, config)
-    embeds = ((checkpoint.root or checkpoint.path) / "modules.json").is_file()
+    embeds = is_file((checkpoint.root or checkpoint.path) / "modules.json")
     return model_class_of(AutoModel, config) if embeds else named_base(config)
 
 

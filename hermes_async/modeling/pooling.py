@@ -18,6 +18,7 @@ from hermes_async.config import Pooling
 from hermes_async.errors import CheckpointError
 from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.storage.checkpoint import read_config, read_tensors
+from hermes_async.storage.file_kinds import is_file
 from hermes_async.storage.tensor_spec import TensorSpec
 
 DENSE = "sentence_dense"
@@ -72,7 +73,7 @@ def pooling_config(path: Path, architectures: Sequence[str] = (), *, is_causal: 
         CheckpointError: The files cannot be read, or ask for something that is not supported.
     """
     file = path / "modules.json"
-    if not file.is_file():
+    if not is_file(file):
         last = is_causal and bool(architectures) and architectures[0].endswith("ForCausalLM")
         return PoolingConfig(("last",) if last else ("mean",))
     chosen: PoolingConfig | None = None
@@ -87,7 +88,7 @@ def pooling_config(path: Path, architectures: Sequence[str] = (), *, is_causal: 
             chosen = replace(chosen, dense=(*chosen.dense, _dense(_inside(path, module))))
         elif kind == "Normalize" and chosen is not None:
             config = _inside(path, module) / "config.json"
-            _check_names(config, read_config(config, dict) if config.is_file() else {})
+            _check_names(config, read_config(config, dict) if is_file(config) else {})
             chosen = replace(chosen, normalize=True)
         elif kind != "Dropout" or idx == 0:
             behind = "its beginning" if idx == 0 else "its Transformer"

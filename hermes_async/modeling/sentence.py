@@ -12,6 +12,7 @@ from typing import Any
 
 from hermes_async.errors import CheckpointError, RequestError
 from hermes_async.storage.checkpoint import read_config
+from hermes_async.storage.file_kinds import is_file
 
 _TRANSFORMER_FILES = (
     *("sentence_bert_config.json", "sentence_roberta_config.json", "sentence_distilbert_config.json"),
@@ -72,9 +73,9 @@ def sentence_settings(root: Path, transformer: Path) -> SentenceSettings:
     Raises:
         CheckpointError: A file cannot be read, or asks for something that is not supported.
     """
-    if not (root / "modules.json").is_file():
+    if not is_file(root / "modules.json"):
         return SentenceSettings()
-    file = next((transformer / name for name in _TRANSFORMER_FILES if (transformer / name).is_file()), None)
+    file = next((transformer / name for name in _TRANSFORMER_FILES if is_file(transformer / name)), None)
     config = {} if file is None else read_config(file, dict)
     if file is not None:
         _check_transformer(file, config)
@@ -82,7 +83,7 @@ def sentence_settings(root: Path, transformer: Path) -> SentenceSettings:
     for key in ("tokenizer_args", "processor_kwargs"):
         max_tokens = (config.get(key) or {}).get("model_max_length", max_tokens)
     file = root / "config_sentence_transformers.json"
-    general = read_config(file, dict) if file.is_file() else {}
+    general = read_config(file, dict) if is_file(file) else {}
     if general.get("model_type", "SentenceTransformer") != "SentenceTransformer":
         raise CheckpointError(
             f"{file} describes a {general['model_type']}; only a SentenceTransformer makes sentence vectors", path=file

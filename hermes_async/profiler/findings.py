@@ -20,6 +20,7 @@ from hermes_async.errors import ConfigError
 from hermes_async.memory.available import automatic_budget, cgroup_limits, free_bytes, memory_counts
 from hermes_async.profiler import system
 from hermes_async.profiler.disk_check import DiskCheck, check_disk
+from hermes_async.storage.file_kinds import is_dir
 from hermes_async.storage.locked_pages import can_lock, has_locked_pages, lock_limit
 
 PACKAGE = "hermes_async"
@@ -268,7 +269,7 @@ def _huge_pages(setting: str) -> Finding:
 
 def disk(folder: Path, root: Path = Path("/")) -> Iterator[Finding]:
     """The folder's file system, its free space, whether reads bypass the page cache, and their rate."""
-    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if one.is_dir())
+    existing = next(one for one in (folder.absolute(), *folder.absolute().parents) if is_dir(one))
     kind = system.file_system(existing, root)
     found = str(existing) + (f" on {kind.device} ({kind.kind})" if kind.kind else "")
     values = {"folder": str(existing), "file_system": kind.kind or None, "device": kind.device or None}

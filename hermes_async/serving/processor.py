@@ -14,6 +14,7 @@ import transformers
 
 from hermes_async.errors import CheckpointError
 from hermes_async.foreign_errors import is_foreign, reason_of
+from hermes_async.storage.file_kinds import is_file
 
 _LOADERS = {
     "image_processor": "AutoImageProcessor",
@@ -91,7 +92,7 @@ def _load_processor(path: Path) -> Any:
 def _class_name(path: Path) -> str | None:
     """The name of transformers' class in the checkpoint's files."""
     for file in ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        if (path / file).is_file():
+        if is_file(path / file):
             name = json.loads((path / file).read_text(encoding="utf-8")).get("processor_class")
             if isinstance(name, str) and hasattr(transformers, name):
                 return name

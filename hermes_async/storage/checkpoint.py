@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 import torch
 
 from hermes_async.errors import CheckpointError, CorruptShardError, MissingTensorError
+from hermes_async.storage.file_kinds import exists, is_dir, is_file
 from hermes_async.storage.file_state import FileState
 from hermes_async.storage.gguf import GgufHeader, is_gguf, read_gguf
 from hermes_async.storage.gguf_models import only_gguf_model
@@ -114,19 +115,26 @@ class Checkpoint:
             CorruptShardError: A shard or the index violates its format.
             CheckpointError: There is no such checkpoint, or a part of it is missing or cannot be read.
         """
+        try:
+            return cls._of(source, HubOptions(revision, token, cache_dir), local_files_only=local_files_only)
+        except OSError as error:  # the system cannot tell what a path is
+            message = f"{error.filename or os.fspath(source)} cannot be read: {error.strerror or error}"
+            raise CheckpointError(message, path=Path(source)) from error
+
+    @classmethod
+    def _of(cls, source: str | os.PathLike[str], hub: HubOptions, *, local_files_only: bool) -> Checkpoint:
         path = Path(source)
         gguf_file: Path | None = None
-        if os.fspath(source) and path.is_dir():
+        if os.fspath(source) and is_dir(path):
             path = path.resolve()
             gguf_file = only_gguf_model(path)
-        elif os.fspath(source) and path.exists():
+        elif os.fspath(source) and exists(path):
             if not is_gguf(path):
                 raise CheckpointError(f"{path} is a file; give the directory it is in, or a GGUF file", path=path)
             gguf_file = path.parent.resolve() / path.name  # a link keeps its name, by which other parts are found
         elif isinstance(source, str) and is_hub_id(source):
-            hub = HubOptions(revision, token, cache_dir)
             path = download(source, hub, local_files_only=local_files_only)
-            if path.is_file():
+            if is_file(path):
                 gguf_file = path.parent.resolve() / path.name
             path = path.resolve()
         else:
@@ -139,7 +147,7 @@ class Checkpoint:
         # Weights come first: if they are in another format, config.json is often missing too, and that error says less.
         # Keys of config.json may repeat: the last one counts, as in transformers.
         file = path / "config.json"
-        config = read_config(file, dict) if file.is_file() else {}
+        config = read_config(file, dict) if is_file(file) else {}
         check_other_files(path)
         tensors = read_tensors(path, _named_weights(config, file))
         return cls(path, config or read_config(file, dict), tensors, None if root == path else root)
@@ -154,7 +162,7 @@ def _model_folder(path: Path) -> Path:
     """The model's folder: old releases of sentence-transformers put it into one that `modules.json` names."""
     file = path / "modules.json"
     try:
-        modules = read_config(file, list) if file.is_file() else []
+        modules = read_config(file, list) if is_file(file) else []
     except CheckpointError:
         return path  # only sentence vectors need the file, and they report the error
     first = modules[0] if modules and isinstance(modules[0], dict) else {}
@@ -162,7 +170,7 @@ def _model_folder(path: Path) -> Path:
     if not isinstance(folder, str) or not folder or not str(first.get("type", "")).endswith(".Transformer"):
         return path
     inside = (path / folder).resolve()
-    return inside if inside.is_relative_to(path) and (inside / "config.json").is_file() else path
+    return inside if inside.is_relative_to(path) and is_file(inside / "config.json") else path
 
 
 def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, TensorSpec]:
@@ -190,7 +198,7 @@ def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, Tensor
 
 def _default_weights(directory: Path, names: list[str]) -> str | None:
     """The file of weights, or else the index, that transformers would take."""
-    if (directory / _SINGLE_NAME).is_file():
+    if is_file(directory / _SINGLE_NAME):
         return _SINGLE_NAME
     return _INDEX_NAME if _INDEX_NAME in names else None
 

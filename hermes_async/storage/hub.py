@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hermes_async.errors import CheckpointError, HermesError, UnsupportedModelError
+from hermes_async.storage.file_kinds import exists, is_file
 from hermes_async.storage.gguf_models import chosen_model, gguf_models, listed
 from hermes_async.storage.headers import MAX_HEADER_BYTES
 from hermes_async.storage.opening_watch import waits_for_others
@@ -177,7 +178,7 @@ def without_weights(source: str, hub: HubOptions) -> Iterator[str | Path]:
         CheckpointError: As `download`.
         UnsupportedModelError: The model is on the hub, but not in safetensors.
     """
-    if Path(source).exists() or not is_hub_id(source):
+    if exists(Path(source)) or not is_hub_id(source):
         yield source
         return
     repo_id, _, wanted = source.partition(":")
@@ -205,7 +206,7 @@ def _gguf_headers(repo_id: str, wanted: str, hub: HubOptions, directory: Path) -
     snapshot = _fetch(repo_id, hub, (), ())
     sizes = _gguf_sizes(repo_id, wanted, snapshot, hub)
     files = [snapshot / name for name in sizes]
-    if all(file.is_file() for file in files):
+    if all(is_file(file) for file in files):
         return files[0]
     for name, nbytes in sizes.items():
         begin = _RemoteFile(repo_id, name, snapshot.name, hub)
@@ -222,7 +223,7 @@ def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path)
     commit = snapshot.name  # one commit for all files
     sizes = _sizes(repo_id, commit, hub)
     for file in snapshot.rglob("*"):
-        if file.is_file():
+        if is_file(file):
             link = directory / file.relative_to(snapshot)
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(file.resolve())
@@ -231,7 +232,7 @@ def _put_headers(repo_id: str, snapshot: Path, hub: HubOptions, directory: Path)
         shards = [name for name in shards if name == "model.safetensors" or "/" in name]
     for name in shards:
         shard = directory / name
-        if not shard.exists():
+        if not exists(shard):
             shard.parent.mkdir(parents=True, exist_ok=True)
             with shard.open("wb") as sparse:
                 sparse.write(_header(repo_id, name, commit, hub)[: sizes[name]])
@@ -252,11 +253,11 @@ def _header(repo_id: str, name: str, commit: str, hub: HubOptions) -> bytes:
 
 def _is_complete(snapshot: Path) -> bool:
     """Whether the weights are in the cache already."""
-    if (snapshot / "model.safetensors").is_file():
+    if is_file(snapshot / "model.safetensors"):
         return True
     try:
         index = json.loads((snapshot / "model.safetensors.index.json").read_text(encoding="utf-8"))
-        return all((snapshot / shard).is_file() for shard in set(index["weight_map"].values()))
+        return all(is_file(snapshot / shard) for shard in set(index["weight_map"].values()))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # reading it reports the error
 

@@ -22,6 +22,7 @@ import anyio
 from hermes_async.errors import ParkingError
 from hermes_async.storage.buffers import ALIGNMENT, align_down
 from hermes_async.storage.direct_io import O_DIRECT, drop_cache, set_direct
+from hermes_async.storage.file_kinds import is_dir
 from hermes_async.storage.read_watch import ReadUnderWay, ReadWatch
 from hermes_async.storage.threads import SECONDS_UNTIL_GIVEN_UP, check_cancelled, run_in_thread
 
@@ -301,7 +302,7 @@ class ParkingFile:
 
     def _open(self) -> int:
         if self._fd is None:
-            if self._folder_is_default and not (self._folder.is_dir() and os.access(self._folder, os.W_OK | os.X_OK)):
+            if self._folder_is_default and not (is_dir(self._folder) and os.access(self._folder, os.W_OK | os.X_OK)):
                 self._folder = Path(tempfile.gettempdir())
             self._fd = open_unnamed(self._folder)
             if self._direct:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hermes_async.storage.checkpoint import read_config
+from hermes_async.storage.file_kinds import is_file
 
 _IN_CONFIG = (("quantization_config", "?"), ("quantization", "MLX"), ("compression_config", "?"))
 """The keys of config.json that have the settings, and the method where those name none."""
@@ -37,7 +38,7 @@ def quantization(directory: Path, config: Mapping[str, Any]) -> tuple[str, dict[
             return str(settings.get("quant_method") or writer), settings
     for name, (method, key_of_settings) in _FILES.items():
         file = directory / name
-        if file.is_file():
+        if is_file(file):
             entries = read_config(file, dict)
             settings = entries if key_of_settings is None else entries.get(key_of_settings)
             settings = settings if isinstance(settings, dict) else {}

@@ -50,6 +50,13 @@ def test_the_oldest_tested_versions_of_extras_are_the_lowest_declared_ones() -> 
         assert versions[requirement.name].release[: len(lowest.release)] == lowest.release, requirement
 
 
+def test_the_declared_versions_of_python_are_those_that_users_read_of() -> None:
+    named = [one.rpartition(" ")[2] for one in PYPROJECT["project"]["classifiers"] if ":: Python :: 3." in one]
+    assert PYPROJECT["project"]["requires-python"] == f">={named[0]}"
+    for page in ("README.md", "docs/supported.md"):
+        assert f"Python {named[0]} to {named[-1]}" in (ROOT / page).read_text(), page
+
+
 def test_what_users_install_together() -> None:
     assert {one.name for one in requirements("all")} == {
         one.name for extra in ("audio", "gguf", "ray", "serve", "structured", "vision") for one in requirements(extra)

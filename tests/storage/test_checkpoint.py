@@ -526,7 +526,6 @@ def test_a_file_that_is_replaced_by_a_pipe_while_it_is_opened(directory: Path, m
     (directory / "config.json").unlink()
     os.mkfifo(directory / "config.json")
     own = Path.stat
-    monkeypatch.setattr(Path, "is_file", lambda path: True)
     monkeypatch.setattr(Path, "stat", lambda path, **key: regular if path.name == "config.json" else own(path, **key))
     with pytest.raises(CheckpointError, match="regular file"):
         Checkpoint.open(directory)
@@ -666,7 +665,7 @@ def test_a_directory_that_may_not_be_listed(directory: Path, monkeypatch: pytest
     def refuse(path: Path) -> list[str]:
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be listed: Permission denied"):
         Checkpoint.open(directory)
 
