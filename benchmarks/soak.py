@@ -72,6 +72,9 @@ _LINES = 20
 _TURN_TOKENS = 40
 _TEXT = "The king is dead, and we shall not speak of it again: who would? O my lord, my lord, it is not well."
 
+_COUNTED = ("turns", "forks", "prefixes_dropped", "forwards", "forwards_cancelled", "resizes", "ended_by_faults")
+"""What a soak must have come to try, besides what the engine counts."""
+
 _MANNERS = {"complete": 4, "iterate": 4, "slow": 3, "break": 2, "drop": 1, "cancel": 2, "abort": 2, "deadline": 2}
 """How users take their tokens, by weight. `drop` breaks off without closing the iterator, and is not for chats."""
 
@@ -217,7 +220,7 @@ class Soak:
         self._seen: dict[str, int] = {}
         self._tried: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
         self._most: Counter[str] = Counter()
         self._fewest_asking = sys.maxsize
         self._samples: list[tuple[float, dict[str, int]]] = []
@@ -298,8 +301,7 @@ class Soak:
         untried = [name for name in ("paused", "waiting", "sessions") if not self._most[name]]
         tried = ("num_parkings", "prefix_hits", "drafted_tokens", "accepted_tokens")
         untried += [name for name in tried if not getattr(counts, name)]
-        counted = ("turns", "forks", "prefixes_dropped", "forwards", "forwards_cancelled", "resizes", "ended_by_faults")
-        untried += [name for name in counted if not self._counts[name]]
+        untried += [name for name in _COUNTED if not self._counts[name]]
         untried += [name for name in ("break", "drop", "cancel", "abort", "deadline") if not self._cut[name]]
         if untried:
             self.failures.append(f"the soak did not come to try: {', '.join(untried)}")
