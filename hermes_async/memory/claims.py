@@ -225,7 +225,7 @@ def refusal(shared: SharedMemory, budget: int, error: MemoryBudgetError) -> Memo
     missing = math.ceil((least - min(budget, left)) / (1 - HEADROOM_SHARE) / _MIB) * _MIB
     claimed = f", and other engines may hold {format_bytes(shared.claimed_by_others)}"
     return MemoryBudgetError(
-        f"{error}. It is what memory_budget='auto' can give: of {format_bytes(total)} that there are for engines, "
+        f"{error}. memory_budget='auto' can give no more: of {format_bytes(total)} that there are for engines, "
         f"{format_bytes(shared.headroom)} are kept free{claimed if shared.claimed_by_others else ''}. "
         f"With {format_bytes(missing)} more of free memory, it works",
         requested_bytes=least,
