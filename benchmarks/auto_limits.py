@@ -15,7 +15,8 @@ with an automatic budget, and 1 to 64 sessions generate. Runs differ in
 
 `used` is the most that was in memory at once of the room, without page cache that can be reclaimed. `mean` is the mean
 over the time in which sessions generate. Both are to be at least 0.90 where the model is larger than the room. No
-process may be killed, or have memory swapped out.
+process may be killed, or have memory swapped out. An engine may refuse a room that is too small for its smallest
+budget and what is kept free.
 """
 
 from __future__ import annotations
@@ -24,10 +25,11 @@ import argparse
 import json
 import random
 import resource
+import statistics
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AsyncExitStack, ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from benchmarks.memory_group import MemoryGroup, let_go_on, line_of, memory_grou
 from hermes_async import Engine, EngineConfig, MemoryBudgetError, SamplingParams
 from hermes_async.engine.lifetime import import_torch
 from hermes_async.engine.opening import plans_by_budget
+from hermes_async.memory.available import headroom
 
 MIB = 2**20
 
@@ -57,6 +60,8 @@ _NEIGHBOUR_SHARE = 1 / 7
 _NUM_SWEEPS = 14  # in which sessions generate, at least
 _NEIGHBOUR_SECONDS = 20.0  # at least, with a neighbour
 _SECONDS_BETWEEN_SAMPLES = 0.05
+_OPENING_BYTES = 16 * MIB  # that the process takes while an engine opens, at most; measured: less than 10 MiB
+_REFUSED = "refused: "
 
 
 @dataclass(frozen=True)
@@ -94,21 +99,23 @@ def main() -> None:
         if args.rooms is not None:
             rooms = [int(room) * MIB for room in args.rooms.split(",")]
         else:
-            rooms = _rooms(_smallest_room(path, minimum), weight_bytes)
+            rooms = _rooms(_smallest_room(path, minimum, weight_bytes), weight_bytes)
         print(f"\n{_HEADER}", flush=True)
         records = []
         for run in _runs(args.runs, args.seed, rooms):
-            records.append(_tried(run, path, weight_bytes))
+            records.append(_tried(run, path, minimum, weight_bytes))
             print(_line(records[-1]), flush=True)
             if args.json is not None:
                 args.json.write_text(json.dumps(records))
+    print("", *_by_room(records), "", sep="\n")
     broken = [f"run {number}: {fault}" for number, record in enumerate(records, 1) for fault in record["broken"]]
     print(*broken, sep="\n")
-    larger = [record for record in records if record["model_is_larger"]]
+    larger = [record for record in records if record["model_is_larger"] and not record["refused"]]
     print(
         json.dumps(
             {
                 "runs": len(records),
+                "refused": sum(bool(record["refused"]) for record in records),
                 "killed": sum(record["killed"] for record in records),
                 "swapped": sum(record["swapped_bytes"] > 0 for record in records),
                 "larger": len(larger),
@@ -154,21 +161,21 @@ def _runs(count: int, seed: int, rooms: Sequence[int]) -> Iterator[Run]:
         )
 
 
-def _smallest_room(path: Path, minimum: int) -> int:
+def _smallest_room(path: Path, minimum: int, weight_bytes: int) -> int:
     """The smallest room that an engine opens and answers in, to within 8 MiB."""
     room = minimum + 8 * MIB
     while True:
-        record = _tried(Run(room, 1, 8, on_parent=False, neighbour=False), path, 0)
-        if not record["broken"]:
+        record = _tried(Run(room, 1, 8, on_parent=False, neighbour=False), path, minimum, weight_bytes)
+        if not record["refused"]:
             return room
-        print(f"an engine does not open in {_mib(room)} MiB: {record['broken'][0]}", flush=True)
+        print(f"an engine does not open in {_mib(room)} MiB: {record['refused']}", flush=True)
         room += 8 * MIB
 
 
 # --- one run, from outside of its group ---
 
 
-def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
+def _tried(run: Run, path: Path, minimum: int, weight_bytes: int) -> dict[str, Any]:
     with memory_group(None) as group, ExitStack() as exits:
         engines = exits.enter_context(group.inner("engine")) if run.on_parent else group
         others = exits.enter_context(group.inner("neighbour")) if run.on_parent else group
@@ -185,6 +192,7 @@ def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
         with group.sampled():
             let_go_on(process)
             opened = line_of(process.stdout)
+            refused = opened.startswith(_REFUSED)
             if neighbour is not None:
                 let_go_on(neighbour)
             let_go_on(process)
@@ -196,9 +204,10 @@ def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
             neighbour.kill()
             neighbour.wait()
         process.wait()
-        inside = json.loads(said) if said else {"error": opened or "ended early"}
+        inside = json.loads(said) if said else {"refused": opened.removeprefix(_REFUSED)} if refused else {}
         record: dict[str, Any] = {
             **asdict(run),
+            "refused": "",
             **inside,
             "baseline_bytes": baseline,
             "used": (group.peak_used_bytes - baseline) / run.room_bytes,
@@ -210,10 +219,14 @@ def _tried(run: Run, path: Path, weight_bytes: int) -> dict[str, Any]:
             "model_is_larger": weight_bytes > run.room_bytes,
         }
     record["broken"] = broken = []
-    if not all(ready) or not said or process.returncode or record["killed"]:
-        broken.append(f"the engine did not come to an end: {record.get('error')}, {record['killed']} killed")
+    enough = minimum + headroom(run.room_bytes, neighbours=run.neighbour) + _OPENING_BYTES
+    if not all(ready) or not (said or refused) or process.returncode or record["killed"]:
+        broken.append(f"ended early, with exit code {process.returncode}; {record['killed']} killed; {opened}")
     elif record["swapped_bytes"]:
         broken.append(f"{_mib(record['swapped_bytes'])} MiB were swapped out")
+    elif refused:
+        if run.room_bytes > enough:
+            broken.append(f"refused, although {_mib(enough)} MiB should do: {record['refused']}")
     elif record["model_is_larger"] and record["used"] < _LEAST_SHARE:
         broken.append(f"{record['used']:.3f} of {_mib(run.room_bytes)} MiB were in use")
     return record
@@ -247,8 +260,27 @@ def _line(record: dict[str, Any]) -> str:
         f"{_mib(record['room_bytes']):>12} {record['num_sessions']:>8} {record.get('prompt', 0):>8} {marks:>6}"
         f"  {record['used']:5.3f} {record['mean']:5.3f}{'  ' if record['model_is_larger'] else ' *'}"
         f"{'':16}{figures} {_mib(free):>9}   {_mib(record['page_cache_bytes'])} {peak}"
-        f"{'  BROKEN' if record['broken'] else ''}"
+        f"{'  BROKEN' if record['broken'] else '  refused' if record['refused'] else ''}"
     )
+
+
+def _by_room(records: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """A line for each room: how its runs ended, and the shares of it that were in use."""
+    yield "room MiB   runs  refused  killed  swapped   used: least  median   mean: least  median"
+    by_room: dict[int, list[dict[str, Any]]] = {}
+    for record in records:
+        by_room.setdefault(record["room_bytes"], []).append(record)
+    for room, of_room in sorted(by_room.items()):
+        ran = [record for record in of_room if not record["refused"]]
+        used, mean = ([record[name] for record in ran] for name in ("used", "mean"))
+        shares = "  ".join(
+            f"{min(share):17.3f} {statistics.median(share):7.3f}" if share else f"{'':25}" for share in (used, mean)
+        )
+        yield (
+            f"{_mib(room):>8} {len(of_room):>6} {len(of_room) - len(ran):>8} "
+            f"{sum(record['killed'] for record in of_room):>7} "
+            f"{sum(record['swapped_bytes'] > 0 for record in of_room):>8}{shares}"
+        )
 
 
 def _mib(num_bytes: float) -> str:
@@ -285,18 +317,19 @@ async def _inside(run: dict[str, Any]) -> None:
     import_torch()
     await anyio.to_thread.run_sync(tell, "ready")
     bytes_before = _anonymous_bytes()
-    try:
-        async with Engine(run["path"]) as engine:
-            await anyio.to_thread.run_sync(tell, "opened")
-            samples = _Samples(engine, bytes_before)
-            async with anyio.create_task_group() as tasks:
-                tasks.start_soon(samples.take)
-                prompt = await _generate(engine, run)
-                tasks.cancel_scope.cancel()
-            await anyio.to_thread.run_sync(tell, json.dumps({**samples.account(), "prompt": prompt}))
-    except MemoryBudgetError as error:
-        print(json.dumps(str(error)), flush=True)
-        raise SystemExit(3) from None
+    async with AsyncExitStack() as exits:
+        try:
+            engine = await exits.enter_async_context(Engine(run["path"]))
+        except MemoryBudgetError as error:
+            print(f"{_REFUSED}{error}", flush=True)
+            return
+        await anyio.to_thread.run_sync(tell, "opened")
+        samples = _Samples(engine, bytes_before)
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(samples.take)
+            prompt = await _generate(engine, run)
+            tasks.cancel_scope.cancel()
+        await anyio.to_thread.run_sync(tell, json.dumps({**samples.account(), "prompt": prompt}))
 
 
 async def _generate(engine: Engine, run: dict[str, Any]) -> int:

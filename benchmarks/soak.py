@@ -1,7 +1,7 @@
 """Checks that nothing remains and nothing goes wrong when users leave hundreds of requests in every possible way.
 
     python -m benchmarks.soak [--minutes 10] [--in-flight 200] [--seed 0] [--checkpoint PATH] [--memory SIZE]
-        [--batching turns]
+        [--batching turns] [--check 1000] [--check-minutes 10]
 
 There is KV memory for a tenth of the requests. So requests wait, prefixes are dropped, and idle chat sessions are
 parked. Users iterate, read slowly, cancel their task, break off, abort or set a deadline; others chat, fork and idle,
@@ -9,8 +9,9 @@ or run forward passes. Meanwhile the budget changes, and reads and writes fail, 
 
 At the end, the checks are exact: there are only the engine's own leases, no more tasks, files, threads and parked bytes
 than before. While it runs, there are as much memory, files, threads and tasks as after the first minute. Every request
-got the tokens that it gets alone. The weights are computed in float32, in which tokens do not depend on other requests
-of the sweep.
+got the tokens that it gets alone. This is checked for as many requests as `--check` and `--check-minutes` allow, of all
+kinds in turn; the output says how many. The weights are computed in float32, in which tokens do not depend on other
+requests of the sweep.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ import sys
 import threading
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Iterable, Iterator
 from contextlib import aclosing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -39,6 +39,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from benchmarks.folders import temporary_folder
+from benchmarks.soak_alone import Record, check_alone
 from benchmarks.soak_faults import MADE_TO_FAIL, FaultyFiles
 from hermes_async import (
     Chunk,
@@ -71,24 +72,11 @@ _LINES = 20
 _TURN_TOKENS = 40
 _TEXT = "The king is dead, and we shall not speak of it again: who would? O my lord, my lord, it is not well."
 
+_COUNTED = ("turns", "forks", "prefixes_dropped", "forwards", "forwards_cancelled", "resizes", "ended_by_faults")
+"""What a soak must have come to try, besides what the engine counts."""
+
 _MANNERS = {"complete": 4, "iterate": 4, "slow": 3, "break": 2, "drop": 1, "cancel": 2, "abort": 2, "deadline": 2}
 """How users take their tokens, by weight. `drop` breaks off without closing the iterator, and is not for chats."""
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One request and its tokens, which are complete if it has a `finish_reason`."""
-
-    kind: str
-    prompt: Sequence[Any]
-    params: SamplingParams
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-
-    @property
-    def asked(self) -> str:
-        """What was asked for: two records that have it in common must have their tokens in common."""
-        return repr((self.prompt, self.params))
 
 
 def main() -> None:
@@ -99,6 +87,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", type=Path, default=MODEL_PATH, help="default: the demo model")
     parser.add_argument("--memory", default=None, help="budget (default: the least, and half of the weights)")
     parser.add_argument("--check", type=int, default=1000, help="requests to run again alone, at most (default 1000)")
+    parser.add_argument("--check-minutes", type=float, default=10, help="how long they run, at most (default 10)")
     parser.add_argument("--batching", default="auto", choices=("auto", "packed", "turns"), help="as of EngineConfig")
     parser.add_argument("--fault-every", type=float, default=5, help="seconds between two faults (default 5)")
     parser.add_argument("--resize-every", type=float, default=20, help="seconds between two resizes (default 20)")
@@ -166,7 +155,10 @@ async def run(args: argparse.Namespace, path: Path, folder: Path) -> tuple[dict[
         failures.append(f"files are left open: {dict(+open_files)}")
     if parked := list(parking.iterdir()):
         failures.append(f"{len(parked)} parking files are left, {parked[0]} for one")
-    result |= await check_alone(path, folder / "records", args, failures)
+    alone = EngineConfig(share_prefixes=False, prompt_lookup=False, batching=args.batching)
+    async with Engine(path, memory_budget="64GiB", config=alone) as engine:
+        seconds, order = 60 * args.check_minutes, random.Random(f"{args.seed} check")
+        result |= await check_alone(engine, folder / "records", failures, most=args.check, seconds=seconds, order=order)
     return result, failures
 
 
@@ -228,7 +220,7 @@ class Soak:
         self._seen: dict[str, int] = {}
         self._tried: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
-        self._counts: Counter[str] = Counter()
+        self._counts: Counter[str] = Counter(dict.fromkeys(_COUNTED, 0))
         self._most: Counter[str] = Counter()
         self._fewest_asking = sys.maxsize
         self._samples: list[tuple[float, dict[str, int]]] = []
@@ -309,8 +301,7 @@ class Soak:
         untried = [name for name in ("paused", "waiting", "sessions") if not self._most[name]]
         tried = ("num_parkings", "prefix_hits", "drafted_tokens", "accepted_tokens")
         untried += [name for name in tried if not getattr(counts, name)]
-        counted = ("turns", "forks", "prefixes_dropped", "forwards", "forwards_cancelled", "resizes", "ended_by_faults")
-        untried += [name for name in counted if not self._counts[name]]
+        untried += [name for name in _COUNTED if not self._counts[name]]
         untried += [name for name in ("break", "drop", "cancel", "abort", "deadline") if not self._cut[name]]
         if untried:
             self.failures.append(f"the soak did not come to try: {', '.join(untried)}")
@@ -643,70 +634,6 @@ def _medians(samples: Iterable[dict[str, int]]) -> dict[str, int]:
 def _shown(sample: dict[str, int]) -> str:
     return f"{format_bytes(sample['rss_bytes'])} resident, " + ", ".join(
         f"{figure} {name}" for name, figure in sample.items() if name != "rss_bytes"
-    )
-
-
-async def check_alone(path: Path, records: Path, args: argparse.Namespace, failures: list[str]) -> dict[str, Any]:
-    """Runs all prompts again, one at a time and with nothing shared, and compares the tokens."""
-    recorded = await anyio.to_thread.run_sync(_load, records)
-    by_kind: dict[str, list[Record]] = defaultdict(list)
-    for record in recorded:
-        by_kind[record.kind].append(record)
-    num_asked = len({record.asked for record in recorded})
-    chosen, most = random.Random(f"{args.seed} check"), args.check
-    if num_asked > most:  # as many of every kind
-        recorded = [
-            record
-            for _, of_kind in sorted(by_kind.items())
-            for record in chosen.sample(of_kind, min(len(of_kind), -(-most // len(by_kind))))
-        ]
-    by_asked: dict[Any, list[Record]] = defaultdict(list)
-    for record in recorded:
-        by_asked[record.asked].append(record)
-    print(f"running {len(by_asked)} of {num_asked} different requests again, alone", flush=True)
-    differing, num_checked, num_partial = 0, 0, 0
-    config = EngineConfig(share_prefixes=False, prompt_lookup=False, batching=args.batching)
-    async with Engine(path, memory_budget="64GiB", config=config) as engine:
-        for same in by_asked.values():
-            completion = await engine.complete(same[0].prompt, same[0].params)
-            for record in same:
-                num_checked += 1
-                num_partial += record.finish_reason is None
-                alone = completion.token_ids
-                if record.finish_reason is None:
-                    right = alone[: len(record.token_ids)] == record.token_ids
-                else:
-                    right = (alone, completion.finish_reason) == (record.token_ids, record.finish_reason)
-                if not right:
-                    differing += 1
-                    failures.append(_difference(record, completion.token_ids))
-    print(f"{num_checked} checked ({num_partial} left early), {differing} with other tokens than alone")
-    return {
-        "different_requests": num_asked,
-        "checked_requests": len(by_asked),
-        "checked_answers": num_checked,
-        "checked_left_early": num_partial,
-        "differing_answers": differing,
-    }
-
-
-def _load(records: Path) -> list[Record]:
-    loaded = []
-    with records.open("rb") as file, contextlib.suppress(EOFError):
-        while True:
-            loaded.append(pickle.load(file))
-    return loaded
-
-
-def _difference(record: Record, alone: tuple[int, ...]) -> str:
-    common = 0
-    for one, other in zip(record.token_ids, alone, strict=False):
-        if one != other:
-            break
-        common += 1
-    return (
-        f"{record.kind}: {len(record.token_ids)} tokens ({record.finish_reason}), alone {len(alone)}, the first "
-        f"{common} equal; prompt of length {len(record.prompt)}, {record.params}"
     )
 
 

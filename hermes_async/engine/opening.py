@@ -15,10 +15,10 @@ from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
 from hermes_async.engine.model_planner import ModelPlanner
 from hermes_async.engine.probing import ProbedModel, build_and_probe, with_pooling
-from hermes_async.errors import CheckpointError, ConfigError
+from hermes_async.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hermes_async.foreign_errors import is_foreign, reason_of
 from hermes_async.memory.available import process_rss_bytes
-from hermes_async.memory.claims import Claim
+from hermes_async.memory.claims import Claim, refusal
 from hermes_async.memory.library_caches import bound_heap
 from hermes_async.memory.locking import locking
 from hermes_async.modeling.config_limits import check_config
@@ -32,7 +32,7 @@ from hermes_async.modeling.structured_outputs import GrammarCompiler
 from hermes_async.modeling.tokenizer_limits import check_tokenizer
 from hermes_async.planning.plan import Plan
 from hermes_async.quantization.scale_check import check_scales
-from hermes_async.serving.planned_model import PlannedDraft, PlannedModel
+from hermes_async.serving.planned_model import PlannedDraft, PlannedModel, usable_bytes
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
 from hermes_async.storage.checkpoint import Checkpoint, open_checkpoint
@@ -99,7 +99,7 @@ def open_model(
     bound_heap()
     with ExitStack() as on_error:
         checkpoint = _find_checkpoint(source, hub)
-        claim = Claim(fixed_budget)
+        claim = Claim(automatic=fixed_budget is None)
         on_error.callback(claim.release)
         tokenizer, tokenizer_error = _load_tokenizer(checkpoint)
         shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
@@ -117,15 +117,17 @@ def open_model(
                 draft_checkpoint, target=model.skeleton, target_tokenizer=tokenizer, config=config, exits=on_error
             )
         baseline = process_rss_bytes()
-        budget = _claim_budget(claim, fixed_budget)
         planner = ModelPlanner.of(model, checkpoint, config, draft)
-        chosen = planner.plan(budget)
+        chosen = _automatic_plan(claim, planner) if fixed_budget is None else planner.plan(fixed_budget)
         if draft is not None:
             own_kv_bytes = chosen.kv_bytes * planner.own_kv_bytes_per_token // planner.sizes.kv_bytes_per_token
             draft = replace(draft, kv_bytes=chosen.kv_bytes - own_kv_bytes)
             chosen = replace(chosen, kv_bytes=own_kv_bytes, kv_bytes_per_token=planner.own_kv_bytes_per_token)
         lends = claim.automatic and config.max_resident_layers is None and not chosen.partition.experts
         chosen = replace(chosen, lends=lends)
+        claim.change(usable_bytes(chosen, draft))
+        if not claim.automatic:  # what a user says comes before what others took for themselves
+            _wait_for_others(claim, usable_bytes(chosen, draft))
         lockable = chosen.lockable_bytes + (0 if draft is None else draft.weight_bytes)
         lock = locking(config.lock_memory, lockable)
         chosen = replace(chosen, locked_bytes=lockable if lock.is_on else 0, lock_refusal=lock.refusal)
@@ -285,19 +287,29 @@ def _open_draft(
 # --- the budget and the plan ---
 
 
-def _claim_budget(claim: Claim, fixed_budget: int | None) -> int:
-    """The budget, after the user's other engines with automatic budgets have made room for it.
+def _automatic_plan(claim: Claim, planner: ModelPlanner) -> Plan:
+    """The plan for what the machine leaves, after the user's other engines have made room.
 
-    They look once a second, and give memory back between two sweeps. An automatic budget takes what is free then. A
-    process that does not answer, for example because it is stopped, keeps its memory.
+    A process that does not answer, for example because it is stopped, keeps its memory.
+
+    Raises:
+        MemoryBudgetError: That is too little; the error says who has the memory, and how much more would do.
     """
-    budget = claim.take() if fixed_budget is None else fixed_budget
-    if claim.others_follow():
-        ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
-        while claim.left_over() < budget and time.monotonic() < ends_at:
-            time.sleep(_SECONDS_BETWEEN_LOOKS)
-            check_cancelled()
-        if fixed_budget is None:
-            budget = min(budget, max(claim.left_over(), claim.left_over(ignore_claims=True)))
-            claim.change(budget)
-    return budget
+    budget = claim.take()
+    _wait_for_others(claim, budget)
+    budget = min(budget, max(claim.left_over(), claim.left_over(ignore_claims=True)))
+    try:
+        return planner.plan(budget)
+    except MemoryBudgetError as error:
+        raise refusal(claim.look(), budget, error) from None
+
+
+def _wait_for_others(claim: Claim, nbytes: int) -> None:
+    """Waits until the user's other engines with automatic budgets leave so many bytes, but not for long.
+
+    They look once a second, and give memory back between two sweeps.
+    """
+    ends_at = time.monotonic() + _SECONDS_FOR_OTHERS
+    while claim.others_follow() and claim.left_over() < nbytes and time.monotonic() < ends_at:
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+        check_cancelled()

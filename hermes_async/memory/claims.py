@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import weakref
@@ -9,8 +10,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from hermes_async.memory.available import headroom, memory_limits, process_rss_bytes
+from hermes_async.config import format_bytes
+from hermes_async.errors import MemoryBudgetError
+from hermes_async.memory.available import HEADROOM_SHARE, headroom, memory_limits, process_rss_bytes
 from hermes_async.memory.other_processes import OtherProcess, ProcessClaims, ProcessRegistry
+
+_MIB = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,7 +26,7 @@ class SharedMemory:
         free: Bytes that the machine, or the cgroup with the limit, would still give.
         held_here: Bytes in memory of all that the engines of this process have leased.
         unleased: Bytes that this process has grown by and no engine has leased.
-        own_budget: This engine's budget; 0 while it has none.
+        own_claim: What this engine claims; 0 while that is undecided.
         here: What the engines of this process claim, this one included.
         processes: The other processes with engines under this limit.
         neighbours: Whether there may be processes without engines under this limit.
@@ -30,7 +35,7 @@ class SharedMemory:
     free: int
     held_here: int
     unleased: int
-    own_budget: int
+    own_claim: int
     here: ProcessClaims
     processes: tuple[OtherProcess, ...]
     neighbours: bool
@@ -53,7 +58,7 @@ class SharedMemory:
     @property
     def claimed_by_others(self) -> int:
         """What all other engines may hold."""
-        return self.here.budget - self.own_budget + self.claimed_elsewhere
+        return self.here.budget - self.own_claim + self.claimed_elsewhere
 
     @property
     def num_processes(self) -> int:
@@ -84,7 +89,10 @@ class SharedMemory:
 
 
 class Claim:
-    """What one engine may hold. It ends with `release`, or when it is garbage collected. Thread-safe.
+    """What one engine may come to hold. It ends with `release`, or when it is garbage collected. Thread-safe.
+
+    A user may give a budget that is larger than the machine. So the number that counts is what the plan can use of the
+    budget. An engine with a fixed budget claims nothing before it has a plan.
 
     Attributes:
         automatic: Whether its budget follows the machine.
@@ -92,21 +100,31 @@ class Claim:
         most_unleased: The most bytes by which the process had grown that no engine had leased, as often as it looked.
 
     Args:
-        fixed_bytes: The engine's budget; None for one that follows the machine.
+        automatic: As the attribute.
     """
 
-    def __init__(self, fixed_bytes: int | None) -> None:
-        self.automatic = fixed_bytes is None
+    def __init__(self, *, automatic: bool) -> None:
+        self.automatic = automatic
         self.leased: Callable[[], int] = lambda: 0
         self.most_unleased = 0
-        # All mutable state, under `_LOCK`: the budget, None while it is undecided; what the process held before it had
-        # engines.
-        self._budget: int | None = fixed_bytes
+        # All mutable state, under `_LOCK`: the bytes that it may hold, None while that is undecided; what the process
+        # held before it had engines.
+        self._nbytes: int | None = None
         with _LOCK:
             # What the process holds more by now belongs to its engines, so the first engine's baseline counts.
             self._baseline: int = min((other._baseline for other in _CLAIMS), default=process_rss_bytes())
             _CLAIMS.add(self)
             _publish()
+
+    @property
+    def nbytes(self) -> int:
+        """What the engine may come to hold. It is at least what it has leased: KV of many idle sessions is more."""
+        return max(self._nbytes or 0, self.leased())
+
+    @property
+    def is_undecided(self) -> bool:
+        """Whether it is about to take a share of the memory."""
+        return self.automatic and self._nbytes is None
 
     def look(self) -> SharedMemory:
         """Looks at the machine. Of several limits, the one that leaves this engine the least counts.
@@ -130,7 +148,7 @@ class Claim:
                     free=limit.free,
                     held_here=held,
                     unleased=grown - held,
-                    own_budget=self._budget or 0,
+                    own_claim=self.nbytes,
                     here=here,
                     processes=tuple(process for process in others if process.is_in(limit.hierarchy, limit.group)),
                     neighbours=limit.has_neighbours([process.pid for process in others]),
@@ -142,16 +160,18 @@ class Claim:
     def take(self) -> int:
         """Decides an automatic budget: all that others leave, and at least a fair share, for which others must shrink.
 
+        It is claimed until `change` says what the plan can use of it.
+
         Raises:
             ConfigError: The machine does not tell what there is.
         """
         with _LOCK:
-            self._budget = self._most()
+            first = self._nbytes = self._most()
             _publish()
             # A process may have published its claim between the two. It sees this budget now, or is seen here.
-            self._budget = min(self._budget, self._most())
+            self._nbytes = min(first, self._most())
             _publish()
-            return self._budget
+            return self._nbytes
 
     def left_over(self, *, ignore_claims: bool = False) -> int:
         """What other engines leave now, with half of the headroom, which they leave too.
@@ -168,13 +188,13 @@ class Claim:
     def others_follow(self) -> bool:
         """Whether there are other engines that follow the machine, and so make room."""
         with _LOCK:
-            here = any(claim.automatic and claim._budget for claim in _CLAIMS if claim is not self)
+            here = any(claim.automatic and claim._nbytes for claim in _CLAIMS if claim is not self)
             return here or any(process.claims.num_automatic for process in PROCESSES.others())
 
-    def change(self, budget: int) -> None:
-        """Tells the other engines that this one has another budget."""
+    def change(self, nbytes: int) -> None:
+        """Tells the other engines what this one may hold from now on."""
         with _LOCK:
-            self._budget = budget
+            self._nbytes = nbytes
             _publish()
 
     def release(self) -> None:
@@ -186,19 +206,42 @@ class Claim:
     def _most(self) -> int:
         """All that others leave, less a share for each that is undecided; at least the fair share."""
         shared = self.look()
-        undecided = sum(claim._budget is None for claim in _CLAIMS if claim is not self)
+        undecided = sum(claim.is_undecided for claim in _CLAIMS if claim is not self)
         undecided += sum(process.claims.num_undecided for process in PROCESSES.others())
         left = shared.for_budgets - shared.claimed_by_others - undecided * shared.fair_share
         return max(shared.fair_share, left)
 
 
+def refusal(shared: SharedMemory, budget: int, error: MemoryBudgetError) -> MemoryBudgetError:
+    """The error of an engine for which others leave too little: who has the memory, and how much more would do.
+
+    Args:
+        budget: What is left.
+        error: The planner's, for this budget.
+    """
+    total, least = shared.free + shared.held, error.minimum_bytes or error.requested_bytes
+    left = total - shared.headroom - shared.claimed_by_others
+    # Of what is added, the headroom may take its share.
+    missing = math.ceil((least - min(budget, left)) / (1 - HEADROOM_SHARE) / _MIB) * _MIB
+    claimed = f", and other engines may hold {format_bytes(shared.claimed_by_others)}"
+    return MemoryBudgetError(
+        f"{error}. memory_budget='auto' can give no more: of {format_bytes(total)} that there are for engines, "
+        f"{format_bytes(shared.headroom)} are kept free{claimed if shared.claimed_by_others else ''}. "
+        f"With {format_bytes(missing)} more of free memory, it works",
+        requested_bytes=least,
+        budget_bytes=budget,
+        minimum_bytes=error.minimum_bytes,
+        holders={"other engines": shared.claimed_by_others, "kept free": shared.headroom},
+    )
+
+
 def _claims_of(claims: set[Claim]) -> ProcessClaims:
     """What engines of this process claim together."""
     return ProcessClaims(
-        budget=sum(claim._budget or 0 for claim in claims),
-        fixed=sum(claim._budget or 0 for claim in claims if not claim.automatic),
+        budget=sum(claim.nbytes for claim in claims),
+        fixed=sum(claim.nbytes for claim in claims if not claim.automatic),
         num_automatic=sum(claim.automatic for claim in claims),
-        num_undecided=sum(claim._budget is None for claim in claims),
+        num_undecided=sum(claim.is_undecided for claim in claims),
         baseline=min((claim._baseline for claim in claims), default=0),
     )
 

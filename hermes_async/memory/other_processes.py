@@ -21,10 +21,10 @@ class ProcessClaims:
     """What the engines of one process claim together.
 
     Attributes:
-        budget: Bytes of all budgets that are decided.
-        fixed: Bytes of those budgets that do not follow the machine.
+        budget: Bytes that they may come to hold of their budgets, as far as that is decided.
+        fixed: Those of engines whose budget does not follow the machine.
         num_automatic: Engines whose budget follows the machine.
-        num_undecided: Engines that have no budget yet.
+        num_undecided: Those of them that have no budget yet.
         baseline: Bytes that the process holds beside its engines.
     """
 

@@ -140,6 +140,19 @@ class Plan:
         return self.resident_bytes + self.ring_bytes + self.expert_bytes + self.workspace_bytes
 
     @property
+    def usable_kv_bytes(self) -> int:
+        """What `max_sequences` sequences of the longest context take of the KV memory."""
+        if self.context_length is None:
+            return self.kv_bytes
+        sequence_bytes = self.context_length * self.kv_bytes_per_token + self.kv_bytes_per_sequence
+        return min(self.kv_bytes, self.max_sequences * sequence_bytes)
+
+    @property
+    def usable_bytes(self) -> int:
+        """What an engine with this plan uses of the budget, at most. Only idle sessions and prefixes take more."""
+        return min(self.memory_budget, self.fixed_bytes + self.usable_kv_bytes + self.lendable_bytes)
+
+    @property
     def lendable_bytes(self) -> int:
         """The most bytes of weights that stay in memory for sequences while these do not need it."""
         if not self.lends or not self.num_buffers:

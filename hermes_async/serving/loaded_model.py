@@ -31,7 +31,7 @@ from hermes_async.planning.workspace import LEAST_KV_TOKENS
 from hermes_async.serving.draft_model import DraftModel, running_draft_model
 from hermes_async.serving.kv_blocks import KVBlocks
 from hermes_async.serving.lending import Lending
-from hermes_async.serving.planned_model import PlannedModel
+from hermes_async.serving.planned_model import PlannedModel, usable_bytes
 from hermes_async.serving.resident_stages import ResidentStages
 from hermes_async.serving.sweep_times import SweepTimes
 from hermes_async.serving.turn_caches import SLOT_BYTES, TurnCaches
@@ -146,7 +146,7 @@ class LoadedModel:
         """As `resize`, while no stage is read."""
         before = self.planned.plan
         after = await self._with_locking(self._plan_for(budget))
-        await self._claim(max(before.memory_budget, budget))
+        await self._claim(max(usable_bytes(plan, self.planned.draft) for plan in (before, after)))
         try:
             await self._apply(before, after)
         except MemoryBudgetError as error:
@@ -156,7 +156,7 @@ class LoadedModel:
                 budget_bytes=before.memory_budget,
             ) from error
         finally:
-            await self._claim(self.planned.plan.memory_budget)
+            await self._claim(usable_bytes(self.planned.plan, self.planned.draft))
 
     def _plan_for(self, budget: int) -> Plan:
         blocks, skeleton = self.blocks, self.planned.skeleton
@@ -255,9 +255,9 @@ class LoadedModel:
         draft = self.planned.draft
         return 0 if draft is None else draft.fixed_bytes + draft.kv_bytes
 
-    async def _claim(self, budget: int) -> None:
-        """Publishes the budget, on a thread: other processes read it from a file."""
-        await run_in_thread(self.planned.claim.change, budget)
+    async def _claim(self, nbytes: int) -> None:
+        """Publishes what the engine may hold, on a thread: other processes read it from a file."""
+        await run_in_thread(self.planned.claim.change, nbytes)
 
 
 @asynccontextmanager

@@ -47,6 +47,14 @@ class PlannedDraft:
         self.attention.close()
 
 
+def usable_bytes(plan: Plan, draft: PlannedDraft | None) -> int:
+    """What an engine uses of its budget, at most, with its draft model; see `Plan.usable_bytes`."""
+    if draft is None:
+        return plan.usable_bytes
+    draft_kv_bytes = draft.kv_bytes * plan.usable_kv_bytes // max(1, plan.kv_bytes)
+    return min(plan.memory_budget, plan.usable_bytes + draft.fixed_bytes + draft_kv_bytes)
+
+
 @dataclass(slots=True)
 class PlannedModel:
     """A model that is planned and not yet loaded.

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
+from hermes_async.config import format_bytes
+from hermes_async.errors import MemoryBudgetError
 from hermes_async.memory import automatic_budget, claims
 from hermes_async.memory.automatic_budget import BudgetFollower
 from hermes_async.memory.available import MemoryLimit, headroom
-from hermes_async.memory.claims import Claim
+from hermes_async.memory.claims import Claim, refusal
 from hermes_async.memory.other_processes import OtherProcess, ProcessClaims
 
 
@@ -37,7 +39,7 @@ def process(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_growth_that_nobody_leased_is_not_an_engine_s_own(process: Any) -> None:
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     assert claim.take() == after_headroom(1200 << 20)
     claim.leased = lambda: 500 << 20
     process.rss += 800 << 20
@@ -46,7 +48,7 @@ def test_growth_that_nobody_leased_is_not_an_engine_s_own(process: Any) -> None:
 
 
 def test_what_opening_takes_is_not_beside_the_budget(process: Any) -> None:
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     process.rss += 20 << 20
     assert claim.take() == after_headroom(1180 << 20)
     claim.leased = lambda: 500 << 20
@@ -55,21 +57,22 @@ def test_what_opening_takes_is_not_beside_the_budget(process: Any) -> None:
 
 
 def test_what_is_leased_and_not_yet_touched_is_not_held(process: Any) -> None:
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     claim.leased = lambda: 500 << 20
     process.rss += 100 << 20
     assert claim.look().held == 100 << 20
 
 
 def test_engines_that_open_together_share(process: Any) -> None:
-    several = [Claim(None) for _ in range(3)]
+    several = [Claim(automatic=True) for _ in range(3)]
     taken = [claim.take() for claim in several]
     assert sum(taken) <= after_headroom(1200 << 20)
     assert min(taken) >= after_headroom(1200 << 20) // 3 - 1
 
 
 def test_fixed_budgets_are_taken_off_and_released(process: Any) -> None:
-    fixed, automatic = Claim(400 << 20), Claim(None)
+    fixed, automatic = Claim(automatic=False), Claim(automatic=True)
+    fixed.change(400 << 20)
     assert automatic.take() == after_headroom(1200 << 20) - (400 << 20)
     fixed.release()
     assert automatic.take() == after_headroom(1200 << 20)
@@ -80,7 +83,7 @@ def test_engines_that_come_later_get_their_share(process: Any, num_engines: int)
     held: dict[Claim, int] = {}
     followers: dict[Claim, BudgetFollower] = {}
     for _ in range(num_engines):
-        new = Claim(None)
+        new = Claim(automatic=True)
         wanted = new.take()
         for claim, follower in followers.items():
             budget = follower.next_budget(automatic_budget._observe(claim))
@@ -96,6 +99,39 @@ def test_engines_that_come_later_get_their_share(process: Any, num_engines: int)
         followers[new] = BudgetFollower(wanted, 1 << 40)
     assert process.rss <= process.total - headroom(1200 << 20) // 2
     assert min(held.values()) >= after_headroom(1200 << 20) // num_engines - num_engines
+
+
+def test_an_engine_without_a_plan_claims_nothing_yet(process: Any) -> None:
+    Claim(automatic=False)
+    assert Claim(automatic=True).take() == after_headroom(1200 << 20)
+
+
+def test_idle_sessions_that_take_more_than_was_claimed_count(process: Any) -> None:
+    fixed, automatic = Claim(automatic=False), Claim(automatic=True)
+    fixed.change(400 << 20)
+    fixed.leased = lambda: 700 << 20
+    process.rss += 700 << 20
+    assert automatic.look().claimed_by_others == 700 << 20
+    assert automatic.take() == after_headroom(1200 << 20) - (700 << 20)
+
+
+@pytest.mark.parametrize(("claimed", "missing"), [(0, 64), (1100, 1222)])
+def test_who_is_refused_is_told_who_has_the_memory_and_how_much_more_works(
+    process: Any, claimed: int, missing: int
+) -> None:
+    fixed, automatic = Claim(automatic=False), Claim(automatic=True)
+    fixed.change(claimed << 20)
+    budget = automatic.take()
+    assert budget == max(0, after_headroom(1200 << 20) - (claimed << 20))
+    too_little = MemoryBudgetError(
+        "too small", requested_bytes=1200 << 20, budget_bytes=budget, minimum_bytes=1200 << 20
+    )
+    error = refusal(automatic.look(), budget, too_little)
+    assert f"{format_bytes(headroom(1200 << 20))} are kept free" in str(error)
+    assert ("other engines may hold 1.07 GiB" in str(error)) == bool(claimed)
+    assert f"With {format_bytes(missing << 20)} more" in str(error)
+    process.total += missing << 20
+    assert automatic.take() >= error.minimum_bytes
 
 
 # Engines of other processes
@@ -143,12 +179,12 @@ def test_headroom_is_for_each_process() -> None:
 
 def test_processes_that_start_together_share(neighbours: Neighbours) -> None:
     neighbours.seen = [neighbour()]
-    assert Claim(None).take() == two_heads(1200) // 2
+    assert Claim(automatic=True).take() == two_heads(1200) // 2
 
 
 def test_a_process_that_comes_between_is_seen(neighbours: Neighbours) -> None:
     """It published its wish after this one had looked, and before this one had said what it takes."""
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     neighbours.on_publish = lambda: neighbours.seen.append(neighbour()) if not neighbours.seen else None
     assert claim.take() == two_heads(1200) // 2
     last = neighbours.published[-1]
@@ -158,7 +194,7 @@ def test_a_process_that_comes_between_is_seen(neighbours: Neighbours) -> None:
 
 def test_what_a_neighbour_may_still_come_to_hold_is_not_taken(neighbours: Neighbours) -> None:
     neighbours.seen = [neighbour(fixed=500, budget=500, held=100)]
-    assert Claim(None).take() == two_heads(1200 + 100) - (500 << 20)
+    assert Claim(automatic=True).take() == two_heads(1200 + 100) - (500 << 20)
 
 
 def test_a_neighbour_that_has_all_gives_half_of_it_back(
@@ -166,7 +202,7 @@ def test_a_neighbour_that_has_all_gives_half_of_it_back(
 ) -> None:
     """As seen by itself, when another comes."""
     monkeypatch.setattr(automatic_budget, "stalled_share", lambda: 0.0)  # whatever else this machine does
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     budget = claim.take()
     follower = BudgetFollower(budget, 1 << 40)
     process.rss += budget
@@ -182,7 +218,7 @@ def test_a_neighbour_that_has_all_gives_half_of_it_back(
 
 def test_a_neighbour_that_does_not_answer_keeps_what_it_holds(neighbours: Neighbours) -> None:
     neighbours.seen = [neighbour(budget=1100, held=200)]
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     assert claim.take() == two_heads(1400) // 2
     half = headroom(1400 << 20, num_processes=2) // 2
     assert claim.left_over() == (1400 - 1100 << 20) - half
@@ -209,7 +245,7 @@ def test_of_several_limits_the_one_that_leaves_the_least_counts(
     ]
     monkeypatch.setattr(claims, "memory_limits", lambda: limits)
     neighbours.seen = near
-    seen = Claim(None).look()
+    seen = Claim(automatic=True).look()
     assert seen.free == next(room.free for room in limits if (room.hierarchy, room.group) == ("memory", expected))
     assert seen.num_processes == 1 + sum(other.is_in("memory", expected) for other in near)
 
@@ -220,7 +256,7 @@ def test_processes_with_engines_are_no_neighbours(neighbours: Neighbours, monkey
     monkeypatch.setattr(
         claims, "memory_limits", lambda: [MemoryLimit(1200 << 20, "memory", "/ours", processes=frozenset(processes))]
     )
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     assert claim.look().neighbours
     neighbours.seen = [neighbour(budget=100)]
     assert not claim.look().neighbours
@@ -229,7 +265,7 @@ def test_processes_with_engines_are_no_neighbours(neighbours: Neighbours, monkey
 
 
 def test_the_most_that_nobody_leased_is_kept(process: Any) -> None:
-    claim = Claim(None)
+    claim = Claim(automatic=True)
     claim.leased = lambda: 500 << 20
     for grown, most in ((400, 0), (520, 20), (510, 20)):
         process.rss = (300 + grown) << 20
@@ -238,7 +274,9 @@ def test_the_most_that_nobody_leased_is_kept(process: Any) -> None:
 
 
 def test_what_is_claimed_is_published(neighbours: Neighbours) -> None:
-    claim, fixed = Claim(None), Claim(7 << 20)
+    claim, fixed = Claim(automatic=True), Claim(automatic=False)
+    assert neighbours.published[-1] == ProcessClaims(0, 0, 1, 1, 300 << 20)
+    fixed.change(7 << 20)
     assert neighbours.published[-1] == ProcessClaims(7 << 20, 7 << 20, 1, 1, 300 << 20)
     claim.take()
     claim.change(50 << 20)
