@@ -166,6 +166,8 @@ def _smallest_room(path: Path, minimum: int, weight_bytes: int) -> int:
     room = minimum + 8 * MIB
     while True:
         record = _tried(Run(room, 1, 8, on_parent=False, neighbour=False), path, minimum, weight_bytes)
+        if record["killed"]:
+            raise SystemExit(f"an engine was killed in {_mib(room)} MiB: {'; '.join(record['broken'])}")
         if not record["refused"]:
             return room
         print(f"an engine does not open in {_mib(room)} MiB: {record['refused']}", flush=True)
