@@ -1,7 +1,7 @@
 """Regular expressions of a response template, with a limit to the time of all their matches in one answer.
 
-The template comes with a checkpoint, and some expressions take for ever with some texts. An answer is divided on the event
-loop, as its text comes.
+The template comes with a checkpoint, and some expressions take for ever with some texts. An answer is divided on the
+event loop, as its text comes.
 """
 
 from __future__ import annotations

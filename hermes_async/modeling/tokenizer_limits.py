@@ -66,9 +66,9 @@ def _check_part(name: str, steps: list[Mapping[str, Any]]) -> None:
             )
         if name == "decoder" and not _ENDS_SOON.fullmatch(pattern):
             raise CheckpointError(
-                f"the tokenizer's decoder has the regular expression {pattern!r:.100}, which may take for ever with some "
-                "texts; a decoder's expression may repeat one character or group at the end of an alternative, and "
-                "nothing else"
+                f"the tokenizer's decoder has the regular expression {pattern!r:.100}, which may take for ever with "
+                "some texts; a decoder's expression may repeat one character or group at the end of an alternative, "
+                "and nothing else"
             )
 
 

@@ -159,7 +159,7 @@ async def _use(source: Path, config: EngineConfig, is_encoder: bool) -> None:
 
 
 def _use_tokenizer(source: Path, unchanged: OpenedModel) -> None:
-    """Prepares a chat, and decodes an answer. Errors of other libraries become errors of ours where an engine does it."""
+    """Prepares a chat, and decodes an answer. Errors of other libraries become ours where they do in an engine."""
     with one_checkpoint(source):
         tokenizer, error = load_tokenizer(Checkpoint.open(source))
     shared = None if tokenizer is None else SharedTokenizer(tokenizer)

@@ -51,8 +51,11 @@ def test_a_tokenizer_that_makes_much_of_little(parts: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "pattern",
-    ["▁", r"\n", r"\s+", " +", r"^ ", r"(?<!\n)^ ", r"█ |█", r"\p{L}", r"[\s\p{^L}]*", "(ab)+", r"\.|\x20", "(?=a)b?", ""],
-)
+    [
+        "", "▁", r"\n", r"\s+", " +", "^ ", r"(?<!\n)^ ", "█ |█", r"\p{L}", r"[\s\p{^L}]*", "(ab)+", r"\.|\x20",
+        "(?=a)b?",
+    ],
+)  # fmt: skip
 def test_a_decoder_with_an_expression_that_ends_soon(pattern: str) -> None:
     check_tokenizer(tokenizer(decoder=decoders.Replace(Regex(pattern), " ")))
 
