@@ -329,14 +329,14 @@ def test_a_template_that_takes_for_ever_with_an_answer(template: Any, short_time
     responses = prepared(template, "A:")
     assert responses is not None
     for _ in range(2):
-        with pytest.raises(RequestError, match="response_template took more than 0.02 s"):
+        with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
             responses.push(f"({TEXT})")
 
 
 def test_a_template_that_takes_for_ever_with_a_prompt(short_time: None) -> None:
-    with pytest.raises(RequestError, match="response_template took more than 0.02 s"):
+    with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
         prepared({"start_anchor_pattern": SLOW, "fields": {"content": {}}}, TEXT)
-    with pytest.raises(RequestError, match="response_template took more than 0.02 s"):
+    with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
         prepared({"start_anchor": "A:", "fields": {"content": {"close_pattern": SLOW}}}, f"A:{TEXT}")
 
 

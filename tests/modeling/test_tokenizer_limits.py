@@ -69,6 +69,6 @@ def test_a_decoder_with_an_expression_that_ends_soon(pattern: str) -> None:
 )  # fmt: skip
 def test_a_decoder_with_an_expression_that_may_take_for_ever(pattern: str) -> None:
     decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(pattern), " ")])
-    with pytest.raises(CheckpointError, match="the tokenizer's decoder has the regular expression .* for ever"):
+    with pytest.raises(CheckpointError, match=r"the tokenizer's decoder has the regular expression .* for ever"):
         check_tokenizer(tokenizer(decoder=decoder))
     check_tokenizer(tokenizer(normalizer=normalizers.Replace(Regex(pattern), " ")))

@@ -465,9 +465,7 @@ def closes(disk: Disk) -> Iterator[threading.Event]:
     let_go.set()
 
 
-async def test_leaving_gives_up_a_close_that_hangs(
-    disk: Disk, many_files: list[Path], closes: threading.Event
-) -> None:
+async def test_leaving_gives_up_a_close_that_hangs(disk: Disk, many_files: list[Path], closes: threading.Event) -> None:
     """The thread closes the other shards, too, when it comes back."""
     executor = DaemonExecutor(2, "test-reader")
     async with Reader(many_files, executor, ReadStatistics()) as reader:
@@ -486,7 +484,7 @@ async def test_a_close_that_hangs_is_overdue(
     executor, watch, buffer = DaemonExecutor(2, "test-reader"), ReadWatch(0.1), Buffer(ALIGNMENT)
     ranges = [ReadRange(many_files[1], 0, 100, 0)]
     async with Reader(many_files, executor, ReadStatistics(), watch=watch) as reader:
-        with pytest.raises(ReadTimeoutError, match="closing the file at offset 0 of .* has not come back") as caught:
+        with pytest.raises(ReadTimeoutError, match=r"closing the file at offset 0 of .* has not come back") as caught:
             await watch.in_time(reader.read(ranges, buffer.view))
         assert caught.value.path == many_files[0]
         closes.set()
