@@ -1,4 +1,4 @@
-"""A disk between the reader and the files, whose opens and reads a test can hold, fail and count."""
+"""A disk between the reader and the files, whose opens, reads and closes a test can hold, fail and count."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ class Disk:
     Attributes:
         on_open: Called by the reader's thread with the path, before a shard is opened.
         on_read: Called by the reader's thread with the path, the offset and the read; it returns the count.
+        on_close: Called by the reader's thread with the path, before a shard is closed.
         opened_directly: Of each shard that was opened, whether past the page cache.
         paths: Of the shards that are open, by file descriptor.
     """
@@ -41,6 +42,7 @@ class Disk:
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
         self.on_open: Callable[[Path], None] = lambda path: None
         self.on_read: Callable[[Path, int, Read], int] = lambda path, offset, read: read()
+        self.on_close: Callable[[Path], None] = lambda path: None
         self.opened_directly: list[bool] = []
         self.paths: dict[int, Path] = {}
         self._real_open, self._real_close, self._real_read = Shard.open, Shard.close, os.preadv
@@ -60,7 +62,8 @@ class Disk:
         return shard
 
     def _close(self, shard: Shard) -> None:
-        self.paths.pop(shard.fd, None)
+        self.on_close(self.paths[shard.fd])
+        del self.paths[shard.fd]
         self._real_close(shard)
 
     def _is_direct(self, fd: int) -> bool:

@@ -101,7 +101,7 @@ def open_model(
         checkpoint = _find_checkpoint(source, hub)
         claim = Claim(automatic=fixed_budget is None)
         on_error.callback(claim.release)
-        tokenizer, tokenizer_error = _load_tokenizer(checkpoint)
+        tokenizer, tokenizer_error = load_tokenizer(checkpoint)
         shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
         processor = SharedProcessor(checkpoint.path)
         check_cancelled()
@@ -171,7 +171,7 @@ def plans_by_budget(source: str | os.PathLike[str], config: EngineConfig, count:
     """
     with ExitStack() as exits:
         checkpoint = Checkpoint.open(source)
-        tokenizer, error = _load_tokenizer(checkpoint)
+        tokenizer, error = load_tokenizer(checkpoint)
         shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
         preparation = shared_tokenizer, error, SharedProcessor(checkpoint.path)
         model, _ = with_pooling(build_and_probe(checkpoint, config, exits, preparation), checkpoint)
@@ -197,8 +197,12 @@ def _find_checkpoint(source: str | os.PathLike[str], hub: HubOptions) -> Checkpo
     return checkpoint
 
 
-def _load_tokenizer(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, str | None]:
-    """The checkpoint's tokenizer, or the reason why there is none. Without one, prompts are token ids."""
+def load_tokenizer(checkpoint: Checkpoint) -> tuple[PreTrainedTokenizerBase | None, str | None]:
+    """The checkpoint's tokenizer, or the reason why there is none. Without one, prompts are token ids.
+
+    Raises:
+        CheckpointError: It is not used, because of what it could do to a text.
+    """
     path, gguf = checkpoint.path, checkpoint.gguf
     if gguf is None and not any(is_file(path / name) for name in _TOKENIZER_FILES):
         return None, "the checkpoint has no tokenizer; give the prompt as token ids"
@@ -253,7 +257,7 @@ def _open_draft(
     config: EngineConfig,
     exits: ExitStack,
 ) -> PlannedDraft:
-    tokenizer, _ = _load_tokenizer(checkpoint)
+    tokenizer, _ = load_tokenizer(checkpoint)
     model = build_and_probe(checkpoint, replace(config, context_length=None, batching="packed"), exits)
     check_scales(model.skeleton.encoded.values())
     for which, skeleton in (("draft model", model.skeleton), ("model", target)):

@@ -34,7 +34,7 @@ def prepare_response_stream(
     """`Engine.response_stream` documents the arguments. Synchronous: prompts can be long.
 
     Raises:
-        RequestError: The prompt or a tool cannot be used.
+        RequestError: The prompt or a tool cannot be used, or the template's expressions take too long with the prompt.
         CheckpointError: The response template is not valid.
     """
     from hermes_async.modeling.chat_api import response_parser
@@ -46,6 +46,8 @@ def prepare_response_stream(
     checked = checked_tools(tools)
     try:
         parser = response_parser(template, prefix, checked)
+    except RequestError:  # which is a `ValueError`
+        raise
     except ValueError as error:
         raise CheckpointError(f"the tokenizer's response_template is not valid: {error}") from error
     return None if parser is None else ResponseStream(parser, template, opened.tokenizer.special_texts)
@@ -92,7 +94,7 @@ class ResponseStream:
         """Takes more text of the answer; returns what is certain now.
 
         Raises:
-            RequestError: The answer has ended.
+            RequestError: The answer has ended, or the template's expressions have taken too long with it.
         """
         if self._has_ended:
             raise RequestError("the answer has ended; each answer has a response stream of its own")
@@ -104,7 +106,7 @@ class ResponseStream:
         """Ends the answer; returns what was held back.
 
         Raises:
-            RequestError: It has ended before.
+            RequestError: As `push`.
         """
         deltas = self.push("")
         deltas += self._deltas(self._parser.finish())

@@ -12,6 +12,8 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from hermes_async.errors import RequestError
+from hermes_async.modeling.bounded_patterns import BoundedPattern, MatchingTime
 from hermes_async.modeling.transformers_api import needs
 
 # --- chat templates ---
@@ -62,6 +64,7 @@ def region_parser_class() -> Callable[..., Any] | None:
     """A subclass of transformers' `ResponseParser`; None where the installed version has none that can be extended."""
     try:
         base: Any = import_module("transformers.utils.chat_parsing").ResponseParser
+        load = import_module("transformers.utils.chat_parsing.response_templates").load_response_template
         replaced = base._process, base._open_explicit, base._close_current, base._reset_to_implicit
     except (ImportError, AttributeError):
         return None
@@ -70,13 +73,16 @@ def region_parser_class() -> Callable[..., Any] | None:
     class RegionParser(base):  # type: ignore[misc]
         """Gives the text of a region with its event, and goes on after a region that does not parse.
 
+        The template's expressions have a limit of time, beyond which all calls raise `RequestError`.
+
         `feed` and `finish` return transformers' events. "region_close" also has the region's whole text, delimiters
         included, as "text". In its place comes "region_failed" if the region's text does not parse.
         """
 
         def __init__(self, template: Any, prefix: str, tools: Sequence[Mapping[str, Any]] | None) -> None:
             self._region_start = self._prefix_end = 0
-            base.__init__(self, template, prefix=prefix, tools=tools)
+            self._time = MatchingTime()
+            base.__init__(self, _bounded(load(template), self._time), prefix=prefix, tools=tools)
             self._prefix_end = len(self._buffer)
 
         def finish(self) -> list[dict[str, Any]]:
@@ -96,7 +102,12 @@ def region_parser_class() -> Callable[..., Any] | None:
             else:
                 text = self._buffer[max(self._region_start, self._prefix_end) : self._pos]
             try:
+                if name is not None:
+                    field = self._spec.fields[name]
+                    self._time.try_tags(self._body, field.content, field.content_args)
                 close_current(self, events)
+            except RequestError:
+                raise
             except Exception:  # a parser or a transform of the template refuses what the model wrote
                 reset_to_implicit(self)
                 events.append({"type": "region_failed", "field": name})
@@ -104,6 +115,16 @@ def region_parser_class() -> Callable[..., Any] | None:
                 events[-1]["text"] = text
 
     return RegionParser
+
+
+def _bounded(template: Any, matching_time: MatchingTime) -> Any:
+    """A loaded template, whose expressions now have a limit of time."""
+    template.start_anchor_re = BoundedPattern(template.start_anchor_re, matching_time)
+    for field in template.fields.values():
+        for name in ("open_re", "close_re"):
+            if getattr(field, name) is not None:
+                setattr(field, name, BoundedPattern(getattr(field, name), matching_time))
+    return template
 
 
 def response_parser(template: Any, prefix: str, tools: Sequence[Mapping[str, Any]] | None) -> Any:
@@ -119,6 +140,7 @@ def response_parser(template: Any, prefix: str, tools: Sequence[Mapping[str, Any
 
     Raises:
         ValueError: The template is not valid.
+        RequestError: Its expressions took too long with the prompt.
     """
     make = region_parser_class()
     return None if make is None else make(template, prefix, tools)

@@ -1,9 +1,15 @@
-"""Refuses tokenizers that make a short text into one that takes all memory, or put thousands of tokens around it."""
+"""Refuses tokenizers that make a short text into one that takes all memory, put thousands of tokens around it, or may
+decode for ever.
+
+Texts are encoded on threads that a request can leave behind. Tokens are decoded on the compute thread, which all
+requests share, and nothing can stop the Rust library. So each expression of a decoder has to end by its form.
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -17,6 +23,13 @@ MAX_ADDED_TOKENS = 1024
 """Tokens that are put around every text."""
 MAX_PATTERN_CHARS = 2**14
 """Of one regular expression. Those of models have some hundred characters."""
+
+# An expression that leaves nothing to try again: alternatives of one character after another. What is repeated is the
+# last of its alternative, so nothing can fail after it. Then a place of the text costs at most the expression's length.
+_ESCAPE = r"\\(?:[wWdDsShHnrtfvAzZbB]|[pP]\{\^?\w+\}|x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|[^\w\s])"
+_CHARACTER = rf"(?:{_ESCAPE}|\[\^?(?:{_ESCAPE}|[^\\\[\]&])++\]|[^\\\[\](){{}}|*+?])"
+_ALTERNATIVE = rf"(?:{_CHARACTER}|\((?:\?(?:<?[=!]|[:>]))?{_CHARACTER}*+\))*+[*+?]?"
+_ENDS_SOON = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*+")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -45,11 +58,18 @@ def _check_part(name: str, steps: list[Mapping[str, Any]]) -> None:
         raise CheckpointError(
             f"the tokenizer's {name} puts {sum(map(len, lists))} tokens around a text, of at most {MAX_ADDED_TOKENS}"
         )
-    longest = max((len(step["Regex"]) for step in steps if isinstance(step.get("Regex"), str)), default=0)
-    if longest > MAX_PATTERN_CHARS:
-        raise CheckpointError(
-            f"the tokenizer's {name} has a regular expression of {longest} characters, of at most {MAX_PATTERN_CHARS}"
-        )
+    for pattern in (step["Regex"] for step in steps if isinstance(step.get("Regex"), str)):
+        if len(pattern) > MAX_PATTERN_CHARS:
+            raise CheckpointError(
+                f"the tokenizer's {name} has a regular expression of {len(pattern)} characters, of at most "
+                f"{MAX_PATTERN_CHARS}"
+            )
+        if name == "decoder" and not _ENDS_SOON.fullmatch(pattern):
+            raise CheckpointError(
+                f"the tokenizer's decoder has the regular expression {pattern!r:.100}, which may take for ever with "
+                "some texts; a decoder's expression may repeat one character or group at the end of an alternative, "
+                "and nothing else"
+            )
 
 
 def _objects(tree: Any) -> Iterator[Mapping[str, Any]]:

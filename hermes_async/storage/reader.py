@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -93,7 +94,7 @@ class Reader:
         self._shards: dict[Path, Shard] = {}
         self._users = threading.Lock()
         self._opening = anyio.Lock()
-        self._open_in_thread, self._close_in_thread = aiofiles.os.wrap(self._opened), aiofiles.os.wrap(Shard.close)
+        self._open_in_thread, self._close_in_thread = aiofiles.os.wrap(self._opened), aiofiles.os.wrap(self._close_all)
 
     async def __aenter__(self) -> Self:
         try:
@@ -186,8 +187,9 @@ class Reader:
                         shards[item.file].read(item, view, under_way)
                     except OSError as error:
                         raise _read_error(f"reading {item.nbytes} bytes", item.file, item.offset, error) from error
-            for path, shard in shards.items():
-                self._check_unchanged(path, shard)
+                for path, shard in shards.items():
+                    with under_way.at(path, 0, "a look at its size and time"):
+                        self._check_unchanged(path, shard)
         finally:
             ended = time.perf_counter()
             spent.append(ended - started)
@@ -218,12 +220,12 @@ class Reader:
 
     def _let_go(self, held: Mapping[Path, Shard]) -> None:
         """Runs on any thread."""
-        for shard in held.values():
+        for path, shard in held.items():
             with self._users:
                 shard.num_users -= 1
                 is_last = shard.is_left and not shard.num_users
             if is_last:
-                shard.close()
+                self._close_all({path: shard})
 
     async def _close_unused(self, num_left: int) -> None:
         """Closes shards that nobody reads, least recently used first, until `num_left` are open."""
@@ -231,7 +233,8 @@ class Reader:
             path = next((path for path, shard in self._shards.items() if not shard.num_users), None)
             if path is None:
                 return
-            await self._close_shard(self._shards.pop(path))
+            self.watch.warn_later()
+            await self._close_shards({path: self._shards.pop(path)})
 
     async def _open(self, path: Path) -> None:
         while True:
@@ -248,7 +251,6 @@ class Reader:
                     raise _read_error("opening", path, 0, error) from error
                 self._max_open = max(1, len(self._shards))
         self._shards[path] = shard
-        self._check_unchanged(path, shard)
 
     async def _open_as_allowed(self, path: Path) -> Shard:
         try:
@@ -280,25 +282,42 @@ class Reader:
     def _opened(self, path: Path, *, direct: bool) -> Shard:
         """Runs on a thread of the executor."""
         with self.watch.reading() as under_way, under_way.at(path, 0):
-            return Shard.open(path, direct=direct)
+            shard = Shard.open(path, direct=direct)
+            try:
+                self._check_unchanged(path, shard)
+            except BaseException:
+                shard.close()
+                raise
+            return shard
 
     async def _open_shard(self, path: Path, *, direct: bool) -> Shard:
         self.watch.warn_later()
         opening = self._open_in_thread(path, direct=direct, executor=self._executor)
         return await finished_or_given_up(asyncio.ensure_future(opening))
 
-    async def _close_shard(self, shard: Shard) -> None:
-        await finished_or_given_up(asyncio.ensure_future(self._close_in_thread(shard, executor=self._executor)))
+    def _close_all(self, shards: Mapping[Path, Shard]) -> None:
+        """Runs on any thread. A network file system may keep a close waiting as it does a read."""
+        with self.watch.reading() as under_way:
+            for path, shard in shards.items():
+                with under_way.at(path, 0, "closing the file"), suppress(OSError):  # nothing was written to it
+                    shard.close()
+
+    async def _close_shards(self, shards: Mapping[Path, Shard]) -> None:
+        closing = self._close_in_thread(shards, executor=self._executor)
+        await finished_or_given_up(asyncio.ensure_future(closing))
 
     async def _close(self) -> None:
         self.watch.close()
-        with anyio.move_on_after(SECONDS_UNTIL_GIVEN_UP, shield=True):
-            while self._shards:
-                _, shard = self._shards.popitem()
-                with self._users:
-                    shard.is_left = shard.num_users > 0  # then the last thread that reads it closes it
-                if not shard.is_left:
-                    await self._close_shard(shard)
+        unused: dict[Path, Shard] = {}
+        while self._shards:
+            path, shard = self._shards.popitem()
+            with self._users:
+                shard.is_left = shard.num_users > 0  # then the last thread that reads it closes it
+            if not shard.is_left:
+                unused[path] = shard
+        if unused:
+            with anyio.move_on_after(SECONDS_UNTIL_GIVEN_UP, shield=True):
+                await self._close_shards(unused)
 
 
 def _read_error(doing: str, path: Path, offset: int, error: OSError) -> ReadError:

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from hermes_async import CheckpointError, MessageDelta, RequestError, ResponseStream, ToolCall
 from hermes_async.engine.response import prepare_response_stream
-from hermes_async.modeling import chat_api
+from hermes_async.modeling import bounded_patterns, chat_api
 from hermes_async.serving.tokenizer import SharedTokenizer
 
 CALL = {"type": "function", "function": "{content}"}
@@ -287,3 +287,62 @@ def test_a_template_that_is_none(template: Any) -> None:
 def test_tools_that_are_none() -> None:
     with pytest.raises(RequestError, match="tool 0 has no type"):
         prepared(PLAIN, tools=[{}])
+
+
+# --- expressions that take for ever ---
+
+SLOW = r"(?:(?:a|aa)+)+!"
+"""Takes time that doubles with each further "a" of a text without "!"."""
+TEXT = "a" * 60
+
+
+def with_field(**field: Any) -> dict[str, Any]:
+    return {"start_anchor": "A:", "fields": {"content": {}, "thinking": {"open": "(", "close": ")"} | field}}
+
+
+@pytest.fixture
+def short_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounded_patterns, "MAX_SECONDS", 0.02)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        {"start_anchor": "A:", "fields": {"content": {}, "thinking": {"open_pattern": SLOW, "close": ")"}}},
+        {"start_anchor": "A:", "fields": {"content": {"close_pattern": SLOW}}},
+        with_field(content="xml-inline", content_args={"tag_pattern": f"(?P<key>{SLOW})(?P<value>b)"}),
+        with_field(
+            content="xml-inline",
+            content_args={
+                "tag_pattern": "(?P<key>)(?P<value>a+)",
+                "value_parser": {"name": "xml-inline", "args": {"tag_pattern": SLOW}},
+            },
+        ),
+        with_field(
+            content="kv-lines",
+            content_args={"kv_sep": "a", "value_parser": {"name": "xml-inline", "args": {"tag_pattern": SLOW}}},
+        ),
+    ],
+    ids=["open", "close", "tags", "tags in tags", "tags in lines"],
+)
+def test_a_template_that_takes_for_ever_with_an_answer(template: Any, short_time: None) -> None:
+    responses = prepared(template, "A:")
+    assert responses is not None
+    for _ in range(2):
+        with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
+            responses.push(f"({TEXT})")
+
+
+def test_a_template_that_takes_for_ever_with_a_prompt(short_time: None) -> None:
+    with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
+        prepared({"start_anchor_pattern": SLOW, "fields": {"content": {}}}, TEXT)
+    with pytest.raises(RequestError, match=r"response_template took more than 0\.02 s"):
+        prepared({"start_anchor": "A:", "fields": {"content": {"close_pattern": SLOW}}}, f"A:{TEXT}")
+
+
+def test_answers_to_one_prompt_have_their_own_time(short_time: None) -> None:
+    prepared_once = prepared({"start_anchor": "A:", "fields": {"content": {"close_pattern": SLOW}}}, "A:")
+    assert prepared_once is not None
+    with pytest.raises(RequestError, match="took more than"):
+        copy.deepcopy(prepared_once).push(TEXT)
+    assert together(prepared_once.push("b") + prepared_once.finish()) == ("b", "", [])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     BertConfig,
     BertModel,
@@ -35,6 +36,18 @@ CHAT_TEMPLATE = (
     "{% if message.tool_calls %}{% for call in message.tool_calls %}{{ call | tojson }}{% endfor %}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}w7{% endif %}"
 )
+
+RESPONSE_TEMPLATE = {
+    "start_anchor_pattern": r"w7\s*",
+    "fields": {
+        "reasoning_content": {"open_pattern": r"\s*<think>", "close": "</think>"},
+        "tool_calls": {
+            "open": "<call>", "close_pattern": r"</call>\s*", "content": "xml-inline", "repeats": True,
+            "content_args": {"tag_pattern": r"(?P<key>\w+)=(?P<value>\w+)"},
+        },
+        "content": {},
+    },
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,9 +148,12 @@ def _save_tokenizer(directory: Path) -> None:
     tokenizer = Tokenizer(models.WordLevel({word: idx for idx, word in enumerate(words)}, unk_token="w2"))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Replace(Regex(r"\s+"), " ")])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r" ?[\p{L}\p{N}]+|\s+"), "removed", invert=True)
+    tokenizer.decoder = decoders.Sequence([decoders.Replace(Regex("▁+"), " "), decoders.Replace("w2", "w3")])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
     fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(directory)
+    file = directory / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"response_template": RESPONSE_TEMPLATE}))
 
 
 def save_profile_of(source: Path) -> Path:

@@ -59,6 +59,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     ),
     "tokenizer": (
         *("normalizer", "pre_tokenizer", "post_processor", "decoder", "model", "truncation", "padding", "added_tokens"),
+        *("decoders", "normalizers", "pretokenizers", "prepend_scheme", "start", "stop", "suffix", "prefix"),
         *("type", "pattern", "Regex", "vocab", "unk_token", "content", "max_length", "pad_id", "behavior", "merges"),
     ),
     "tokenizer settings": (
@@ -71,6 +72,7 @@ KEYS: dict[str, tuple[str, ...]] = {
             "extra_special_tokens",
         ),
         *("added_tokens_decoder", "bos_token", "eos_token", "pad_token", "padding_side", "truncation_side", "backend"),
+        *("fields", "open_pattern", "close_pattern", "start_anchor_pattern", "tag_pattern", "value_parser", "open"),
         *("clean_up_tokenization_spaces", "additional_special_tokens", "name_or_path", "tokenizer_file", "vocab_file"),
     ),
     "header": ("dtype", "shape", "data_offsets", "__metadata__", "format"),

@@ -47,3 +47,28 @@ def test_usual_tokenizers() -> None:
 def test_a_tokenizer_that_makes_much_of_little(parts: dict[str, Any]) -> None:
     with pytest.raises(CheckpointError, match=f"the tokenizer's {next(iter(parts))} "):
         check_tokenizer(tokenizer(**parts))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "", "▁", r"\n", r"\s+", " +", "^ ", r"(?<!\n)^ ", "█ |█", r"\p{L}", r"[\s\p{^L}]*", "(ab)+", r"\.|\x20",
+        "(?=a)b?",
+    ],
+)  # fmt: skip
+def test_a_decoder_with_an_expression_that_ends_soon(pattern: str) -> None:
+    check_tokenizer(tokenizer(decoder=decoders.Replace(Regex(pattern), " ")))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        r"(a+)+$", "(a|a)*b", "(?:a?){60}a{60}", "a?" * 30 + "a" * 30, "(a|a)" * 30 + "b", ".*.*.*.*b", "a+b", "a{2}",
+        r"(a)(\1\1)(\2\2)", r"a\g<0>?", r"(?~a)", r"[a[b]]", r"(?i)a", r"(?<x>a)\k<x>", "a++", "(?>a*)*",
+    ],
+)  # fmt: skip
+def test_a_decoder_with_an_expression_that_may_take_for_ever(pattern: str) -> None:
+    decoder = decoders.Sequence([decoders.Fuse(), decoders.Replace(Regex(pattern), " ")])
+    with pytest.raises(CheckpointError, match=r"the tokenizer's decoder has the regular expression .* for ever"):
+        check_tokenizer(tokenizer(decoder=decoder))
+    check_tokenizer(tokenizer(normalizer=normalizers.Replace(Regex(pattern), " ")))

@@ -6,7 +6,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,13 +15,15 @@ import anyio
 import anyio.to_thread
 import pytest
 
-from hermes_async.errors import ReadError, ShortReadError
+from hermes_async.errors import ReadError, ReadTimeoutError, ShortReadError
 from hermes_async.storage.buffers import ALIGNMENT, Buffer, align_up
 from hermes_async.storage.file_state import FileState
+from hermes_async.storage.read_watch import ReadWatch
 from hermes_async.storage.reader import Reader, ReadStatistics
 from hermes_async.storage.shard import ReadRange
+from hermes_async.storage.threads import DaemonExecutor
 from tests.disks import Disk, Read
-from tests.engines import both_loops
+from tests.engines import both_loops, until
 
 pytestmark = pytest.mark.anyio
 anyio_backend = both_loops()
@@ -444,3 +446,68 @@ async def test_a_shard_changed_while_it_was_closed(
                 await reader.read([ReadRange(many_files[0], 0, 100, 0)], buffer.view)
             buffer.close()
     assert disk.num_open == 0
+
+
+# --- closes that hang, as on a network file system whose server is gone ---
+
+
+@pytest.fixture
+def closes(disk: Disk) -> Iterator[threading.Event]:
+    """Closes hang until it is set."""
+    let_go = threading.Event()
+
+    def on_close(path: Path) -> None:
+        if not let_go.wait(60):
+            raise TimeoutError("the test did not let the close go")
+
+    disk.on_close = on_close
+    yield let_go
+    let_go.set()
+
+
+async def test_leaving_gives_up_a_close_that_hangs(disk: Disk, many_files: list[Path], closes: threading.Event) -> None:
+    """The thread closes the other shards, too, when it comes back."""
+    executor = DaemonExecutor(2, "test-reader")
+    async with Reader(many_files, executor, ReadStatistics()) as reader:
+        pass
+    executor.shutdown()
+    assert disk.num_open == len(many_files)
+    assert [place.doing for read in reader.watch.under_way if (place := read.place) is not None] == ["closing the file"]
+    closes.set()
+    await until(lambda: disk.num_open == 0 and not reader.watch.under_way)
+
+
+async def test_a_close_that_hangs_is_overdue(
+    disk: Disk, many_files: list[Path], closes: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hermes_async.storage.reader.resource.getrlimit", lambda which: (4, 4))
+    executor, watch, buffer = DaemonExecutor(2, "test-reader"), ReadWatch(0.1), Buffer(ALIGNMENT)
+    ranges = [ReadRange(many_files[1], 0, 100, 0)]
+    async with Reader(many_files, executor, ReadStatistics(), watch=watch) as reader:
+        with pytest.raises(ReadTimeoutError, match=r"closing the file at offset 0 of .* has not come back") as caught:
+            await watch.in_time(reader.read(ranges, buffer.view))
+        assert caught.value.path == many_files[0]
+        closes.set()
+        await until(lambda: not watch.under_way)
+        await reader.read(ranges, buffer.view)
+    executor.shutdown()
+    assert bytes(buffer.view[:100]) == bytes([1] * 100)
+    buffer.close()
+
+
+async def test_a_close_that_fails(disk: Disk, many_files: list[Path]) -> None:
+    """Nothing was written, so nothing is lost."""
+    failed: list[Path] = []
+
+    def on_close(path: Path) -> None:
+        if path not in failed:
+            failed.append(path)
+            raise OSError(errno.EIO, "made to fail")
+
+    disk.on_close = on_close
+    with ThreadPoolExecutor(1) as executor:
+        async with Reader(many_files, executor, ReadStatistics()):
+            pass
+    assert sorted(failed) == many_files
+    for fd in disk.paths:
+        os.close(fd)
