@@ -17,6 +17,7 @@ from transformers import AttentionInterface
 
 from hermes_async import DeadlineExceededError, Engine, ReadTimeoutError
 from hermes_async.engine import opening
+from hermes_async.serving.lending import SWEEPS_BEFORE_LENDING
 from hermes_async.storage import parking
 from tests.engines import BLOCK_BYTES, both_loops, greedy_params, open_engine, tokens, until
 from tests.faults.hanging import Hanging
@@ -283,7 +284,8 @@ async def test_a_request_that_waits_for_memory_on_loan_gets_the_error(
         lender(tiny_model, told(monkeypatch), more=0, share_prefixes=False, read_timeout=0.05) as engine,
         engine.session() as chat,
     ):
-        await chat.complete(tokens(1, 20), greedy_params(6))  # its memory is not lent, so one stage is streamed
+        # Its memory comes back from a stage, and too few sweeps follow for lending more.
+        await chat.complete(tokens(1, 20), greedy_params(SWEEPS_BEFORE_LENDING))
         assert inside(engine).streamed_stages
         hanging.weights(engine)
         with pytest.raises(ReadTimeoutError):
