@@ -43,6 +43,7 @@ from hermes_async.modeling.calls import Turn
 from hermes_async.modeling.sampling import Sampler
 from hermes_async.modeling.streamed import StreamedModel
 from hermes_async.pipeload.pipeline import Pipeline
+from hermes_async.storage.threads import run_in_thread  # keeps no kernel threads, which slow the engine
 
 PARTS = ("weights", "model", "hooks", "call", "sampling", "threads", "loop")
 _PROMPT = list(range(1, 17))
@@ -140,8 +141,8 @@ async def measure(path: Path, args: argparse.Namespace) -> dict[str, Any]:
         lines = [line for line in engine.plan.explanation if line.startswith(("kernels: ", "one token"))]
         print(f"\n{format_bytes(num_bytes)} of weights a step; " + "; ".join(lines), flush=True)
         for _ in range(args.rounds):
-            limits.append(await anyio.to_thread.run_sync(_seconds_to_sum, multiplied))
-            forwards.append(await anyio.to_thread.run_sync(transformers_step, theirs, args.tokens))
+            limits.append(await run_in_thread(_seconds_to_sum, multiplied))
+            forwards.append(await run_in_thread(transformers_step, theirs, args.tokens))
             with clocks.running():
                 async for seconds, taken in _steps(engine, clocks, args.tokens):
                     steps.append(seconds)
