@@ -125,9 +125,10 @@ def open_model(
             chosen = replace(chosen, kv_bytes=own_kv_bytes, kv_bytes_per_token=planner.own_kv_bytes_per_token)
         lends = claim.automatic and config.max_resident_layers is None and not chosen.partition.experts
         chosen = replace(chosen, lends=lends)
-        claim.change(usable_bytes(chosen, draft))
+        usable = usable_bytes(chosen, draft)
+        claim.change(usable)
         if not claim.automatic:  # what a user says comes before what others took for themselves
-            _wait_for_others(claim, usable_bytes(chosen, draft))
+            _wait_for_others(claim, usable)
         lockable = chosen.lockable_bytes + (0 if draft is None else draft.weight_bytes)
         lock = locking(config.lock_memory, lockable)
         chosen = replace(chosen, locked_bytes=lockable if lock.is_on else 0, lock_refusal=lock.refusal)

@@ -11,7 +11,9 @@ Source: `omp_pause_resource_all`, OpenMP 5.0, section 3.2.44; libgomp's manual, 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -25,18 +27,22 @@ def end_kernel_threads() -> None:
     Does nothing, within some microseconds, if there are none, or if OpenMP is not GNU's. The calling thread must not be
     within a kernel.
     """
-    if "torch" in sys.modules:
+    if "torch._C" in sys.modules:  # which loads OpenMP; torch itself may still be importing it
         for library in _libraries():
             library.omp_pause_resource_all(_SOFT_PAUSE)
 
 
 @cache
 def _libraries() -> tuple[ctypes.CDLL, ...]:
-    """GNU's OpenMP libraries in this process. torch must be imported, because it loads its own."""
+    """GNU's OpenMP libraries in this process. torch must have loaded its own."""
     try:
         lines = _MAPS.read_text().splitlines()
     except OSError:  # not Linux
         return ()
-    paths = {line.split(maxsplit=5)[-1] for line in lines if "libgomp" in line}
-    libraries = (ctypes.CDLL(path) for path in sorted(paths))
+    mappings = (line.split(maxsplit=5) for line in lines)
+    paths = {Path(fields[5]) for fields in mappings if len(fields) == 6 and "x" in fields[1]}
+    libraries = []
+    for path in sorted(path for path in paths if path.name.startswith("libgomp")):
+        with suppress(OSError):  # its file was replaced or removed since it was loaded
+            libraries.append(ctypes.CDLL(os.fspath(path)))
     return tuple(library for library in libraries if hasattr(library, "omp_pause_resource_all"))
