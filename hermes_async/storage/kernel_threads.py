@@ -28,15 +28,19 @@ def end_kernel_threads() -> None:
     within a kernel.
     """
     if "torch._C" in sys.modules:  # which loads OpenMP; torch itself may still be importing it
-        for library in _libraries():
+        for library in openmp_libraries():
             library.omp_pause_resource_all(_SOFT_PAUSE)
 
 
 @cache
-def _libraries() -> tuple[ctypes.CDLL, ...]:
-    """GNU's OpenMP libraries in this process. torch must have loaded its own."""
+def openmp_libraries(maps: Path = _MAPS) -> tuple[ctypes.CDLL, ...]:
+    """GNU's OpenMP libraries in this process. torch must have loaded its own.
+
+    Args:
+        maps: The system's list of what is mapped into the process's memory.
+    """
     try:
-        lines = _MAPS.read_text().splitlines()
+        lines = maps.read_text().splitlines()
     except OSError:  # not Linux
         return ()
     mappings = (line.split(maxsplit=5) for line in lines)

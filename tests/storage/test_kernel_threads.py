@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from hermes_async.storage import kernel_threads
-from hermes_async.storage.kernel_threads import end_kernel_threads
+from hermes_async.storage.kernel_threads import end_kernel_threads, openmp_libraries
 from hermes_async.storage.threads import run_in_thread
 
 pytestmark = [
     pytest.mark.anyio,
-    pytest.mark.skipif(not kernel_threads._libraries(), reason="OpenMP is not GNU's here"),
+    pytest.mark.skipif(not openmp_libraries(), reason="OpenMP is not GNU's here"),
     pytest.mark.skipif(torch.get_num_threads() < 2, reason="kernels have one thread here"),
 ]
 
@@ -57,18 +56,14 @@ async def test_a_worker_thread_keeps_none() -> None:
     assert not threads() - before
 
 
-def test_only_libraries_that_are_there_are_called(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_libraries_that_are_there_are_called(tmp_path: Path) -> None:
     """A file that was replaced has another name in the list. A file that is only read is no library."""
     lines = Path("/proc/self/maps").read_text().splitlines()
     executable = next(line for line in lines if "libgomp" in line and line.split()[1] == "r-xp")
-    fields, path = executable.split(maxsplit=5)[:5], executable.split(maxsplit=5)[5]
+    *fields, path = executable.split(maxsplit=5)
     others = (f"{path} (deleted)", str(tmp_path / "libgomp.so.1"), str(tmp_path / "libgomp" / "model.safetensors"))
     read_only = " ".join([fields[0], "r--p", *fields[2:], path])
-    maps = tmp_path / "maps"
-    monkeypatch.setattr(kernel_threads, "_MAPS", maps)
-    maps.write_text("\n".join([*(" ".join([*fields, other]) for other in others), read_only, " ".join(fields)]))
-    assert kernel_threads._libraries.__wrapped__() == ()
-    maps.write_text(executable)
-    assert len(kernel_threads._libraries.__wrapped__()) == 1
-    maps.unlink()
-    assert kernel_threads._libraries.__wrapped__() == ()
+    none, one = tmp_path / "none", tmp_path / "one"
+    none.write_text("\n".join([*(" ".join([*fields, other]) for other in others), read_only, " ".join(fields)]))
+    one.write_text(executable)
+    assert [len(openmp_libraries(maps)) for maps in (none, one, tmp_path / "missing")] == [0, 1, 0]
