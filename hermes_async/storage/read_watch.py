@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import logging
 import threading
 import time
@@ -215,9 +216,16 @@ async def while_watched(call: Awaitable[T], watch: Callable[[], Coroutine[Any, A
 
     Cancellation: cancels the call.
     """
-    with ungrouped():
-        async with anyio.create_task_group() as group:
-            group.start_soon(watch)
-            result = await call
-            group.cancel_scope.cancel()
+    watching = watch()
+    try:
+        with ungrouped():
+            async with anyio.create_task_group() as group:
+                group.start_soon(lambda: watching)
+                result = await call
+                group.cancel_scope.cancel()
+    finally:
+        # asyncio.run cancels every task when the program fails, even one that has not begun. anyio 4.16 forgets the
+        # coroutine of such a task, and Python would warn that nobody awaited it.
+        if inspect.getcoroutinestate(watching) == inspect.CORO_CREATED:
+            watching.close()
     return result
