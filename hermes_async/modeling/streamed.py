@@ -28,6 +28,7 @@ from hermes_async.pipeload.agents import SweepAbandoned
 from hermes_async.pipeload.stage import Placement, Stage
 from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight, parameter_of, reads_no_values
+from hermes_async.quantization.row_threads import RowThreads
 from hermes_async.storage.buffers import Buffer
 
 
@@ -172,6 +173,9 @@ class StreamedModel:
         self._plain_attention = self._packed_attention.or_plain_for(attention.name)
         self._encoded = encoded
         self._products = products
+        self._row_threads = RowThreads(torch.get_num_threads())
+        for encoding in {matrix.encoding for parameter in encoded.values() for matrix in parameter.matrices}:
+            encoding.prepare()
         names = {parameter_of(placement.name) for stage in stages for placement in stage.layout.placements}
         of_experts = {name for layer, _ in experts for name in layer.parameters}
         self._places = places_of(model, names | of_experts)
@@ -265,13 +269,14 @@ class StreamedModel:
         return logits
 
     def close(self) -> None:
-        """Unbinds everything and takes the hooks off."""
+        """Unbinds everything, takes the hooks off, and ends the threads."""
         while self._hooks:
             self._hooks.pop().remove()
         if self._experts is not None:
             self._experts.close()
         for stage in self._stages:
             self.unbind(stage)
+        self._row_threads.close()
 
     # --- settings of the model and the process that a call needs ---
 
@@ -332,7 +337,7 @@ class StreamedModel:
             if encoded is None:
                 weights[leaf] = with_products(part_of(name).to(dtypes[leaf]), self._products)
             else:
-                weights[leaf] = EncodedWeight.of(encoded, part_of, self._products)
+                weights[leaf] = EncodedWeight.of(encoded, part_of, self._products, self._row_threads)
         self._experts.weights = weights
 
     def _unbind_expert(self) -> None:
@@ -363,13 +368,13 @@ class StreamedModel:
                     self._laid_out[name] = laid_out
             if name in self._laid_out:
                 encoded, tensors = self._laid_out[name]
-                weight: torch.Tensor = EncodedWeight.of(encoded, tensors.__getitem__, self._products)
+                weight: torch.Tensor = EncodedWeight.of(encoded, tensors.__getitem__, self._products, self._row_threads)
             else:
                 encoded = self._encoded[name]
                 weight = (
                     encoded.dequantized(part_of)
                     if encoded.whole
-                    else EncodedWeight.of(encoded, part_of, self._products)
+                    else EncodedWeight.of(encoded, part_of, self._products, self._row_threads)
                 )
             self._places[name].put(weight)
         self._bound.add(stage)

@@ -24,6 +24,9 @@ class DerivedEncoding(Encoding):
     def name(self) -> str:
         return self.encoding.name
 
+    def prepare(self) -> None:
+        self.encoding.prepare()
+
     def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
         return self.encoding.shapes(rows, columns)
 

@@ -20,6 +20,8 @@ from torch import nn
 from hermes_async.memory.library_caches import reused_heap
 from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, WidenedInputs
 from hermes_async.quantization.encoding import Parts, StoredMatrix
+from hermes_async.quantization.row_products import product_of_rows
+from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
 from hermes_async.storage.tensor_spec import TensorSpec
 
 PartOf: TypeAlias = Callable[[str], torch.Tensor]
@@ -166,20 +168,29 @@ class EncodedWeight(nn.Parameter):
     _matrices: tuple[_Loaded, ...]
     _flipped: bool  # whether its rows are the last dimension
     _products: Bfloat16Products
+    _row_threads: RowThreads
 
     @classmethod
-    def of(cls, encoded: EncodedParameter, part_of: PartOf, products: Bfloat16Products = LINEAR) -> Self:
+    def of(
+        cls,
+        encoded: EncodedParameter,
+        part_of: PartOf,
+        products: Bfloat16Products = LINEAR,
+        row_threads: RowThreads = ONE_THREAD,
+    ) -> Self:
         """A weight whose stored tensors `part_of` gives.
 
         Args:
             products: How inputs are multiplied with blocks that are dequantized to bfloat16. One token is always
                 multiplied by `mv`.
+            row_threads: Divide products in float32 whose weights a compiled function dequantizes.
         """
         matrices = tuple(
             _Loaded(matrix, f"{encoded.name}{SEPARATOR}{idx}", part_of) for idx, matrix in enumerate(encoded.matrices)
         )
         shape = encoded.stored_shape if encoded.whole else encoded.shape
-        return cls._make(shape, encoded.dtype, matrices, encoded.transposed, products)
+        flipped = encoded.transposed
+        return cls._make(shape, encoded.dtype, matrices, flipped, products=products, row_threads=row_threads)
 
     @classmethod
     def _make(
@@ -188,10 +199,13 @@ class EncodedWeight(nn.Parameter):
         dtype: torch.dtype,
         matrices: tuple[_Loaded, ...],
         flipped: bool,
+        *,
         products: Bfloat16Products,
+        row_threads: RowThreads,
     ) -> Self:
         weight = torch.zeros((), dtype=dtype).expand(shape).as_subclass(cls)
-        weight._matrices, weight._flipped, weight._products = matrices, flipped, products
+        weight._matrices, weight._flipped = matrices, flipped
+        weight._products, weight._row_threads = products, row_threads
         return weight
 
     @classmethod
@@ -228,12 +242,16 @@ class EncodedWeight(nn.Parameter):
             raise IndexError(f"expert {idx} of {num_experts}")
         per_expert = len(self._matrices) // num_experts
         chosen = slice(idx % num_experts * per_expert, (idx % num_experts + 1) * per_expert)
-        return self._make(tuple(self.shape[1:]), self.dtype, self._matrices[chosen], self._flipped, self._products)
+        return self._changed(tuple(self.shape[1:]), self._matrices[chosen], self._flipped)
 
     def flipped(self) -> EncodedWeight:
         """The transposed weight."""
         shape = (*self.shape[:-2], self.shape[-1], self.shape[-2])
-        return self._make(shape, self.dtype, self._matrices, not self._flipped, self._products)
+        return self._changed(shape, self._matrices, not self._flipped)
+
+    def _changed(self, shape: tuple[int, ...], matrices: tuple[_Loaded, ...], flipped: bool) -> EncodedWeight:
+        products, row_threads = self._products, self._row_threads
+        return self._make(shape, self.dtype, matrices, flipped, products=products, row_threads=row_threads)
 
     def product(self, inputs: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """`inputs` [..., columns] times the rows, plus `bias` [rows]: [..., rows]."""
@@ -257,6 +275,12 @@ class EncodedWeight(nn.Parameter):
             with reused_heap():
                 product = matrix.encoding.scaled_product(parts, lines[0])
             out = None if product is None else product[None]
+        if out is None and self.dtype == torch.float32:
+            write = matrix.encoding.row_writer(parts)
+            if write is not None:
+                rows = _block_rows(matrix, _BLOCK)
+                with reused_heap():
+                    out = product_of_rows(write, matrix.shape[0], rows, lines, self._row_threads)
         if out is None:
             out = self._product_of_blocks(matrix, parts, lines, bias)
         elif bias is not None:

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from typing import TypeAlias
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from hermes_async.errors import CorruptShardError
 from hermes_async.storage.tensor_spec import TensorSpec
 
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 """The stored tensors of one matrix, by their role, such as "weight" and "scale"."""
+
+RowWriter: TypeAlias = Callable[[int, int, NDArray[np.float32]], None]
+"""Writes the rows from a first one up to another (exclusive) to an array [rows, columns], which is contiguous.
+
+It releases the interpreter's lock, and uses nothing of torch. Several threads may call it at once."""
 
 
 class Encoding(ABC):
@@ -105,6 +112,13 @@ class Encoding(ABC):
             itemsize: Of the dtype of `out`.
         """
         return 3 * rows * columns * 4
+
+    def row_writer(self, parts: Parts) -> RowWriter | None:
+        """A compiled function that does the same as `dequantize` in float32, on any thread; None if there is none."""
+        return None
+
+    def prepare(self) -> None:  # noqa: B027 - most encodings have nothing to prepare
+        """Compiles what `dequantize` needs, if it needs that. Takes up to a second; call it on a worker thread."""
 
     def product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
         """The product of `inputs` [n, columns] with all rows, [n, rows], by a kernel that does not dequantize.

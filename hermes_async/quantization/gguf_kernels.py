@@ -1,0 +1,308 @@
+"""Compiled functions that dequantize the blocks of GGUF's types.
+
+A block is made of runs: numbers in a row that share a scale, and a minimum. A number times its scale, less its minimum,
+is a value. So a type is described by two functions:
+
+- `scales(blocks, block, halves, scale, minimum)` writes the scale and the minimum of each run of a block.
+- `number(blocks, block, run, idx)` is one of a run's numbers.
+
+`_dequantizer` makes one loop of them, which Numba compiles when a type is first used. The compiler makes it vector
+instructions only if it can see that no index is negative, and if numbers are of the width that they need. That is why
+lengths of runs are masked, and bytes are handled as bytes.
+
+Source: the `gguf` package, `quants`.
+"""
+
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numba
+import numpy as np
+from numba import float32, int8, int32, uint8
+
+_inlined = numba.njit(forceinline=True)
+
+# --- scales and minimums ---
+
+
+@_inlined
+def _half(blocks, block, at, halves):
+    """The number in float16 at a byte of a block. `halves` has the value of each of the 65536."""
+    return halves[int32(blocks[block, at]) | int32(blocks[block, at + 1]) << 8]
+
+
+@_inlined
+def _scale_first(blocks, block, halves, scale, minimum):
+    """A block with one scale, which is its beginning."""
+    for run in range(len(scale)):
+        scale[run] = _half(blocks, block, 0, halves)
+        minimum[run] = 0
+
+
+@_inlined
+def _scale_and_minimum_first(blocks, block, halves, scale, minimum):
+    """The same, with a minimum behind the scale, which is stored with the other sign."""
+    for run in range(len(scale)):
+        scale[run] = _half(blocks, block, 0, halves)
+        minimum[run] = -_half(blocks, block, 2, halves)
+
+
+@_inlined
+def _scale_at_52(blocks, block, halves, scale, minimum):
+    for run in range(len(scale)):
+        scale[run] = _half(blocks, block, 52, halves)
+        minimum[run] = 0
+
+
+@_inlined
+def _scale_at_64(blocks, block, halves, scale, minimum):
+    for run in range(len(scale)):
+        scale[run] = _half(blocks, block, 64, halves)
+        minimum[run] = 0
+
+
+@_inlined
+def _q8_k_scale(blocks, block, halves, scale, minimum):
+    bits = np.uint32(0)
+    for byte in range(4):
+        bits |= np.uint32(blocks[block, byte]) << np.uint32(8 * byte)
+    for run in range(len(scale)):
+        scale[run] = np.uint32(bits).view(np.float32)
+        minimum[run] = 0
+
+
+@_inlined
+def _q2_k_scales(blocks, block, halves, scale, minimum):
+    of_scales, of_minimums = _half(blocks, block, 80, halves), _half(blocks, block, 82, halves)
+    for run in range(16):
+        scale[run] = of_scales * float32(blocks[block, run] & 15)
+        minimum[run] = of_minimums * float32(blocks[block, run] >> 4)
+
+
+@_inlined
+def _q3_k_scales(blocks, block, halves, scale, minimum):
+    of_scales = _half(blocks, block, 108, halves)
+    for run in range(16):
+        low = blocks[block, 96 + (run & 7)] >> 4 * (run >> 3) & 15
+        high = blocks[block, 104 + (run & 3)] >> 2 * (run >> 2) & 3
+        scale[run] = of_scales * float32(int32(low | high << 4) - 32)
+        minimum[run] = 0
+
+
+@_inlined
+def _k_scales(blocks, block, halves, scale, minimum):
+    """Eight scales, and eight minimums, in twelve bytes: those of Q4_K and Q5_K."""
+    of_scales, of_minimums = _half(blocks, block, 0, halves), _half(blocks, block, 2, halves)
+    for run in range(4):
+        first, second, third = blocks[block, 4 + run], blocks[block, 8 + run], blocks[block, 12 + run]
+        scale[run] = of_scales * float32(first & 63)
+        minimum[run] = of_minimums * float32(second & 63)
+        scale[4 + run] = of_scales * float32(third & 15 | first >> 6 << 4)
+        minimum[4 + run] = of_minimums * float32(third >> 4 | second >> 6 << 4)
+
+
+@_inlined
+def _q6_k_scales(blocks, block, halves, scale, minimum):
+    of_scales = _half(blocks, block, 208, halves)
+    for run in range(16):
+        scale[run] = of_scales * float32(int8(blocks[block, 192 + run]))
+        minimum[run] = 0
+
+
+@_inlined
+def _iq4_xs_scales(blocks, block, halves, scale, minimum):
+    of_scales = _half(blocks, block, 0, halves)
+    for pair in range(8):
+        low = blocks[block, 4 + (pair >> 1)] >> 4 * (pair & 1) & 15
+        high = blocks[block, 2 + (pair >> 2)] >> 2 * (pair & 3) & 3
+        of_pair = of_scales * float32(int32(low | high << 4) - 32)
+        for run in range(2 * pair, 2 * pair + 2):
+            scale[run] = of_pair
+            minimum[run] = 0
+
+
+@_inlined
+def _mxfp4_scale(blocks, block, halves, scale, minimum):
+    """Half of two to the power of a byte: the numbers are twice what they stand for."""
+    exponent = np.uint32(blocks[block, 0])
+    bits = np.uint32(0x00200000) << exponent if exponent < 2 else np.uint32(exponent - np.uint32(1)) << np.uint32(23)
+    for run in range(len(scale)):
+        scale[run] = np.uint32(bits).view(np.float32)
+        minimum[run] = 0
+
+
+# --- numbers ---
+
+
+@_inlined
+def _bits(byte, shift, mask):
+    """Some bits of a byte, as a byte."""
+    return uint8(uint8(byte >> uint8(shift)) & uint8(mask))
+
+
+@_inlined
+def _q8_0(blocks, block, run, idx):
+    return int8(blocks[block, 2 + idx])
+
+
+@_inlined
+def _q8_k(blocks, block, run, idx):
+    return int8(blocks[block, 4 + 32 * run + idx])
+
+
+@_inlined
+def _q4_0(blocks, block, run, idx):
+    return int32(_bits(blocks[block, 2 + idx], 4 * run, 15)) - 8
+
+
+@_inlined
+def _q4_1(blocks, block, run, idx):
+    return _bits(blocks[block, 4 + idx], 4 * run, 15)
+
+
+@_inlined
+def _q5_0(blocks, block, run, idx):
+    fifth = int32(blocks[block, 2 + 2 * run + (idx >> 3)]) >> (idx & 7) & 1
+    return (int32(_bits(blocks[block, 6 + idx], 4 * run, 15)) | fifth << 4) - 16
+
+
+@_inlined
+def _q5_1(blocks, block, run, idx):
+    fifth = int32(blocks[block, 4 + 2 * run + (idx >> 3)]) >> (idx & 7) & 1
+    return int32(_bits(blocks[block, 8 + idx], 4 * run, 15)) | fifth << 4
+
+
+@_inlined
+def _q2_k(blocks, block, run, idx):
+    return _bits(blocks[block, 16 + 32 * (run >> 3) + 16 * (run & 1) + idx], 2 * ((run & 7) >> 1), 3)
+
+
+@_inlined
+def _q3_k(blocks, block, run, idx):
+    low = _bits(blocks[block, 32 + 32 * (run >> 3) + 16 * (run & 1) + idx], 2 * ((run & 7) >> 1), 3)
+    high = _bits(blocks[block, 16 * (run & 1) + idx], run >> 1, 1)
+    return int32(uint8(low + uint8(high * uint8(4)))) - 4
+
+
+@_inlined
+def _q4_k(blocks, block, run, idx):
+    return _bits(blocks[block, 16 + 32 * (run >> 1) + idx], 4 * (run & 1), 15)
+
+
+@_inlined
+def _q5_k(blocks, block, run, idx):
+    low = _bits(blocks[block, 48 + 32 * (run >> 1) + idx], 4 * (run & 1), 15)
+    return uint8(low + uint8(_bits(blocks[block, 16 + idx], run, 1) * uint8(16)))
+
+
+@_inlined
+def _q6_k(blocks, block, run, idx):
+    half, quarter, column = run >> 3, (run & 7) >> 1, 16 * (run & 1) + idx
+    low = _bits(blocks[block, 64 * half + 32 * (quarter & 1) + column], 4 * (quarter >> 1), 15)
+    high = _bits(blocks[block, 128 + 32 * half + column], 2 * quarter, 3)
+    return int32(uint8(low + uint8(high * uint8(16)))) - 32
+
+
+_IQ4_NUMBERS = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8)
+_MXFP4_NUMBERS = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.int8)
+
+
+@_inlined
+def _iq4_nl(blocks, block, run, idx):
+    return _IQ4_NUMBERS[_bits(blocks[block, 2 + idx], 4 * run, 15)]
+
+
+@_inlined
+def _iq4_xs(blocks, block, run, idx):
+    return _IQ4_NUMBERS[_bits(blocks[block, 8 + 16 * (run >> 1) + idx], 4 * (run & 1), 15)]
+
+
+@_inlined
+def _mxfp4(blocks, block, run, idx):
+    return _MXFP4_NUMBERS[_bits(blocks[block, 1 + idx], 4 * run, 15)]
+
+
+@_inlined
+def _tq1_0(blocks, block, run, idx):
+    """Five numbers of -1, 0 and 1 to a byte, as digits of a fraction with the base three."""
+    if run < 10:
+        byte, digit = 16 * (run & 1) + idx, run >> 1
+    elif run < 15:
+        byte, digit = 32 + idx, run - 10
+    else:
+        byte, digit = 48 + (idx & 3), idx >> 2
+    fraction = blocks[block, byte]
+    for _ in range(digit):
+        fraction = uint8(fraction * uint8(3))
+    return (int32(fraction) * 3 >> 8) - 1
+
+
+@_inlined
+def _tq2_0(blocks, block, run, idx):
+    return int32(_bits(blocks[block, 32 * (run >> 2) + idx], 2 * (run & 3), 3)) - 1
+
+
+# --- the loop ---
+
+_TYPES: dict[str, tuple[int, Callable[..., None], Callable[..., Any]]] = {
+    "Q8_0": (1, _scale_first, _q8_0),
+    "Q4_0": (2, _scale_first, _q4_0),
+    "Q4_1": (2, _scale_and_minimum_first, _q4_1),
+    "Q5_0": (2, _scale_first, _q5_0),
+    "Q5_1": (2, _scale_and_minimum_first, _q5_1),
+    "Q2_K": (16, _q2_k_scales, _q2_k),
+    "Q3_K": (16, _q3_k_scales, _q3_k),
+    "Q4_K": (8, _k_scales, _q4_k),
+    "Q5_K": (8, _k_scales, _q5_k),
+    "Q6_K": (16, _q6_k_scales, _q6_k),
+    "Q8_K": (8, _q8_k_scale, _q8_k),
+    "IQ4_NL": (2, _scale_first, _iq4_nl),
+    "IQ4_XS": (16, _iq4_xs_scales, _iq4_xs),
+    "MXFP4": (2, _mxfp4_scale, _mxfp4),
+    "TQ1_0": (16, _scale_at_52, _tq1_0),
+    "TQ2_0": (8, _scale_at_64, _tq2_0),
+}
+"""The runs of a block of each type, and its two functions."""
+
+
+@cache
+def dequantizer(type_name: str, elements: int) -> Callable[[Any, Any], None]:
+    """A function that writes the values of blocks. Compiles it, within a second, if it is new.
+
+    Args:
+        elements: Numbers of a block.
+
+    Returns:
+        A function of `blocks`, uint8 [blocks, bytes], and `values`, float32 [blocks, elements]; both contiguous. It
+        releases the interpreter's lock.
+    """
+    runs, scales, number = _TYPES[type_name]
+    length = elements // runs
+    compiled, halves = _compiled(runs, 4 * length - 1, scales, number), _halves()
+    return lambda blocks, values: compiled(blocks, halves, values.reshape(-1, runs, length))
+
+
+def _compiled(runs: int, mask: int, scales: Callable[..., None], number: Callable[..., Any]) -> Callable[..., None]:
+    @numba.njit("void(uint8[:, ::1], float32[::1], float32[:, :, ::1])", nogil=True)
+    def dequantize(blocks, halves, values):
+        scale, minimum = np.empty(runs, np.float32), np.empty(runs, np.float32)
+        length = values.shape[2] & mask
+        for block in range(values.shape[0]):
+            scales(blocks, block, halves, scale, minimum)
+            for run in range(runs):
+                times, less = scale[run], minimum[run]
+                for idx in range(length):
+                    values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
+
+    function: Callable[..., None] = dequantize
+    return function
+
+
+@cache
+def _halves() -> Any:
+    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
