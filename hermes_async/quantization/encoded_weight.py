@@ -276,11 +276,11 @@ class EncodedWeight(nn.Parameter):
                 product = matrix.encoding.scaled_product(parts, lines[0])
             out = None if product is None else product[None]
         if out is None and self.dtype == torch.float32:
-            write = matrix.encoding.row_writer(parts)
-            if write is not None:
-                rows = _block_rows(matrix, _BLOCK)
+            compiled = matrix.encoding.compiled_rows(parts)
+            if compiled is not None:
+                block_rows = _block_rows(matrix, _BLOCK)
                 with reused_heap():
-                    out = product_of_rows(write, matrix.shape[0], rows, lines, self._row_threads)
+                    out = product_of_rows(compiled, matrix.shape[0], block_rows, lines, self._row_threads)
         if out is None:
             out = self._product_of_blocks(matrix, parts, lines, bias)
         elif bias is not None:

@@ -18,11 +18,6 @@ from hermes_async.storage.tensor_spec import TensorSpec
 Parts: TypeAlias = Mapping[str, torch.Tensor]
 """The stored tensors of one matrix, by their role, such as "weight" and "scale"."""
 
-RowWriter: TypeAlias = Callable[[int, int, NDArray[np.float32]], None]
-"""Writes the rows from a first one up to another (exclusive) to an array [rows, columns], which is contiguous.
-
-It releases the interpreter's lock, and uses nothing of torch. Several threads may call it at once."""
-
 
 class Encoding(ABC):
     """How a matrix [rows, columns] is stored, in one tensor or several.
@@ -113,8 +108,8 @@ class Encoding(ABC):
         """
         return 3 * rows * columns * 4
 
-    def row_writer(self, parts: Parts) -> RowWriter | None:
-        """A compiled function that does the same as `dequantize` in float32, on any thread; None if there is none."""
+    def compiled_rows(self, parts: Parts) -> CompiledRows | None:
+        """Compiled functions that do in float32 what `dequantize` does; None if there are none."""
         return None
 
     def prepare(self) -> None:  # noqa: B027 - most encodings have nothing to prepare
@@ -181,6 +176,22 @@ class IntegerRows:
     scales: torch.Tensor
     zeros: torch.Tensor | None
     minimums: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CompiledRows:
+    """Functions of one matrix that release the interpreter's lock and use nothing of torch.
+
+    Several threads may call them at once. All arrays are in float32 and contiguous.
+
+    Attributes:
+        write: Takes a first row, the row behind the last, and an array [rows, columns]: writes their values to it.
+        multiply: Takes inputs [n, columns], an array [n, all rows], a first row, the row behind the last, and scratch
+            [1, columns]: writes the products with these rows to the array.
+    """
+
+    write: Callable[[int, int, NDArray[np.float32]], None]
+    multiply: Callable[[NDArray[np.float32], NDArray[np.float32], int, int, NDArray[np.float32]], None]
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,19 @@ Source: the `gguf` package's `constants.GGML_QUANT_SIZES` (sizes).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts, RowWriter
+from hermes_async.quantization.encoding import CompiledRows, Encoding, IntegerGroups, IntegerRows, Parts
+
+if TYPE_CHECKING:
+    from hermes_async.quantization.gguf_kernels import BlockKernels
 
 _FOUR_BITS = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q4_K": (16, 32)}
 """Types whose numbers have four bits: where in a block these begin, and the bytes that pack two runs of numbers."""
@@ -47,27 +53,30 @@ class GgufEncoding(Encoding):
         if block.dtype is not None:
             out.copy_(stored.view(block.dtype))
             return
-        dequantize, blocks = self._dequantizer(), stored.view(-1, block.nbytes).numpy()
+        dequantize, blocks = self._kernels().dequantize, stored.view(-1, block.nbytes).numpy()
         for of_chunk, values in _chunks(out.view(-1, block.elements)):
             dequantize(blocks[of_chunk], values.numpy())
 
-    def row_writer(self, parts: Parts) -> RowWriter | None:
+    def compiled_rows(self, parts: Parts) -> CompiledRows | None:
         block = GGUF_TYPES[self.type_name]
         if block.dtype is not None:
             return None
-        dequantize, stored = self._dequantizer(), parts["weight"].numpy()
-        return lambda start, stop, out: dequantize(
-            stored[start:stop].reshape(-1, block.nbytes), out.reshape(-1, block.elements)
-        )
+        kernels, stored = self._kernels(), parts["weight"].numpy()
+        blocks = stored.reshape(-1, block.nbytes)
+
+        def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
+            kernels.dequantize(stored[start:stop].reshape(-1, block.nbytes), out.reshape(-1, block.elements))
+
+        return CompiledRows(write, partial(kernels.multiply, blocks))
 
     def prepare(self) -> None:
         if GGUF_TYPES[self.type_name].dtype is None:
-            self._dequantizer()
+            self._kernels()
 
-    def _dequantizer(self) -> Callable[[Any, Any], None]:
-        from hermes_async.quantization.gguf_kernels import dequantizer  # Numba, which is slow to import, comes with it
+    def _kernels(self) -> BlockKernels:
+        from hermes_async.quantization.gguf_kernels import kernels_of  # Numba, which is slow to import, comes with it
 
-        return dequantizer(self.type_name, GGUF_TYPES[self.type_name].elements)
+        return kernels_of(self.type_name, GGUF_TYPES[self.type_name].elements)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.type_name not in _FOUR_BITS:

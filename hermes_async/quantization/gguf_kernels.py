@@ -3,29 +3,34 @@
 A block is made of runs: numbers in a row that share a scale, and a minimum. A number times its scale, less its minimum,
 is a value. So a type is described by two functions:
 
-- `scales(blocks, block, halves, scale, minimum)` writes the scale and the minimum of each run of a block.
+- `scales(blocks, block, halves, scale, minimum)` writes the scale and the minimum of each run of a block. Some types
+  have two of each for a run: one for each half.
 - `number(blocks, block, run, idx)` is one of a run's numbers.
 
-`_dequantizer` makes one loop of them, which Numba compiles when a type is first used. The compiler makes it vector
-instructions only if it can see that no index is negative, and if numbers are of the width that they need. That is why
+`_compiled` makes loops of them, which Numba compiles when a type is first used. The compiler makes vector instructions
+of a loop only if it can see that no index is negative, and if numbers are no wider than they need to be. That is why
 lengths of runs are masked, and bytes are handled as bytes.
 
 Source: the `gguf` package, `quants`.
 """
 
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, call-overload"
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeAlias
 
 import numba
 import numpy as np
 from numba import float32, int8, int32, uint8
 
 _inlined = numba.njit(forceinline=True)
+
+_MAY_SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
+"""What lets the compiler sum several numbers at a time: flags of LLVM's language reference, "Fast-Math Flags"."""
 
 # --- scales and minimums ---
 
@@ -146,6 +151,15 @@ def _bits(byte, shift, mask):
 
 
 @_inlined
+def _fifth_bit(blocks, block, at, idx):
+    """A bit of four bytes, times sixteen."""
+    bits = np.uint32(0)
+    for byte in range(4):
+        bits |= np.uint32(blocks[block, at + byte]) << np.uint32(8 * byte)
+    return int32(np.uint32(np.uint32(bits >> np.uint32(idx)) & np.uint32(1)) * np.uint32(16))
+
+
+@_inlined
 def _q8_0(blocks, block, run, idx):
     return int8(blocks[block, 2 + idx])
 
@@ -167,25 +181,23 @@ def _q4_1(blocks, block, run, idx):
 
 @_inlined
 def _q5_0(blocks, block, run, idx):
-    fifth = int32(blocks[block, 2 + 2 * run + (idx >> 3)]) >> (idx & 7) & 1
-    return (int32(_bits(blocks[block, 6 + idx], 4 * run, 15)) | fifth << 4) - 16
+    return int32(_bits(blocks[block, 6 + idx], 4 * run, 15)) + _fifth_bit(blocks, block, 2, 16 * run + idx) - 16
 
 
 @_inlined
 def _q5_1(blocks, block, run, idx):
-    fifth = int32(blocks[block, 4 + 2 * run + (idx >> 3)]) >> (idx & 7) & 1
-    return int32(_bits(blocks[block, 8 + idx], 4 * run, 15)) | fifth << 4
+    return int32(_bits(blocks[block, 8 + idx], 4 * run, 15)) + _fifth_bit(blocks, block, 4, 16 * run + idx)
 
 
 @_inlined
 def _q2_k(blocks, block, run, idx):
-    return _bits(blocks[block, 16 + 32 * (run >> 3) + 16 * (run & 1) + idx], 2 * ((run & 7) >> 1), 3)
+    return _bits(blocks[block, 16 + 32 * (run >> 2) + idx], 2 * (run & 3), 3)
 
 
 @_inlined
 def _q3_k(blocks, block, run, idx):
-    low = _bits(blocks[block, 32 + 32 * (run >> 3) + 16 * (run & 1) + idx], 2 * ((run & 7) >> 1), 3)
-    high = _bits(blocks[block, 16 * (run & 1) + idx], run >> 1, 1)
+    low = _bits(blocks[block, 32 + 32 * (run >> 2) + idx], 2 * (run & 3), 3)
+    high = _bits(blocks[block, idx], run, 1)
     return int32(uint8(low + uint8(high * uint8(4)))) - 4
 
 
@@ -202,9 +214,9 @@ def _q5_k(blocks, block, run, idx):
 
 @_inlined
 def _q6_k(blocks, block, run, idx):
-    half, quarter, column = run >> 3, (run & 7) >> 1, 16 * (run & 1) + idx
-    low = _bits(blocks[block, 64 * half + 32 * (quarter & 1) + column], 4 * (quarter >> 1), 15)
-    high = _bits(blocks[block, 128 + 32 * half + column], 2 * quarter, 3)
+    half, quarter = run >> 2, run & 3
+    low = _bits(blocks[block, 64 * half + 32 * (quarter & 1) + idx], 4 * (quarter >> 1), 15)
+    high = _bits(blocks[block, 128 + 32 * half + idx], 2 * quarter, 3)
     return int32(uint8(low + uint8(high * uint8(16)))) - 32
 
 
@@ -249,60 +261,97 @@ def _tq2_0(blocks, block, run, idx):
 
 # --- the loop ---
 
-_TYPES: dict[str, tuple[int, Callable[..., None], Callable[..., Any]]] = {
-    "Q8_0": (1, _scale_first, _q8_0),
-    "Q4_0": (2, _scale_first, _q4_0),
-    "Q4_1": (2, _scale_and_minimum_first, _q4_1),
-    "Q5_0": (2, _scale_first, _q5_0),
-    "Q5_1": (2, _scale_and_minimum_first, _q5_1),
-    "Q2_K": (16, _q2_k_scales, _q2_k),
-    "Q3_K": (16, _q3_k_scales, _q3_k),
-    "Q4_K": (8, _k_scales, _q4_k),
-    "Q5_K": (8, _k_scales, _q5_k),
-    "Q6_K": (16, _q6_k_scales, _q6_k),
-    "Q8_K": (8, _q8_k_scale, _q8_k),
-    "IQ4_NL": (2, _scale_first, _iq4_nl),
-    "IQ4_XS": (16, _iq4_xs_scales, _iq4_xs),
-    "MXFP4": (2, _mxfp4_scale, _mxfp4),
-    "TQ1_0": (16, _scale_at_52, _tq1_0),
-    "TQ2_0": (8, _scale_at_64, _tq2_0),
+_Scales: TypeAlias = Callable[..., None]
+_Number: TypeAlias = Callable[..., Any]
+
+_TYPES: dict[str, tuple[int, int, _Scales, _Number]] = {
+    "Q8_0": (1, 1, _scale_first, _q8_0),
+    "Q4_0": (2, 1, _scale_first, _q4_0),
+    "Q4_1": (2, 1, _scale_and_minimum_first, _q4_1),
+    "Q5_0": (2, 1, _scale_first, _q5_0),
+    "Q5_1": (2, 1, _scale_and_minimum_first, _q5_1),
+    "Q2_K": (8, 2, _q2_k_scales, _q2_k),
+    "Q3_K": (8, 2, _q3_k_scales, _q3_k),
+    "Q4_K": (8, 1, _k_scales, _q4_k),
+    "Q5_K": (8, 1, _k_scales, _q5_k),
+    "Q6_K": (8, 2, _q6_k_scales, _q6_k),
+    "Q8_K": (8, 1, _q8_k_scale, _q8_k),
+    "IQ4_NL": (2, 1, _scale_first, _iq4_nl),
+    "IQ4_XS": (16, 1, _iq4_xs_scales, _iq4_xs),
+    "MXFP4": (2, 1, _mxfp4_scale, _mxfp4),
+    "TQ1_0": (16, 1, _scale_at_52, _tq1_0),
+    "TQ2_0": (8, 1, _scale_at_64, _tq2_0),
 }
-"""The runs of a block of each type, and its two functions."""
+"""Of each type: the runs of a block, the scales of a run, and the two functions."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockKernels:
+    """The compiled functions of a type. They release the interpreter's lock; all arrays are contiguous.
+
+    Attributes:
+        dequantize: Of `blocks`, uint8 [blocks, bytes], and `values`, float32 [blocks, elements], which it writes.
+        multiply: Of `blocks`, uint8 [rows of blocks, bytes]; `lines`, float32 [lines, columns]; `products`, float32
+            [lines, rows], which it writes for the rows from `first` to `last` (exclusive); and `scratch`, float32
+            [1, columns].
+    """
+
+    dequantize: Callable[[Any, Any], None]
+    multiply: Callable[[Any, Any, Any, int, int, Any], None]
 
 
 @cache
-def dequantizer(type_name: str, elements: int) -> Callable[[Any, Any], None]:
-    """A function that writes the values of blocks. Compiles it, within a second, if it is new.
-
-    Args:
-        elements: Numbers of a block.
-
-    Returns:
-        A function of `blocks`, uint8 [blocks, bytes], and `values`, float32 [blocks, elements]; both contiguous. It
-        releases the interpreter's lock.
-    """
-    runs, scales, number = _TYPES[type_name]
+def kernels_of(type_name: str, elements: int) -> BlockKernels:
+    """The functions of a type, whose blocks have so many numbers. Compiles them, within two seconds, if it is new."""
+    runs, scales_of_run, scales, number = _TYPES[type_name]
     length = elements // runs
-    compiled, halves = _compiled(runs, 4 * length - 1, scales, number), _halves()
-    return lambda blocks, values: compiled(blocks, halves, values.reshape(-1, runs, length))
+    dequantize, multiply = _compiled(runs, scales_of_run, length, scales, number)
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    return BlockKernels(
+        lambda blocks, values: dequantize(blocks, halves, values.reshape(-1, runs, length)),
+        lambda blocks, lines, products, first, last, scratch: multiply(
+            blocks, halves, lines, products, first, last, scratch.reshape(-1, runs, length)
+        ),
+    )
 
 
-def _compiled(runs: int, mask: int, scales: Callable[..., None], number: Callable[..., Any]) -> Callable[..., None]:
+def _compiled(
+    runs: int, scales_of_run: int, run_length: int, scales: _Scales, number: _Number
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    mask, half = 4 * run_length - 1, run_length // 2
+
     @numba.njit("void(uint8[:, ::1], float32[::1], float32[:, :, ::1])", nogil=True)
     def dequantize(blocks, halves, values):
-        scale, minimum = np.empty(runs, np.float32), np.empty(runs, np.float32)
+        scale, minimum = np.empty(runs * scales_of_run, np.float32), np.empty(runs * scales_of_run, np.float32)
         length = values.shape[2] & mask
         for block in range(values.shape[0]):
             scales(blocks, block, halves, scale, minimum)
             for run in range(runs):
-                times, less = scale[run], minimum[run]
-                for idx in range(length):
-                    values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
+                if scales_of_run == 1:
+                    times, less = scale[run], minimum[run]
+                    for idx in range(length):
+                        values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
+                else:
+                    first_times, first_less = scale[2 * run], minimum[2 * run]
+                    second_times, second_less = scale[2 * run + 1], minimum[2 * run + 1]
+                    for idx in range(length):
+                        times = first_times if idx < half else second_times
+                        less = first_less if idx < half else second_less
+                        values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
 
-    function: Callable[..., None] = dequantize
-    return function
+    @numba.njit(
+        "void(uint8[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, int64, float32[:, :, ::1])",
+        nogil=True,
+        fastmath=_MAY_SUM_IN_ANY_ORDER,
+    )
+    def multiply(blocks, halves, lines, products, first, last, scratch):
+        of_row, row_values = scratch.shape[0], scratch.reshape(scratch.size)
+        for row in range(first, last):
+            dequantize(blocks[row * of_row : (row + 1) * of_row], halves, scratch)
+            for line in range(lines.shape[0]):
+                total = float32(0)
+                for column in range(row_values.shape[0]):
+                    total += row_values[column] * lines[line, column]
+                products[line, row] = total
 
-
-@cache
-def _halves() -> Any:
-    return np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    return dequantize, multiply
