@@ -310,7 +310,7 @@ def kernels_of(type_name: str, elements: int) -> BlockKernels:
     return BlockKernels(
         lambda blocks, values: dequantize(blocks, halves, values.reshape(-1, runs, length)),
         lambda blocks, lines, products, first, last, scratch: multiply(
-            blocks, halves, lines, products, first, last, scratch.reshape(-1, runs, length)
+            blocks, halves, lines, products, first=first, last=last, scratch=scratch.reshape(-1, runs, length)
         ),
     )
 
