@@ -3,8 +3,8 @@
 A block is made of runs: numbers in a row that share a scale, and a minimum. A number times its scale, less its minimum,
 is a value. So a type is described by two functions:
 
-- `scales(blocks, block, halves, scale, minimum)` writes the scale and the minimum of each run of a block. Some types
-  have two of each for a run: one for each half.
+- `scales(blocks, block, halves, scale, minimum)` writes the scale of each run of a block, and the minimum if the type has
+  them. Some types have two of each for a run: one for each half.
 - `number(blocks, block, run, idx)` is one of a run's numbers.
 
 `_compiled` makes loops of them, which Numba compiles when a type is first used. The compiler makes vector instructions
@@ -46,7 +46,6 @@ def _scale_first(blocks, block, halves, scale, minimum):
     """A block with one scale, which is its beginning."""
     for run in range(len(scale)):
         scale[run] = _half(blocks, block, 0, halves)
-        minimum[run] = 0
 
 
 @_inlined
@@ -61,14 +60,12 @@ def _scale_and_minimum_first(blocks, block, halves, scale, minimum):
 def _scale_at_52(blocks, block, halves, scale, minimum):
     for run in range(len(scale)):
         scale[run] = _half(blocks, block, 52, halves)
-        minimum[run] = 0
 
 
 @_inlined
 def _scale_at_64(blocks, block, halves, scale, minimum):
     for run in range(len(scale)):
         scale[run] = _half(blocks, block, 64, halves)
-        minimum[run] = 0
 
 
 @_inlined
@@ -78,7 +75,6 @@ def _q8_k_scale(blocks, block, halves, scale, minimum):
         bits |= np.uint32(blocks[block, byte]) << np.uint32(8 * byte)
     for run in range(len(scale)):
         scale[run] = np.uint32(bits).view(np.float32)
-        minimum[run] = 0
 
 
 @_inlined
@@ -96,7 +92,6 @@ def _q3_k_scales(blocks, block, halves, scale, minimum):
         low = blocks[block, 96 + (run & 7)] >> 4 * (run >> 3) & 15
         high = blocks[block, 104 + (run & 3)] >> 2 * (run >> 2) & 3
         scale[run] = of_scales * float32(int32(low | high << 4) - 32)
-        minimum[run] = 0
 
 
 @_inlined
@@ -116,7 +111,6 @@ def _q6_k_scales(blocks, block, halves, scale, minimum):
     of_scales = _half(blocks, block, 208, halves)
     for run in range(16):
         scale[run] = of_scales * float32(int8(blocks[block, 192 + run]))
-        minimum[run] = 0
 
 
 @_inlined
@@ -128,7 +122,6 @@ def _iq4_xs_scales(blocks, block, halves, scale, minimum):
         of_pair = of_scales * float32(int32(low | high << 4) - 32)
         for run in range(2 * pair, 2 * pair + 2):
             scale[run] = of_pair
-            minimum[run] = 0
 
 
 @_inlined
@@ -138,7 +131,6 @@ def _mxfp4_scale(blocks, block, halves, scale, minimum):
     bits = np.uint32(0x00200000) << exponent if exponent < 2 else np.uint32(exponent - np.uint32(1)) << np.uint32(23)
     for run in range(len(scale)):
         scale[run] = np.uint32(bits).view(np.float32)
-        minimum[run] = 0
 
 
 # --- numbers ---
@@ -264,25 +256,41 @@ def _tq2_0(blocks, block, run, idx):
 _Scales: TypeAlias = Callable[..., None]
 _Number: TypeAlias = Callable[..., Any]
 
-_TYPES: dict[str, tuple[int, int, _Scales, _Number]] = {
-    "Q8_0": (1, 1, _scale_first, _q8_0),
-    "Q4_0": (2, 1, _scale_first, _q4_0),
-    "Q4_1": (2, 1, _scale_and_minimum_first, _q4_1),
-    "Q5_0": (2, 1, _scale_first, _q5_0),
-    "Q5_1": (2, 1, _scale_and_minimum_first, _q5_1),
-    "Q2_K": (8, 2, _q2_k_scales, _q2_k),
-    "Q3_K": (8, 2, _q3_k_scales, _q3_k),
-    "Q4_K": (8, 1, _k_scales, _q4_k),
-    "Q5_K": (8, 1, _k_scales, _q5_k),
-    "Q6_K": (8, 2, _q6_k_scales, _q6_k),
-    "Q8_K": (8, 1, _q8_k_scale, _q8_k),
-    "IQ4_NL": (2, 1, _scale_first, _iq4_nl),
-    "IQ4_XS": (16, 1, _iq4_xs_scales, _iq4_xs),
-    "MXFP4": (2, 1, _mxfp4_scale, _mxfp4),
-    "TQ1_0": (16, 1, _scale_at_52, _tq1_0),
-    "TQ2_0": (8, 1, _scale_at_64, _tq2_0),
+
+@dataclass(frozen=True, slots=True)
+class _Type:
+    """How the values of a block are made.
+
+    Attributes:
+        runs: Of a block.
+        scales_of_run: 1, or 2: one for each half.
+    """
+
+    runs: int
+    scales: _Scales
+    number: _Number
+    has_minimums: bool = False
+    scales_of_run: int = 1
+
+
+_TYPES = {
+    "Q8_0": _Type(1, _scale_first, _q8_0),
+    "Q4_0": _Type(2, _scale_first, _q4_0),
+    "Q4_1": _Type(2, _scale_and_minimum_first, _q4_1, has_minimums=True),
+    "Q5_0": _Type(2, _scale_first, _q5_0),
+    "Q5_1": _Type(2, _scale_and_minimum_first, _q5_1, has_minimums=True),
+    "Q2_K": _Type(8, _q2_k_scales, _q2_k, has_minimums=True, scales_of_run=2),
+    "Q3_K": _Type(8, _q3_k_scales, _q3_k, scales_of_run=2),
+    "Q4_K": _Type(8, _k_scales, _q4_k, has_minimums=True),
+    "Q5_K": _Type(8, _k_scales, _q5_k, has_minimums=True),
+    "Q6_K": _Type(8, _q6_k_scales, _q6_k, scales_of_run=2),
+    "Q8_K": _Type(8, _q8_k_scale, _q8_k),
+    "IQ4_NL": _Type(2, _scale_first, _iq4_nl),
+    "IQ4_XS": _Type(16, _iq4_xs_scales, _iq4_xs),
+    "MXFP4": _Type(2, _mxfp4_scale, _mxfp4),
+    "TQ1_0": _Type(16, _scale_at_52, _tq1_0),
+    "TQ2_0": _Type(8, _scale_at_64, _tq2_0),
 }
-"""Of each type: the runs of a block, the scales of a run, and the two functions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -303,9 +311,9 @@ class BlockKernels:
 @cache
 def kernels_of(type_name: str, elements: int) -> BlockKernels:
     """The functions of a type, whose blocks have so many numbers. Compiles them, within two seconds, if it is new."""
-    runs, scales_of_run, scales, number = _TYPES[type_name]
+    runs = _TYPES[type_name].runs
     length = elements // runs
-    dequantize, multiply = _compiled(runs, scales_of_run, length, scales, number)
+    dequantize, multiply = _compiled(_TYPES[type_name], length)
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     return BlockKernels(
         lambda blocks, values: dequantize(blocks, halves, values.reshape(-1, runs, length)),
@@ -315,9 +323,9 @@ def kernels_of(type_name: str, elements: int) -> BlockKernels:
     )
 
 
-def _compiled(
-    runs: int, scales_of_run: int, run_length: int, scales: _Scales, number: _Number
-) -> tuple[Callable[..., None], Callable[..., None]]:
+def _compiled(of_type: _Type, run_length: int) -> tuple[Callable[..., None], Callable[..., None]]:
+    runs, scales_of_run, has_minimums = of_type.runs, of_type.scales_of_run, of_type.has_minimums
+    scales, number = of_type.scales, of_type.number
     mask, half = 4 * run_length - 1, run_length // 2
 
     @numba.njit("void(uint8[:, ::1], float32[::1], float32[:, :, ::1])", nogil=True)
@@ -327,17 +335,15 @@ def _compiled(
         for block in range(values.shape[0]):
             scales(blocks, block, halves, scale, minimum)
             for run in range(runs):
-                if scales_of_run == 1:
-                    times, less = scale[run], minimum[run]
-                    for idx in range(length):
-                        values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
-                else:
-                    first_times, first_less = scale[2 * run], minimum[2 * run]
-                    second_times, second_less = scale[2 * run + 1], minimum[2 * run + 1]
-                    for idx in range(length):
-                        times = first_times if idx < half else second_times
-                        less = first_less if idx < half else second_less
-                        values[block, run, idx] = times * float32(int32(number(blocks, block, run, idx))) - less
+                first, last = scales_of_run * run, scales_of_run * (run + 1) - 1
+                times, last_times, less, last_less = scale[first], scale[last], minimum[first], minimum[last]
+                for idx in range(length):
+                    value = float32(int32(number(blocks, block, run, idx)))
+                    # The compiler leaves out what does not depend on the loop.
+                    value *= times if scales_of_run == 1 or idx < half else last_times
+                    if has_minimums:
+                        value -= less if scales_of_run == 1 or idx < half else last_less
+                    values[block, run, idx] = value
 
     @numba.njit(
         "void(uint8[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, int64, float32[:, :, ::1])",

@@ -9,13 +9,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import TypeAlias
 
 Part: TypeAlias = Callable[[int, int, int], None]
-"""Computes some rows. Takes the number of its thread, from 0 on, the first row, and the row behind the last."""
+"""Computes some rows. Takes the number of the thread, from 0 on, the first row, and the row behind the last."""
 
-_ROWS_EACH = 16
-"""Fewer rows are not worth the time in which a thread wakes."""
+_FEWEST_ROWS = 16
+"""Fewer are not worth the time in which a thread wakes."""
+_TIMES_EACH = 2
+"""So often a thread takes rows, if all are as fast."""
 
 
 class RowThreads:
@@ -35,7 +38,9 @@ class RowThreads:
         self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
     def divide(self, num_rows: int, part: Part, at_most: int | None = None) -> None:
-        """Calls `part` on several threads at once, each with a share of the rows; returns when all are done.
+        """Calls `part` for all rows, on several threads at once; returns when all are done.
+
+        Each thread takes a few of the rows, and then the next few. So one whose processor is slower computes fewer.
 
         Args:
             part: Must release the interpreter's lock while it computes, and use nothing of torch.
@@ -44,14 +49,20 @@ class RowThreads:
         Raises:
             Exception: What `part` raised.
         """
-        count = max(1, min(self.count, num_rows // _ROWS_EACH, at_most or self.count))
-        bounds = [num_rows * idx // count for idx in range(count + 1)]
+        count = max(1, min(self.count, num_rows // _FEWEST_ROWS, at_most or self.count))
+        step = num_rows if count == 1 else max(_FEWEST_ROWS, num_rows // (count * _TIMES_EACH))
+        starts = iter(range(0, num_rows, step))  # taking the next one is one operation of the interpreter
+
+        def take(thread: int) -> None:
+            for start in starts:
+                part(thread, start, min(num_rows, start + step))
+
         self._start(count - 1)
         for idx in range(1, count):
-            self._parts[idx - 1].put(lambda idx=idx: part(idx, bounds[idx], bounds[idx + 1]))  # type: ignore[misc]
+            self._parts[idx - 1].put(partial(take, idx))
         errors: list[BaseException | None] = []
         try:
-            part(0, bounds[0], bounds[1])
+            take(0)
         finally:  # the memory that the parts use is the caller's
             errors += [self._ended.get() for _ in range(1, count)]
         for error in errors:
