@@ -12,6 +12,7 @@ from hermes_async import Engine, EngineConfig, SamplingParams
 
 # What the engine imports when it opens a model, so that it is part of the memory that is there before.
 _MODULES = ("hermes_async.profiler.profiler", "hermes_async.engine.opening", "transformers.models.llama.modeling_llama")
+_GGUF_MODULES = ("gguf", "hermes_async.quantization.gguf_kernels")
 
 
 async def run(benchmark: Benchmark) -> None:
@@ -61,10 +62,11 @@ def _decode_phase(moments: list[list[Moment]]) -> tuple[Moment, Moment, list[flo
 
 
 def main() -> None:
-    for name in _MODULES:
+    benchmark = Benchmark()
+    for name in (*_MODULES, *(_GGUF_MODULES if benchmark.asked["path"].endswith(".gguf") else ())):
         importlib.import_module(name)
     options: dict[str, Any] = {"use_uvloop": True}
-    anyio.run(run, Benchmark(), backend_options=options)
+    anyio.run(run, benchmark, backend_options=options)
 
 
 if __name__ == "__main__":

@@ -108,6 +108,9 @@ def open_model(
         model = build_and_probe(checkpoint, config, on_error, (shared_tokenizer, tokenizer_error, processor))
         check_cancelled()
         check_scales(model.skeleton.encoded.values())
+        # Before the budget is divided, as it takes memory.
+        for encoding in {matrix.encoding for one in model.skeleton.encoded.values() for matrix in one.matrices}:
+            encoding.prepare()
         model, pooling = with_pooling(model, checkpoint)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None

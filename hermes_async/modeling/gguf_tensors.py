@@ -12,6 +12,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.util import find_spec
 from math import prod
 from typing import Any, TypeAlias
 
@@ -125,6 +126,12 @@ def _stored(spec: TensorSpec) -> StoredMatrix:
                 path=spec.file,
             )
         encoding = GgufEncoding(spec.packed)
+        if encoding.needs_compiler and find_spec("numba") is None:
+            raise UnsupportedModelError(
+                f"{spec.file}: tensor {spec.name!r} is of GGUF's type {spec.packed}, which needs the package numba; "
+                "install it with: pip install 'hermes-async[gguf]'",
+                path=spec.file,
+            )
     shape = _numbers_shape(spec)
     if len(shape) == 2 or (len(shape) == 3 and shape[1] > 1):
         matrix = StoredMatrix(encoding, shape, {"weight": spec})

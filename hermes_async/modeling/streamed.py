@@ -174,8 +174,6 @@ class StreamedModel:
         self._encoded = encoded
         self._products = products
         self._row_threads = RowThreads(torch.get_num_threads())
-        for encoding in {matrix.encoding for parameter in encoded.values() for matrix in parameter.matrices}:
-            encoding.prepare()
         names = {parameter_of(placement.name) for stage in stages for placement in stage.layout.placements}
         of_experts = {name for layer, _ in experts for name in layer.parameters}
         self._places = places_of(model, names | of_experts)

@@ -113,7 +113,7 @@ class Encoding(ABC):
         return None
 
     def prepare(self) -> None:  # noqa: B027 - most encodings have nothing to prepare
-        """Compiles what `dequantize` needs, if it needs that. Takes up to a second; call it on a worker thread."""
+        """Compiles what `dequantize` needs, if it needs that. It may take seconds; call it on a worker thread."""
 
     def product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
         """The product of `inputs` [n, columns] with all rows, [n, rows], by a kernel that does not dequantize.

@@ -42,6 +42,11 @@ class GgufEncoding(Encoding):
     def name(self) -> str:
         return self.type_name
 
+    @property
+    def needs_compiler(self) -> bool:
+        """Whether a compiled function dequantizes it."""
+        return GGUF_TYPES[self.type_name].dtype is None
+
     def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
         block = GGUF_TYPES[self.type_name]
         if columns % block.elements:
@@ -70,7 +75,7 @@ class GgufEncoding(Encoding):
         return CompiledRows(write, partial(kernels.multiply, blocks))
 
     def prepare(self) -> None:
-        if GGUF_TYPES[self.type_name].dtype is None:
+        if self.needs_compiler:
             self._kernels()
 
     def _kernels(self) -> BlockKernels:

@@ -3,11 +3,11 @@
 A block is made of runs: numbers in a row that share a scale, and a minimum. A number times its scale, less its minimum,
 is a value. So a type is described by two functions:
 
-- `scales(blocks, block, halves, scale, minimum)` writes the scale of each run of a block, and the minimum if the type has
-  them. Some types have two of each for a run: one for each half.
+- `scales(blocks, block, halves, scale, minimum)` writes the scale of each run of a block, and the minimum if the type
+  has them. Some types have two of each for a run: one for each half.
 - `number(blocks, block, run, idx)` is one of a run's numbers.
 
-`_compiled` makes loops of them, which Numba compiles when a type is first used. The compiler makes vector instructions
+`kernels_of` makes loops of them, which Numba compiles when a type is first used. The compiler makes vector instructions
 of a loop only if it can see that no index is negative, and if numbers are no wider than they need to be. That is why
 lengths of runs are masked, and bytes are handled as bytes.
 
@@ -18,9 +18,10 @@ Source: the `gguf` package, `quants`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import FunctionType
 from typing import Any, TypeAlias
 
 import numba
@@ -310,10 +311,15 @@ class BlockKernels:
 
 @cache
 def kernels_of(type_name: str, elements: int) -> BlockKernels:
-    """The functions of a type, whose blocks have so many numbers. Compiles them, within two seconds, if it is new."""
-    runs = _TYPES[type_name].runs
-    length = elements // runs
-    dequantize, multiply = _compiled(_TYPES[type_name], length)
+    """The functions of a type, whose blocks have so many numbers.
+
+    Compiles them, within two seconds, if they are new on this machine.
+    """
+    of_type = _TYPES[type_name]
+    runs, length = of_type.runs, elements // of_type.runs
+    names: dict[str, Any] = {field: getattr(of_type, field) for field in _Type.__slots__} | {"run_length": length}
+    dequantize = _compiled(_dequantize, _DEQUANTIZE, type_name, names)
+    multiply = _compiled(_multiply, _MULTIPLY, type_name, names | {"dequantize": dequantize}, _MAY_SUM_IN_ANY_ORDER)
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     return BlockKernels(
         lambda blocks, values: dequantize(blocks, halves, values.reshape(-1, runs, length)),
@@ -323,41 +329,69 @@ def kernels_of(type_name: str, elements: int) -> BlockKernels:
     )
 
 
-def _compiled(of_type: _Type, run_length: int) -> tuple[Callable[..., None], Callable[..., None]]:
-    runs, scales_of_run, has_minimums = of_type.runs, of_type.scales_of_run, of_type.has_minimums
-    scales, number = of_type.scales, of_type.number
-    mask, half = 4 * run_length - 1, run_length // 2
+def _compiled(
+    function: Callable[..., None],
+    signature: str,
+    type_name: str,
+    names: Mapping[str, Any],
+    fastmath: Collection[str] = (),
+) -> Callable[..., None]:
+    """A compiled copy of a function, in which `names` have values of their own.
 
-    @numba.njit("void(uint8[:, ::1], float32[::1], float32[:, :, ::1])", nogil=True)
-    def dequantize(blocks, halves, values):
-        scale, minimum = np.empty(runs * scales_of_run, np.float32), np.empty(runs * scales_of_run, np.float32)
-        length = values.shape[2] & mask
-        for block in range(values.shape[0]):
-            scales(blocks, block, halves, scale, minimum)
-            for run in range(runs):
-                first, last = scales_of_run * run, scales_of_run * (run + 1) - 1
-                times, last_times, less, last_less = scale[first], scale[last], minimum[first], minimum[last]
-                for idx in range(length):
-                    value = float32(int32(number(blocks, block, run, idx)))
-                    # The compiler leaves out what does not depend on the loop.
-                    value *= times if scales_of_run == 1 or idx < half else last_times
-                    if has_minimums:
-                        value -= less if scales_of_run == 1 or idx < half else last_less
-                    values[block, run, idx] = value
+    Numba keeps what it compiles on disk, by the name of the function. Where no folder can be written to, it is compiled
+    again in each process.
+    """
+    assert isinstance(function, FunctionType)
+    own = FunctionType(function.__code__, {**globals(), **names})
+    own.__name__ = own.__qualname__ = f"{function.__name__}_{type_name}"
+    own.__module__ = __name__
+    options = {"nogil": True, "fastmath": set(fastmath)}
+    try:
+        compiled = numba.njit(signature, cache=True, **options)(own)
+    except (RuntimeError, OSError):  # no folder for it, or no space
+        compiled = numba.njit(signature, **options)(own)
+    result: Callable[..., None] = compiled
+    return result
 
-    @numba.njit(
-        "void(uint8[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, int64, float32[:, :, ::1])",
-        nogil=True,
-        fastmath=_MAY_SUM_IN_ANY_ORDER,
-    )
-    def multiply(blocks, halves, lines, products, first, last, scratch):
-        of_row, row_values = scratch.shape[0], scratch.reshape(scratch.size)
-        for row in range(first, last):
-            dequantize(blocks[row * of_row : (row + 1) * of_row], halves, scratch)
-            for line in range(lines.shape[0]):
-                total = float32(0)
-                for column in range(row_values.shape[0]):
-                    total += row_values[column] * lines[line, column]
-                products[line, row] = total
 
-    return dequantize, multiply
+# --- the loops, in which each type has these names of its own ---
+
+runs: int
+run_length: int
+scales_of_run: int
+has_minimums: bool
+scales: _Scales
+number: _Number
+dequantize: Callable[..., None]
+
+
+_DEQUANTIZE = "void(uint8[:, ::1], float32[::1], float32[:, :, ::1])"
+_MULTIPLY = "void(uint8[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, int64, float32[:, :, ::1])"
+
+
+def _dequantize(blocks, halves, values):
+    scale, minimum = np.empty(runs * scales_of_run, np.float32), np.empty(runs * scales_of_run, np.float32)
+    length = values.shape[2] & 4 * run_length - 1
+    for block in range(values.shape[0]):
+        scales(blocks, block, halves, scale, minimum)
+        for run in range(runs):
+            first, last = scales_of_run * run, scales_of_run * (run + 1) - 1
+            times, last_times, less, last_less = scale[first], scale[last], minimum[first], minimum[last]
+            for idx in range(length):
+                value = float32(int32(number(blocks, block, run, idx)))
+                # The compiler leaves out what does not depend on the loop.
+                value *= times if scales_of_run == 1 or idx < run_length // 2 else last_times
+                if has_minimums:
+                    value -= less if scales_of_run == 1 or idx < run_length // 2 else last_less
+                values[block, run, idx] = value
+
+
+def _multiply(blocks, halves, lines, products, first, last, scratch):
+    of_row, row_values = scratch.shape[0], scratch.reshape(scratch.size)
+    for row in range(first, last):
+        dequantize(blocks[row * of_row : (row + 1) * of_row], halves, scratch)
+        for line in range(lines.shape[0]):
+            total = float32(0)
+            for column in range(row_values.shape[0]):
+                total += row_values[column] * lines[line, column]
+            products[line, row] = total

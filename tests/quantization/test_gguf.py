@@ -232,6 +232,18 @@ async def test_without_the_package_the_extra_is_named(llama_file: Path, monkeypa
             pass
 
 
+@pytest.mark.anyio
+async def test_without_a_compiler_only_plain_numbers_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hermes_async.modeling.gguf_tensors.find_spec", lambda name: None)
+    async with Engine(save_gguf(llama(), tmp_path / "plain.gguf"), memory_budget=RESIDENT):
+        pass
+    quantized = save_gguf(llama(), tmp_path / "model.gguf", quantization="Q8_0")
+    message = r"'.*' is of GGUF's type Q8_0, which needs the package numba; .*pip install 'hermes-async\[gguf\]'"
+    with pytest.raises(UnsupportedModelError, match=message):
+        async with Engine(quantized, memory_budget=RESIDENT):
+            pass
+
+
 def number(key: str, value: int) -> bytes:
     """An entry of metadata."""
     return f"llama.{key}".encode() + struct.pack("<II", 4, value)

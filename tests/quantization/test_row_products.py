@@ -1,0 +1,120 @@
+"""Products whose rows several threads dequantize and multiply are those of the whole matrix."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from hermes_async.quantization.gguf_blocks import GGUF_TYPES, GgufEncoding
+from hermes_async.quantization.row_products import product_of_rows
+from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
+from tests.modeling.test_activations import allocated
+
+COLUMNS = 512
+
+
+@pytest.fixture
+def three() -> RowThreads:
+    threads = RowThreads(3)
+    yield threads
+    threads.close()
+
+
+@pytest.mark.parametrize("num_rows", [1, 15, 16, 100, 1000])
+def test_every_row_is_computed_once(three: RowThreads, num_rows: int) -> None:
+    times, used = np.zeros(num_rows, np.int64), set()
+
+    def part(thread: int, first: int, last: int) -> None:
+        used.add((thread, threading.get_ident()))
+        times[first:last] += 1
+        time.sleep(0.001)
+
+    three.divide(num_rows, part)
+    assert (times == 1).all()
+    assert len({thread for thread, _ in used}) == len(used) <= 3
+    assert (0, threading.get_ident()) in used
+    assert len(used) > 1 or num_rows < 32
+
+
+def test_no_more_threads_compute_than_are_asked_for(three: RowThreads) -> None:
+    used: set[int] = set()
+    three.divide(1000, lambda thread, *_: used.add(thread), at_most=2)
+    assert used <= {0, 1}
+    assert sum(one.name.startswith("hermes rows") for one in threading.enumerate()) == 1
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_is_raised_when_all_have_ended(three: RowThreads, failing: int) -> None:
+    others, began = threading.Barrier(3), time.monotonic()
+    under_way: set[int] = set()
+
+    def part(thread: int, *_: int) -> None:
+        under_way.add(thread)
+        others.wait(timeout=60)
+        if thread == failing:
+            raise ZeroDivisionError(thread)
+        time.sleep(0.05)
+        under_way.discard(thread)
+
+    with pytest.raises(ZeroDivisionError):
+        three.divide(48, part)
+    assert time.monotonic() - began >= 0.05
+    assert under_way == {failing}
+    rows: list[int] = []
+    three.divide(32, lambda _, first, last: rows.extend(range(first, last)))
+    assert sorted(rows) == list(range(32))
+
+
+def test_close_ends_the_threads() -> None:
+    threads = RowThreads(4)
+    threads.divide(1000, lambda *_: time.sleep(0.001))
+    assert [one for one in threading.enumerate() if one.name.startswith("hermes rows")]
+    threads.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("hermes rows")]
+    threads.close()
+
+
+@pytest.mark.parametrize("name", [name for name, block in GGUF_TYPES.items() if block.elements > 1])
+@pytest.mark.parametrize("num_lines", [1, 3, 9])
+def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: str, num_lines: int) -> None:
+    encoding, block, numbers = GgufEncoding(name), GGUF_TYPES[name], np.random.default_rng(0)
+    lines = torch.from_numpy(numbers.standard_normal((num_lines, COLUMNS), np.float32))
+    for num_rows in (1, 50, 130):
+        data = numbers.integers(0, 50, (num_rows, COLUMNS // block.elements * block.nbytes), np.uint8)
+        parts, values = {"weight": torch.from_numpy(data)}, torch.empty(num_rows, COLUMNS)
+        encoding.dequantize(parts, 0, num_rows, values)
+        expected = lines.double() @ values.double().T
+        tolerance = 1e-5 * (lines.double().abs() @ values.double().abs().T)
+        compiled = encoding.compiled_rows(parts)
+        assert compiled is not None
+        for threads, block_rows in ((three, 64), (three, 1), (ONE_THREAD, 1000)):
+            product = product_of_rows(compiled, num_rows, block_rows, lines, threads)
+            assert product.dtype == torch.float32
+            assert ((product.double() - expected).abs() <= tolerance).all()
+
+
+def test_lines_need_not_be_contiguous() -> None:
+    encoding = GgufEncoding("Q8_0")
+    parts = {"weight": torch.randint(0, 50, (40, COLUMNS // 32 * 34), dtype=torch.uint8)}
+    compiled, lines = encoding.compiled_rows(parts), torch.randn(COLUMNS, 2).T
+    assert compiled is not None
+    expected = product_of_rows(compiled, 40, 64, lines.contiguous(), ONE_THREAD)
+    assert torch.equal(product_of_rows(compiled, 40, 64, lines, ONE_THREAD), expected)
+
+
+@pytest.mark.parametrize("num_lines", [1, 9])
+def test_memory_is_that_of_a_block_and_of_the_results(three: RowThreads, num_lines: int) -> None:
+    encoding = GgufEncoding("Q8_0")
+    parts = {"weight": torch.zeros((200, COLUMNS // 32 * 34), dtype=torch.uint8)}
+    compiled, lines = encoding.compiled_rows(parts), torch.randn(num_lines, COLUMNS)
+    assert compiled is not None
+    taken = allocated(lambda: product_of_rows(compiled, 200, 20, lines, three))
+    assert taken.most_bytes <= 4 * (20 * COLUMNS + 2 * num_lines * 200)
+
+
+def test_matrices_of_plain_numbers_have_no_compiled_functions() -> None:
+    assert GgufEncoding("F16").compiled_rows({"weight": torch.zeros(4, 8, dtype=torch.uint8)}) is None
