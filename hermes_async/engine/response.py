@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -174,13 +175,13 @@ class _Special:
 
     Attributes:
         pattern: Finds each of them.
-        beginnings: All their beginnings.
-        first_chars: The beginnings of one character.
-        most_chars: The length of the longest beginning.
+        ordered: All texts, in the order of their characters: those that begin alike are next to each other.
+        first_chars: Of those that have more.
+        most_chars: Of the longest, without its last one.
     """
 
     pattern: re.Pattern[str]
-    beginnings: frozenset[str]
+    ordered: tuple[str, ...]
     first_chars: frozenset[str]
     most_chars: int
 
@@ -189,15 +190,19 @@ class _Special:
         tail = text[-self.most_chars :] if self.most_chars else ""
         if not any(char in tail for char in self.first_chars):
             return 0
-        return next((length for length in range(len(tail), 0, -1) if tail[-length:] in self.beginnings), 0)
+        return next((length for length in range(len(tail), 0, -1) if self._begins(tail[-length:])), 0)
+
+    def _begins(self, text: str) -> bool:
+        """Whether a special token begins with `text`, and goes on."""
+        after = bisect_right(self.ordered, text)
+        return after < len(self.ordered) and self.ordered[after].startswith(text)
 
 
 @lru_cache(maxsize=8)
 def _special(texts: tuple[str, ...]) -> _Special:
     pattern = re.compile("|".join(map(re.escape, texts)) or r"(?!)")  # the longest first; (?!) never matches
-    beginnings = frozenset(text[:length] for text in texts for length in range(1, len(text)))
-    first_chars = frozenset(beginning for beginning in beginnings if len(beginning) == 1)
-    return _Special(pattern, beginnings, first_chars, max(map(len, beginnings), default=0))
+    first_chars = frozenset(text[0] for text in texts if len(text) > 1)
+    return _Special(pattern, tuple(sorted(texts)), first_chars, max(map(len, texts), default=1) - 1)
 
 
 @dataclass(slots=True)

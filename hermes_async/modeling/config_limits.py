@@ -32,6 +32,9 @@ MAX_POSITIONS = 2**24
 MAX_TABLE_BYTES = 64 * 2**20
 """Bytes of tables that transformers computes, such as rotary frequencies, even if a checkpoint has fewer bytes."""
 
+MAX_VALUES = 2**17
+"""Values of a configuration, all its lists and objects counted. It is copied several times when a model is opened."""
+
 _PACKED = 16
 """A dimension of a quantized tensor is smaller than the matrix's by at most this factor."""
 _MAX_DEPTH = 16
@@ -61,6 +64,9 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: Collection[Tens
         CheckpointError: A number is too large. The message has its name, its value and the limit.
     """
     largest = max((max(spec.shape, default=1) for spec in tensors), default=1)
+    num_values, most_values = _num_values(config), max(MAX_VALUES, 4 * largest)  # a label is two of them
+    if num_values > most_values:
+        raise CheckpointError(f"{path}: it has {num_values} values, of at most {most_values}", path=path)
     few, of_tensors = f"it has {len(tensors)} tensors", f"the largest dimension of its tensors is {largest}"
     limits = (
         (_LAYERS, max(MAX_LAYERS, len(tensors)), few),
@@ -75,6 +81,17 @@ def check_config(path: Path, config: Mapping[str, Any], tensors: Collection[Tens
         most, why = next(((most, why) for pattern, most, why in limits if pattern.fullmatch(key)), (math.inf, ""))
         for value in (value for value in values if value > most):
             raise CheckpointError(f"{path}: {name} is {value!s:.40}, of at most {most}, because {why}", path=path)
+
+
+def _num_values(tree: Any) -> int:
+    """The values in a JSON value, however deep."""
+    left, count = [tree], 0
+    while left:
+        one = left.pop()
+        several = one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ()
+        count += len(several)
+        left += (value for value in several if isinstance(value, (Mapping, list)))
+    return count
 
 
 def _numbers(

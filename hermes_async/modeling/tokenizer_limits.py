@@ -21,6 +21,8 @@ MAX_GROWTH = 256
 """Characters that the steps of a normalizer or a decoder may make of one."""
 MAX_ADDED_TOKENS = 1024
 """Tokens that are put around every text."""
+MAX_TOKEN_CHARS = 1024
+"""Of a token that is added to a vocabulary, such as a special one. Answers are searched for beginnings of these."""
 MAX_PATTERN_CHARS = 2**14
 """Of one regular expression. Those of models have some hundred characters."""
 
@@ -33,11 +35,16 @@ _ENDS_SOON = re.compile(rf"{_ALTERNATIVE}(?:\|{_ALTERNATIVE})*+")
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Checks what a tokenizer of the Rust library does to a text, without trying it.
+    """Checks the added tokens of a tokenizer, and what one of the Rust library does to a text, without trying it.
 
     Raises:
         CheckpointError: The message names the part of `tokenizer.json`.
     """
+    longest = max((str(token) for token in tokenizer.added_tokens_decoder.values()), key=len, default="")
+    if len(longest) > MAX_TOKEN_CHARS:
+        raise CheckpointError(
+            f"the tokenizer's added token {longest!r:.50} has {len(longest)} characters, of at most {MAX_TOKEN_CHARS}"
+        )
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         return
     for name in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine import kernel_choice
+from hermes_async.modeling import bfloat16_weight
 from hermes_async.planning.profile_store import load_products_profile, products_profile_file
 from tests.inside import inside
 
@@ -30,6 +31,12 @@ CONFIG = LlamaConfig(
     max_position_embeddings=128,
     tie_word_embeddings=False,
 )
+
+
+@pytest.fixture(autouse=True)
+def small_ones_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The weights of these models count as large."""
+    monkeypatch.setattr(bfloat16_weight, "LEAST_ELEMENTS", 1 << 18)
 
 
 @pytest.fixture(scope="module")

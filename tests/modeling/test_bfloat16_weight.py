@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from hermes_async.modeling import bfloat16_weight
 from hermes_async.modeling.bfloat16_weight import Bfloat16Weight, bfloat16_shapes, may_be_bfloat16_weight
 from hermes_async.modeling.module_tensors import Place
 from hermes_async.quantization import bfloat16_products
@@ -117,7 +118,10 @@ def test_everything_else_is_as_with_a_parameter(weight: torch.Tensor) -> None:
     ],
     ids=["bfloat16", "float32", "float16", "small", "embedding"],
 )
-def test_only_large_bfloat16_weights_of_linear_layers(module: nn.Module, expected: bool) -> None:
+def test_only_large_bfloat16_weights_of_linear_layers(
+    monkeypatch: pytest.MonkeyPatch, module: nn.Module, expected: bool
+) -> None:
+    monkeypatch.setattr(bfloat16_weight, "LEAST_ELEMENTS", ROWS * COLUMNS)
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
     assert may_be_bfloat16_weight(Place(module, "weight"), weight) is expected

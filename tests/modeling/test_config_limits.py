@@ -10,7 +10,14 @@ import torch
 from transformers import CONFIG_MAPPING
 
 from hermes_async.errors import CheckpointError, UnsupportedModelError
-from hermes_async.modeling.config_limits import MAX_LAYERS, MAX_TABLE_BYTES, MAX_WIDTH, check_config, check_tables
+from hermes_async.modeling.config_limits import (
+    MAX_LAYERS,
+    MAX_TABLE_BYTES,
+    MAX_VALUES,
+    MAX_WIDTH,
+    check_config,
+    check_tables,
+)
 from hermes_async.storage.tensor_spec import TensorSpec
 
 PATH = Path("config.json")
@@ -68,6 +75,20 @@ def test_other_numbers_are_left_alone(config: dict[str, Any]) -> None:
 def test_larger_checkpoints_may_have_larger_numbers() -> None:
     check_config(PATH, {"num_hidden_layers": 1000, "num_experts": 2000}, tensors(count=2000))
     check_config(PATH, {"vocab_size": 2**21, "num_labels": 2**21}, tensors(size=2**21))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"vision_config": [0] * (MAX_VALUES + 1)},
+        {"a": {"b": [[0] * (MAX_VALUES // 2)] * 3}},
+        {"id2label": dict.fromkeys(map(str, range(MAX_VALUES + 1)), "x")},
+    ],
+)
+def test_more_values_than_any_configuration_has(config: dict[str, Any]) -> None:
+    with pytest.raises(CheckpointError, match=rf"config\.json: it has \d+ values, of at most {MAX_VALUES}"):
+        check_config(PATH, config, tensors())
+    check_config(PATH, config, tensors(size=MAX_VALUES))
 
 
 def test_configurations_in_configurations() -> None:

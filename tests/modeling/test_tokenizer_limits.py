@@ -9,7 +9,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from hermes_async.errors import CheckpointError
-from hermes_async.modeling.tokenizer_limits import MAX_ADDED_TOKENS, MAX_GROWTH, MAX_PATTERN_CHARS, check_tokenizer
+from hermes_async.modeling.tokenizer_limits import (
+    MAX_ADDED_TOKENS,
+    MAX_GROWTH,
+    MAX_PATTERN_CHARS,
+    MAX_TOKEN_CHARS,
+    check_tokenizer,
+)
 
 
 def tokenizer(**parts: Any) -> PreTrainedTokenizerFast:
@@ -31,6 +37,17 @@ def test_usual_tokenizers() -> None:
             decoder=decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]),
         )
     )
+
+
+@pytest.mark.parametrize("special", [False, True])
+def test_an_added_token_that_is_long(special: bool) -> None:
+    usual = tokenizer()
+    usual.add_tokens(["x" * MAX_TOKEN_CHARS], special_tokens=special)
+    check_tokenizer(usual)
+    usual.add_tokens(["y" * (MAX_TOKEN_CHARS + 1)], special_tokens=special)
+    message = f"added token 'y+ has {MAX_TOKEN_CHARS + 1} characters, of at most {MAX_TOKEN_CHARS}"
+    with pytest.raises(CheckpointError, match=message):
+        check_tokenizer(usual)
 
 
 @pytest.mark.parametrize(
