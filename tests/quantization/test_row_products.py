@@ -79,7 +79,7 @@ def test_close_ends_the_threads() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, block in GGUF_TYPES.items() if block.elements > 1])
-@pytest.mark.parametrize("num_lines", [1, 3, 9])
+@pytest.mark.parametrize("num_lines", [1, 3, 20])
 def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: str, num_lines: int) -> None:
     encoding, block, numbers = GgufEncoding(name), GGUF_TYPES[name], np.random.default_rng(0)
     lines = torch.from_numpy(numbers.standard_normal((num_lines, COLUMNS), np.float32))
@@ -106,7 +106,7 @@ def test_lines_need_not_be_contiguous() -> None:
     assert torch.equal(product_of_rows(compiled, 40, 64, lines, ONE_THREAD), expected)
 
 
-@pytest.mark.parametrize("num_lines", [1, 9])
+@pytest.mark.parametrize("num_lines", [1, 20])
 def test_memory_is_that_of_a_block_and_of_the_results(three: RowThreads, num_lines: int) -> None:
     encoding = GgufEncoding("Q8_0")
     parts = {"weight": torch.zeros((200, COLUMNS // 32 * 34), dtype=torch.uint8)}
