@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from hermes_async.quantization.encoding import CompiledRows
 from hermes_async.quantization.row_threads import RowThreads
 
-_FEW_LINES = 16
+_FEW_LINES = 4
 
 
 def product_of_rows(
