@@ -28,6 +28,9 @@ import numba
 import numpy as np
 from numba import float32, int8, int32, uint8
 
+_Scales: TypeAlias = Callable[..., None]
+_Number: TypeAlias = Callable[..., Any]
+
 _inlined = numba.njit(forceinline=True)
 
 _MAY_SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
@@ -42,31 +45,24 @@ def _half(blocks, block, at, halves):
     return halves[int32(blocks[block, at]) | int32(blocks[block, at + 1]) << 8]
 
 
-@_inlined
-def _scale_first(blocks, block, halves, scale, minimum):
-    """A block with one scale, which is its beginning."""
-    for run in range(len(scale)):
-        scale[run] = _half(blocks, block, 0, halves)
+def _scale_at(at: int) -> _Scales:
+    """The function of a block with one scale, at a byte of it."""
+
+    @_inlined
+    def scales(blocks, block, halves, scale, minimum):
+        for run in range(len(scale)):
+            scale[run] = _half(blocks, block, at, halves)
+
+    result: _Scales = scales
+    return result
 
 
 @_inlined
 def _scale_and_minimum_first(blocks, block, halves, scale, minimum):
-    """The same, with a minimum behind the scale, which is stored with the other sign."""
+    """A block that begins with one scale, and one minimum, which is stored with the other sign."""
     for run in range(len(scale)):
         scale[run] = _half(blocks, block, 0, halves)
         minimum[run] = -_half(blocks, block, 2, halves)
-
-
-@_inlined
-def _scale_at_52(blocks, block, halves, scale, minimum):
-    for run in range(len(scale)):
-        scale[run] = _half(blocks, block, 52, halves)
-
-
-@_inlined
-def _scale_at_64(blocks, block, halves, scale, minimum):
-    for run in range(len(scale)):
-        scale[run] = _half(blocks, block, 64, halves)
 
 
 @_inlined
@@ -254,9 +250,6 @@ def _tq2_0(blocks, block, run, idx):
 
 # --- the loop ---
 
-_Scales: TypeAlias = Callable[..., None]
-_Number: TypeAlias = Callable[..., Any]
-
 
 @dataclass(frozen=True, slots=True)
 class _Type:
@@ -275,10 +268,10 @@ class _Type:
 
 
 _TYPES = {
-    "Q8_0": _Type(1, _scale_first, _q8_0),
-    "Q4_0": _Type(2, _scale_first, _q4_0),
+    "Q8_0": _Type(1, _scale_at(0), _q8_0),
+    "Q4_0": _Type(2, _scale_at(0), _q4_0),
     "Q4_1": _Type(2, _scale_and_minimum_first, _q4_1, has_minimums=True),
-    "Q5_0": _Type(2, _scale_first, _q5_0),
+    "Q5_0": _Type(2, _scale_at(0), _q5_0),
     "Q5_1": _Type(2, _scale_and_minimum_first, _q5_1, has_minimums=True),
     "Q2_K": _Type(8, _q2_k_scales, _q2_k, has_minimums=True, scales_of_run=2),
     "Q3_K": _Type(8, _q3_k_scales, _q3_k, scales_of_run=2),
@@ -286,11 +279,11 @@ _TYPES = {
     "Q5_K": _Type(8, _k_scales, _q5_k, has_minimums=True),
     "Q6_K": _Type(8, _q6_k_scales, _q6_k, scales_of_run=2),
     "Q8_K": _Type(8, _q8_k_scale, _q8_k),
-    "IQ4_NL": _Type(2, _scale_first, _iq4_nl),
+    "IQ4_NL": _Type(2, _scale_at(0), _iq4_nl),
     "IQ4_XS": _Type(16, _iq4_xs_scales, _iq4_xs),
     "MXFP4": _Type(2, _mxfp4_scale, _mxfp4),
-    "TQ1_0": _Type(16, _scale_at_52, _tq1_0),
-    "TQ2_0": _Type(8, _scale_at_64, _tq2_0),
+    "TQ1_0": _Type(16, _scale_at(52), _tq1_0),
+    "TQ2_0": _Type(8, _scale_at(64), _tq2_0),
 }
 
 
