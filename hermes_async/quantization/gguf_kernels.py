@@ -45,6 +45,15 @@ def _half(blocks, block, at, halves):
     return halves[int32(blocks[block, at]) | int32(blocks[block, at + 1]) << 8]
 
 
+@_inlined
+def _word(blocks, block, at):
+    """The number in uint32 at a byte of a block."""
+    word = np.uint32(0)
+    for byte in range(4):
+        word |= np.uint32(blocks[block, at + byte]) << np.uint32(8 * byte)
+    return np.uint32(word)
+
+
 def _scale_at(at: int) -> _Scales:
     """The function of a block with one scale, at a byte of it."""
 
@@ -67,11 +76,8 @@ def _scale_and_minimum_first(blocks, block, halves, scale, minimum):
 
 @_inlined
 def _q8_k_scale(blocks, block, halves, scale, minimum):
-    bits = np.uint32(0)
-    for byte in range(4):
-        bits |= np.uint32(blocks[block, byte]) << np.uint32(8 * byte)
     for run in range(len(scale)):
-        scale[run] = np.uint32(bits).view(np.float32)
+        scale[run] = np.uint32(_word(blocks, block, 0)).view(np.float32)
 
 
 @_inlined
@@ -142,10 +148,8 @@ def _bits(byte, shift, mask):
 @_inlined
 def _fifth_bit(blocks, block, at, idx):
     """A bit of four bytes, times sixteen."""
-    bits = np.uint32(0)
-    for byte in range(4):
-        bits |= np.uint32(blocks[block, at + byte]) << np.uint32(8 * byte)
-    return int32(np.uint32(np.uint32(bits >> np.uint32(idx)) & np.uint32(1)) * np.uint32(16))
+    bits = np.uint32(_word(blocks, block, at) >> np.uint32(idx))
+    return int32(np.uint32(bits & np.uint32(1)) * np.uint32(16))
 
 
 @_inlined

@@ -50,7 +50,7 @@ class RowThreads:
             Exception: What `part` raised.
         """
         count = max(1, min(self.count, num_rows // _FEWEST_ROWS, at_most or self.count))
-        step = num_rows if count == 1 else max(_FEWEST_ROWS, num_rows // (count * _TIMES_EACH))
+        step = max(_FEWEST_ROWS, num_rows if count == 1 else num_rows // (count * _TIMES_EACH))
         starts = iter(range(0, num_rows, step))  # taking the next one is one operation of the interpreter
 
         def take(thread: int) -> None:
@@ -60,11 +60,10 @@ class RowThreads:
         self._start(count - 1)
         for idx in range(1, count):
             self._parts[idx - 1].put(partial(take, idx))
-        errors: list[BaseException | None] = []
         try:
             take(0)
         finally:  # the memory that the parts use is the caller's
-            errors += [self._ended.get() for _ in range(1, count)]
+            errors = [self._ended.get() for _ in range(1, count)]
         for error in errors:
             if error is not None:
                 raise error

@@ -40,6 +40,10 @@ def test_every_row_is_computed_once(three: RowThreads, num_rows: int) -> None:
     assert len(used) > 1 or num_rows < 32
 
 
+def test_no_rows_are_nothing_to_do(three: RowThreads) -> None:
+    three.divide(0, lambda *_: pytest.fail("there are no rows"))
+
+
 def test_no_more_threads_compute_than_are_asked_for(three: RowThreads) -> None:
     used: set[int] = set()
     three.divide(1000, lambda thread, *_: used.add(thread), at_most=2)
