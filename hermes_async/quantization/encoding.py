@@ -186,12 +186,13 @@ class CompiledRows:
 
     Attributes:
         write: Takes a first row, the row behind the last, and an array [rows, columns]: writes their values to it.
-        multiply: Takes inputs [n, columns], an array [n, all rows], a first row, the row behind the last, and scratch
-            [1, columns]: writes the products with these rows to the array.
+        multiply: Takes inputs [n, columns], an array [n, all rows], a first row, and the row behind the last: writes
+            the products with these rows to the array. n is 1, or a multiple of `inputs_at_once`.
     """
 
     write: Callable[[int, int, NDArray[np.float32]], None]
-    multiply: Callable[[NDArray[np.float32], NDArray[np.float32], int, int, NDArray[np.float32]], None]
+    multiply: Callable[[NDArray[np.float32], NDArray[np.float32], int, int], None]
+    inputs_at_once: int
 
 
 @dataclass(frozen=True)

@@ -72,7 +72,7 @@ class GgufEncoding(Encoding):
         def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
             kernels.dequantize(stored[start:stop].reshape(-1, block.nbytes), out.reshape(-1, block.elements))
 
-        return CompiledRows(write, partial(kernels.multiply, blocks))
+        return CompiledRows(write, partial(kernels.multiply, blocks), kernels.lines_at_once)
 
     def prepare(self) -> None:
         if self.needs_compiler:
@@ -81,7 +81,8 @@ class GgufEncoding(Encoding):
     def _kernels(self) -> BlockKernels:
         from hermes_async.quantization.gguf_kernels import kernels_of  # Numba, which is slow to import, comes with it
 
-        return kernels_of(self.type_name, GGUF_TYPES[self.type_name].elements)
+        block = GGUF_TYPES[self.type_name]
+        return kernels_of(self.type_name, block.elements, block.nbytes)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.type_name not in _FOUR_BITS:

@@ -1,24 +1,22 @@
 """Compiled functions that dequantize the blocks of GGUF's types.
 
-A block is made of runs: numbers in a row that share a scale, and a minimum. A number times its scale, less its minimum,
-is a value. So a type is described by two functions:
+The numbers of a block share a scale, and a minimum, in runs. A number times its scale, less its minimum, is a value. So
+a type is described by two functions:
 
-- `scales(blocks, block, halves, scale, minimum)` writes the scale of each run of a block, and the minimum if the type
-  has them. Some types have two of each for a run: one for each half.
-- `number(blocks, block, run, idx)` is one of a run's numbers.
+- `scales(blocks, at, halves, factors)` writes the scale of each run of a block, and then the minimum of each run if the
+  type has them. `at` is the block's first byte.
+- `numbers(blocks, at, group)` is a group of sixteen numbers of a block, as a vector of bytes.
 
-`kernels_of` makes loops of them, which Numba compiles when a type is first used. The compiler makes vector instructions
-of a loop only if it can see that no index is negative, and if numbers are no wider than they need to be. That is why
-lengths of runs are masked, and bytes are handled as bytes.
+`kernels_of` makes loops of them, which Numba compiles when a type is first used.
 
 Source: the `gguf` package, `quants`.
 """
 
-# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, call-overload"
+# mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -26,233 +24,256 @@ from typing import Any, TypeAlias
 
 import numba
 import numpy as np
-from numba import float32, int8, int32, uint8
+from numba import float32, int32, uint8
+
+from hermes_async.quantization.lanes import (
+    LANES,
+    add_products,
+    bits_at,
+    bits_of,
+    bits_of_each,
+    constant_bytes,
+    element_at,
+    filled,
+    floats,
+    half_filled,
+    high_bytes,
+    lanes_at,
+    multiply_add,
+    no_sums,
+    places,
+    signed,
+    table,
+    totals,
+    write_lanes,
+)
+
+_LINES_AT_ONCE = 4
+_COLUMNS_AT_ONCE = 4096
+"""As many numbers of the lines are multiplied with one row after another: they stay in the processor's first cache."""
 
 _Scales: TypeAlias = Callable[..., None]
-_Number: TypeAlias = Callable[..., Any]
+_Numbers: TypeAlias = Callable[..., Any]
 
 _inlined = numba.njit(forceinline=True)
 
-_MAY_SUM_IN_ANY_ORDER = {"reassoc", "contract", "nsz"}
-"""What lets the compiler sum several numbers at a time: flags of LLVM's language reference, "Fast-Math Flags"."""
 
 # --- scales and minimums ---
 
 
 @_inlined
-def _half(blocks, block, at, halves):
-    """The number in float16 at a byte of a block. `halves` has the value of each of the 65536."""
-    return halves[int32(blocks[block, at]) | int32(blocks[block, at + 1]) << 8]
+def _half(blocks, at, halves):
+    """The number in float16 at a byte. `halves` has the value of each of the 65536."""
+    return halves[int32(element_at(blocks, at)) | int32(element_at(blocks, at + 1)) << 8]
 
 
 @_inlined
-def _word(blocks, block, at):
-    """The number in uint32 at a byte of a block."""
-    word = np.uint32(0)
-    for byte in range(4):
-        word |= np.uint32(blocks[block, at + byte]) << np.uint32(8 * byte)
-    return np.uint32(word)
+def _bits(blocks, at, shift, mask):
+    """Some bits of sixteen bytes."""
+    return bits_of(lanes_at(blocks, at), uint8(shift), uint8(mask))
 
 
-def _scale_at(at: int) -> _Scales:
+def _scale_at(offset: int) -> _Scales:
     """The function of a block with one scale, at a byte of it."""
 
     @_inlined
-    def scales(blocks, block, halves, scale, minimum):
-        for run in range(len(scale)):
-            scale[run] = _half(blocks, block, at, halves)
+    def scales(blocks, at, halves, factors):
+        factors[0] = _half(blocks, at + offset, halves)
 
     result: _Scales = scales
     return result
 
 
 @_inlined
-def _scale_and_minimum_first(blocks, block, halves, scale, minimum):
+def _scale_and_minimum_first(blocks, at, halves, factors):
     """A block that begins with one scale, and one minimum, which is stored with the other sign."""
-    for run in range(len(scale)):
-        scale[run] = _half(blocks, block, 0, halves)
-        minimum[run] = -_half(blocks, block, 2, halves)
+    factors[0] = _half(blocks, at, halves)
+    factors[1] = -_half(blocks, at + 2, halves)
 
 
 @_inlined
-def _q8_k_scale(blocks, block, halves, scale, minimum):
-    for run in range(len(scale)):
-        scale[run] = np.uint32(_word(blocks, block, 0)).view(np.float32)
+def _q8_k_scale(blocks, at, halves, factors):
+    word = np.uint32(0)
+    for byte in range(4):
+        word |= np.uint32(element_at(blocks, at + byte)) << np.uint32(8 * byte)
+    factors[0] = np.uint32(word).view(np.float32)
 
 
 @_inlined
-def _q2_k_scales(blocks, block, halves, scale, minimum):
-    of_scales, of_minimums = _half(blocks, block, 80, halves), _half(blocks, block, 82, halves)
-    for run in range(16):
-        scale[run] = of_scales * float32(blocks[block, run] & 15)
-        minimum[run] = of_minimums * float32(blocks[block, run] >> 4)
+def _q2_k_scales(blocks, at, halves, factors):
+    write_lanes(factors, 0, floats(_bits(blocks, at, 0, 15)) * _half(blocks, at + 80, halves))
+    write_lanes(factors, 16, floats(_bits(blocks, at, 4, 15)) * _half(blocks, at + 82, halves))
+
+
+_q3_k_low, _q3_k_high = places(*range(2, 10)), places(*range(10, 14))
+_q3_k_low_shifts = constant_bytes(*[0] * 8, *[4] * 8)
+_q3_k_high_shifts = constant_bytes(*[0] * 4, *[2] * 4, *[4] * 4, *[6] * 4)
+_15, _3 = constant_bytes(15), constant_bytes(3)
 
 
 @_inlined
-def _q3_k_scales(blocks, block, halves, scale, minimum):
-    of_scales = _half(blocks, block, 108, halves)
-    for run in range(16):
-        low = blocks[block, 96 + (run & 7)] >> 4 * (run >> 3) & 15
-        high = blocks[block, 104 + (run & 3)] >> 2 * (run >> 2) & 3
-        scale[run] = of_scales * float32(int32(low | high << 4) - 32)
+def _q3_k_scales(blocks, at, halves, factors):
+    """Sixteen numbers of six bits in twelve bytes."""
+    stored = lanes_at(blocks, at + 94)  # ends with the block
+    low = bits_of_each(_q3_k_low(stored), _q3_k_low_shifts(), _15())
+    high = bits_of_each(_q3_k_high(stored), _q3_k_high_shifts(), _3())
+    write_lanes(factors, 0, floats(signed(low + high * 16 - 32)) * _half(blocks, at + 108, halves))
+
+
+_k_low = places(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 8, 9, 10, 11)
+_k_high = places(*[0, 1, 2, 3] * 2, *[4, 5, 6, 7] * 2)
+_k_low_shifts = constant_bytes(*[0] * 12, *[4] * 4)
+_k_low_masks = constant_bytes(*[63] * 4, *[15] * 4)
+_k_high_masks = constant_bytes(*[0] * 4, *[3] * 4)
+_6 = constant_bytes(6)
 
 
 @_inlined
-def _k_scales(blocks, block, halves, scale, minimum):
-    """Eight scales, and eight minimums, in twelve bytes: those of Q4_K and Q5_K."""
-    of_scales, of_minimums = _half(blocks, block, 0, halves), _half(blocks, block, 2, halves)
-    for run in range(4):
-        first, second, third = blocks[block, 4 + run], blocks[block, 8 + run], blocks[block, 12 + run]
-        scale[run] = of_scales * float32(first & 63)
-        minimum[run] = of_minimums * float32(second & 63)
-        scale[4 + run] = of_scales * float32(third & 15 | first >> 6 << 4)
-        minimum[4 + run] = of_minimums * float32(third >> 4 | second >> 6 << 4)
+def _k_scales(blocks, at, halves, factors):
+    """Eight scales, and eight minimums, with six bits each in twelve bytes: those of Q4_K and Q5_K."""
+    stored = lanes_at(blocks, at + 4)
+    low = bits_of_each(_k_low(stored), _k_low_shifts(), _k_low_masks())
+    high = bits_of_each(_k_high(stored), _6(), _k_high_masks())
+    of_blocks = half_filled(_half(blocks, at, halves), _half(blocks, at + 2, halves))
+    write_lanes(factors, 0, floats(low + high * 16) * of_blocks)
 
 
 @_inlined
-def _q6_k_scales(blocks, block, halves, scale, minimum):
-    of_scales = _half(blocks, block, 208, halves)
-    for run in range(16):
-        scale[run] = of_scales * float32(int8(blocks[block, 192 + run]))
+def _q6_k_scales(blocks, at, halves, factors):
+    write_lanes(factors, 0, floats(signed(lanes_at(blocks, at + 192))) * _half(blocks, at + 208, halves))
+
+
+_iq4_xs_low, _iq4_xs_high = places(2, 2, 3, 3, 4, 4, 5, 5), places(0, 0, 0, 0, 1, 1, 1, 1)
+_iq4_xs_low_shifts, _iq4_xs_high_shifts = constant_bytes(0, 4), constant_bytes(0, 2, 4, 6)
 
 
 @_inlined
-def _iq4_xs_scales(blocks, block, halves, scale, minimum):
-    of_scales = _half(blocks, block, 0, halves)
-    for pair in range(8):
-        low = blocks[block, 4 + (pair >> 1)] >> 4 * (pair & 1) & 15
-        high = blocks[block, 2 + (pair >> 2)] >> 2 * (pair & 3) & 3
-        of_pair = of_scales * float32(int32(low | high << 4) - 32)
-        for run in range(2 * pair, 2 * pair + 2):
-            scale[run] = of_pair
+def _iq4_xs_scales(blocks, at, halves, factors):
+    """Eight numbers of six bits in six bytes."""
+    stored = lanes_at(blocks, at + 2)
+    low = bits_of_each(_iq4_xs_low(stored), _iq4_xs_low_shifts(), _15())
+    high = bits_of_each(_iq4_xs_high(stored), _iq4_xs_high_shifts(), _3())
+    write_lanes(factors, 0, floats(signed(low + high * 16 - 32)) * _half(blocks, at, halves))
 
 
 @_inlined
-def _mxfp4_scale(blocks, block, halves, scale, minimum):
+def _mxfp4_scale(blocks, at, halves, factors):
     """Half of two to the power of a byte: the numbers are twice what they stand for."""
-    exponent = np.uint32(blocks[block, 0])
+    exponent = np.uint32(element_at(blocks, at))
     bits = np.uint32(0x00200000) << exponent if exponent < 2 else np.uint32(exponent - np.uint32(1)) << np.uint32(23)
-    for run in range(len(scale)):
-        scale[run] = np.uint32(bits).view(np.float32)
+    factors[0] = np.uint32(bits).view(np.float32)
 
 
 # --- numbers ---
 
 
 @_inlined
-def _bits(byte, shift, mask):
-    """Some bits of a byte, as a byte."""
-    return uint8(uint8(byte >> uint8(shift)) & uint8(mask))
+def _q8_0(blocks, at, group):
+    return signed(lanes_at(blocks, at + 2 + 16 * group))
 
 
 @_inlined
-def _fifth_bit(blocks, block, at, idx):
-    """A bit of four bytes, times sixteen."""
-    bits = np.uint32(_word(blocks, block, at) >> np.uint32(idx))
-    return int32(np.uint32(bits & np.uint32(1)) * np.uint32(16))
+def _q8_k(blocks, at, group):
+    return signed(lanes_at(blocks, at + 4 + 16 * group))
 
 
 @_inlined
-def _q8_0(blocks, block, run, idx):
-    return int8(blocks[block, 2 + idx])
+def _q4_0(blocks, at, group):
+    return signed(_bits(blocks, at + 2, 4 * group, 15) - 8)
 
 
 @_inlined
-def _q8_k(blocks, block, run, idx):
-    return int8(blocks[block, 4 + 32 * run + idx])
+def _q4_1(blocks, at, group):
+    return _bits(blocks, at + 4, 4 * group, 15)
 
 
 @_inlined
-def _q4_0(blocks, block, run, idx):
-    return int32(_bits(blocks[block, 2 + idx], 4 * run, 15)) - 8
+def _q5_0(blocks, at, group):
+    return signed(_bits(blocks, at + 6, 4 * group, 15) + bits_at(blocks, at + 2 + 2 * group) * 16 - 16)
 
 
 @_inlined
-def _q4_1(blocks, block, run, idx):
-    return _bits(blocks[block, 4 + idx], 4 * run, 15)
+def _q5_1(blocks, at, group):
+    return _bits(blocks, at + 8, 4 * group, 15) + bits_at(blocks, at + 4 + 2 * group) * 16
 
 
 @_inlined
-def _q5_0(blocks, block, run, idx):
-    return int32(_bits(blocks[block, 6 + idx], 4 * run, 15)) + _fifth_bit(blocks, block, 2, 16 * run + idx) - 16
+def _q2_k(blocks, at, group):
+    half, run = group & 1, group >> 1
+    return _bits(blocks, at + 16 + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3)
 
 
 @_inlined
-def _q5_1(blocks, block, run, idx):
-    return int32(_bits(blocks[block, 8 + idx], 4 * run, 15)) + _fifth_bit(blocks, block, 4, 16 * run + idx)
+def _q3_k(blocks, at, group):
+    half, run = group & 1, group >> 1
+    low = _bits(blocks, at + 32 + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3)
+    return signed(low + _bits(blocks, at + 16 * half, run, 1) * 4 - 4)
 
 
 @_inlined
-def _q2_k(blocks, block, run, idx):
-    return _bits(blocks[block, 16 + 32 * (run >> 2) + idx], 2 * (run & 3), 3)
+def _q4_k(blocks, at, group):
+    half, run = group & 1, group >> 1
+    return _bits(blocks, at + 16 + 32 * (run >> 1) + 16 * half, 4 * (run & 1), 15)
 
 
 @_inlined
-def _q3_k(blocks, block, run, idx):
-    low = _bits(blocks[block, 32 + 32 * (run >> 2) + idx], 2 * (run & 3), 3)
-    high = _bits(blocks[block, idx], run, 1)
-    return int32(uint8(low + uint8(high * uint8(4)))) - 4
+def _q5_k(blocks, at, group):
+    half, run = group & 1, group >> 1
+    low = _bits(blocks, at + 48 + 32 * (run >> 1) + 16 * half, 4 * (run & 1), 15)
+    return low + _bits(blocks, at + 16 + 16 * half, run, 1) * 16
 
 
 @_inlined
-def _q4_k(blocks, block, run, idx):
-    return _bits(blocks[block, 16 + 32 * (run >> 1) + idx], 4 * (run & 1), 15)
+def _q6_k(blocks, at, group):
+    half, quarter, of_block = group & 1, group >> 1 & 3, group >> 3
+    low = _bits(blocks, at + 64 * of_block + 32 * (quarter & 1) + 16 * half, 4 * (quarter >> 1), 15)
+    high = _bits(blocks, at + 128 + 32 * of_block + 16 * half, 2 * quarter, 3)
+    return signed(low + high * 16 - 32)
+
+
+_iq4_numbers = table(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+_mxfp4_numbers = table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
 
 
 @_inlined
-def _q5_k(blocks, block, run, idx):
-    low = _bits(blocks[block, 48 + 32 * (run >> 1) + idx], 4 * (run & 1), 15)
-    return uint8(low + uint8(_bits(blocks[block, 16 + idx], run, 1) * uint8(16)))
+def _iq4_nl(blocks, at, group):
+    return _iq4_numbers(_bits(blocks, at + 2, 4 * group, 15))
 
 
 @_inlined
-def _q6_k(blocks, block, run, idx):
-    half, quarter = run >> 2, run & 3
-    low = _bits(blocks[block, 64 * half + 32 * (quarter & 1) + idx], 4 * (quarter >> 1), 15)
-    high = _bits(blocks[block, 128 + 32 * half + idx], 2 * quarter, 3)
-    return int32(uint8(low + uint8(high * uint8(16)))) - 32
-
-
-_IQ4_NUMBERS = np.array((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113), np.int8)
-_MXFP4_NUMBERS = np.array((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12), np.int8)
+def _iq4_xs(blocks, at, group):
+    return _iq4_numbers(_bits(blocks, at + 8 + 16 * (group >> 1), 4 * (group & 1), 15))
 
 
 @_inlined
-def _iq4_nl(blocks, block, run, idx):
-    return _IQ4_NUMBERS[_bits(blocks[block, 2 + idx], 4 * run, 15)]
+def _mxfp4(blocks, at, group):
+    return _mxfp4_numbers(_bits(blocks, at + 1, 4 * group, 15))
+
+
+_last_four = places(10, 11, 12, 13)
+_powers_of_3 = constant_bytes(*[1] * 4, *[3] * 4, *[9] * 4, *[27] * 4)
+_POWERS_OF_3 = np.array((1, 3, 9, 27, 81), np.uint8)
 
 
 @_inlined
-def _iq4_xs(blocks, block, run, idx):
-    return _IQ4_NUMBERS[_bits(blocks[block, 8 + 16 * (run >> 1) + idx], 4 * (run & 1), 15)]
-
-
-@_inlined
-def _mxfp4(blocks, block, run, idx):
-    return _MXFP4_NUMBERS[_bits(blocks[block, 1 + idx], 4 * run, 15)]
-
-
-@_inlined
-def _tq1_0(blocks, block, run, idx):
+def _tq1_0(blocks, at, group):
     """Five numbers of -1, 0 and 1 to a byte, as digits of a fraction with the base three."""
-    if run < 10:
-        byte, digit = 16 * (run & 1) + idx, run >> 1
-    elif run < 15:
-        byte, digit = 32 + idx, run - 10
+    if group < 15:
+        digit = group >> 1 if group < 10 else group - 10
+        stored = lanes_at(blocks, at + (16 * (group & 1) if group < 10 else 32))
+        fractions = stored * element_at(_POWERS_OF_3, digit)
     else:
-        byte, digit = 48 + (idx & 3), idx >> 2
-    fraction = blocks[block, byte]
-    for _ in range(digit):
-        fraction = uint8(fraction * uint8(3))
-    return (int32(fraction) * 3 >> 8) - 1
+        fractions = _last_four(lanes_at(blocks, at + 38)) * _powers_of_3()
+    return signed(high_bytes(fractions, uint8(3)) - 1)
 
 
 @_inlined
-def _tq2_0(blocks, block, run, idx):
-    return int32(_bits(blocks[block, 32 * (run >> 2) + idx], 2 * (run & 3), 3)) - 1
+def _tq2_0(blocks, at, group):
+    half, run = group & 1, group >> 1
+    return signed(_bits(blocks, at + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3) - 1)
 
 
-# --- the loop ---
+# --- the loops ---
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,34 +281,32 @@ class _Type:
     """How the values of a block are made.
 
     Attributes:
-        runs: Of a block.
-        scales_of_run: 1, or 2: one for each half.
+        run_length: The numbers that share a scale.
     """
 
-    runs: int
+    run_length: int
     scales: _Scales
-    number: _Number
+    numbers: _Numbers
     has_minimums: bool = False
-    scales_of_run: int = 1
 
 
 _TYPES = {
-    "Q8_0": _Type(1, _scale_at(0), _q8_0),
-    "Q4_0": _Type(2, _scale_at(0), _q4_0),
-    "Q4_1": _Type(2, _scale_and_minimum_first, _q4_1, has_minimums=True),
-    "Q5_0": _Type(2, _scale_at(0), _q5_0),
-    "Q5_1": _Type(2, _scale_and_minimum_first, _q5_1, has_minimums=True),
-    "Q2_K": _Type(8, _q2_k_scales, _q2_k, has_minimums=True, scales_of_run=2),
-    "Q3_K": _Type(8, _q3_k_scales, _q3_k, scales_of_run=2),
-    "Q4_K": _Type(8, _k_scales, _q4_k, has_minimums=True),
-    "Q5_K": _Type(8, _k_scales, _q5_k, has_minimums=True),
-    "Q6_K": _Type(8, _q6_k_scales, _q6_k, scales_of_run=2),
-    "Q8_K": _Type(8, _q8_k_scale, _q8_k),
-    "IQ4_NL": _Type(2, _scale_at(0), _iq4_nl),
-    "IQ4_XS": _Type(16, _iq4_xs_scales, _iq4_xs),
-    "MXFP4": _Type(2, _mxfp4_scale, _mxfp4),
-    "TQ1_0": _Type(16, _scale_at(52), _tq1_0),
-    "TQ2_0": _Type(8, _scale_at(64), _tq2_0),
+    "Q8_0": _Type(32, _scale_at(0), _q8_0),
+    "Q4_0": _Type(32, _scale_at(0), _q4_0),
+    "Q4_1": _Type(32, _scale_and_minimum_first, _q4_1, has_minimums=True),
+    "Q5_0": _Type(32, _scale_at(0), _q5_0),
+    "Q5_1": _Type(32, _scale_and_minimum_first, _q5_1, has_minimums=True),
+    "Q2_K": _Type(16, _q2_k_scales, _q2_k, has_minimums=True),
+    "Q3_K": _Type(16, _q3_k_scales, _q3_k),
+    "Q4_K": _Type(32, _k_scales, _q4_k, has_minimums=True),
+    "Q5_K": _Type(32, _k_scales, _q5_k, has_minimums=True),
+    "Q6_K": _Type(16, _q6_k_scales, _q6_k),
+    "Q8_K": _Type(256, _q8_k_scale, _q8_k),
+    "IQ4_NL": _Type(32, _scale_at(0), _iq4_nl),
+    "IQ4_XS": _Type(32, _iq4_xs_scales, _iq4_xs),
+    "MXFP4": _Type(32, _mxfp4_scale, _mxfp4),
+    "TQ1_0": _Type(256, _scale_at(52), _tq1_0),
+    "TQ2_0": _Type(256, _scale_at(64), _tq2_0),
 }
 
 
@@ -297,42 +316,41 @@ class BlockKernels:
 
     Attributes:
         dequantize: Of `blocks`, uint8 [blocks, bytes], and `values`, float32 [blocks, elements], which it writes.
-        multiply: Of `blocks`, uint8 [rows of blocks, bytes]; `lines`, float32 [lines, columns]; `products`, float32
-            [lines, rows], which it writes for the rows from `first` to `last` (exclusive); and `scratch`, float32
-            [1, columns].
+        multiply: Of `blocks`, uint8 [rows of blocks, bytes]; `lines`, float32 [lines, columns]; and `products`, float32
+            [lines, rows], which it writes for the rows from `first` to `last` (exclusive). There is one line, or a
+            multiple of `lines_at_once`.
     """
 
     dequantize: Callable[[Any, Any], None]
-    multiply: Callable[[Any, Any, Any, int, int, Any], None]
+    multiply: Callable[[Any, Any, Any, int, int], None]
+    lines_at_once: int = _LINES_AT_ONCE
 
 
 @cache
-def kernels_of(type_name: str, elements: int) -> BlockKernels:
-    """The functions of a type, whose blocks have so many numbers.
+def kernels_of(type_name: str, elements: int, nbytes: int) -> BlockKernels:
+    """The functions of a type, whose blocks have so many numbers and take so many bytes.
 
-    Compiles them, within two seconds, if they are new on this machine.
+    Compiles them, within three seconds, if they are new on this machine.
     """
     of_type = _TYPES[type_name]
-    runs, length = of_type.runs, elements // of_type.runs
-    names: dict[str, Any] = {field: getattr(of_type, field) for field in _Type.__slots__} | {"run_length": length}
+    names: dict[str, Any] = {field: getattr(of_type, field) for field in _Type.__slots__}
+    names |= {"block_length": elements, "block_bytes": nbytes, "num_runs": elements // of_type.run_length}
+    names["add_group"] = _inlined(FunctionType(_add_group.__code__, {**globals(), **names}))
     dequantize = _compiled(_dequantize, _DEQUANTIZE, type_name, names)
-    multiply = _compiled(_multiply, _MULTIPLY, type_name, names | {"dequantize": dequantize}, _MAY_SUM_IN_ANY_ORDER)
+    one, several = (
+        _compiled(_multiply, _MULTIPLY, f"{type_name}_{lines}", names | {"num_lines": lines, "zeros": no_sums(lines)})
+        for lines in (1, _LINES_AT_ONCE)
+    )
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     return BlockKernels(
-        lambda blocks, values: dequantize(blocks, halves, values.reshape(-1, runs, length)),
-        lambda blocks, lines, products, first, last, scratch: multiply(
-            blocks, halves, lines, products, first=first, last=last, scratch=scratch.reshape(-1, runs, length)
+        lambda blocks, values: dequantize(blocks.reshape(-1), halves, values.reshape(-1)),
+        lambda blocks, lines, products, first, last: (one if len(lines) == 1 else several)(
+            blocks.reshape(-1), halves, lines.reshape(-1), products, first, last
         ),
     )
 
 
-def _compiled(
-    function: Callable[..., None],
-    signature: str,
-    type_name: str,
-    names: Mapping[str, Any],
-    fastmath: Collection[str] = (),
-) -> Callable[..., None]:
+def _compiled(function: Callable[..., None], signature: str, name: str, names: Mapping[str, Any]) -> Any:
     """A compiled copy of a function, in which `names` have values of their own.
 
     Numba keeps what it compiles on disk, by the name of the function. Where no folder can be written to, it is compiled
@@ -340,55 +358,70 @@ def _compiled(
     """
     assert isinstance(function, FunctionType)
     own = FunctionType(function.__code__, {**globals(), **names})
-    own.__name__ = own.__qualname__ = f"{function.__name__}_{type_name}"
+    own.__name__ = own.__qualname__ = f"{function.__name__}_{name}"
     own.__module__ = __name__
-    options = {"nogil": True, "fastmath": set(fastmath)}
     try:
-        compiled = numba.njit(signature, cache=True, **options)(own)
+        return numba.njit(signature, cache=True, nogil=True)(own)
     except (RuntimeError, OSError):  # no folder for it, or no space
-        compiled = numba.njit(signature, **options)(own)
-    result: Callable[..., None] = compiled
-    return result
+        return numba.njit(signature, nogil=True)(own)
 
 
-# --- the loops, in which each type has these names of its own ---
-
-runs: int
+# In the loops, each type has these names of its own.
 run_length: int
-scales_of_run: int
+num_runs: int
+block_length: int
+block_bytes: int
 has_minimums: bool
 scales: _Scales
-number: _Number
-dequantize: Callable[..., None]
+numbers: _Numbers
+num_lines: int
+zeros: Callable[[], Any]
+add_group: Callable[..., Any]
 
 
-_DEQUANTIZE = "void(uint8[:, ::1], float32[::1], float32[:, :, ::1])"
-_MULTIPLY = "void(uint8[:, ::1], float32[::1], float32[:, ::1], float32[:, ::1], int64, int64, float32[:, :, ::1])"
+_DEQUANTIZE = "void(uint8[::1], float32[::1], float32[::1])"
+_MULTIPLY = "void(uint8[::1], float32[::1], float32[::1], float32[:, ::1], int64, int64)"
 
 
 def _dequantize(blocks, halves, values):
-    scale, minimum = np.empty(runs * scales_of_run, np.float32), np.empty(runs * scales_of_run, np.float32)
-    length = values.shape[2] & 4 * run_length - 1
-    for block in range(values.shape[0]):
-        scales(blocks, block, halves, scale, minimum)
-        for run in range(runs):
-            first, last = scales_of_run * run, scales_of_run * (run + 1) - 1
-            times, last_times, less, last_less = scale[first], scale[last], minimum[first], minimum[last]
-            for idx in range(length):
-                value = float32(int32(number(blocks, block, run, idx)))
-                # The compiler leaves out what does not depend on the loop.
-                value *= times if scales_of_run == 1 or idx < run_length // 2 else last_times
-                if has_minimums:
-                    value -= less if scales_of_run == 1 or idx < run_length // 2 else last_less
-                values[block, run, idx] = value
+    factors = np.empty(2 * LANES, np.float32)
+    for block in range(values.size // block_length):
+        at = block * block_bytes
+        scales(blocks, at, halves, factors)
+        for group in range(block_length // LANES):
+            run = group * LANES // run_length
+            value = floats(numbers(blocks, at, group)) * factors[run]
+            if has_minimums:
+                value = value - factors[num_runs + run]
+            write_lanes(values, block * block_length + group * LANES, value)
 
 
-def _multiply(blocks, halves, lines, products, first, last, scratch):
-    of_row, row_values = scratch.shape[0], scratch.reshape(scratch.size)
-    for row in range(first, last):
-        dequantize(blocks[row * of_row : (row + 1) * of_row], halves, scratch)
-        for line in range(lines.shape[0]):
-            total = float32(0)
-            for column in range(row_values.shape[0]):
-                total += row_values[column] * lines[line, column]
-            products[line, row] = total
+def _multiply(blocks, halves, lines, products, first, last):
+    factors = np.empty(2 * LANES, np.float32)
+    columns = lines.size // products.shape[0]
+    of_row, of_part = columns // block_length, _COLUMNS_AT_ONCE // num_lines // block_length
+    for first_line in range(0, products.shape[0], num_lines):
+        for start in range(0, of_row, of_part):
+            for row in range(first, last):
+                even, odd = zeros(), zeros()
+                for block in range(start, min(of_row, start + of_part)):
+                    at, column = (row * of_row + block) * block_bytes, first_line * columns + block * block_length
+                    scales(blocks, at, halves, factors)
+                    for pair in range(block_length // LANES // 2):
+                        group = 2 * pair
+                        even = add_group(even, blocks, at, group, factors, lines, column, columns)
+                        odd = add_group(odd, blocks, at, group + 1, factors, lines, column, columns)
+                of_even, of_odd = totals(even), totals(odd)
+                for line in range(num_lines):
+                    before = products[first_line + line, row] if start else float32(0)
+                    products[first_line + line, row] = before + (of_even[line] + of_odd[line])
+
+
+def _add_group(sums, blocks, at, group, factors, lines, column, columns):
+    run = group * LANES // run_length
+    value = floats(numbers(blocks, at, group))
+    if has_minimums:
+        value = multiply_add(value, filled(factors[run]), filled(-factors[num_runs + run]))
+    else:
+        value = value * factors[run]
+    return add_products(sums, value, lines, column + group * LANES, columns)

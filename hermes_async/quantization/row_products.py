@@ -27,16 +27,14 @@ def product_of_rows(
     Args:
         block_rows: The most rows that are in memory at once.
     """
-    out = torch.empty((len(lines), num_rows))
-    if len(lines) <= _FEW_LINES:
-        scratch = torch.empty((min(num_rows, block_rows, threads.count), lines.shape[1])).numpy()
-        inputs, products = lines.contiguous().numpy(), out.numpy()
-        threads.divide(
-            num_rows,
-            lambda thread, first, last: compiled.multiply(inputs, products, first, last, scratch[thread : thread + 1]),
-            at_most=len(scratch),
-        )
-        return out
+    num_lines = len(lines)
+    if num_lines <= _FEW_LINES:
+        inputs = _padded(lines, compiled.inputs_at_once)
+        out = torch.empty((len(inputs), num_rows))
+        products = out.numpy()
+        threads.divide(num_rows, lambda first, last: compiled.multiply(inputs, products, first, last))
+        return out[:num_lines]
+    out = torch.empty((num_lines, num_rows))
     block = torch.empty((min(num_rows, block_rows), lines.shape[1]))
     for start in range(0, num_rows, block_rows):
         rows = block[: num_rows - start]
@@ -45,5 +43,12 @@ def product_of_rows(
     return out
 
 
-def _writing(compiled: CompiledRows, start: int, rows: NDArray[np.float32]) -> Callable[[int, int, int], None]:
-    return lambda _, first, last: compiled.write(start + first, start + last, rows[first:last])
+def _padded(lines: torch.Tensor, at_once: int) -> NDArray[np.float32]:
+    """The lines, with lines of zeros behind them where there is more than one, but no multiple of `at_once`."""
+    missing = 0 if len(lines) == 1 else -len(lines) % at_once
+    padded: NDArray[np.float32] = F.pad(lines, (0, 0, 0, missing)).contiguous().numpy()
+    return padded
+
+
+def _writing(compiled: CompiledRows, start: int, rows: NDArray[np.float32]) -> Callable[[int, int], None]:
+    return lambda first, last: compiled.write(start + first, start + last, rows[first:last])

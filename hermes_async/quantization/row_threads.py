@@ -9,11 +9,10 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable
-from functools import partial
 from typing import TypeAlias
 
-Part: TypeAlias = Callable[[int, int, int], None]
-"""Computes some rows. Takes the number of the thread, from 0 on, the first row, and the row behind the last."""
+Part: TypeAlias = Callable[[int, int], None]
+"""Computes some rows. Takes the first row, and the row behind the last."""
 
 _FEWEST_ROWS = 16
 """Fewer are not worth the time in which a thread wakes."""
@@ -37,31 +36,30 @@ class RowThreads:
         self._threads: list[threading.Thread] = []
         self._ended: queue.SimpleQueue[BaseException | None] = queue.SimpleQueue()
 
-    def divide(self, num_rows: int, part: Part, at_most: int | None = None) -> None:
+    def divide(self, num_rows: int, part: Part) -> None:
         """Calls `part` for all rows, on several threads at once; returns when all are done.
 
         Each thread takes a few of the rows, and then the next few. So one whose processor is slower computes fewer.
 
         Args:
             part: Must release the interpreter's lock while it computes, and use nothing of torch.
-            at_most: How many threads; all by default.
 
         Raises:
             Exception: What `part` raised.
         """
-        count = max(1, min(self.count, num_rows // _FEWEST_ROWS, at_most or self.count))
+        count = max(1, min(self.count, num_rows // _FEWEST_ROWS))
         step = max(_FEWEST_ROWS, num_rows if count == 1 else num_rows // (count * _TIMES_EACH))
         starts = iter(range(0, num_rows, step))  # taking the next one is one operation of the interpreter
 
-        def take(thread: int) -> None:
+        def take() -> None:
             for start in starts:
-                part(thread, start, min(num_rows, start + step))
+                part(start, min(num_rows, start + step))
 
         self._start(count - 1)
-        for idx in range(1, count):
-            self._parts[idx - 1].put(partial(take, idx))
+        for parts in self._parts[: count - 1]:
+            parts.put(take)
         try:
-            take(0)
+            take()
         finally:  # the memory that the parts use is the caller's
             errors = [self._ended.get() for _ in range(1, count)]
         for error in errors:
