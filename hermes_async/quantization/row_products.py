@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from hermes_async.quantization.encoding import CompiledRows
 from hermes_async.quantization.row_threads import RowThreads
+from hermes_async.storage.kernel_threads import end_kernel_threads
 
-_FEW_LINES = 4
+_FEW_LINES = 16
 
 
 def product_of_rows(
@@ -32,6 +33,7 @@ def product_of_rows(
         inputs = _padded(lines, compiled.inputs_at_once)
         out = torch.empty((len(inputs), num_rows))
         products = out.numpy()
+        end_kernel_threads()  # they spin after a kernel, and would take processors from the threads here
         threads.divide(num_rows, lambda first, last: compiled.multiply(inputs, products, first, last))
         return out[:num_lines]
     out = torch.empty((num_lines, num_rows))
@@ -45,8 +47,9 @@ def product_of_rows(
 
 def _padded(lines: torch.Tensor, at_once: int) -> NDArray[np.float32]:
     """The lines, with lines of zeros behind them where there is more than one, but no multiple of `at_once`."""
-    missing = 0 if len(lines) == 1 else -len(lines) % at_once
-    padded: NDArray[np.float32] = F.pad(lines, (0, 0, 0, missing)).contiguous().numpy()
+    if len(lines) > 1:
+        lines = F.pad(lines, (0, 0, 0, -len(lines) % at_once))
+    padded: NDArray[np.float32] = lines.contiguous().numpy()
     return padded
 
 

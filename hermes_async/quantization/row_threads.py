@@ -10,14 +10,11 @@ import queue
 import threading
 from collections.abc import Callable
 from typing import TypeAlias
-
 Part: TypeAlias = Callable[[int, int], None]
 """Computes some rows. Takes the first row, and the row behind the last."""
 
 _FEWEST_ROWS = 16
 """Fewer are not worth the time in which a thread wakes."""
-_TIMES_EACH = 2
-"""So often a thread takes rows, if all are as fast."""
 
 
 class RowThreads:
@@ -39,7 +36,7 @@ class RowThreads:
     def divide(self, num_rows: int, part: Part) -> None:
         """Calls `part` for all rows, on several threads at once; returns when all are done.
 
-        Each thread takes a few of the rows, and then the next few. So one whose processor is slower computes fewer.
+        Each thread takes some of the rows, and then the next ones. So one whose processor is slower computes fewer.
 
         Args:
             part: Must release the interpreter's lock while it computes, and use nothing of torch.
@@ -48,12 +45,11 @@ class RowThreads:
             Exception: What `part` raised.
         """
         count = max(1, min(self.count, num_rows // _FEWEST_ROWS))
-        step = max(_FEWEST_ROWS, num_rows if count == 1 else num_rows // (count * _TIMES_EACH))
-        starts = iter(range(0, num_rows, step))  # taking the next one is one operation of the interpreter
+        shares = iter(_shares(num_rows, count))  # taking the next one is one operation of the interpreter
 
         def take() -> None:
-            for start in starts:
-                part(start, min(num_rows, start + step))
+            for first, last in shares:
+                part(first, last)
 
         self._start(count - 1)
         for parts in self._parts[: count - 1]:
@@ -92,6 +88,20 @@ class RowThreads:
         for thread in self._threads:
             thread.join()
         self._parts, self._threads = [], []
+
+
+def _shares(num_rows: int, count: int) -> list[tuple[int, int]]:
+    """The rows that threads take: first and last (exclusive). Fewer are left each time, and half of these are shared out.
+
+    So threads take rows a few times, and end at almost the same time.
+    """
+    shares, first = [], 0
+    while first < num_rows:
+        left = num_rows - first
+        rows = left if count == 1 else min(left, max(_FEWEST_ROWS, left // (2 * count)))
+        shares.append((first, first + rows))
+        first += rows
+    return shares
 
 
 ONE_THREAD = RowThreads(1)
