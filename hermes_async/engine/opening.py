@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -31,6 +31,9 @@ from hermes_async.modeling.skeleton import Skeleton
 from hermes_async.modeling.structured_outputs import GrammarCompiler
 from hermes_async.modeling.tokenizer_limits import check_tokenizer
 from hermes_async.planning.plan import Plan
+from hermes_async.quantization.bfloat16_products import Bfloat16Products
+from hermes_async.quantization.encoding import Encoding, has_compiler
+from hermes_async.quantization.row_products import FEW_LINES
 from hermes_async.quantization.scale_check import check_scales
 from hermes_async.serving.planned_model import PlannedDraft, PlannedModel, usable_bytes
 from hermes_async.serving.processor import SharedProcessor
@@ -109,8 +112,9 @@ def open_model(
         check_cancelled()
         check_scales(model.skeleton.encoded.values())
         # Before the budget is divided, as it takes memory.
-        for encoding in {matrix.encoding for one in model.skeleton.encoded.values() for matrix in one.matrices}:
-            encoding.prepare()
+        for encoding, dtype in _encodings(model):
+            if encoding.needs_compiler or (encoding.compiles and config.kernels != "transformers"):
+                encoding.prepare(dtype)
         model, pooling = with_pooling(model, checkpoint)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None
@@ -138,9 +142,7 @@ def open_model(
         products = model.products
         if chosen.native_tokens:  # torch's own kernels multiply few tokens
             products = replace(products, vector_gain=0.0)
-        chosen = replace(
-            chosen, explanation=(*chosen.explanation, *products.explanation(scaled=_has_scaled_products(model)))
-        )
+        chosen = replace(chosen, explanation=(*chosen.explanation, *_products_explanation(model, products)))
         assert isinstance(chosen.partition, Partition)
         on_error.pop_all()
     return OpenedModel(
@@ -241,13 +243,25 @@ def _sentences(
     return settings, None if lower is tokenizer else SharedTokenizer(lower)
 
 
-def _has_scaled_products(model: ProbedModel) -> bool:
-    return any(
-        one.dtype == torch.bfloat16 and matrix.encoding.scales_inputs
-        for one in model.skeleton.encoded.values()
-        for matrix in one.matrices
-        if not one.whole
-    )
+def _encodings(model: ProbedModel) -> set[tuple[Encoding, torch.dtype]]:
+    """How the weights of products are stored, and in which dtype they are computed."""
+    weights = [one for one in model.skeleton.encoded.values() if not one.whole]
+    return {(matrix.encoding, one.dtype) for one in weights for matrix in one.matrices}
+
+
+def _products_explanation(model: ProbedModel, products: Bfloat16Products) -> Iterator[str]:
+    encodings = {encoding for encoding, dtype in _encodings(model) if dtype == torch.bfloat16}
+    compiling = {encoding.name for encoding in encodings if encoding.compiles and not encoding.needs_compiler}
+    compiled = compiling and has_compiler()
+    yield from products.explanation(scaled=not compiled and any(encoding.scales_inputs for encoding in encodings))
+    names = " and ".join(sorted(compiling))
+    if compiled and products.scales_inputs:
+        yield (
+            f"up to {FEW_LINES} tokens: compiled functions multiply with {names} weights, row by row; they may round "
+            "otherwise than kernels='transformers'"
+        )
+    elif compiling and not compiled:
+        yield f"{names} weights are multiplied several times as fast with: pip install 'hermes-async[fp8]'"
 
 
 # --- the draft model ---

@@ -12,7 +12,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from importlib.util import find_spec
 from math import prod
 from typing import Any, TypeAlias
 
@@ -27,7 +26,7 @@ from hermes_async.modeling.gguf_api import gguf_conversions, gguf_names, has_con
 from hermes_async.modeling.transformers_api import operation_of, tensor_renamer
 from hermes_async.quantization.derived import ChangedNumbers, OrderedColumns
 from hermes_async.quantization.encoded_weight import EncodedParameter
-from hermes_async.quantization.encoding import Encoding, PlainEncoding, StoredMatrix
+from hermes_async.quantization.encoding import Encoding, PlainEncoding, StoredMatrix, has_compiler
 from hermes_async.quantization.gguf_blocks import GGUF_TYPES, GgufEncoding
 from hermes_async.storage.checkpoint import Checkpoint
 from hermes_async.storage.gguf import GgufHeader, block_of
@@ -126,7 +125,7 @@ def _stored(spec: TensorSpec) -> StoredMatrix:
                 path=spec.file,
             )
         encoding = GgufEncoding(spec.packed)
-        if encoding.needs_compiler and find_spec("numba") is None:
+        if encoding.needs_compiler and not has_compiler():
             raise UnsupportedModelError(
                 f"{spec.file}: tensor {spec.name!r} is of GGUF's type {spec.packed}, which needs the package numba; "
                 "install it with: pip install 'hermes-async[gguf]'",

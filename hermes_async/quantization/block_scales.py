@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from math import isfinite
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from hermes_async.quantization.encoding import Encoding
+from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
 from hermes_async.quantization.pieces import pieces
 
+_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
 E8M0_BIAS = 127
 EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 """Of scales that are stored as exponents alone."""
@@ -71,6 +74,42 @@ class BlockEncoding(Encoding):
     @property
     def divisible(self) -> bool:
         return True
+
+
+def compiled_blocks(
+    kind: str, numbers: torch.Tensor, scale: torch.Tensor, block: BlockSize, dtype: torch.dtype
+) -> CompiledRows | None:
+    """Compiled functions of a matrix of bytes. None if Numba is missing, or if they do not handle such a matrix.
+
+    Args:
+        kind: Of the numbers: "fp8" (e4m3) or "int8".
+        numbers: [rows, columns], of one byte each.
+        scale: The grid of the blocks' scales, in float32.
+        dtype: Which values are rounded to.
+    """
+    if not has_compiler() or dtype not in _COMPILED_DTYPES or not numbers.is_contiguous():
+        return None
+    from hermes_async.quantization.byte_kernels import COLUMN_STEP, kernels_of  # Numba comes with it
+
+    rows, columns = numbers.shape
+    size = block.rows or rows, min(columns, block.columns or columns)
+    if columns % COLUMN_STEP or size[1] % COLUMN_STEP:
+        return None
+    kernels = kernels_of(kind, rounds=dtype == torch.bfloat16)
+    stored, grid = numbers.view(torch.uint8).numpy().reshape(-1), scale.contiguous().numpy()
+
+    def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
+        kernels.dequantize(stored, grid, size, start, out)
+
+    return CompiledRows(write, partial(kernels.multiply, stored, grid, size), kernels.lines_at_once)
+
+
+def prepare_compiled_blocks(kind: str, dtype: torch.dtype) -> None:
+    """Compiles the functions of `compiled_blocks`, if Numba is there."""
+    if has_compiler() and dtype in _COMPILED_DTYPES:
+        from hermes_async.quantization.byte_kernels import kernels_of
+
+        kernels_of(kind, rounds=dtype == torch.bfloat16)
 
 
 def _count(size: int, block: int | None) -> int:

@@ -24,8 +24,16 @@ class DerivedEncoding(Encoding):
     def name(self) -> str:
         return self.encoding.name
 
-    def prepare(self) -> None:
-        self.encoding.prepare()
+    @property
+    def compiles(self) -> bool:
+        return self.encoding.compiles
+
+    @property
+    def needs_compiler(self) -> bool:
+        return self.encoding.needs_compiler
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        self.encoding.prepare(dtype)
 
     def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
         return self.encoding.shapes(rows, columns)

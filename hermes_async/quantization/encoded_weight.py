@@ -20,7 +20,7 @@ from torch import nn
 from hermes_async.memory.library_caches import reused_heap
 from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, WidenedInputs
 from hermes_async.quantization.encoding import Parts, StoredMatrix
-from hermes_async.quantization.row_products import product_of_rows
+from hermes_async.quantization.row_products import FEW_LINES, product_of_rows
 from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
 from hermes_async.storage.tensor_spec import TensorSpec
 
@@ -129,19 +129,8 @@ def _order(rows: tuple[int, ...]) -> torch.Tensor:
     return torch.tensor(rows)
 
 
-def _block_rows(matrix: StoredMatrix, elements: int) -> int:
-    step = matrix.encoding.row_step
-    return max(step, elements // max(1, matrix.shape[-1]) // step * step)
-
-
-def _blocks(matrix: StoredMatrix, elements: int) -> Iterator[tuple[int, int]]:
-    """The rows of a matrix in blocks of so many elements, if a step of rows is not more: start and stop of each."""
-    rows, block_rows = matrix.shape[0], _block_rows(matrix, elements)
-    return ((start, min(rows, start + block_rows)) for start in range(0, rows, block_rows))
-
-
 def _block_bytes(matrix: StoredMatrix, itemsize: int) -> int:
-    rows, columns = min(matrix.shape[-2], _block_rows(matrix, _BLOCK)), matrix.shape[-1]
+    rows, columns = min(matrix.shape[-2], matrix.block_rows(_BLOCK)), matrix.shape[-1]
     return rows * columns * itemsize + matrix.encoding.scratch_bytes(rows, columns, itemsize)
 
 
@@ -229,7 +218,7 @@ class EncodedWeight(nn.Parameter):
         for matrix, parts, offset in self._pieces():
             own = lines[offset : offset + matrix.shape[0]]
             with reused_heap():
-                for start, stop in _blocks(matrix, _BLOCK):
+                for start, stop in matrix.blocks(_BLOCK):
                     matrix.encoding.dequantize(parts, start, stop, own[start:stop])
             if matrix.row_order is not None:
                 own.copy_(own[_order(matrix.row_order)])
@@ -271,21 +260,30 @@ class EncodedWeight(nn.Parameter):
         if bias is not None and order is not None:
             bias = torch.empty_like(bias).index_copy_(0, order, bias)
         out = matrix.encoding.product(parts, lines)
+        if out is not None:
+            out = out if bias is None else out.add_(bias)
+        else:
+            out = self._compiled_product(matrix, parts, lines, bias)
         if out is None and bias is None and self._products.scales_inputs and _is_one_vector(lines):
             with reused_heap():
                 product = matrix.encoding.scaled_product(parts, lines[0])
             out = None if product is None else product[None]
-        if out is None and self.dtype == torch.float32:
-            compiled = matrix.encoding.compiled_rows(parts)
-            if compiled is not None:
-                block_rows = _block_rows(matrix, _BLOCK)
-                with reused_heap():
-                    out = product_of_rows(compiled, matrix.shape[0], block_rows, lines, self._row_threads)
         if out is None:
             out = self._product_of_blocks(matrix, parts, lines, bias)
-        elif bias is not None:
-            out += bias
         return out if order is None else out[:, order]
+
+    def _compiled_product(
+        self, matrix: StoredMatrix, parts: Parts, lines: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        if self.dtype != torch.float32 and not (self._products.scales_inputs and len(lines) <= FEW_LINES):
+            return None
+        compiled = matrix.encoding.compiled_rows(parts, self.dtype)
+        if compiled is None:
+            return None
+        block_rows = matrix.block_rows(_BLOCK)
+        with reused_heap():
+            out = product_of_rows(compiled, matrix.shape[0], block_rows, lines.float(), self._row_threads)
+        return (out if bias is None else out.add_(bias)).to(lines.dtype)
 
     def _product_of_blocks(
         self, matrix: StoredMatrix, parts: Parts, lines: torch.Tensor, bias: torch.Tensor | None
@@ -296,8 +294,8 @@ class EncodedWeight(nn.Parameter):
         with reused_heap():
             widens = self.dtype == torch.bfloat16 and self._products.widens(lines)
             widened = WidenedInputs(lines) if widens else None
-            scratch = torch.empty((min(rows, _block_rows(matrix, elements)), columns), dtype=self.dtype)
-            for start, stop in _blocks(matrix, elements):
+            scratch = torch.empty((min(rows, matrix.block_rows(elements)), columns), dtype=self.dtype)
+            for start, stop in matrix.blocks(elements):
                 block = scratch[: stop - start]
                 matrix.encoding.dequantize(parts, start, stop, block)
                 bias_of_block = None if bias is None else bias[start:stop]

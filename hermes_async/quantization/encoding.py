@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from math import prod
 from typing import TypeAlias
 
@@ -108,12 +110,25 @@ class Encoding(ABC):
         """
         return 3 * rows * columns * 4
 
-    def compiled_rows(self, parts: Parts) -> CompiledRows | None:
-        """Compiled functions that do in float32 what `dequantize` does; None if there are none."""
+    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+        """Compiled functions that do what `dequantize` does for a dtype, with values in float32.
+
+        None if there are none.
+        """
         return None
 
-    def prepare(self) -> None:  # noqa: B027 - most encodings have nothing to prepare
-        """Compiles what `dequantize` needs, if it needs that. It may take seconds; call it on a worker thread."""
+    @property
+    def compiles(self) -> bool:
+        """Whether there are compiled functions of it, where Numba is installed."""
+        return False
+
+    @property
+    def needs_compiler(self) -> bool:
+        """Whether `dequantize` needs compiled functions."""
+        return False
+
+    def prepare(self, dtype: torch.dtype) -> None:  # noqa: B027 - most encodings have nothing to prepare
+        """Compiles the functions for a dtype, if there are any. It may take seconds; call it on a worker thread."""
 
     def product(self, parts: Parts, inputs: torch.Tensor) -> torch.Tensor | None:
         """The product of `inputs` [n, columns] with all rows, [n, rows], by a kernel that does not dequantize.
@@ -176,6 +191,12 @@ class IntegerRows:
     scales: torch.Tensor
     zeros: torch.Tensor | None
     minimums: torch.Tensor | None = None
+
+
+@cache
+def has_compiler() -> bool:
+    """Whether Numba is installed, which compiles functions."""
+    return find_spec("numba") is not None
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +314,16 @@ class StoredMatrix:
                 f"{self.first.file}: tensor {self.first.name!r} ({self.encoding.name}) lacks its {missing[0]}",
                 path=self.first.file,
             )
+
+    def block_rows(self, elements: int) -> int:
+        """The rows of a block of so many elements: a multiple of the encoding's step, and at least one step."""
+        step = self.encoding.row_step
+        return max(step, elements // max(1, self.shape[-1]) // step * step)
+
+    def blocks(self, elements: int) -> Iterator[tuple[int, int]]:
+        """The rows of the matrix in such blocks: first and last (exclusive)."""
+        rows, block_rows = self.shape[0], self.block_rows(elements)
+        return ((start, min(rows, start + block_rows)) for start in range(0, rows, block_rows))
 
     def matrices(self) -> list[StoredMatrix]:
         """Each of the stacked matrices by itself; just this one if there is no stack."""

@@ -16,8 +16,16 @@ from typing import Any
 import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
-from hermes_async.quantization.block_scales import BlockEncoding, BlockSize, bounds_of, multiply_blocks, scale_values
-from hermes_async.quantization.encoding import Parts, StoredMatrix
+from hermes_async.quantization.block_scales import (
+    BlockEncoding,
+    BlockSize,
+    bounds_of,
+    compiled_blocks,
+    multiply_blocks,
+    prepare_compiled_blocks,
+    scale_values,
+)
+from hermes_async.quantization.encoding import CompiledRows, Parts, StoredMatrix
 from hermes_async.quantization.mxfp4 import Mxfp4Encoding
 from hermes_async.quantization.pieces import FLOAT16_ELEMENTS
 from hermes_async.storage.tensor_spec import TensorSpec
@@ -88,6 +96,16 @@ class Fp8Encoding(BlockEncoding):
                 numbers = weight.float()
                 multiply_blocks(numbers, scale[blocks], self.block)
                 own.copy_(numbers)
+
+    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+        return compiled_blocks("fp8", parts["weight"], scale_values(parts["scale"]), self.block, dtype)
+
+    @property
+    def compiles(self) -> bool:
+        return True
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        prepare_compiled_blocks("fp8", dtype)
 
     @property
     def scales_inputs(self) -> bool:

@@ -43,8 +43,11 @@ class GgufEncoding(Encoding):
         return self.type_name
 
     @property
+    def compiles(self) -> bool:
+        return self.needs_compiler
+
+    @property
     def needs_compiler(self) -> bool:
-        """Whether a compiled function dequantizes it."""
         return GGUF_TYPES[self.type_name].dtype is None
 
     def shapes(self, rows: int, columns: int) -> Mapping[str, tuple[int, ...]]:
@@ -62,9 +65,9 @@ class GgufEncoding(Encoding):
         for of_chunk, values in _chunks(out.view(-1, block.elements)):
             dequantize(blocks[of_chunk], values.numpy())
 
-    def compiled_rows(self, parts: Parts) -> CompiledRows | None:
+    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
         block = GGUF_TYPES[self.type_name]
-        if block.dtype is not None:
+        if block.dtype is not None or dtype != torch.float32:
             return None
         kernels, stored = self._kernels(), parts["weight"].numpy()
         blocks = stored.reshape(-1, block.nbytes)
@@ -74,7 +77,7 @@ class GgufEncoding(Encoding):
 
         return CompiledRows(write, partial(kernels.multiply, blocks), kernels.lines_at_once)
 
-    def prepare(self) -> None:
+    def prepare(self, dtype: torch.dtype) -> None:
         if self.needs_compiler:
             self._kernels()
 

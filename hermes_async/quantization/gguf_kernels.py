@@ -16,16 +16,22 @@ Source: the `gguf` package, `quants`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
-from types import FunctionType
 from typing import Any, TypeAlias
 
-import numba
 import numpy as np
 from numba import float32, int32, uint8
 
+from hermes_async.quantization.compiling import (
+    COLUMNS_AT_ONCE,
+    LINES_AT_ONCE,
+    compiled_copy,
+    inlined,
+    inlined_copy,
+    names_of_lines,
+)
 from hermes_async.quantization.lanes import (
     LANES,
     add_products,
@@ -40,7 +46,6 @@ from hermes_async.quantization.lanes import (
     high_bytes,
     lanes_at,
     multiply_add,
-    no_sums,
     places,
     signed,
     table,
@@ -48,26 +53,20 @@ from hermes_async.quantization.lanes import (
     write_lanes,
 )
 
-_LINES_AT_ONCE = 4
-_COLUMNS_AT_ONCE = 4096
-"""As many numbers of the lines are multiplied with one row after another: they stay in the processor's first cache."""
-
 _Scales: TypeAlias = Callable[..., None]
 _Numbers: TypeAlias = Callable[..., Any]
-
-_inlined = numba.njit(forceinline=True)
 
 
 # --- scales and minimums ---
 
 
-@_inlined
+@inlined
 def _half(blocks, at, halves):
     """The number in float16 at a byte. `halves` has the value of each of the 65536."""
     return halves[int32(element_at(blocks, at)) | int32(element_at(blocks, at + 1)) << 8]
 
 
-@_inlined
+@inlined
 def _bits(blocks, at, shift, mask):
     """Some bits of sixteen bytes."""
     return bits_of(lanes_at(blocks, at), uint8(shift), uint8(mask))
@@ -76,7 +75,7 @@ def _bits(blocks, at, shift, mask):
 def _scale_at(offset: int) -> _Scales:
     """The function of a block with one scale, at a byte of it."""
 
-    @_inlined
+    @inlined
     def scales(blocks, at, halves, factors):
         factors[0] = _half(blocks, at + offset, halves)
 
@@ -84,14 +83,14 @@ def _scale_at(offset: int) -> _Scales:
     return result
 
 
-@_inlined
+@inlined
 def _scale_and_minimum_first(blocks, at, halves, factors):
     """A block that begins with one scale, and one minimum, which is stored with the other sign."""
     factors[0] = _half(blocks, at, halves)
     factors[1] = -_half(blocks, at + 2, halves)
 
 
-@_inlined
+@inlined
 def _q8_k_scale(blocks, at, halves, factors):
     word = np.uint32(0)
     for byte in range(4):
@@ -99,19 +98,19 @@ def _q8_k_scale(blocks, at, halves, factors):
     factors[0] = np.uint32(word).view(np.float32)
 
 
-@_inlined
+@inlined
 def _q2_k_scales(blocks, at, halves, factors):
     write_lanes(factors, 0, floats(_bits(blocks, at, 0, 15)) * _half(blocks, at + 80, halves))
     write_lanes(factors, 16, floats(_bits(blocks, at, 4, 15)) * _half(blocks, at + 82, halves))
 
 
-_q3_k_low, _q3_k_high = places(*range(2, 10)), places(*range(10, 14))
-_q3_k_low_shifts = constant_bytes(*[0] * 8, *[4] * 8)
-_q3_k_high_shifts = constant_bytes(*[0] * 4, *[2] * 4, *[4] * 4, *[6] * 4)
-_15, _3 = constant_bytes(15), constant_bytes(3)
+_q3_k_low, _q3_k_high = places(range(2, 10)), places(range(10, 14))
+_q3_k_low_shifts = constant_bytes([0] * 8 + [4] * 8)
+_q3_k_high_shifts = constant_bytes([0] * 4 + [2] * 4 + [4] * 4 + [6] * 4)
+_15, _3 = constant_bytes([15]), constant_bytes([3])
 
 
-@_inlined
+@inlined
 def _q3_k_scales(blocks, at, halves, factors):
     """Sixteen numbers of six bits in twelve bytes."""
     stored = lanes_at(blocks, at + 94)  # ends with the block
@@ -120,15 +119,15 @@ def _q3_k_scales(blocks, at, halves, factors):
     write_lanes(factors, 0, floats(signed(low + high * 16 - 32)) * _half(blocks, at + 108, halves))
 
 
-_k_low = places(0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 8, 9, 10, 11)
-_k_high = places(*[0, 1, 2, 3] * 2, *[4, 5, 6, 7] * 2)
-_k_low_shifts = constant_bytes(*[0] * 12, *[4] * 4)
-_k_low_masks = constant_bytes(*[63] * 4, *[15] * 4)
-_k_high_masks = constant_bytes(*[0] * 4, *[3] * 4)
-_6 = constant_bytes(6)
+_k_low = places((0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 8, 9, 10, 11))
+_k_high = places([0, 1, 2, 3] * 2 + [4, 5, 6, 7] * 2)
+_k_low_shifts = constant_bytes([0] * 12 + [4] * 4)
+_k_low_masks = constant_bytes([63] * 4 + [15] * 4)
+_k_high_masks = constant_bytes([0] * 4 + [3] * 4)
+_6 = constant_bytes([6])
 
 
-@_inlined
+@inlined
 def _k_scales(blocks, at, halves, factors):
     """Eight scales, and eight minimums, with six bits each in twelve bytes: those of Q4_K and Q5_K."""
     stored = lanes_at(blocks, at + 4)
@@ -138,16 +137,16 @@ def _k_scales(blocks, at, halves, factors):
     write_lanes(factors, 0, floats(low + high * 16) * of_blocks)
 
 
-@_inlined
+@inlined
 def _q6_k_scales(blocks, at, halves, factors):
     write_lanes(factors, 0, floats(signed(lanes_at(blocks, at + 192))) * _half(blocks, at + 208, halves))
 
 
-_iq4_xs_low, _iq4_xs_high = places(2, 2, 3, 3, 4, 4, 5, 5), places(0, 0, 0, 0, 1, 1, 1, 1)
-_iq4_xs_low_shifts, _iq4_xs_high_shifts = constant_bytes(0, 4), constant_bytes(0, 2, 4, 6)
+_iq4_xs_low, _iq4_xs_high = places((2, 2, 3, 3, 4, 4, 5, 5)), places([0] * 4 + [1] * 4)
+_iq4_xs_low_shifts, _iq4_xs_high_shifts = constant_bytes((0, 4)), constant_bytes((0, 2, 4, 6))
 
 
-@_inlined
+@inlined
 def _iq4_xs_scales(blocks, at, halves, factors):
     """Eight numbers of six bits in six bytes."""
     stored = lanes_at(blocks, at + 2)
@@ -156,7 +155,7 @@ def _iq4_xs_scales(blocks, at, halves, factors):
     write_lanes(factors, 0, floats(signed(low + high * 16 - 32)) * _half(blocks, at, halves))
 
 
-@_inlined
+@inlined
 def _mxfp4_scale(blocks, at, halves, factors):
     """Half of two to the power of a byte: the numbers are twice what they stand for."""
     exponent = np.uint32(element_at(blocks, at))
@@ -167,63 +166,63 @@ def _mxfp4_scale(blocks, at, halves, factors):
 # --- numbers ---
 
 
-@_inlined
+@inlined
 def _q8_0(blocks, at, group):
     return signed(lanes_at(blocks, at + 2 + 16 * group))
 
 
-@_inlined
+@inlined
 def _q8_k(blocks, at, group):
     return signed(lanes_at(blocks, at + 4 + 16 * group))
 
 
-@_inlined
+@inlined
 def _q4_0(blocks, at, group):
     return signed(_bits(blocks, at + 2, 4 * group, 15) - 8)
 
 
-@_inlined
+@inlined
 def _q4_1(blocks, at, group):
     return _bits(blocks, at + 4, 4 * group, 15)
 
 
-@_inlined
+@inlined
 def _q5_0(blocks, at, group):
     return signed(_bits(blocks, at + 6, 4 * group, 15) + bits_at(blocks, at + 2 + 2 * group) * 16 - 16)
 
 
-@_inlined
+@inlined
 def _q5_1(blocks, at, group):
     return _bits(blocks, at + 8, 4 * group, 15) + bits_at(blocks, at + 4 + 2 * group) * 16
 
 
-@_inlined
+@inlined
 def _q2_k(blocks, at, group):
     half, run = group & 1, group >> 1
     return _bits(blocks, at + 16 + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3)
 
 
-@_inlined
+@inlined
 def _q3_k(blocks, at, group):
     half, run = group & 1, group >> 1
     low = _bits(blocks, at + 32 + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3)
     return signed(low + _bits(blocks, at + 16 * half, run, 1) * 4 - 4)
 
 
-@_inlined
+@inlined
 def _q4_k(blocks, at, group):
     half, run = group & 1, group >> 1
     return _bits(blocks, at + 16 + 32 * (run >> 1) + 16 * half, 4 * (run & 1), 15)
 
 
-@_inlined
+@inlined
 def _q5_k(blocks, at, group):
     half, run = group & 1, group >> 1
     low = _bits(blocks, at + 48 + 32 * (run >> 1) + 16 * half, 4 * (run & 1), 15)
     return low + _bits(blocks, at + 16 + 16 * half, run, 1) * 16
 
 
-@_inlined
+@inlined
 def _q6_k(blocks, at, group):
     half, quarter, of_block = group & 1, group >> 1 & 3, group >> 3
     low = _bits(blocks, at + 64 * of_block + 32 * (quarter & 1) + 16 * half, 4 * (quarter >> 1), 15)
@@ -231,31 +230,31 @@ def _q6_k(blocks, at, group):
     return signed(low + high * 16 - 32)
 
 
-_iq4_numbers = table(-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
-_mxfp4_numbers = table(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)
+_iq4_numbers = table((-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113))
+_mxfp4_numbers = table((0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12))
 
 
-@_inlined
+@inlined
 def _iq4_nl(blocks, at, group):
     return _iq4_numbers(_bits(blocks, at + 2, 4 * group, 15))
 
 
-@_inlined
+@inlined
 def _iq4_xs(blocks, at, group):
     return _iq4_numbers(_bits(blocks, at + 8 + 16 * (group >> 1), 4 * (group & 1), 15))
 
 
-@_inlined
+@inlined
 def _mxfp4(blocks, at, group):
     return _mxfp4_numbers(_bits(blocks, at + 1, 4 * group, 15))
 
 
-_last_four = places(10, 11, 12, 13)
-_powers_of_3 = constant_bytes(*[1] * 4, *[3] * 4, *[9] * 4, *[27] * 4)
+_last_four = places((10, 11, 12, 13))
+_powers_of_3 = constant_bytes([1] * 4 + [3] * 4 + [9] * 4 + [27] * 4)
 _POWERS_OF_3 = np.array((1, 3, 9, 27, 81), np.uint8)
 
 
-@_inlined
+@inlined
 def _tq1_0(blocks, at, group):
     """Five numbers of -1, 0 and 1 to a byte, as digits of a fraction with the base three."""
     if group < 15:
@@ -267,7 +266,7 @@ def _tq1_0(blocks, at, group):
     return signed(high_bytes(fractions, uint8(3)) - 1)
 
 
-@_inlined
+@inlined
 def _tq2_0(blocks, at, group):
     half, run = group & 1, group >> 1
     return signed(_bits(blocks, at + 32 * (run >> 2) + 16 * half, 2 * (run & 3), 3) - 1)
@@ -323,7 +322,7 @@ class BlockKernels:
 
     dequantize: Callable[[Any, Any], None]
     multiply: Callable[[Any, Any, Any, int, int], None]
-    lines_at_once: int = _LINES_AT_ONCE
+    lines_at_once: int = LINES_AT_ONCE
 
 
 @cache
@@ -335,35 +334,19 @@ def kernels_of(type_name: str, elements: int, nbytes: int) -> BlockKernels:
     of_type = _TYPES[type_name]
     names: dict[str, Any] = {field: getattr(of_type, field) for field in _Type.__slots__}
     names |= {"block_length": elements, "block_bytes": nbytes, "num_runs": elements // of_type.run_length}
-    names["add_group"] = _inlined(FunctionType(_add_group.__code__, {**globals(), **names}))
-    dequantize = _compiled(_dequantize, _DEQUANTIZE, type_name, names)
+    names["values_of"] = inlined_copy(_values_of, names)
+    dequantize = compiled_copy(_dequantize, _DEQUANTIZE, type_name, names)
     one, several = (
-        _compiled(_multiply, _MULTIPLY, f"{type_name}_{lines}", names | {"num_lines": lines, "zeros": no_sums(lines)})
-        for lines in (1, _LINES_AT_ONCE)
+        compiled_copy(_multiply, _MULTIPLY, f"{type_name}_{count}", names | names_of_lines(count))
+        for count in (1, LINES_AT_ONCE)
     )
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
     return BlockKernels(
         lambda blocks, values: dequantize(blocks.reshape(-1), halves, values.reshape(-1)),
         lambda blocks, lines, products, first, last: (one if len(lines) == 1 else several)(
-            blocks.reshape(-1), halves, lines.reshape(-1), products, first, last
+            blocks.reshape(-1), halves, lines.reshape(-1), products, first=first, last=last
         ),
     )
-
-
-def _compiled(function: Callable[..., None], signature: str, name: str, names: Mapping[str, Any]) -> Any:
-    """A compiled copy of a function, in which `names` have values of their own.
-
-    Numba keeps what it compiles on disk, by the name of the function. Where no folder can be written to, it is compiled
-    again in each process.
-    """
-    assert isinstance(function, FunctionType)
-    own = FunctionType(function.__code__, {**globals(), **names})
-    own.__name__ = own.__qualname__ = f"{function.__name__}_{name}"
-    own.__module__ = __name__
-    try:
-        return numba.njit(signature, cache=True, nogil=True)(own)
-    except (RuntimeError, OSError):  # no folder for it, or no space
-        return numba.njit(signature, nogil=True)(own)
 
 
 # In the loops, each type has these names of its own.
@@ -376,7 +359,7 @@ scales: _Scales
 numbers: _Numbers
 num_lines: int
 zeros: Callable[[], Any]
-add_group: Callable[..., Any]
+values_of: Callable[..., Any]
 
 
 _DEQUANTIZE = "void(uint8[::1], float32[::1], float32[::1])"
@@ -399,7 +382,7 @@ def _dequantize(blocks, halves, values):
 def _multiply(blocks, halves, lines, products, first, last):
     factors = np.empty(2 * LANES, np.float32)
     columns = lines.size // products.shape[0]
-    of_row, of_part = columns // block_length, _COLUMNS_AT_ONCE // num_lines // block_length
+    of_row, of_part = columns // block_length, COLUMNS_AT_ONCE // num_lines // block_length
     for first_line in range(0, products.shape[0], num_lines):
         for start in range(0, of_row, of_part):
             for row in range(first, last):
@@ -407,21 +390,21 @@ def _multiply(blocks, halves, lines, products, first, last):
                 for block in range(start, min(of_row, start + of_part)):
                     at, column = (row * of_row + block) * block_bytes, first_line * columns + block * block_length
                     scales(blocks, at, halves, factors)
-                    for pair in range(block_length // LANES // 2):
-                        group = 2 * pair
-                        even = add_group(even, blocks, at, group, factors, lines, column, columns)
-                        odd = add_group(odd, blocks, at, group + 1, factors, lines, column, columns)
+                    for group in range(0, block_length // LANES, 2):
+                        value = values_of(blocks, at, group, factors)
+                        even = add_products(even, value, lines, column + group * LANES, columns)
+                        value = values_of(blocks, at, group + 1, factors)
+                        odd = add_products(odd, value, lines, column + (group + 1) * LANES, columns)
                 of_even, of_odd = totals(even), totals(odd)
                 for line in range(num_lines):
                     before = products[first_line + line, row] if start else float32(0)
                     products[first_line + line, row] = before + (of_even[line] + of_odd[line])
 
 
-def _add_group(sums, blocks, at, group, factors, lines, column, columns):
+def _values_of(blocks, at, group, factors):
+    """Sixteen values of a block. Unlike in `_dequantize`, number, scale and minimum may be rounded once."""
     run = group * LANES // run_length
     value = floats(numbers(blocks, at, group))
     if has_minimums:
-        value = multiply_add(value, filled(factors[run]), filled(-factors[num_runs + run]))
-    else:
-        value = value * factors[run]
-    return add_products(sums, value, lines, column + group * LANES, columns)
+        return multiply_add(value, filled(factors[run]), filled(-factors[num_runs + run]))
+    return value * factors[run]

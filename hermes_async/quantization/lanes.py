@@ -191,6 +191,42 @@ def floats(typing_context, lanes):
 
 
 @intrinsic
+def floats_of_e4m3(typing_context, lanes):
+    """Bytes as numbers in FP8 (e4m3) in float32.
+
+    Sign, exponent and mantissa are moved to their places in float32. The result is the number times 2**-120, also where
+    there is no leading one, because both formats have none at the smallest exponent. The bytes of NaN differ.
+
+    Source: OCP 8-bit Floating Point Specification 1.0, section 5.2.
+    """
+
+    def build(context, builder, signature, args):
+        of_ints, of_floats = _vector(_INT32), _vector(ir.FloatType())
+        moved = builder.shl(builder.sext(args[0], of_ints), ir.Constant(of_ints, [20] * LANES))
+        bits = builder.and_(moved, ir.Constant(of_ints, [0x87F00000] * LANES))
+        values = builder.fmul(builder.bitcast(bits, of_floats), ir.Constant(of_floats, [2.0**120] * LANES))
+        magnitudes = builder.and_(args[0], ir.Constant(args[0].type, [0x7F] * LANES))
+        is_nan = builder.icmp_unsigned("==", magnitudes, ir.Constant(args[0].type, [0x7F] * LANES))
+        return builder.select(is_nan, ir.Constant(of_floats, [float("nan")] * LANES), values)
+
+    return FLOATS(BYTES), build
+
+
+@intrinsic
+def rounded_to_bfloat16(typing_context, lanes):
+    """Numbers in float32 as the nearest ones of bfloat16, still in float32; of two as near, the even one."""
+
+    def build(context, builder, signature, args):
+        of_ints = _vector(_INT32)
+        bits = builder.bitcast(args[0], of_ints)
+        last = builder.and_(builder.lshr(bits, ir.Constant(of_ints, [16] * LANES)), ir.Constant(of_ints, [1] * LANES))
+        raised = builder.add(builder.add(bits, last), ir.Constant(of_ints, [0x7FFF] * LANES))
+        return builder.bitcast(builder.and_(raised, ir.Constant(of_ints, [0xFFFF0000] * LANES)), args[0].type)
+
+    return FLOATS(FLOATS), build
+
+
+@intrinsic
 def multiply_add(typing_context, first, second, third):
     """first * second + third, rounded once where the processor has an instruction for that, and twice elsewhere."""
     return FLOATS(FLOATS, FLOATS, FLOATS), lambda context, builder, signature, args: _multiply_add(builder, *args)
@@ -215,7 +251,7 @@ def _shuffled(builder, lanes, places: Sequence[int]):
 # --- operations with constants, which are known when a function is compiled ---
 
 
-def constant_bytes(*numbers: int):
+def constant_bytes(numbers: Sequence[int]):
     """A function that returns sixteen bytes. Fewer are repeated."""
 
     @intrinsic
@@ -228,7 +264,7 @@ def constant_bytes(*numbers: int):
     return constant
 
 
-def places(*numbers: int):
+def places(numbers: Sequence[int]):
     """A function of `Lanes`, which returns the elements at these sixteen places of them. Fewer places are repeated."""
 
     @intrinsic
@@ -241,7 +277,7 @@ def places(*numbers: int):
     return at_places
 
 
-def table(*numbers: int):
+def table(numbers: Sequence[int]):
     """A function of bytes from 0 to 15, which returns the numbers at these places of a table, as int8.
 
     LLVM has no instruction for that. So each bit of the bytes chooses between two halves of the table.

@@ -17,7 +17,8 @@ from hermes_async.quantization.encoding import CompiledRows
 from hermes_async.quantization.row_threads import RowThreads
 from hermes_async.storage.kernel_threads import end_kernel_threads
 
-_FEW_LINES = 16
+FEW_LINES = 16
+"""So many are multiplied row by row, which is faster than in blocks."""
 
 
 def product_of_rows(
@@ -29,7 +30,7 @@ def product_of_rows(
         block_rows: The most rows that are in memory at once.
     """
     num_lines = len(lines)
-    if num_lines <= _FEW_LINES:
+    if num_lines <= FEW_LINES:
         inputs = _padded(lines, compiled.inputs_at_once)
         out = torch.empty((len(inputs), num_rows))
         products = out.numpy()

@@ -10,6 +10,7 @@ import queue
 import threading
 from collections.abc import Callable
 from typing import TypeAlias
+
 Part: TypeAlias = Callable[[int, int], None]
 """Computes some rows. Takes the first row, and the row behind the last."""
 
@@ -91,9 +92,10 @@ class RowThreads:
 
 
 def _shares(num_rows: int, count: int) -> list[tuple[int, int]]:
-    """The rows that threads take: first and last (exclusive). Fewer are left each time, and half of these are shared out.
+    """The rows that threads take: first and last (exclusive).
 
-    So threads take rows a few times, and end at almost the same time.
+    A thread takes its part of half of the rows that are left. So threads take rows a few times, and end at almost the
+    same time.
     """
     shares, first = [], 0
     while first < num_rows:

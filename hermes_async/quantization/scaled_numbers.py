@@ -11,8 +11,15 @@ from math import prod
 
 import torch
 
-from hermes_async.quantization.block_scales import EXPONENT_DTYPES, BlockEncoding, BlockSize, scale_values
-from hermes_async.quantization.encoding import IntegerGroups, IntegerRows, Parts
+from hermes_async.quantization.block_scales import (
+    EXPONENT_DTYPES,
+    BlockEncoding,
+    BlockSize,
+    compiled_blocks,
+    prepare_compiled_blocks,
+    scale_values,
+)
+from hermes_async.quantization.encoding import CompiledRows, IntegerGroups, IntegerRows, Parts
 from hermes_async.quantization.fp8 import BFLOAT16_FOLD, folded, has_nan
 from hermes_async.quantization.packed_integers import scratch_bytes, write_scaled
 from hermes_async.quantization.pieces import INT8_ELEMENTS, pieces
@@ -67,6 +74,22 @@ class ScaledEncoding(BlockEncoding):
             blocks = piece.view(end - begin, scale.shape[1], -1)
             own_zero = 0 if zero is None else zero[own]
             write_scaled(blocks, own_zero, scale[own], out[begin:end], rounded_to=rounded_to)
+
+    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+        stored = _scale_values(parts["scale"])
+        rounded_to = stored.dtype if self.in_scale_dtype else dtype
+        if self.zero_point or torch.float16 in (rounded_to, dtype):
+            return None
+        rounded_once = torch.bfloat16 if torch.bfloat16 in (rounded_to, dtype) else dtype
+        return compiled_blocks(self.kind, parts["weight"], stored.float(), self.block, rounded_once)
+
+    @property
+    def compiles(self) -> bool:
+        return not self.zero_point
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        if self.compiles:
+            prepare_compiled_blocks(self.kind, dtype)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.kind != "int8" or self.zero_point or (self.block.columns or columns) < columns:

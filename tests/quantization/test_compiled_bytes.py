@@ -1,0 +1,115 @@
+"""Compiled functions of numbers of one byte: values are those of `dequantize`, bit by bit, and products are theirs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hermes_async.quantization.bfloat16_products import Bfloat16Products
+from hermes_async.quantization.block_scales import BlockEncoding, BlockSize
+from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight
+from hermes_async.quantization.encoding import StoredMatrix
+from hermes_async.quantization.fp8 import Fp8Encoding
+from hermes_async.quantization.row_products import product_of_rows
+from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
+from hermes_async.quantization.scaled_numbers import ScaledEncoding
+from tests.quantization.test_encoded_weight import spec
+
+ROWS, COLUMNS = 90, 4384  # more columns than are multiplied at once with a row
+SIZES = ((None, None), (1, None), (None, 32), (40, 128), (1, 32), (128, 4384))
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+def parts_of(encoding: BlockEncoding, scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    """A matrix with every byte in it."""
+    generator = torch.Generator().manual_seed(3)
+    numbers = torch.randint(0, 256, (ROWS, COLUMNS), generator=generator, dtype=torch.uint8)
+    numbers[0, :256] = torch.arange(256, dtype=torch.uint8)
+    grid = encoding.block.grid(ROWS, COLUMNS)
+    scale = torch.randn(grid, generator=generator) * torch.logspace(-3, 3, grid[1])
+    stored = torch.int8 if encoding.name == "int8" else torch.float8_e4m3fn
+    return {"weight": numbers.view(stored), "scale": scale.to(scale_dtype)}
+
+
+def values_of(encoding: BlockEncoding, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty(ROWS, COLUMNS, dtype=dtype)
+    with torch.inference_mode():
+        encoding.dequantize(parts, 0, ROWS, values)
+    return values.float()
+
+
+def encodings() -> list[tuple[BlockEncoding, torch.dtype]]:
+    of_fp8 = [(Fp8Encoding(BlockSize(*size)), torch.float32) for size in SIZES]
+    of_scaled = [
+        (ScaledEncoding(kind, BlockSize(1, None), in_scale_dtype=rounds), scale_dtype)
+        for kind in ("fp8", "int8")
+        for scale_dtype in DTYPES
+        for rounds in (True, False)
+    ]
+    return [*of_fp8, *of_scaled]
+
+
+@pytest.mark.parametrize(("encoding", "scale_dtype"), encodings(), ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_are_those_of_dequantize(encoding: BlockEncoding, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
+    parts = parts_of(encoding, scale_dtype)
+    compiled = encoding.compiled_rows(parts, dtype)
+    assert compiled is not None
+    found = torch.empty(ROWS - 7, COLUMNS)
+    compiled.write(7, ROWS, found.numpy())
+    torch.testing.assert_close(found, values_of(encoding, parts, dtype)[7:], rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize(("encoding", "scale_dtype"), encodings(), ids=str)
+@pytest.mark.parametrize("num_lines", [1, 3, 4, 20])
+def test_products_are_those_of_the_dequantized_matrix(
+    encoding: BlockEncoding, scale_dtype: torch.dtype, num_lines: int
+) -> None:
+    lines = torch.randn(num_lines, COLUMNS, generator=torch.Generator().manual_seed(num_lines))
+    parts, threads = parts_of(encoding, scale_dtype), RowThreads(3)
+    parts["weight"] = torch.where(parts["weight"].float().isnan(), 0, parts["weight"].float()).to(parts["weight"].dtype)
+    for dtype in DTYPES:
+        values = values_of(encoding, parts, dtype).double()
+        compiled = encoding.compiled_rows(parts, dtype)
+        assert compiled is not None
+        bound = 1e-5 * (lines.double().abs() @ values.abs().T)
+        for own in (threads, ONE_THREAD):
+            product = product_of_rows(compiled, ROWS, 32, lines, own)
+            assert bool(((product.double() - lines.double() @ values.T).abs() <= bound).all())
+    threads.close()
+
+
+def test_what_has_no_compiled_functions(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoding = Fp8Encoding(BlockSize(None, None))
+    parts = parts_of(encoding)
+    assert encoding.compiled_rows(parts, torch.float16) is None
+    assert encoding.compiled_rows(parts | {"weight": parts["weight"][:, :4360]}, torch.float32) is None
+    assert encoding.compiled_rows(parts | {"weight": parts["weight"][:, :33].contiguous()}, torch.float32) is None
+    assert Fp8Encoding(BlockSize(1, 16)).compiled_rows(parts_of(Fp8Encoding(BlockSize(1, 16))), torch.float32) is None
+    of_float16 = ScaledEncoding("fp8", BlockSize(None, None))
+    assert of_float16.compiled_rows(parts | {"scale": torch.ones(1, 1, dtype=torch.float16)}, torch.float32) is None
+    monkeypatch.setattr("hermes_async.quantization.block_scales.has_compiler", lambda: False)
+    assert encoding.compiled_rows(parts, torch.float32) is None
+    encoding.prepare(torch.float32)
+
+
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16, 17])
+def test_a_bfloat16_model_rounds_each_result_once(*, has_bias: bool, num_tokens: int) -> None:
+    encoding, generator = Fp8Encoding(BlockSize(None, 32)), torch.Generator().manual_seed(1)
+    weight = torch.randn(50, 64, generator=generator).to(torch.float8_e4m3fn)
+    parts = {"weight": weight, "scale": torch.rand(1, 2, generator=generator)}
+    specs = {part: spec(part, tensor.dtype, tuple(tensor.shape)) for part, tensor in parts.items()}
+    parameter = EncodedParameter("w", (50, 64), torch.bfloat16, (StoredMatrix(encoding, (50, 64), specs),))
+    stored = {f"w/0/{part}": tensor for part, tensor in parts.items()}
+    made = EncodedWeight.of(parameter, stored.__getitem__, Bfloat16Products(scales_inputs=True))
+    values = torch.empty(50, 64, dtype=torch.bfloat16)
+    inputs = torch.randn(num_tokens, 64, generator=generator).to(torch.bfloat16)
+    bias = torch.randn(50, generator=generator).to(torch.bfloat16) if has_bias else None
+    with torch.inference_mode():
+        encoding.dequantize(parts, 0, 50, values)
+        exact = F.linear(inputs.double(), values.double(), None if bias is None else bias.double())
+        found = F.linear(inputs, made, bias)
+    assert found.dtype == torch.bfloat16
+    assert bool(((found.double() - exact).abs() <= exact.abs() * 2**-8 + 1e-4).all())
