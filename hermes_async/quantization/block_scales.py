@@ -14,7 +14,10 @@ from numpy.typing import NDArray
 from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
 from hermes_async.quantization.pieces import pieces
 
-_COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+COMPILED_DTYPES = (torch.float32, torch.bfloat16)
+"""Of values that compiled functions compute."""
+_COLUMN_STEP = 32
+"""They handle columns, and columns of blocks, in multiples of so many."""
 E8M0_BIAS = 127
 EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 """Of scales that are stored as exponents alone."""
@@ -76,40 +79,67 @@ class BlockEncoding(Encoding):
         return True
 
 
-def compiled_blocks(
-    kind: str, numbers: torch.Tensor, scale: torch.Tensor, block: BlockSize, dtype: torch.dtype
-) -> CompiledRows | None:
-    """Compiled functions of a matrix of bytes. None if Numba is missing, or if they do not handle such a matrix.
+@dataclass(frozen=True)
+class ScaledBytes:
+    """A matrix of numbers of one byte, for compiled functions.
 
-    Args:
+    Attributes:
         kind: Of the numbers: "fp8" (e4m3) or "int8".
-        numbers: [rows, columns], of one byte each.
+        numbers: [rows, columns].
         scale: The grid of the blocks' scales, in float32.
-        dtype: Which values are rounded to.
+        block: Rows and columns of a block.
+        rounds: Each value is rounded to bfloat16.
     """
-    if not has_compiler() or dtype not in _COMPILED_DTYPES or not numbers.is_contiguous():
-        return None
-    from hermes_async.quantization.byte_kernels import COLUMN_STEP, kernels_of  # Numba comes with it
 
-    rows, columns = numbers.shape
-    size = block.rows or rows, min(columns, block.columns or columns)
-    if columns % COLUMN_STEP or size[1] % COLUMN_STEP:
-        return None
-    kernels = kernels_of(kind, rounds=dtype == torch.bfloat16)
-    stored, grid = numbers.view(torch.uint8).numpy().reshape(-1), scale.contiguous().numpy()
+    kind: str
+    numbers: torch.Tensor
+    scale: torch.Tensor
+    block: BlockSize
+    rounds: bool
 
-    def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
-        kernels.dequantize(stored, grid, size, start, out)
+    @property
+    def compiles(self) -> bool:
+        """Whether Numba is installed, and the functions handle such a matrix."""
+        columns = self.numbers.shape[1]
+        in_steps = columns % _COLUMN_STEP == 0 and (self.block.columns or columns) % _COLUMN_STEP == 0
+        return has_compiler() and in_steps and self.numbers.is_contiguous()
 
-    return CompiledRows(write, partial(kernels.multiply, stored, grid, size), kernels.lines_at_once)
+    def dequantize(self, start: int, out: torch.Tensor) -> None:
+        """Writes some rows from one on to `out` [rows, columns], in float32 or bfloat16, and contiguous."""
+        from hermes_async.quantization.byte_kernels import dequantizer  # Numba, which is slow to import, comes with it
+
+        bits = out.dtype == torch.bfloat16
+        values = out.view(torch.uint16) if bits else out
+        dequantizer(self.kind, rounds=self.rounds, bits=bits)(*self._arrays(), start, values.numpy())
+
+    def compiled_rows(self) -> CompiledRows:
+        from hermes_async.quantization.byte_kernels import dequantizer, multiplier
+        from hermes_async.quantization.compiling import LINES_AT_ONCE
+
+        dequantize = dequantizer(self.kind, rounds=self.rounds, bits=False)
+        multiply = multiplier(self.kind, rounds=self.rounds)
+        arrays = self._arrays()
+
+        def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
+            dequantize(*arrays, start, out)
+
+        return CompiledRows(write, partial(multiply, *arrays), LINES_AT_ONCE)
+
+    def _arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[int, int]]:
+        rows, columns = self.numbers.shape
+        numbers, grid = self.numbers.view(torch.uint8).numpy().reshape(-1), self.scale.contiguous().numpy()
+        return numbers, grid, (self.block.rows or rows, self.block.columns or columns)
 
 
-def prepare_compiled_blocks(kind: str, dtype: torch.dtype) -> None:
-    """Compiles the functions of `compiled_blocks`, if Numba is there."""
-    if has_compiler() and dtype in _COMPILED_DTYPES:
-        from hermes_async.quantization.byte_kernels import kernels_of
+def prepare_scaled_bytes(kind: str, dtype: torch.dtype) -> None:
+    """Compiles the functions of `ScaledBytes` for a dtype, if Numba is installed."""
+    if has_compiler() and dtype in COMPILED_DTYPES:
+        from hermes_async.quantization.byte_kernels import dequantizer, multiplier
 
-        kernels_of(kind, rounds=dtype == torch.bfloat16)
+        rounds = dtype == torch.bfloat16
+        multiplier(kind, rounds=rounds)
+        for bits in {False, rounds}:
+            dequantizer(kind, rounds=rounds, bits=bits)
 
 
 def _count(size: int, block: int | None) -> int:

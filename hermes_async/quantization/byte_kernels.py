@@ -8,7 +8,6 @@ Source: as `fp8` and `scaled_numbers`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -31,6 +30,7 @@ from hermes_async.quantization.lanes import (
     rounded_to_bfloat16,
     signed,
     totals,
+    write_bfloat16,
     write_lanes,
 )
 
@@ -47,56 +47,58 @@ def _e4m3(numbers, at):
 
 _KINDS = {"int8": _int8, "fp8": _e4m3}
 
-COLUMN_STEP = 2 * LANES
-"""The columns of a block, and of a matrix, are a multiple of it."""
-
-
-@dataclass(frozen=True, slots=True)
-class ByteKernels:
-    """The compiled functions of a kind of numbers. They release the interpreter's lock; all arrays are contiguous.
-
-    A matrix is `numbers`, uint8 [rows * columns], and `grid`, float32 [blocks below each other, beside each other]: the
-    scale of each block. A block has `height` rows and `width` columns. The last blocks may be smaller.
-
-    Attributes:
-        dequantize: Of numbers, grid, (height, width), a first row, and `values`, float32 [n, columns]: writes n rows.
-        multiply: Of numbers, grid, (height, width); `lines`, float32 [lines, columns]; and `products`, float32 [lines,
-            rows], which it writes for the rows from `first` to `last` (exclusive). There is one line, or a multiple of
-            `lines_at_once`.
-    """
-
-    dequantize: Callable[..., None]
-    multiply: Callable[..., None]
-    lines_at_once: int = LINES_AT_ONCE
+# A matrix is `numbers`, uint8 [rows * columns], and `grid`, float32 [blocks below each other, beside each other]: the
+# scale of each block. A block has `size`: rows and columns. The last blocks may be smaller. All arrays are contiguous,
+# and the functions release the interpreter's lock. They are compiled, within two seconds, if they are new here.
 
 
 @cache
-def kernels_of(kind: str, *, rounds: bool) -> ByteKernels:
-    """The functions of a kind of numbers: "fp8" or "int8".
-
-    Compiles them, within three seconds, if they are new on this machine.
+def dequantizer(kind: str, *, rounds: bool, bits: bool) -> Callable[..., None]:
+    """A function of `numbers`, `grid`, `size`, a first row, and `values` [n, columns]: it writes n rows of values.
 
     Args:
+        kind: Of the numbers: "fp8" or "int8".
         rounds: Each value is rounded to bfloat16.
+        bits: `values` are the bits of numbers in bfloat16, in uint16, and not numbers in float32.
     """
-    names: dict[str, Any] = {"number_at": _KINDS[kind], "rounds": rounds}
-    names["values_at"] = inlined_copy(_values_at, names)
-    name = f"{kind}_bfloat16" if rounds else kind
-    one, several = (
-        compiled_copy(_multiply, _MULTIPLY, f"{name}_{count}", names | names_of_lines(count))
-        for count in (1, LINES_AT_ONCE)
-    )
-
-    write = compiled_copy(_dequantize, _DEQUANTIZE, name, names)
+    names = _names(kind, rounds=rounds) | {"write": write_bfloat16 if bits else write_lanes}
+    signature = _DEQUANTIZE.format("uint16" if bits else "float32")
+    compiled = compiled_copy(_dequantize, signature, f"{kind}{rounds:d}{bits:d}", names)
 
     def dequantize(numbers, grid, size, first, values):
-        write(numbers, grid, *size, first=first, values=values)
+        compiled(numbers, grid, *size, first=first, values=values)
+
+    return dequantize
+
+
+@cache
+def multiplier(kind: str, *, rounds: bool) -> Callable[..., None]:
+    """A function of `numbers`, `grid`, `size`, `lines`, `products`, `first` and `last`.
+
+    It writes the products of `lines`, float32 [lines, columns], with the rows from `first` to `last` (exclusive), to
+    `products`, float32 [lines, all rows]. There is one line, or a multiple of `LINES_AT_ONCE`.
+
+    Args:
+        kind: Of the numbers: "fp8" or "int8".
+        rounds: Each value is rounded to bfloat16.
+    """
+    one, several = (
+        compiled_copy(
+            _multiply, _MULTIPLY, f"{kind}{rounds:d}_{count}", _names(kind, rounds=rounds) | names_of_lines(count)
+        )
+        for count in (1, LINES_AT_ONCE)
+    )
 
     def multiply(numbers, grid, size, lines, products, first, last):
         function = one if len(lines) == 1 else several
         function(numbers, grid, *size, lines=lines.reshape(-1), products=products, first=first, last=last)
 
-    return ByteKernels(dequantize, multiply)
+    return multiply
+
+
+def _names(kind: str, *, rounds: bool) -> dict[str, Any]:
+    names: dict[str, Any] = {"number_at": _KINDS[kind], "rounds": rounds}
+    return names | {"values_at": inlined_copy(_values_at, names)}
 
 
 # In the loops, each kind has these names of its own.
@@ -105,9 +107,10 @@ num_lines: int
 zeros: Callable[[], Any]
 number_at: Callable[..., Any]
 values_at: Callable[..., Any]
+write: Callable[..., None]
 
 
-_DEQUANTIZE = "void(uint8[::1], float32[:, ::1], int64, int64, int64, float32[:, ::1])"
+_DEQUANTIZE = "void(uint8[::1], float32[:, ::1], int64, int64, int64, {}[:, ::1])"
 _MULTIPLY = "void(uint8[::1], float32[:, ::1], int64, int64, float32[::1], float32[:, ::1], int64, int64)"
 
 
@@ -120,7 +123,7 @@ def _dequantize(numbers, grid, height, width, first, values):
         for across in range(grid.shape[1]):
             scale = scales[across]
             for column in range(across * width, min(columns, (across + 1) * width), LANES):
-                write_lanes(flat, idx * columns + column, values_at(numbers, row * columns + column, scale))
+                write(flat, idx * columns + column, values_at(numbers, row * columns + column, scale))
 
 
 def _multiply(numbers, grid, height, width, lines, products, first, last):

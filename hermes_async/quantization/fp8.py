@@ -17,12 +17,13 @@ import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.block_scales import (
+    COMPILED_DTYPES,
     BlockEncoding,
     BlockSize,
+    ScaledBytes,
     bounds_of,
-    compiled_blocks,
     multiply_blocks,
-    prepare_compiled_blocks,
+    prepare_scaled_bytes,
     scale_values,
 )
 from hermes_async.quantization.encoding import CompiledRows, Parts, StoredMatrix
@@ -78,6 +79,9 @@ class Fp8Encoding(BlockEncoding):
         return {"weight": (rows, columns), "scale": self.block.grid(rows, columns)}
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
+        if out.dtype in COMPILED_DTYPES and (scaled := self._scaled_bytes(parts, out.dtype)).compiles:
+            scaled.dequantize(start, out)
+            return
         num_rows, columns = out.shape
         scale = scale_values(parts["scale"][self.block.grid_rows(start, stop)])
         widening = _WIDENINGS[out.dtype]
@@ -98,14 +102,20 @@ class Fp8Encoding(BlockEncoding):
                 own.copy_(numbers)
 
     def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
-        return compiled_blocks("fp8", parts["weight"], scale_values(parts["scale"]), self.block, dtype)
+        if dtype not in COMPILED_DTYPES or not (scaled := self._scaled_bytes(parts, dtype)).compiles:
+            return None
+        return scaled.compiled_rows()
+
+    def _scaled_bytes(self, parts: Parts, dtype: torch.dtype) -> ScaledBytes:
+        scale = scale_values(parts["scale"])
+        return ScaledBytes("fp8", parts["weight"], scale, self.block, rounds=dtype == torch.bfloat16)
 
     @property
     def compiles(self) -> bool:
         return True
 
     def prepare(self, dtype: torch.dtype) -> None:
-        prepare_compiled_blocks("fp8", dtype)
+        prepare_scaled_bytes("fp8", dtype)
 
     @property
     def scales_inputs(self) -> bool:

@@ -93,12 +93,28 @@ def write_lanes(typing_context, array, at, lanes):
     """Writes sixteen elements from an index on."""
 
     def build(context, builder, signature, args):
-        address = _address(context, builder, signature.args[0], args[0], args[1])
-        stored = builder.store(args[2], builder.bitcast(address, args[2].type.as_pointer()))
-        stored.align = 1
+        _store(context, builder, signature, args, args[2])
         return context.get_dummy_value()
 
     return types.void(array, types.intp, Lanes(array.dtype)), build
+
+
+@intrinsic
+def write_bfloat16(typing_context, array, at, lanes):
+    """Writes sixteen numbers in float32, which are numbers of bfloat16, into an array of their bits in uint16."""
+
+    def build(context, builder, signature, args):
+        bits = builder.bitcast(args[2], _vector(_INT32))
+        high = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, [16] * LANES)), _vector(_INT16))
+        _store(context, builder, signature, args, high)
+        return context.get_dummy_value()
+
+    return types.void(array, types.intp, FLOATS), build
+
+
+def _store(context, builder, signature, args, value):
+    address = _address(context, builder, signature.args[0], args[0], args[1])
+    builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
 def _load(context, builder, signature, args, of_value):

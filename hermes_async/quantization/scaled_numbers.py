@@ -12,11 +12,12 @@ from math import prod
 import torch
 
 from hermes_async.quantization.block_scales import (
+    COMPILED_DTYPES,
     EXPONENT_DTYPES,
     BlockEncoding,
     BlockSize,
-    compiled_blocks,
-    prepare_compiled_blocks,
+    ScaledBytes,
+    prepare_scaled_bytes,
     scale_values,
 )
 from hermes_async.quantization.encoding import CompiledRows, IntegerGroups, IntegerRows, Parts
@@ -54,6 +55,10 @@ class ScaledEncoding(BlockEncoding):
         return shapes | {"zero_point": grid} if self.zero_point else shapes
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
+        scaled = self._scaled_bytes(parts, out.dtype)
+        if scaled is not None:
+            scaled.dequantize(start, out)
+            return
         rows, columns = out.shape
         numbers, stored = parts["weight"][start:stop], _scale_values(parts["scale"])
         scale = self._of_rows(stored, start, stop)
@@ -76,12 +81,18 @@ class ScaledEncoding(BlockEncoding):
             write_scaled(blocks, own_zero, scale[own], out[begin:end], rounded_to=rounded_to)
 
     def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+        scaled = self._scaled_bytes(parts, dtype)
+        return None if scaled is None else scaled.compiled_rows()
+
+    def _scaled_bytes(self, parts: Parts, dtype: torch.dtype) -> ScaledBytes | None:
+        """The matrix for compiled functions, if they handle it."""
         stored = _scale_values(parts["scale"])
-        rounded_to = stored.dtype if self.in_scale_dtype else dtype
-        if self.zero_point or torch.float16 in (rounded_to, dtype):
+        dtypes = {dtype, stored.dtype} if self.in_scale_dtype else {dtype}
+        if self.zero_point or not dtypes <= {*COMPILED_DTYPES}:
             return None
-        rounded_once = torch.bfloat16 if torch.bfloat16 in (rounded_to, dtype) else dtype
-        return compiled_blocks(self.kind, parts["weight"], stored.float(), self.block, rounded_once)
+        rounds = torch.bfloat16 in dtypes
+        scaled = ScaledBytes(self.kind, parts["weight"], stored.float(), self.block, rounds)
+        return scaled if scaled.compiles else None
 
     @property
     def compiles(self) -> bool:
@@ -89,7 +100,7 @@ class ScaledEncoding(BlockEncoding):
 
     def prepare(self, dtype: torch.dtype) -> None:
         if self.compiles:
-            prepare_compiled_blocks(self.kind, dtype)
+            prepare_scaled_bytes(self.kind, dtype)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.kind != "int8" or self.zero_point or (self.block.columns or columns) < columns:
