@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import isfinite
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -14,10 +15,13 @@ from numpy.typing import NDArray
 from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
 from hermes_async.quantization.pieces import pieces
 
-COMPILED_DTYPES = (torch.float32, torch.bfloat16)
-"""Of values that compiled functions compute."""
+_COMPILED_DTYPES = {torch.float32, torch.bfloat16}
+_COMPILED_DTYPES = {torch.float32, torch.bfloat16}
 _COLUMN_STEP = 32
 """They handle columns, and columns of blocks, in multiples of so many."""
+if TYPE_CHECKING:
+    from hermes_async.quantization.byte_kernels import Bytes
+
 E8M0_BIAS = 127
 EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 """Of scales that are stored as exponents alone."""
@@ -81,14 +85,15 @@ class BlockEncoding(Encoding):
 
 @dataclass(frozen=True)
 class ScaledBytes:
-    """A matrix of numbers of one byte, for compiled functions.
+    """A matrix of numbers of one byte, or of half of one, for compiled functions.
 
     Attributes:
-        kind: Of the numbers: "fp8" (e4m3) or "int8".
-        numbers: [rows, columns].
+        kind: Of the numbers: "fp8" (e4m3), "int8", "uint8" or "int4". Of the last two, the middle of the range is 0.
+        numbers: [rows, bytes], contiguous.
         scale: The grid of the blocks' scales, in float32.
         block: Rows and columns of a block.
         rounds: Each value is rounded to bfloat16.
+        zeros: As `scale`; a value is (number - zero) * scale.
     """
 
     kind: str
@@ -96,13 +101,7 @@ class ScaledBytes:
     scale: torch.Tensor
     block: BlockSize
     rounds: bool
-
-    @property
-    def compiles(self) -> bool:
-        """Whether Numba is installed, and the functions handle such a matrix."""
-        columns = self.numbers.shape[1]
-        in_steps = columns % _COLUMN_STEP == 0 and (self.block.columns or columns) % _COLUMN_STEP == 0
-        return has_compiler() and in_steps and self.numbers.is_contiguous()
+    zeros: torch.Tensor | None = None
 
     def dequantize(self, start: int, out: torch.Tensor) -> None:
         """Writes some rows from one on to `out` [rows, columns], in float32 or bfloat16, and contiguous."""
@@ -110,36 +109,56 @@ class ScaledBytes:
 
         bits = out.dtype == torch.bfloat16
         values = out.view(torch.uint16) if bits else out
-        dequantizer(self.kind, rounds=self.rounds, bits=bits)(*self._arrays(), start, values.numpy())
+        dequantizer(self._of_bytes(), bits=bits)(*self._arrays(out.shape[1]), start, values.numpy())
 
-    def compiled_rows(self) -> CompiledRows:
+    def compiled_rows(self, columns: int) -> CompiledRows:
         from hermes_async.quantization.byte_kernels import dequantizer, multiplier
         from hermes_async.quantization.compiling import LINES_AT_ONCE
 
-        dequantize = dequantizer(self.kind, rounds=self.rounds, bits=False)
-        multiply = multiplier(self.kind, rounds=self.rounds)
-        arrays = self._arrays()
+        dequantize, multiply = dequantizer(self._of_bytes(), bits=False), multiplier(self._of_bytes())
+        arrays = self._arrays(columns)
 
         def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
             dequantize(*arrays, start, out)
 
         return CompiledRows(write, partial(multiply, *arrays), LINES_AT_ONCE)
 
-    def _arrays(self) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[int, int]]:
-        rows, columns = self.numbers.shape
+    def _of_bytes(self) -> Bytes:
+        from hermes_async.quantization.byte_kernels import Bytes
+
+        return Bytes(self.kind, self.zeros is not None, self.rounds)
+
+    def _arrays(self, columns: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], tuple[int, int]]:
         numbers, grid = self.numbers.view(torch.uint8).numpy().reshape(-1), self.scale.contiguous().numpy()
-        return numbers, grid, (self.block.rows or rows, self.block.columns or columns)
+        zeros = grid if self.zeros is None else self.zeros.contiguous().numpy()
+        return numbers, grid, zeros, (self.block.rows or len(self.numbers), self.block.columns or columns)
 
 
-def prepare_scaled_bytes(kind: str, dtype: torch.dtype) -> None:
-    """Compiles the functions of `ScaledBytes` for a dtype, if Numba is installed."""
-    if has_compiler() and dtype in COMPILED_DTYPES:
-        from hermes_async.quantization.byte_kernels import dequantizer, multiplier
+def can_compile(columns: int, block: BlockSize, *dtypes: torch.dtype) -> bool:
+    """Whether Numba is installed, and compiled functions handle matrices of so many columns.
 
-        rounds = dtype == torch.bfloat16
-        multiplier(kind, rounds=rounds)
-        for bits in {False, rounds}:
-            dequantizer(kind, rounds=rounds, bits=bits)
+    Args:
+        dtypes: Which values are rounded to, one after the other.
+    """
+    in_steps = columns % _COLUMN_STEP == 0 and (block.columns or columns) % _COLUMN_STEP == 0
+    return in_steps and has_compiler() and {*dtypes} <= _COMPILED_DTYPES
+
+
+def prepare_bytes(kind: str, *dtypes: torch.dtype, has_zeros: bool = False) -> None:
+    """Compiles the functions of `ScaledBytes` for a dtype, if Numba is installed.
+
+    Args:
+        dtypes: Which values may be rounded to; the last is that of the model.
+    """
+    if not has_compiler() or not {*dtypes} <= _COMPILED_DTYPES:
+        return
+    from hermes_async.quantization.byte_kernels import Bytes, dequantizer, multiplier
+
+    for rounds in {dtype == torch.bfloat16 for dtype in dtypes}:
+        of_bytes = Bytes(kind, has_zeros, rounds)
+        multiplier(of_bytes)
+        for bits in {False, dtypes[-1] == torch.bfloat16}:
+            dequantizer(of_bytes, bits=bits)
 
 
 def _count(size: int, block: int | None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numba
 
-from hermes_async.quantization.lanes import no_sums
+from hermes_async.quantization.lanes import empty_sums
 
 LINES_AT_ONCE = 4
 """More than one line is multiplied with a row in groups of so many."""
@@ -27,7 +27,7 @@ inlined = numba.njit(forceinline=True)
 
 def names_of_lines(count: int) -> dict[str, Any]:
     """The names of a loop that multiplies so many lines at once."""
-    return {"num_lines": count, "zeros": no_sums(count)}
+    return {"num_lines": count, "no_sums": empty_sums(count)}
 
 
 def inlined_copy(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:

@@ -277,7 +277,7 @@ class EncodedWeight(nn.Parameter):
     ) -> torch.Tensor | None:
         if self.dtype != torch.float32 and not (self._products.scales_inputs and len(lines) <= FEW_LINES):
             return None
-        compiled = matrix.encoding.compiled_rows(parts, self.dtype)
+        compiled = matrix.encoding.compiled_rows(parts, matrix.shape[1], self.dtype)
         if compiled is None:
             return None
         block_rows = matrix.block_rows(_BLOCK)

@@ -110,10 +110,13 @@ class Encoding(ABC):
         """
         return 3 * rows * columns * 4
 
-    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+    def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
         """Compiled functions that do what `dequantize` does for a dtype, with values in float32.
 
-        None if there are none.
+        None if there are none for such a matrix.
+
+        Args:
+            columns: Of the matrix.
         """
         return None
 

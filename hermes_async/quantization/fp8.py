@@ -17,13 +17,13 @@ import torch
 
 from hermes_async.errors import CorruptShardError, UnsupportedModelError
 from hermes_async.quantization.block_scales import (
-    COMPILED_DTYPES,
     BlockEncoding,
     BlockSize,
     ScaledBytes,
     bounds_of,
+    can_compile,
     multiply_blocks,
-    prepare_scaled_bytes,
+    prepare_bytes,
     scale_values,
 )
 from hermes_async.quantization.encoding import CompiledRows, Parts, StoredMatrix
@@ -79,8 +79,8 @@ class Fp8Encoding(BlockEncoding):
         return {"weight": (rows, columns), "scale": self.block.grid(rows, columns)}
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        if out.dtype in COMPILED_DTYPES and (scaled := self._scaled_bytes(parts, out.dtype)).compiles:
-            scaled.dequantize(start, out)
+        if can_compile(out.shape[1], self.block, out.dtype):
+            self._scaled_bytes(parts, out.dtype).dequantize(start, out)
             return
         num_rows, columns = out.shape
         scale = scale_values(parts["scale"][self.block.grid_rows(start, stop)])
@@ -101,10 +101,10 @@ class Fp8Encoding(BlockEncoding):
                 multiply_blocks(numbers, scale[blocks], self.block)
                 own.copy_(numbers)
 
-    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
-        if dtype not in COMPILED_DTYPES or not (scaled := self._scaled_bytes(parts, dtype)).compiles:
+    def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
+        if not can_compile(columns, self.block, dtype):
             return None
-        return scaled.compiled_rows()
+        return self._scaled_bytes(parts, dtype).compiled_rows(columns)
 
     def _scaled_bytes(self, parts: Parts, dtype: torch.dtype) -> ScaledBytes:
         scale = scale_values(parts["scale"])
@@ -115,7 +115,7 @@ class Fp8Encoding(BlockEncoding):
         return True
 
     def prepare(self, dtype: torch.dtype) -> None:
-        prepare_scaled_bytes("fp8", dtype)
+        prepare_bytes("fp8", dtype)
 
     @property
     def scales_inputs(self) -> bool:

@@ -65,7 +65,7 @@ class GgufEncoding(Encoding):
         for of_chunk, values in _chunks(out.view(-1, block.elements)):
             dequantize(blocks[of_chunk], values.numpy())
 
-    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
+    def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
         block = GGUF_TYPES[self.type_name]
         if block.dtype is not None or dtype != torch.float32:
             return None

@@ -358,7 +358,7 @@ has_minimums: bool
 scales: _Scales
 numbers: _Numbers
 num_lines: int
-zeros: Callable[[], Any]
+no_sums: Callable[[], Any]
 values_of: Callable[..., Any]
 
 
@@ -386,7 +386,7 @@ def _multiply(blocks, halves, lines, products, first, last):
     for first_line in range(0, products.shape[0], num_lines):
         for start in range(0, of_row, of_part):
             for row in range(first, last):
-                even, odd = zeros(), zeros()
+                even, odd = no_sums(), no_sums()
                 for block in range(start, min(of_row, start + of_part)):
                     at, column = (row * of_row + block) * block_bytes, first_line * columns + block * block_length
                     scales(blocks, at, halves, factors)

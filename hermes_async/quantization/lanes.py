@@ -89,6 +89,21 @@ def bits_at(typing_context, array, at):
 
 
 @intrinsic
+def nibbles_at(typing_context, array, at):
+    """The sixteen numbers of four bits in eight bytes from an index on; the first is in the lower half of its byte."""
+
+    def build(context, builder, signature, args):
+        of_words = ir.VectorType(_INT16, LANES // 2)
+        stored = _load(context, builder, signature, args, ir.VectorType(_INT8, LANES // 2))
+        low = builder.zext(stored, of_words)
+        both = builder.or_(low, builder.shl(low, ir.Constant(of_words, [4] * (LANES // 2))))
+        masked = builder.and_(both, ir.Constant(of_words, [0x0F0F] * (LANES // 2)))
+        return builder.bitcast(masked, _vector(_INT8))
+
+    return BYTES(array, types.intp), build
+
+
+@intrinsic
 def write_lanes(typing_context, array, at, lanes):
     """Writes sixteen elements from an index on."""
 
@@ -319,7 +334,7 @@ def table(numbers: Sequence[int]):
 # --- sums of products with several lines at once ---
 
 
-def no_sums(num_lines: int):
+def empty_sums(num_lines: int):
     """A function that returns sums of a number of lines, which are zero: a tuple of sixteen numbers for each line."""
     sums = types.UniTuple(FLOATS, num_lines)
 

@@ -16,12 +16,21 @@ from typing import Self
 import torch
 
 from hermes_async.errors import CorruptShardError
-from hermes_async.quantization.block_scales import WIDE, multiply_and_add
-from hermes_async.quantization.encoding import Encoding, IntegerGroups, IntegerRows, Parts
+from hermes_async.quantization.block_scales import (
+    WIDE,
+    BlockSize,
+    ScaledBytes,
+    can_compile,
+    multiply_and_add,
+    prepare_bytes,
+)
+from hermes_async.quantization.encoding import CompiledRows, Encoding, IntegerGroups, IntegerRows, Parts
 from hermes_async.quantization.pieces import FLOAT16_ELEMENTS, FLOAT32_ELEMENTS, INT8_ELEMENTS, pieces
 from hermes_async.storage.tensor_spec import TensorSpec
 
 WORD_BITS = 32
+_KINDS = {4: "int4", 8: "uint8"}
+"""Numbers of so many bits that compiled functions dequantize."""
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -260,9 +269,36 @@ class PackedEncoding(OrderedEncoding):
         return shapes
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
+        scaled = self._scaled_bytes(parts, slice(start, stop), out.shape[1], out.dtype)
+        if scaled is not None:
+            scaled.dequantize(0, out)
+            return
         scale, zero = parts["scale"][start:stop], self._zero_point(parts, start, stop)
         words, g_idx = parts["packed"][start:stop], parts["g_idx"] if self.ordered else None
         write_packed(words, zero, scale, out, bits=self.bits, g_idx=g_idx, rounded_to=scale.dtype)
+
+    def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
+        scaled = self._scaled_bytes(parts, slice(0, len(parts["packed"])), columns, dtype)
+        return None if scaled is None else scaled.compiled_rows(columns)
+
+    def _scaled_bytes(self, parts: Parts, rows: slice, columns: int, dtype: torch.dtype) -> ScaledBytes | None:
+        """Some rows for compiled functions, if they handle them."""
+        words, scale, block = parts["packed"][rows], parts["scale"][rows], BlockSize(1, self.group_size)
+        if not self.compiles or not can_compile(columns, block, scale.dtype, dtype):
+            return None
+        rounds, zeros = torch.bfloat16 in (scale.dtype, dtype), None
+        if self.zero_point is not None:
+            zero = self._zero_point(parts, rows.start, rows.stop)
+            zeros = torch.as_tensor(zero - middle_of(self.bits)).float()
+        return ScaledBytes(_KINDS[self.bits], words, scale.float(), block, rounds, zeros)
+
+    @property
+    def compiles(self) -> bool:
+        return self.bits in _KINDS and not self.ordered
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        if self.compiles:
+            prepare_bytes(_KINDS[self.bits], torch.bfloat16, dtype, has_zeros=self.zero_point is not None)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.bits not in (4, 8) or self.ordered:

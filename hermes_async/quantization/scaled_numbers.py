@@ -12,12 +12,12 @@ from math import prod
 import torch
 
 from hermes_async.quantization.block_scales import (
-    COMPILED_DTYPES,
     EXPONENT_DTYPES,
     BlockEncoding,
     BlockSize,
     ScaledBytes,
-    prepare_scaled_bytes,
+    can_compile,
+    prepare_bytes,
     scale_values,
 )
 from hermes_async.quantization.encoding import CompiledRows, IntegerGroups, IntegerRows, Parts
@@ -55,7 +55,7 @@ class ScaledEncoding(BlockEncoding):
         return shapes | {"zero_point": grid} if self.zero_point else shapes
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        scaled = self._scaled_bytes(parts, out.dtype)
+        scaled = self._scaled_bytes(parts, out.shape[1], out.dtype)
         if scaled is not None:
             scaled.dequantize(start, out)
             return
@@ -80,27 +80,28 @@ class ScaledEncoding(BlockEncoding):
             own_zero = 0 if zero is None else zero[own]
             write_scaled(blocks, own_zero, scale[own], out[begin:end], rounded_to=rounded_to)
 
-    def compiled_rows(self, parts: Parts, dtype: torch.dtype) -> CompiledRows | None:
-        scaled = self._scaled_bytes(parts, dtype)
-        return None if scaled is None else scaled.compiled_rows()
+    def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
+        scaled = self._scaled_bytes(parts, columns, dtype)
+        return None if scaled is None else scaled.compiled_rows(columns)
 
-    def _scaled_bytes(self, parts: Parts, dtype: torch.dtype) -> ScaledBytes | None:
+    def _scaled_bytes(self, parts: Parts, columns: int, dtype: torch.dtype) -> ScaledBytes | None:
         """The matrix for compiled functions, if they handle it."""
         stored = _scale_values(parts["scale"])
-        dtypes = {dtype, stored.dtype} if self.in_scale_dtype else {dtype}
-        if self.zero_point or not dtypes <= {*COMPILED_DTYPES}:
+        dtypes = [stored.dtype, dtype] if self.in_scale_dtype else [dtype]
+        if not can_compile(columns, self.block, *dtypes):
             return None
-        rounds = torch.bfloat16 in dtypes
-        scaled = ScaledBytes(self.kind, parts["weight"], stored.float(), self.block, rounds)
-        return scaled if scaled.compiles else None
+        zeros = parts["zero_point"].float() if self.zero_point else None
+        return ScaledBytes(
+            self.kind, parts["weight"], stored.float(), self.block, rounds=torch.bfloat16 in dtypes, zeros=zeros
+        )
 
     @property
     def compiles(self) -> bool:
-        return not self.zero_point
+        return True
 
     def prepare(self, dtype: torch.dtype) -> None:
-        if self.compiles:
-            prepare_scaled_bytes(self.kind, dtype)
+        dtypes = [torch.bfloat16, dtype] if self.in_scale_dtype else [dtype]
+        prepare_bytes(self.kind, *dtypes, has_zeros=self.zero_point)
 
     def integers(self, rows: int, columns: int) -> IntegerGroups | None:
         if self.kind != "int8" or self.zero_point or (self.block.columns or columns) < columns:

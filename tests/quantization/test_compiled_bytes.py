@@ -7,32 +7,39 @@ import torch
 import torch.nn.functional as F
 
 from hermes_async.quantization.bfloat16_products import Bfloat16Products
-from hermes_async.quantization.block_scales import BlockEncoding, BlockSize
+from hermes_async.quantization.block_scales import BlockSize
 from hermes_async.quantization.encoded_weight import EncodedParameter, EncodedWeight
-from hermes_async.quantization.encoding import StoredMatrix
+from hermes_async.quantization.encoding import Encoding, StoredMatrix
 from hermes_async.quantization.fp8 import Fp8Encoding
+from hermes_async.quantization.packed_integers import PackedEncoding
 from hermes_async.quantization.row_products import product_of_rows
 from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
 from hermes_async.quantization.scaled_numbers import ScaledEncoding
 from tests.quantization.test_encoded_weight import spec
 
 ROWS, COLUMNS = 90, 4384  # more columns than are multiplied at once with a row
-SIZES = ((None, None), (1, None), (None, 32), (40, 128), (1, 32), (128, 4384))
+SIZES = ((None, None), (1, None), (None, 32), (32, 128), (1, 32), (128, 4384))
 DTYPES = (torch.float32, torch.bfloat16)
 
 
-def parts_of(encoding: BlockEncoding, scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+def parts_of(encoding: Encoding, scale_dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     """A matrix with every byte in it."""
     generator = torch.Generator().manual_seed(3)
     numbers = torch.randint(0, 256, (ROWS, COLUMNS), generator=generator, dtype=torch.uint8)
     numbers[0, :256] = torch.arange(256, dtype=torch.uint8)
-    grid = encoding.block.grid(ROWS, COLUMNS)
-    scale = torch.randn(grid, generator=generator) * torch.logspace(-3, 3, grid[1])
-    stored = torch.int8 if encoding.name == "int8" else torch.float8_e4m3fn
-    return {"weight": numbers.view(stored), "scale": scale.to(scale_dtype)}
+    shapes = encoding.shapes(ROWS, COLUMNS)
+    scale = torch.randn(shapes["scale"], generator=generator) * torch.logspace(-3, 3, shapes["scale"][1])
+    parts = {"scale": scale.to(scale_dtype)}
+    if "zero_point" in shapes:
+        zeros = torch.randint(-(1 << 31), 1 << 31, shapes["zero_point"], generator=generator).to(torch.int32)
+        plain = zeros.to(torch.int8) >> 4 if encoding.name == "int4" else zeros.to(torch.int8)
+        parts["zero_point"] = zeros if getattr(encoding, "zero_point", None) == "packed" else plain
+    if isinstance(encoding, PackedEncoding):
+        return parts | {"packed": numbers.view(torch.int32)[:, : shapes["packed"][1]].contiguous()}
+    return parts | {"weight": numbers.view(torch.int8 if encoding.name == "int8" else torch.float8_e4m3fn)}
 
 
-def values_of(encoding: BlockEncoding, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+def values_of(encoding: Encoding, parts: dict[str, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
     """As torch's operators dequantize it."""
     values = torch.empty(ROWS, COLUMNS, dtype=dtype)
     with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
@@ -41,7 +48,7 @@ def values_of(encoding: BlockEncoding, parts: dict[str, torch.Tensor], dtype: to
     return values
 
 
-def encodings() -> list[tuple[BlockEncoding, torch.dtype]]:
+def encodings() -> list[tuple[Encoding, torch.dtype]]:
     of_fp8 = [(Fp8Encoding(BlockSize(*size)), torch.float32) for size in SIZES]
     of_scaled = [
         (ScaledEncoding(kind, BlockSize(1, None), in_scale_dtype=rounds), scale_dtype)
@@ -49,19 +56,26 @@ def encodings() -> list[tuple[BlockEncoding, torch.dtype]]:
         for scale_dtype in DTYPES
         for rounds in (True, False)
     ]
-    return [*of_fp8, *of_scaled]
+    of_scaled.append((ScaledEncoding("int8", BlockSize(1, 32), zero_point=True), torch.bfloat16))
+    of_packed = [
+        (PackedEncoding(bits, group, zero), scale_dtype)
+        for bits in (4, 8)
+        for group in (None, 32)
+        for zero in (None, "plain", "packed")
+        for scale_dtype in DTYPES
+    ]
+    return [*of_fp8, *of_scaled, *of_packed]
 
 
 @pytest.mark.parametrize(("encoding", "scale_dtype"), encodings(), ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_values_are_those_that_torch_computes(
-    encoding: BlockEncoding, scale_dtype: torch.dtype, dtype: torch.dtype
-) -> None:
+def test_values_are_those_that_torch_computes(encoding: Encoding, scale_dtype: torch.dtype, dtype: torch.dtype) -> None:
     parts = parts_of(encoding, scale_dtype)
-    compiled, expected = encoding.compiled_rows(parts, dtype), values_of(encoding, parts, dtype)
+    compiled, expected = encoding.compiled_rows(parts, COLUMNS, dtype), values_of(encoding, parts, dtype)
     assert compiled is not None
     found, written = torch.empty(ROWS, COLUMNS, dtype=dtype), torch.empty(ROWS - 7, COLUMNS)
-    encoding.dequantize(parts, 0, ROWS, found)
+    for start, stop in ((0, 64), (64, ROWS)):
+        encoding.dequantize(parts, start, stop, found[start:stop])
     torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
     compiled.write(7, ROWS, written.numpy())
     torch.testing.assert_close(written, expected[7:].float(), rtol=0, atol=0, equal_nan=True)
@@ -70,14 +84,15 @@ def test_values_are_those_that_torch_computes(
 @pytest.mark.parametrize(("encoding", "scale_dtype"), encodings(), ids=str)
 @pytest.mark.parametrize("num_lines", [1, 3, 4, 20])
 def test_products_are_those_of_the_dequantized_matrix(
-    encoding: BlockEncoding, scale_dtype: torch.dtype, num_lines: int
+    encoding: Encoding, scale_dtype: torch.dtype, num_lines: int
 ) -> None:
     lines = torch.randn(num_lines, COLUMNS, generator=torch.Generator().manual_seed(num_lines))
     parts, threads = parts_of(encoding, scale_dtype), RowThreads(3)
-    parts["weight"] = torch.where(parts["weight"].float().isnan(), 0, parts["weight"].float()).to(parts["weight"].dtype)
+    if "weight" in parts:
+        parts["weight"] = parts["weight"].float().nan_to_num(1).to(parts["weight"].dtype)
     for dtype in DTYPES:
         values = values_of(encoding, parts, dtype).double()
-        compiled = encoding.compiled_rows(parts, dtype)
+        compiled = encoding.compiled_rows(parts, COLUMNS, dtype)
         assert compiled is not None
         bound = 1e-5 * (lines.double().abs() @ values.abs().T)
         for own in (threads, ONE_THREAD):
@@ -87,16 +102,16 @@ def test_products_are_those_of_the_dequantized_matrix(
 
 
 def test_what_has_no_compiled_functions(monkeypatch: pytest.MonkeyPatch) -> None:
-    encoding = Fp8Encoding(BlockSize(None, None))
+    encoding, whole = Fp8Encoding(BlockSize(None, None)), BlockSize(None, None)
     parts = parts_of(encoding)
-    assert encoding.compiled_rows(parts, torch.float16) is None
-    assert encoding.compiled_rows(parts | {"weight": parts["weight"][:, :4360]}, torch.float32) is None
-    assert encoding.compiled_rows(parts | {"weight": parts["weight"][:, :33].contiguous()}, torch.float32) is None
-    assert Fp8Encoding(BlockSize(1, 16)).compiled_rows(parts_of(Fp8Encoding(BlockSize(1, 16))), torch.float32) is None
-    of_float16 = ScaledEncoding("fp8", BlockSize(None, None))
-    assert of_float16.compiled_rows(parts | {"scale": torch.ones(1, 1, dtype=torch.float16)}, torch.float32) is None
+    assert encoding.compiled_rows(parts, COLUMNS, torch.float16) is None
+    narrow = parts | {"weight": parts["weight"][:, :33].contiguous()}
+    assert encoding.compiled_rows(narrow, 33, torch.float32) is None
+    assert Fp8Encoding(BlockSize(1, 16)).compiled_rows(parts, COLUMNS, torch.float32) is None
+    of_float16 = parts | {"scale": torch.ones(1, 1, dtype=torch.float16)}
+    assert ScaledEncoding("fp8", whole).compiled_rows(of_float16, COLUMNS, torch.float32) is None
     monkeypatch.setattr("hermes_async.quantization.block_scales.has_compiler", lambda: False)
-    assert encoding.compiled_rows(parts, torch.float32) is None
+    assert encoding.compiled_rows(parts, COLUMNS, torch.float32) is None
     encoding.prepare(torch.float32)
 
 

@@ -85,7 +85,7 @@ def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: s
         encoding.dequantize(parts, 0, num_rows, values)
         expected = lines.double() @ values.double().T
         tolerance = 1e-5 * (lines.double().abs() @ values.double().abs().T)
-        compiled = encoding.compiled_rows(parts, torch.float32)
+        compiled = encoding.compiled_rows(parts, COLUMNS, torch.float32)
         assert compiled is not None
         for threads, block_rows in ((three, 64), (three, 1), (ONE_THREAD, 1000)):
             product = product_of_rows(compiled, num_rows, block_rows, lines, threads)
@@ -96,7 +96,7 @@ def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: s
 def test_lines_need_not_be_contiguous() -> None:
     encoding = GgufEncoding("Q8_0")
     parts = {"weight": torch.randint(0, 50, (40, COLUMNS // 32 * 34), dtype=torch.uint8)}
-    compiled, lines = encoding.compiled_rows(parts, torch.float32), torch.randn(COLUMNS, 2).T
+    compiled, lines = encoding.compiled_rows(parts, COLUMNS, torch.float32), torch.randn(COLUMNS, 2).T
     assert compiled is not None
     expected = product_of_rows(compiled, 40, 64, lines.contiguous(), ONE_THREAD)
     assert torch.equal(product_of_rows(compiled, 40, 64, lines, ONE_THREAD), expected)
@@ -106,11 +106,11 @@ def test_lines_need_not_be_contiguous() -> None:
 def test_memory_is_that_of_a_block_and_of_the_results(three: RowThreads, num_lines: int) -> None:
     encoding = GgufEncoding("Q8_0")
     parts = {"weight": torch.zeros((200, COLUMNS // 32 * 34), dtype=torch.uint8)}
-    compiled, lines = encoding.compiled_rows(parts, torch.float32), torch.randn(num_lines, COLUMNS)
+    compiled, lines = encoding.compiled_rows(parts, COLUMNS, torch.float32), torch.randn(num_lines, COLUMNS)
     assert compiled is not None
     taken = allocated(lambda: product_of_rows(compiled, 200, 20, lines, three))
     assert taken.most_bytes <= 4 * (20 * COLUMNS + 2 * num_lines * 200)
 
 
 def test_matrices_of_plain_numbers_have_no_compiled_functions() -> None:
-    assert GgufEncoding("F16").compiled_rows({"weight": torch.zeros(4, 8, dtype=torch.uint8)}, torch.float32) is None
+    assert GgufEncoding("F16").compiled_rows({"weight": torch.zeros(4, 8, dtype=torch.uint8)}, 4, torch.float32) is None
