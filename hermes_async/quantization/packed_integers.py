@@ -290,7 +290,7 @@ class PackedEncoding(OrderedEncoding):
         if self.zero_point is not None:
             zero = self._zero_point(parts, rows.start, rows.stop)
             zeros = torch.as_tensor(zero - middle_of(self.bits)).float()
-        return ScaledBytes(_KINDS[self.bits], words, scale.float(), block, rounds, zeros)
+        return ScaledBytes(_KINDS[self.bits], words, scale.float(), block, rounds=rounds, zeros=zeros)
 
     @property
     def compiles(self) -> bool:
