@@ -113,8 +113,7 @@ def open_model(
         check_scales(model.skeleton.encoded.values())
         # Before the budget is divided, as it takes memory.
         for encoding, dtype in _encodings(model):
-            if encoding.needs_compiler or (encoding.compiles and config.kernels != "transformers"):
-                encoding.prepare(dtype)
+            encoding.prepare(dtype)
         model, pooling = with_pooling(model, checkpoint)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None
@@ -261,7 +260,7 @@ def _products_explanation(model: ProbedModel, products: Bfloat16Products) -> Ite
             "otherwise than kernels='transformers'"
         )
     elif compiling and not compiled:
-        yield f"{names} weights are multiplied several times as fast with: pip install 'hermes-async[fp8]'"
+        yield f"{names} weights are multiplied several times as fast with: pip install 'hermes-async[quantized]'"
 
 
 # --- the draft model ---

@@ -19,6 +19,7 @@ from hermes_async.quantization.encoded_weight import SEPARATOR, EncodedParameter
 from hermes_async.quantization.encoding import IntegerRows, Parts, StoredMatrix
 from hermes_async.quantization.kernel_layouts import (
     INT4_GROUPS,
+    INT8_STEP,
     Int4Layout,
     Int8Layout,
     has_int8_kernel,
@@ -48,7 +49,7 @@ def lay_out(encoded: EncodedParameter, part_of: PartOf) -> tuple[EncodedParamete
     Returns:
         The parameter as it is stored now, and its tensors; None, and nothing is changed, if no kernel takes it.
     """
-    if not _has_layout(encoded):
+    if not _has_layout(encoded) or not _is_aligned(encoded, part_of):
         return None
     matrices: list[StoredMatrix] = []
     tensors: dict[str, torch.Tensor] = {}
@@ -74,13 +75,25 @@ def _has_layout(encoded: EncodedParameter) -> bool:
     return all(_layout_of(matrix) is not None for matrix in encoded.matrices)
 
 
+def _is_aligned(encoded: EncodedParameter, part_of: PartOf) -> bool:
+    """Whether kernels can read the numbers where they lie, which depends on where they are in the checkpoint's file."""
+    for idx, matrix in enumerate(encoded.matrices):
+        groups = matrix.encoding.integers(*matrix.shape)
+        assert groups is not None
+        place = part_of(f"{encoded.name}{SEPARATOR}{idx}{SEPARATOR}{groups.part}").data_ptr()
+        if groups.bits == 8 and place % INT8_STEP:
+            return False
+    return True
+
+
 def _layout_of(matrix: StoredMatrix) -> Int4Layout | Int8Layout | None:
     rows, columns = matrix.shape
     groups = matrix.encoding.integers(rows, columns)
     if groups is None:
         return None
     if groups.bits == 8:
-        return Int8Layout() if groups.group == columns and groups.symmetric and has_int8_kernel() else None
+        fits = groups.group == columns and groups.symmetric and columns % INT8_STEP == 0
+        return Int8Layout() if fits and has_int8_kernel() else None
     block = int4_block()
     group = next((one for one in INT4_GROUPS if groups.group % one == 0), None)
     if groups.bits != 4 or block is None or group is None or rows % block:

@@ -31,7 +31,7 @@ EXTRAS = {
     "ray": "replicas on Ray Serve",
     "audio": "files of audio other than WAV",
     "gguf": "models in GGUF files",
-    "fp8": "faster products with weights in FP8",
+    "quantized": "faster products with quantized weights",
 }
 """What each extra is for."""
 

@@ -25,6 +25,8 @@ INT4_BLOCKS: Mapping[int, str] = {64: "AVX-512", 32: "AVX2"}
 """The rows that its layout packs together, and the instructions of processors that do so."""
 _INT4_INPUTS = 64  # of more, blocks are dequantized: their products use the matrix instructions of the processor
 _INT8_INPUTS = 24
+INT8_STEP = 16
+"""Bytes: rows begin at multiples of it in memory. At other addresses, torch's kernel for 8 bits ends the process."""
 _MIDDLE = 8
 
 _aten: Any = torch.ops.aten

@@ -149,6 +149,37 @@ def test_a_weight_that_no_kernel_takes_stays_as_it_is(encoding: Encoding, dtype:
     assert lay_out(stored, part_of) is None
 
 
+@pytest.mark.parametrize("offset", range(0, 20, 4))
+@torch.inference_mode()
+def test_numbers_of_eight_bits_may_lie_anywhere_in_memory(offset: int) -> None:
+    encoding = ScaledEncoding("int8", BlockSize(1, None))
+    parts = random_parts(encoding)
+    room = torch.empty(parts["weight"].numel() + 64, dtype=torch.int8)
+    start = -room.data_ptr() % 64 + offset
+    place = room[start : start + parts["weight"].numel()].view(parts["weight"].shape)
+    parts["weight"] = place.copy_(parts["weight"])
+    stored = encoded(encoding, parts)
+    laid_out = lay_out(stored, lambda name: parts[name.rpartition("/")[2]])
+    assert (laid_out is None) == (offset % 16 != 0)  # the kernel would end the process
+    if laid_out is not None:
+        in_memory, tensors = laid_out
+        weight = EncodedWeight.of(in_memory, tensors.__getitem__)
+        for num_tokens in (1, 2, 3, 5, 8, 20):
+            inputs = torch.randn(num_tokens, COLUMNS).bfloat16()
+            exact = inputs.double() @ weight.dequantized().double().t()
+            torch.testing.assert_close(weight.product(inputs, None).double(), exact, rtol=1e-2, atol=2e-2)
+
+
+def test_no_kernel_for_eight_bits_takes_rows_that_lie_at_any_address() -> None:
+    encoding, columns = ScaledEncoding("int8", BlockSize(1, None)), COLUMNS + 8
+    parts = {part: torch.ones(shape, dtype=torch.int8) for part, shape in encoding.shapes(ROWS, columns).items()}
+    spec = {
+        part: TensorSpec(part, Path(), 0, tensor.nbytes, tensor.dtype, tensor.shape) for part, tensor in parts.items()
+    }
+    parameter = EncodedParameter("w", (ROWS, columns), torch.bfloat16, (StoredMatrix(encoding, (ROWS, columns), spec),))
+    assert layout_bytes(parameter) == 0
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama in bfloat16, whose layers have 4-bit numbers in groups of 64."""
