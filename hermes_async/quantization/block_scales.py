@@ -51,6 +51,10 @@ class BlockSize:
         """The rows of blocks that the rows `start` to `stop` lie in."""
         return slice(None) if self.rows is None else slice(start // self.rows, -(-stop // self.rows))
 
+    def first_row(self, row: int) -> int:
+        """The first row of the blocks that a row lies in. Where a block has all rows, each row may be its first."""
+        return row if self.rows is None else row // self.rows * self.rows
+
     def pieces(self, rows: int, columns: int, most: int) -> Iterator[slice]:
         """Divides rows into pieces of at most so many elements: of whole blocks, or of rows of one row of blocks."""
         height = self.rows or max(1, rows)

@@ -7,14 +7,17 @@ A loop refers to names that it does not define, such as `num_lines`. Each copy h
 
 from __future__ import annotations
 
+import inspect
 import sys
+import zlib
 from collections.abc import Callable, Mapping
+from functools import cache
 from types import FunctionType
 from typing import Any
 
 import numba
 
-from hermes_async.quantization.lanes import empty_sums
+from hermes_async.quantization import lanes
 
 LINES_AT_ONCE = 4
 """More than one line is multiplied with a row in groups of so many."""
@@ -27,7 +30,7 @@ inlined = numba.njit(forceinline=True)
 
 def names_of_lines(count: int) -> dict[str, Any]:
     """The names of a loop that multiplies so many lines at once."""
-    return {"num_lines": count, "no_sums": empty_sums(count)}
+    return {"num_lines": count, "no_sums": lanes.empty_sums(count)}
 
 
 def inlined_copy(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:
@@ -39,13 +42,23 @@ def compiled_copy(function: Callable[..., None], signature: str, name: str, name
     """A compiled copy of a function, in which `names` have values of their own. It releases the interpreter's lock.
 
     Numba keeps what it compiles on disk, by the function's module, and by its name with `name` behind it. Where no
-    folder can be written to, it is compiled again in each process.
+    folder can be written to, it is compiled again in each process. Numba compiles a function again when its own file
+    has changed, but not when another one has. So the name has a digest of `lanes` in it.
     """
-    own = _copy(function, f"{function.__name__}_{name}", names)
+    own = _copy(function, f"{function.__name__}_{name}_{_lanes_digest()}", names)
     try:
         return numba.njit(signature, cache=True, nogil=True)(own)
     except (RuntimeError, OSError):  # no folder for it, or no space
         return numba.njit(signature, nogil=True)(own)
+
+
+@cache
+def _lanes_digest() -> str:
+    try:
+        source = inspect.getsource(lanes)
+    except OSError:  # only bytecode is installed, for which Numba keeps nothing either
+        source = ""
+    return f"{zlib.crc32(source.encode()):08x}"
 
 
 def _copy(function: Callable[..., Any], name: str, names: Mapping[str, Any]) -> FunctionType:

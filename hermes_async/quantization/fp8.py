@@ -80,7 +80,8 @@ class Fp8Encoding(BlockEncoding):
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
         if can_compile(out.shape[1], self.block, out.dtype):
-            self._scaled_bytes(parts, out.dtype).dequantize(start, out)
+            scaled = self._scaled_bytes(parts, start, stop, out.dtype)
+            scaled.dequantize(start - self.block.first_row(start), out)
             return
         num_rows, columns = out.shape
         scale = scale_values(parts["scale"][self.block.grid_rows(start, stop)])
@@ -104,11 +105,13 @@ class Fp8Encoding(BlockEncoding):
     def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
         if not can_compile(columns, self.block, dtype):
             return None
-        return self._scaled_bytes(parts, dtype).compiled_rows(columns)
+        return self._scaled_bytes(parts, 0, len(parts["weight"]), dtype).compiled_rows(columns)
 
-    def _scaled_bytes(self, parts: Parts, dtype: torch.dtype) -> ScaledBytes:
-        scale = scale_values(parts["scale"])
-        return ScaledBytes("fp8", parts["weight"], scale, self.block, rounds=dtype == torch.bfloat16)
+    def _scaled_bytes(self, parts: Parts, start: int, stop: int, dtype: torch.dtype) -> ScaledBytes:
+        """Some rows for compiled functions, from the first one of a block on."""
+        numbers, scale = parts["weight"][self.block.first_row(start) : stop], parts["scale"]
+        scale = scale_values(scale[self.block.grid_rows(start, stop)])
+        return ScaledBytes("fp8", numbers, scale, self.block, rounds=dtype == torch.bfloat16)
 
     @property
     def compiles(self) -> bool:

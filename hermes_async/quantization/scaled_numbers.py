@@ -55,9 +55,9 @@ class ScaledEncoding(BlockEncoding):
         return shapes | {"zero_point": grid} if self.zero_point else shapes
 
     def dequantize(self, parts: Parts, start: int, stop: int, out: torch.Tensor) -> None:
-        scaled = self._scaled_bytes(parts, out.shape[1], out.dtype)
+        scaled = self._scaled_bytes(parts, slice(start, stop), out.shape[1], out.dtype)
         if scaled is not None:
-            scaled.dequantize(start, out)
+            scaled.dequantize(start - self.block.first_row(start), out)
             return
         rows, columns = out.shape
         numbers, stored = parts["weight"][start:stop], _scale_values(parts["scale"])
@@ -81,19 +81,20 @@ class ScaledEncoding(BlockEncoding):
             write_scaled(blocks, own_zero, scale[own], out[begin:end], rounded_to=rounded_to)
 
     def compiled_rows(self, parts: Parts, columns: int, dtype: torch.dtype) -> CompiledRows | None:
-        scaled = self._scaled_bytes(parts, columns, dtype)
+        scaled = self._scaled_bytes(parts, slice(0, len(parts["weight"])), columns, dtype)
         return None if scaled is None else scaled.compiled_rows(columns)
 
-    def _scaled_bytes(self, parts: Parts, columns: int, dtype: torch.dtype) -> ScaledBytes | None:
-        """The matrix for compiled functions, if they handle it."""
-        stored = _scale_values(parts["scale"])
+    def _scaled_bytes(self, parts: Parts, rows: slice, columns: int, dtype: torch.dtype) -> ScaledBytes | None:
+        """Some rows for compiled functions, from the first one of a block on, if they handle them."""
+        blocks = self.block.grid_rows(rows.start, rows.stop)
+        stored = _scale_values(parts["scale"][blocks])
         dtypes = [stored.dtype, dtype] if self.in_scale_dtype else [dtype]
         if not can_compile(columns, self.block, *dtypes):
             return None
-        zeros = parts["zero_point"].float() if self.zero_point else None
-        return ScaledBytes(
-            self.kind, parts["weight"], stored.float(), self.block, rounds=torch.bfloat16 in dtypes, zeros=zeros
-        )
+        numbers = parts["weight"][self.block.first_row(rows.start) : rows.stop]
+        zeros = parts["zero_point"][blocks].float() if self.zero_point else None
+        rounds = torch.bfloat16 in dtypes
+        return ScaledBytes(self.kind, numbers, stored.float(), self.block, rounds=rounds, zeros=zeros)
 
     @property
     def compiles(self) -> bool:
