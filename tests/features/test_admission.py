@@ -412,22 +412,26 @@ async def test_what_a_listener_raises_ends_the_engine(tiny_model: Any, kind: str
 
 async def test_everyone_is_told_when_the_engine_is_left(long_model: Any) -> None:
     """The head of the queue does not fit, whatever the running turn gives back to its session."""
-    errors = []
+    errors, kinds = [], []
 
     async def ask(prompt: list[int], params: SamplingParams) -> None:
         with pytest.raises(EngineClosedError):
             await engine.complete(prompt, params)
         errors.append(EngineClosedError)
 
+    def on_event(event: RequestEvent) -> None:
+        kinds.append(event.kind)
+
     async with anyio.create_task_group() as group:
-        async with open_engine(long_model, kv_budget=16 * BLOCK_BYTES) as engine:
+        async with open_engine(long_model, on_event, kv_budget=16 * BLOCK_BYTES) as engine:
             chat = engine.session()
             turn = chat.generate(tokens(1, 100), greedy_params(100))
             await anext(turn)
             group.start_soon(ask, tokens(2, 100), greedy_params(150))
-            await until(lambda: engine.statistics().num_waiting == 1)
+            await until(lambda: kinds.count("queued") == 2)
             group.start_soon(ask, [5], greedy_params(1))
-            await until(lambda: engine.statistics().num_waiting == 2)
+            await until(lambda: kinds.count("queued") == 3)
+            assert engine.statistics().num_waiting == 2
         with pytest.raises(EngineClosedError):
             async for _ in turn:
                 pass

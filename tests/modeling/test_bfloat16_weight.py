@@ -128,8 +128,8 @@ def test_only_large_bfloat16_weights_of_linear_layers(
     assert bfloat16_shapes(nn.ModuleList([module])) == ({(ROWS, COLUMNS)} if expected else set())
 
 
-@pytest.mark.parametrize("num_tokens", [4, 100, 5000])
-@pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (16, 1 << 15), (1 << 15, 16), (3, 1 << 21)])
+@pytest.mark.parametrize("num_tokens", [4, 100, 1100])
+@pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (16, 1 << 15), (1 << 15, 16), (3, 1 << 20)])
 def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, int], num_tokens: int) -> None:
     """What the products really make in float32, against the bound."""
     made = 0
