@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 
@@ -32,6 +32,7 @@ from hermes_async.modeling.structured_outputs import GrammarCompiler
 from hermes_async.modeling.tokenizer_limits import check_tokenizer
 from hermes_async.planning.plan import Plan
 from hermes_async.quantization.bfloat16_products import Bfloat16Products
+from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.quantization.encoding import Encoding, has_compiler
 from hermes_async.quantization.row_products import FEW_LINES
 from hermes_async.quantization.scale_check import check_scales
@@ -112,7 +113,7 @@ def open_model(
         check_cancelled()
         check_scales(model.skeleton.encoded.values())
         # Before the budget is divided, as it takes memory.
-        for encoding, dtype in _encodings(model):
+        for encoding, dtype in _encodings(model.skeleton.encoded.values()):
             encoding.prepare(dtype)
         model, pooling = with_pooling(model, checkpoint)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
@@ -242,14 +243,14 @@ def _sentences(
     return settings, None if lower is tokenizer else SharedTokenizer(lower)
 
 
-def _encodings(model: ProbedModel) -> set[tuple[Encoding, torch.dtype]]:
-    """How the weights of products are stored, and in which dtype they are computed."""
-    weights = [one for one in model.skeleton.encoded.values() if not one.whole]
-    return {(matrix.encoding, one.dtype) for one in weights for matrix in one.matrices}
+def _encodings(parameters: Iterable[EncodedParameter]) -> set[tuple[Encoding, torch.dtype]]:
+    """How parameters are stored, and in which dtype they are computed."""
+    return {(matrix.encoding, one.dtype) for one in parameters for matrix in one.matrices}
 
 
 def _products_explanation(model: ProbedModel, products: Bfloat16Products) -> Iterator[str]:
-    encodings = {encoding for encoding, dtype in _encodings(model) if dtype == torch.bfloat16}
+    weights = [one for one in model.skeleton.encoded.values() if not one.whole]
+    encodings = {encoding for encoding, dtype in _encodings(weights) if dtype == torch.bfloat16}
     compiling = {encoding.name for encoding in encodings if encoding.compiles and not encoding.needs_compiler}
     compiled = compiling and has_compiler()
     yield from products.explanation(scaled=not compiled and any(encoding.scales_inputs for encoding in encodings))

@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
 from hermes_async.quantization.pieces import pieces
 
-_COMPILED_DTYPES = {torch.float32, torch.bfloat16}
-_COMPILED_DTYPES = {torch.float32, torch.bfloat16}
-_COLUMN_STEP = 32
-"""They handle columns, and columns of blocks, in multiples of so many."""
 if TYPE_CHECKING:
     from hermes_async.quantization.byte_kernels import Bytes
 
+_COMPILED_DTYPES = {torch.float32, torch.bfloat16}
+"""Of the values that compiled functions write."""
+_COLUMN_STEP = 32
+"""Compiled functions handle columns, and columns of blocks, in multiples of so many."""
 E8M0_BIAS = 127
 EXPONENT_DTYPES = (torch.uint8, torch.float8_e8m0fnu)
 """Of scales that are stored as exponents alone."""
