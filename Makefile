@@ -53,8 +53,8 @@ test: $(INSTALLED)
 # computed in chunks; `make test` has all budgets, with the newest tested versions.
 VERSION_FEATURES := classification context_length embedding forwarding kernels prompt sampling_params sentences \
 	structured_outputs text_length tokenizer
-TORCH_ALONE := modeling/test_kernels modeling/test_kv_cache modeling/test_vector_products \
-	quantization/test_encoded_weight quantization/test_name_patterns quantization/test_notes quantization/test_write
+TORCH_ALONE := modeling/test_kernels modeling/test_kv_cache quantization/test_encoded_weight \
+	quantization/test_name_patterns quantization/test_notes quantization/test_write
 VERSION_TESTS := tests/parity tests/modeling tests/quantization tests/engine tests/faults/test_checkpoints.py \
 	tests/serving/test_text_stream.py tests/server/test_app.py $(wildcard $(VERSION_FEATURES:%=tests/features/test_%.py)) \
 	$(TORCH_ALONE:%=--ignore=tests/%.py)

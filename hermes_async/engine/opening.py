@@ -13,11 +13,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from hermes_async.config import EngineConfig, parse_bytes
 from hermes_async.engine.encoding import lower_casing
+from hermes_async.engine.kernel_choice import compiler_pays
 from hermes_async.engine.model_planner import ModelPlanner
 from hermes_async.engine.probing import ProbedModel, build_and_probe, with_pooling
 from hermes_async.errors import CheckpointError, ConfigError, MemoryBudgetError
 from hermes_async.foreign_errors import is_foreign, reason_of
-from hermes_async.memory.available import process_rss_bytes
+from hermes_async.memory.available import free_bytes, process_rss_bytes
 from hermes_async.memory.claims import Claim, refusal
 from hermes_async.memory.library_caches import bound_heap
 from hermes_async.memory.locking import locking
@@ -34,8 +35,8 @@ from hermes_async.planning.plan import Plan
 from hermes_async.quantization.bfloat16_products import Bfloat16Products
 from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.quantization.encoding import Encoding, has_compiler
-from hermes_async.quantization.row_products import FEW_LINES
 from hermes_async.quantization.scale_check import check_scales
+from hermes_async.quantization.tile_products import MOST_LINES
 from hermes_async.serving.planned_model import PlannedDraft, PlannedModel, usable_bytes
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
@@ -109,7 +110,10 @@ def open_model(
         shared_tokenizer = None if tokenizer is None else SharedTokenizer(tokenizer)
         processor = SharedProcessor(checkpoint.path)
         check_cancelled()
-        model = build_and_probe(checkpoint, config, on_error, (shared_tokenizer, tokenizer_error, processor))
+        compiles = config.kernels == "fastest" and has_compiler()
+        compiles = compiles or compiler_pays(checkpoint.total_bytes, fixed_budget or free_bytes())
+        preparation = shared_tokenizer, tokenizer_error, processor
+        model = build_and_probe(checkpoint, config, on_error, preparation, compiles=compiles)
         check_cancelled()
         check_scales(model.skeleton.encoded.values())
         # Before the budget is divided, as it takes memory.
@@ -257,11 +261,11 @@ def _products_explanation(model: ProbedModel, products: Bfloat16Products) -> Ite
     names = " and ".join(sorted(compiling))
     if compiled and products.scales_inputs:
         yield (
-            f"up to {FEW_LINES} tokens: compiled functions multiply with {names} weights, row by row; they may round "
-            "otherwise than kernels='transformers'"
+            f"up to {MOST_LINES} tokens: compiled functions multiply with {names} weights; they may round otherwise "
+            "than kernels='transformers'"
         )
     elif compiling and not compiled:
-        yield f"{names} weights are multiplied several times as fast with: pip install 'hermes-async[quantized]'"
+        yield f"{names} weights are multiplied several times as fast with: pip install 'hermes-async[compiled]'"
 
 
 # --- the draft model ---

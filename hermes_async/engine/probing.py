@@ -102,11 +102,17 @@ def _building() -> Iterator[None]:
 
 
 def build_and_probe(
-    checkpoint: Checkpoint, config: EngineConfig, exits: ExitStack, preparation: Preparation | None = None
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    exits: ExitStack,
+    preparation: Preparation | None = None,
+    *,
+    compiles: bool = False,
 ) -> ProbedModel:
     """Builds a model without weights and probes it. `exits` unregisters its attention from transformers.
 
     Args:
+        compiles: As for `choose_products`.
         preparation: Makes a prompt with an image to try the model with; None for a model that is given none.
     """
     warn_of_untested_versions()
@@ -119,7 +125,7 @@ def build_and_probe(
         stored = stored_tensors(checkpoint)
         skeleton = build_skeleton(checkpoint, model_config, stored, named_attention, config.dtype)
         skeleton = with_context_length(skeleton, config.context_length)
-        products = choose_products(skeleton.model, config)
+        products = choose_products(skeleton.model, config, compiles=compiles)
         if not skeleton.generates:
             return ProbedModel(skeleton, attention, probe_forward(skeleton), products)
         if skeleton.is_encoder_decoder and config.batching == "packed":

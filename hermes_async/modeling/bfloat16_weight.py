@@ -11,6 +11,7 @@ from torch import nn
 
 from hermes_async.modeling.module_tensors import Place
 from hermes_async.quantization.bfloat16_products import Bfloat16Products
+from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
 
 LEAST_ELEMENTS = 3 << 20  # of a matrix: with smaller ones, `linear` is as fast or faster
 
@@ -19,12 +20,17 @@ class Bfloat16Weight(nn.Parameter):
     """A weight [rows, columns] whose `linear` is that of `Bfloat16Products`. All else is as with a parameter."""
 
     _products: Bfloat16Products
+    _threads: RowThreads
 
     @classmethod
-    def of(cls, weight: torch.Tensor, products: Bfloat16Products) -> Self:
-        """The weight, without a copy."""
+    def of(cls, weight: torch.Tensor, products: Bfloat16Products, threads: RowThreads = ONE_THREAD) -> Self:
+        """The weight, without a copy.
+
+        Args:
+            threads: Divide products of compiled functions.
+        """
         own = cls(weight, requires_grad=False)
-        own._products = products
+        own._products, own._threads = products, threads
         return own
 
     @classmethod
@@ -37,7 +43,7 @@ class Bfloat16Weight(nn.Parameter):
 def _linear(inputs: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`inputs` [..., columns] to [..., rows]."""
     if isinstance(weight, Bfloat16Weight):
-        return weight._products.linear(inputs, weight, bias)
+        return weight._products.linear(inputs, weight, bias, weight._threads)
     return F.linear(inputs, weight, bias)
 
 
@@ -46,9 +52,9 @@ def is_large(weight: torch.Tensor) -> bool:
     return weight.dtype == torch.bfloat16 and weight.dim() == 2 and weight.numel() >= LEAST_ELEMENTS
 
 
-def with_products(weight: torch.Tensor, products: Bfloat16Products) -> torch.Tensor:
+def with_products(weight: torch.Tensor, products: Bfloat16Products, threads: RowThreads) -> torch.Tensor:
     """The weight, as a `Bfloat16Weight` if it is large and `linear` does not multiply everything."""
-    return Bfloat16Weight.of(weight, products) if not products.is_linear and is_large(weight) else weight
+    return Bfloat16Weight.of(weight, products, threads) if not products.is_linear and is_large(weight) else weight
 
 
 def may_be_bfloat16_weight(place: Place, weight: torch.Tensor) -> bool:

@@ -333,7 +333,7 @@ class StreamedModel:
             leaf = name.rpartition(".")[2]
             encoded = self._encoded.get(name)
             if encoded is None:
-                weights[leaf] = with_products(part_of(name).to(dtypes[leaf]), self._products)
+                weights[leaf] = with_products(part_of(name).to(dtypes[leaf]), self._products, self._row_threads)
             else:
                 weights[leaf] = EncodedWeight.of(encoded, part_of, self._products, self._row_threads)
         self._experts.weights = weights
@@ -352,7 +352,7 @@ class StreamedModel:
             view = buffer.tensor(placement.position, placement.dtype, placement.shape)
             value = view.to(self._unloaded[placement.name].dtype)
             if placement.name in self._bfloat16_weights:
-                value = Bfloat16Weight.of(value, self._products)
+                value = Bfloat16Weight.of(value, self._products, self._row_threads)
             self._places[placement.name].put(value)
 
         def part_of(name: str) -> torch.Tensor:

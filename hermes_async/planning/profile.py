@@ -49,10 +49,12 @@ class ProductsProfile:
     Attributes:
         created_at: Seconds since 1970.
         gains: How many times as fast as `linear`, by tokens: one with `mv`, and more in float32.
+        tiled_gains: The same of compiled functions; empty where none may be used.
     """
 
     created_at: float
     gains: dict[int, float]
+    tiled_gains: dict[int, float]
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ import platform
 import stat
 import time
 from dataclasses import asdict, fields, is_dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -45,10 +46,15 @@ def profile_file(checkpoint: Checkpoint, folder: Path | None = None) -> Path:
     return _file(key, folder)
 
 
-def products_profile_file(folder: Path | None = None) -> Path:
-    """The file of this machine's `ProductsProfile`. Its name depends on the processor, its threads and torch."""
+def products_profile_file(folder: Path | None = None, *, compiles: bool = False) -> Path:
+    """The file of this machine's `ProductsProfile`. Its name depends on the processor, its threads and torch.
+
+    Args:
+        compiles: It has measurements of compiled functions, too. Its name depends on Numba's version then.
+    """
     machine = (platform.machine(), _processor(), torch.get_num_threads())
-    return _file(json.dumps(["bfloat16 products", _FORMAT, machine, torch.__version__]), folder)
+    versions = (_FORMAT, torch.__version__, version("numba") if compiles else None)
+    return _file(json.dumps(["bfloat16 products, tiled", machine, versions]), folder)
 
 
 def _file(key: str, folder: Path | None) -> Path:

@@ -31,7 +31,7 @@ EXTRAS = {
     "ray": "replicas on Ray Serve",
     "audio": "files of audio other than WAV",
     "gguf": "models in GGUF files",
-    "quantized": "faster products with quantized weights",
+    "compiled": "faster products with quantized weights, and of several sequences in bfloat16",
 }
 """What each extra is for."""
 

@@ -22,16 +22,15 @@ from hermes_async.quantization.compiling import (
     inlined_copy,
     names_of_lines,
 )
+from hermes_async.quantization.lane_sums import add_products, totals
 from hermes_async.quantization.lanes import (
     LANES,
-    add_products,
     floats,
     floats_of_e4m3,
     lanes_at,
     nibbles_at,
     rounded_to_bfloat16,
     signed,
-    totals,
     write_bfloat16,
     write_lanes,
 )

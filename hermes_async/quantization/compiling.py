@@ -17,7 +17,7 @@ from typing import Any
 
 import numba
 
-from hermes_async.quantization import lanes
+from hermes_async.quantization import lane_sums, lanes
 
 LINES_AT_ONCE = 4
 """More than one line is multiplied with a row in groups of so many."""
@@ -30,7 +30,7 @@ inlined = numba.njit(forceinline=True)
 
 def names_of_lines(count: int) -> dict[str, Any]:
     """The names of a loop that multiplies so many lines at once."""
-    return {"num_lines": count, "no_sums": lanes.empty_sums(count)}
+    return {"num_lines": count, "no_sums": lane_sums.empty_sums(count)}
 
 
 def inlined_copy(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:
@@ -43,7 +43,7 @@ def compiled_copy(function: Callable[..., None], signature: str, name: str, name
 
     Numba keeps what it compiles on disk, by the function's module, and by its name with `name` behind it. Where no
     folder can be written to, it is compiled again in each process. Numba compiles a function again when its own file
-    has changed, but not when another one has. So the name has a digest of `lanes` in it.
+    has changed, but not when another one has. So the name has a digest of `lanes` and `lane_sums` in it.
     """
     own = _copy(function, f"{function.__name__}_{name}_{_lanes_digest()}", names)
     try:
@@ -55,7 +55,7 @@ def compiled_copy(function: Callable[..., None], signature: str, name: str, name
 @cache
 def _lanes_digest() -> str:
     try:
-        source = inspect.getsource(lanes)
+        source = inspect.getsource(lanes) + inspect.getsource(lane_sums)
     except OSError:  # only bytecode is installed, for which Numba keeps nothing either
         source = ""
     return f"{zlib.crc32(source.encode()):08x}"

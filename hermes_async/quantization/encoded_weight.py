@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import nn
 
 from hermes_async.memory.library_caches import reused_heap
-from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, WidenedInputs
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
 from hermes_async.quantization.encoding import Parts, StoredMatrix
-from hermes_async.quantization.row_products import FEW_LINES, product_of_rows
+from hermes_async.quantization.row_products import product_of_rows
 from hermes_async.quantization.row_threads import ONE_THREAD, RowThreads
+from hermes_async.quantization.tile_products import MOST_LINES
 from hermes_async.storage.tensor_spec import TensorSpec
 
 PartOf: TypeAlias = Callable[[str], torch.Tensor]
@@ -275,15 +276,16 @@ class EncodedWeight(nn.Parameter):
     def _compiled_product(
         self, matrix: StoredMatrix, parts: Parts, lines: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor | None:
-        if self.dtype != torch.float32 and not (self._products.scales_inputs and len(lines) <= FEW_LINES):
+        if self.dtype != torch.float32 and not (self._products.scales_inputs and len(lines) <= MOST_LINES):
             return None
         compiled = matrix.encoding.compiled_rows(parts, matrix.shape[1], self.dtype)
         if compiled is None:
             return None
         block_rows = matrix.block_rows(_BLOCK)
         with reused_heap():
-            out = product_of_rows(compiled, matrix.shape[0], block_rows, lines.float(), self._row_threads)
-        return (out if bias is None else out.add_(bias)).to(lines.dtype)
+            return product_of_rows(
+                compiled, matrix.shape[0], lines, bias, block_rows=block_rows, threads=self._row_threads
+            )
 
     def _product_of_blocks(
         self, matrix: StoredMatrix, parts: Parts, lines: torch.Tensor, bias: torch.Tensor | None
@@ -292,8 +294,8 @@ class EncodedWeight(nn.Parameter):
         elements = _SMALL_BLOCK if self.dtype == torch.float32 and lines.shape[0] < _FEW_ROWS else _BLOCK
         out = torch.empty((lines.shape[0], rows), dtype=lines.dtype)
         with reused_heap():
-            widens = self.dtype == torch.bfloat16 and self._products.widens(lines)
-            widened = WidenedInputs(lines) if widens else None
+            is_bfloat16 = self.dtype == torch.bfloat16
+            converted = self._products.converted(lines, self._row_threads) if is_bfloat16 else None
             scratch = torch.empty((min(rows, matrix.block_rows(elements)), columns), dtype=self.dtype)
             for start, stop in matrix.blocks(elements):
                 block = scratch[: stop - start]
@@ -301,8 +303,8 @@ class EncodedWeight(nn.Parameter):
                 bias_of_block = None if bias is None else bias[start:stop]
                 if bias is None and _is_one_vector(lines):
                     torch.mv(block, lines[0], out=out[0, start:stop])
-                elif widened is not None:
-                    widened.multiply(block, bias_of_block, out[:, start:stop])
+                elif converted is not None:
+                    converted.multiply(block, bias, out, start)
                 else:
                     out[:, start:stop] = F.linear(lines, block, bias_of_block)
         return out

@@ -32,9 +32,9 @@ from hermes_async.quantization.compiling import (
     inlined_copy,
     names_of_lines,
 )
+from hermes_async.quantization.lane_sums import add_products, totals
 from hermes_async.quantization.lanes import (
     LANES,
-    add_products,
     bits_at,
     bits_of,
     bits_of_each,
@@ -49,7 +49,6 @@ from hermes_async.quantization.lanes import (
     places,
     signed,
     table,
-    totals,
     write_lanes,
 )
 

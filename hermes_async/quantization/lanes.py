@@ -46,10 +46,11 @@ class _LanesModel(models.PrimitiveModel):
 
 BYTES, INT8, FLOATS = Lanes(types.uint8), Lanes(types.int8), Lanes(types.float32)
 
-_INT1, _INT8, _INT16, _INT32 = (ir.IntType(width) for width in (1, 8, 16, 32))
+_INT1, _INT8, INT16, INT32 = (ir.IntType(width) for width in (1, 8, 16, 32))
 
 
-def _vector(element):
+def vector_of(element):
+    """LLVM's vector of sixteen elements."""
     return ir.VectorType(element, LANES)
 
 
@@ -82,8 +83,8 @@ def bits_at(typing_context, array, at):
     """The sixteen bits of two bytes from an index on, the lowest of the first byte first: a byte of 0 or 1 for each."""
 
     def build(context, builder, signature, args):
-        bits = builder.bitcast(_load(context, builder, signature, args, _INT16), _vector(_INT1))
-        return builder.zext(bits, _vector(_INT8))
+        bits = builder.bitcast(_load(context, builder, signature, args, INT16), vector_of(_INT1))
+        return builder.zext(bits, vector_of(_INT8))
 
     return BYTES(array, types.intp), build
 
@@ -93,12 +94,12 @@ def nibbles_at(typing_context, array, at):
     """The sixteen numbers of four bits in eight bytes from an index on; the first is in the lower half of its byte."""
 
     def build(context, builder, signature, args):
-        of_words = ir.VectorType(_INT16, LANES // 2)
+        of_words = ir.VectorType(INT16, LANES // 2)
         stored = _load(context, builder, signature, args, ir.VectorType(_INT8, LANES // 2))
         low = builder.zext(stored, of_words)
         both = builder.or_(low, builder.shl(low, ir.Constant(of_words, [4] * (LANES // 2))))
         masked = builder.and_(both, ir.Constant(of_words, [0x0F0F] * (LANES // 2)))
-        return builder.bitcast(masked, _vector(_INT8))
+        return builder.bitcast(masked, vector_of(_INT8))
 
     return BYTES(array, types.intp), build
 
@@ -119,8 +120,8 @@ def write_bfloat16(typing_context, array, at, lanes):
     """Writes sixteen numbers in float32, which are numbers of bfloat16, into an array of their bits in uint16."""
 
     def build(context, builder, signature, args):
-        bits = builder.bitcast(args[2], _vector(_INT32))
-        high = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, [16] * LANES)), _vector(_INT16))
+        bits = builder.bitcast(args[2], vector_of(INT32))
+        high = builder.trunc(builder.lshr(bits, ir.Constant(bits.type, [16] * LANES)), vector_of(INT16))
         _store(context, builder, signature, args, high)
         return context.get_dummy_value()
 
@@ -128,21 +129,23 @@ def write_bfloat16(typing_context, array, at, lanes):
 
 
 def _store(context, builder, signature, args, value):
-    address = _address(context, builder, signature.args[0], args[0], args[1])
+    address = address_of(context, builder, signature.args[0], args[0], args[1])
     builder.store(value, builder.bitcast(address, value.type.as_pointer())).align = 1
 
 
 def _load(context, builder, signature, args, of_value):
-    return _load_from(builder, _address(context, builder, signature.args[0], args[0], args[1]), of_value)
+    return load_from(builder, address_of(context, builder, signature.args[0], args[0], args[1]), of_value)
 
 
-def _load_from(builder, address, of_value):
+def load_from(builder, address, of_value):
+    """Reads a value of a type of LLVM, at any address."""
     loaded = builder.load(builder.bitcast(address, of_value.as_pointer()))
     loaded.align = 1
     return loaded
 
 
-def _address(context, builder, of_array, array, at):
+def address_of(context, builder, of_array, array, at):
+    """That of the element of an array at an index. `of_array` is Numba's type of the array."""
     return builder.gep(context.make_array(of_array)(context, builder, array).data, [at])
 
 
@@ -160,7 +163,7 @@ def half_filled(typing_context, first, second):
     """Eight times a number, and then eight times another."""
 
     def build(context, builder, signature, args):
-        is_second = ir.Constant(_vector(_INT1), [lane >= LANES // 2 for lane in range(LANES)])
+        is_second = ir.Constant(vector_of(_INT1), [lane >= LANES // 2 for lane in range(LANES)])
         return builder.select(is_second, _filled(builder, args[1]), _filled(builder, args[0]))
 
     return Lanes(first)(first, first), build
@@ -175,8 +178,8 @@ def bits_of(typing_context, lanes, shift, mask):
     """
 
     def build(context, builder, signature, args):
-        of_words = ir.VectorType(_INT16, LANES // 2)
-        count = builder.zext(args[1], _INT16)
+        of_words = ir.VectorType(INT16, LANES // 2)
+        count = builder.zext(args[1], INT16)
         words = builder.lshr(builder.bitcast(args[0], of_words), _filled(builder, count, LANES // 2))
         return builder.and_(builder.bitcast(words, args[0].type), _filled(builder, args[2]))
 
@@ -196,7 +199,7 @@ def high_bytes(typing_context, lanes, number):
     """The high bytes of the products of bytes and one byte."""
 
     def build(context, builder, signature, args):
-        of_words = _vector(_INT16)
+        of_words = vector_of(INT16)
         words, factor = builder.zext(args[0], of_words), builder.zext(_filled(builder, args[1]), of_words)
         shifted = builder.lshr(builder.mul(words, factor), ir.Constant(of_words, [8] * LANES))
         return builder.trunc(shifted, args[0].type)
@@ -216,7 +219,7 @@ def floats(typing_context, lanes):
 
     def build(context, builder, signature, args):
         extend = builder.sext if lanes.element.signed else builder.zext
-        return builder.sitofp(extend(args[0], _vector(_INT32)), _vector(ir.FloatType()))
+        return builder.sitofp(extend(args[0], vector_of(INT32)), vector_of(ir.FloatType()))
 
     return FLOATS(lanes), build
 
@@ -232,7 +235,7 @@ def floats_of_e4m3(typing_context, lanes):
     """
 
     def build(context, builder, signature, args):
-        of_ints, of_floats = _vector(_INT32), _vector(ir.FloatType())
+        of_ints, of_floats = vector_of(INT32), vector_of(ir.FloatType())
         moved = builder.shl(builder.sext(args[0], of_ints), ir.Constant(of_ints, [20] * LANES))
         bits = builder.and_(moved, ir.Constant(of_ints, [0x87F00000] * LANES))
         values = builder.fmul(builder.bitcast(bits, of_floats), ir.Constant(of_floats, [2.0**120] * LANES))
@@ -248,7 +251,7 @@ def rounded_to_bfloat16(typing_context, lanes):
     """Numbers in float32 as the nearest ones of bfloat16, still in float32; of two as near, the even one."""
 
     def build(context, builder, signature, args):
-        of_ints = _vector(_INT32)
+        of_ints = vector_of(INT32)
         bits = builder.bitcast(args[0], of_ints)
         last = builder.and_(builder.lshr(bits, ir.Constant(of_ints, [16] * LANES)), ir.Constant(of_ints, [1] * LANES))
         raised = builder.add(builder.add(bits, last), ir.Constant(of_ints, [0x7FFF] * LANES))
@@ -260,10 +263,11 @@ def rounded_to_bfloat16(typing_context, lanes):
 @intrinsic
 def multiply_add(typing_context, first, second, third):
     """first * second + third, rounded once where the processor has an instruction for that, and twice elsewhere."""
-    return FLOATS(FLOATS, FLOATS, FLOATS), lambda context, builder, signature, args: _multiply_add(builder, *args)
+    return FLOATS(FLOATS, FLOATS, FLOATS), lambda context, builder, signature, args: fused_multiply_add(builder, *args)
 
 
-def _multiply_add(builder, *args):
+def fused_multiply_add(builder, *args):
+    """As `multiply_add`, of three vectors of LLVM."""
     of_function = ir.FunctionType(args[0].type, [arg.type for arg in args])
     function = cgutils.get_or_insert_function(builder.module, of_function, f"llvm.fmuladd.v{LANES}f32")
     return builder.call(function, args)
@@ -271,11 +275,12 @@ def _multiply_add(builder, *args):
 
 def _filled(builder, number, length: int = LANES):
     undefined = ir.Constant(ir.VectorType(number.type, length), ir.Undefined)
-    return _shuffled(builder, builder.insert_element(undefined, number, ir.Constant(_INT32, 0)), [0] * length)
+    return shuffled(builder, builder.insert_element(undefined, number, ir.Constant(INT32, 0)), [0] * length)
 
 
-def _shuffled(builder, lanes, places: Sequence[int]):
-    mask = ir.Constant(ir.VectorType(_INT32, len(places)), list(places))
+def shuffled(builder, lanes, places: Sequence[int]):
+    """The elements of a vector of LLVM at these places."""
+    mask = ir.Constant(ir.VectorType(INT32, len(places)), list(places))
     return builder.shuffle_vector(lanes, ir.Constant(lanes.type, ir.Undefined), mask)
 
 
@@ -288,7 +293,7 @@ def constant_bytes(numbers: Sequence[int]):
     @intrinsic
     def constant(typing_context):
         def build(context, builder, signature, args):
-            return ir.Constant(_vector(_INT8), [*numbers] * (LANES // len(numbers)))
+            return ir.Constant(vector_of(_INT8), [*numbers] * (LANES // len(numbers)))
 
         return BYTES(), build
 
@@ -301,7 +306,7 @@ def places(numbers: Sequence[int]):
     @intrinsic
     def at_places(typing_context, lanes):
         def build(context, builder, signature, args):
-            return _shuffled(builder, args[0], [*numbers] * (LANES // len(numbers)))
+            return shuffled(builder, args[0], [*numbers] * (LANES // len(numbers)))
 
         return lanes(lanes), build
 
@@ -317,7 +322,7 @@ def table(numbers: Sequence[int]):
     @intrinsic
     def numbers_at(typing_context, lanes):
         def build(context, builder, signature, args):
-            of_bytes = _vector(_INT8)
+            of_bytes = vector_of(_INT8)
             choices = [ir.Constant(of_bytes, [number] * LANES) for number in numbers]
             for bit in range(4):
                 mask = builder.and_(args[0], ir.Constant(of_bytes, [1 << bit] * LANES))
@@ -329,58 +334,6 @@ def table(numbers: Sequence[int]):
         return INT8(BYTES), build
 
     return numbers_at
-
-
-# --- sums of products with several lines at once ---
-
-
-def empty_sums(num_lines: int):
-    """A function that returns sums of a number of lines, which are zero: a tuple of sixteen numbers for each line."""
-    sums = types.UniTuple(FLOATS, num_lines)
-
-    @intrinsic
-    def zeros(typing_context):
-        return sums(), lambda context, builder, signature, args: ir.Constant(context.get_value_type(sums), None)
-
-    return zeros
-
-
-@intrinsic
-def add_products(typing_context, sums, lanes, lines, at, line_length):
-    """Sums, to which the products with sixteen elements of each line are added: those at an index of the first line.
-
-    Each line is `line_length` elements after the one before.
-    """
-
-    def build(context, builder, signature, args):
-        sums, lanes, array, at, line_length = args
-        for line in range(signature.args[0].count):
-            address = _address(context, builder, signature.args[2], array, at)
-            elements = _load_from(builder, address, lanes.type)
-            sum_of_line = _multiply_add(builder, lanes, elements, builder.extract_value(sums, line))
-            sums = builder.insert_value(sums, sum_of_line, line)
-            at = builder.add(at, line_length)
-        return sums
-
-    return sums(sums, FLOATS, lines, types.intp, types.intp), build
-
-
-@intrinsic
-def totals(typing_context, sums):
-    """The sum of each line: halves of the sixteen numbers are added until one number is left."""
-
-    def build(context, builder, signature, args):
-        result = ir.Constant(context.get_value_type(signature.return_type), ir.Undefined)
-        for line in range(sums.count):
-            rest, length = builder.extract_value(args[0], line), LANES
-            while length > 1:
-                length //= 2
-                low = _shuffled(builder, rest, range(length))
-                rest = builder.fadd(low, _shuffled(builder, rest, range(length, 2 * length)))
-            result = builder.insert_value(result, builder.extract_element(rest, ir.Constant(_INT32, 0)), line)
-        return result
-
-    return types.UniTuple(types.float32, sums.count)(sums), build
 
 
 # --- operators ---

@@ -1,7 +1,8 @@
 """Products with rows that compiled functions dequantize, on several threads.
 
-Few lines of inputs: each thread dequantizes and multiplies one row after another. Many lines: the threads dequantize a
-block of rows together, and `linear` multiplies it.
+Few lines of inputs: each thread dequantizes and multiplies one row after another. Dozens of lines: each thread
+dequantizes some rows, and multiplies them with tiles of lines. More: the threads dequantize a block of rows together,
+and `linear` multiplies it.
 """
 
 from __future__ import annotations
@@ -15,20 +16,38 @@ from numpy.typing import NDArray
 
 from hermes_async.quantization.encoding import CompiledRows
 from hermes_async.quantization.row_threads import RowThreads
+from hermes_async.quantization.tile_products import TiledInputs, can_tile
 from hermes_async.storage.kernel_threads import end_kernel_threads
 
-FEW_LINES = 16
+FEW_LINES = 12
 """So many are multiplied row by row, which is faster than in blocks."""
 
 
 def product_of_rows(
-    compiled: CompiledRows, num_rows: int, block_rows: int, lines: torch.Tensor, threads: RowThreads
+    compiled: CompiledRows,
+    num_rows: int,
+    lines: torch.Tensor,
+    bias: torch.Tensor | None,
+    *,
+    block_rows: int,
+    threads: RowThreads,
 ) -> torch.Tensor:
-    """The product of `lines` [n, columns], in float32, with all rows of a matrix: [n, rows].
+    """The product of `lines` [n, columns] with all rows of a matrix, plus `bias` [rows]: [n, rows].
+
+    It is computed in float32, and rounded once to the dtype of `lines`.
 
     Args:
-        block_rows: The most rows that are in memory at once.
+        block_rows: The most rows that are in memory at once where `linear` multiplies.
     """
+    if len(lines) > FEW_LINES and can_tile(lines):
+        return TiledInputs(lines, threads).multiply_compiled(compiled, bias, num_rows)
+    out = _product(compiled, num_rows, block_rows, lines.float(), threads)
+    return (out if bias is None else out.add_(bias)).to(lines.dtype)
+
+
+def _product(
+    compiled: CompiledRows, num_rows: int, block_rows: int, lines: torch.Tensor, threads: RowThreads
+) -> torch.Tensor:
     num_lines = len(lines)
     if num_lines <= FEW_LINES:
         inputs = _padded(lines, compiled.inputs_at_once)

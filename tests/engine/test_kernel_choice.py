@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hermes_async.engine import kernel_choice
-from hermes_async.engine.kernel_choice import chosen_products, measured_gains
+from hermes_async.engine.kernel_choice import chosen_products, compiler_pays, measured_gains, measured_tiled_gains
 from hermes_async.planning.profile import ProductsProfile
 from hermes_async.quantization.bfloat16_products import Bfloat16Products
 
@@ -25,7 +25,37 @@ from hermes_async.quantization.bfloat16_products import Bfloat16Products
     ],
 )
 def test_what_is_faster_is_used(gains: dict[int, float], expected: Bfloat16Products) -> None:
-    assert chosen_products(ProductsProfile(created_at=0.0, gains=gains)) == expected
+    assert chosen_products(ProductsProfile(created_at=0.0, gains=gains, tiled_gains={})) == expected
+
+
+@pytest.mark.parametrize(
+    ("tiled_gains", "expected"),
+    [
+        ({2: 1.0, 4: 2.0, 16: 3.0, 64: 2.4, 256: 2.8}, range(4, 257)),
+        ({2: 1.2, 4: 2.0, 16: 3.0, 64: 2.4, 256: 2.6}, range(2, 65)),  # in float32 it is 2.7 times as fast
+        ({2: 0.9, 4: 2.0, 16: 1.0, 64: 2.4, 256: 2.8}, range(4, 5)),
+        ({2: 0.9, 4: 1.05, 16: 1.2, 64: 1.9, 256: 2.0}, range(0)),
+        ({}, range(0)),
+    ],
+)
+def test_compiled_functions_have_the_tokens_for_which_they_are_the_fastest(
+    tiled_gains: dict[int, float], expected: range
+) -> None:
+    gains = {1: 1.5, 16: 1.3, 64: 2.0, 256: 2.7}
+    products = chosen_products(ProductsProfile(created_at=0.0, gains=gains, tiled_gains=tiled_gains))
+    assert products.tiled_tokens == expected
+    assert products.widened_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "room", "has", "pays"),
+    [(1 << 30, 2 << 30, True, True), (1 << 30, 1 << 30, True, False), (1 << 30, 2 << 30, False, False)],
+)
+def test_the_compiler_pays_where_all_weights_stay(
+    monkeypatch: pytest.MonkeyPatch, nbytes: int, room: int, has: bool, pays: bool
+) -> None:
+    monkeypatch.setattr(kernel_choice, "has_compiler", lambda: has)
+    assert compiler_pays(nbytes, room) is pays
 
 
 @pytest.mark.parametrize(("linear_s", "other_s", "gain"), [(3.0, 2.0, 1.5), (2.0, 3.0, 2 / 3)])
@@ -48,7 +78,8 @@ def test_gains_are_of_the_medians(
     assert measured_gains() == pytest.approx(dict.fromkeys((1, 16, 32, 64, 256), gain))
 
 
-def test_both_ways_are_really_measured() -> None:
-    gains = measured_gains()
+def test_all_ways_are_really_measured() -> None:
+    gains, tiled_gains = measured_gains(), measured_tiled_gains()
     assert list(gains) == [1, 16, 32, 64, 256]
-    assert all(gain > 0 for gain in gains.values())
+    assert list(tiled_gains) == [2, 4, 8, 16, 32, 64, 256]
+    assert all(gain > 0 for gain in (*gains.values(), *tiled_gains.values()))

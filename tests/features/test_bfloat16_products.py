@@ -15,6 +15,7 @@ from hermes_async import Engine, EngineConfig, SamplingParams
 from hermes_async.engine import kernel_choice
 from hermes_async.modeling import bfloat16_weight
 from hermes_async.planning.profile_store import load_products_profile, products_profile_file
+from hermes_async.quantization.tile_products import TiledInputs
 from tests.inside import inside
 
 pytestmark = pytest.mark.anyio
@@ -56,6 +57,7 @@ def gains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[float]:
     left: list[float] = []
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(kernel_choice, "measured_gains", lambda: gains_of(left.pop(0)))
+    monkeypatch.setattr(kernel_choice, "has_compiler", lambda: False)
     return left
 
 
@@ -152,6 +154,42 @@ async def test_nothing_is_measured_where_little_memory_is_free(
         assert inside(opened).bfloat16_weights == set()
     assert gains == [9.0]
     assert not products_profile_file().exists()  # it is measured when more is free
+
+
+@pytest.mark.parametrize(("budget", "compiles"), [("256MiB", True), ("64MiB", False)])
+async def test_compiled_functions_multiply_where_all_weights_stay(
+    models: dict[torch.dtype, tuple[Path, PreTrainedModel]],
+    gains: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    budget: str,
+    compiles: bool,
+) -> None:
+    path, model = models[torch.bfloat16]
+    gains.append(1.0)
+    monkeypatch.setattr(kernel_choice, "has_compiler", lambda: True)
+    monkeypatch.setattr(kernel_choice, "measured_tiled_gains", lambda: {4: 2.0, 16: 3.0})
+    tiled, lines = [], []
+    multiply = TiledInputs.multiply
+
+    def observed(inputs: TiledInputs, weight: torch.Tensor, *args: Any) -> None:
+        tiled.append(tuple(weight.shape))
+        multiply(inputs, weight, *args)
+
+    monkeypatch.setattr(TiledInputs, "multiply", observed)
+    async with Engine(path, memory_budget=budget, config=EngineConfig(prompt_lookup=False)) as opened:
+        lines = [line for line in opened.plan.explanation if line.startswith("4 to 16 tokens: compiled functions")]
+        completion = await opened.complete(PROMPT, PARAMS)
+    assert (len(lines) == 1) is compiles
+    assert ((768, 512) in tiled) is compiles  # with the five tokens of the prompt
+    kept = load_products_profile(products_profile_file(compiles=compiles))
+    assert kept is not None
+    assert kept.tiled_gains == ({4: 2.0, 16: 3.0} if compiles else {})
+    assert completion.logprobs is not None
+    own = torch.tensor([sampled.logprob for sampled in completion.logprobs], dtype=torch.float64)
+    theirs = log_probabilities(model, completion.token_ids)
+    exact = log_probabilities(model.double(), completion.token_ids)
+    model.bfloat16()
+    assert float((own - exact).abs().max()) <= 2 * float((theirs - exact).abs().max()) + 2**-8
 
 
 async def test_small_models_are_not_measured(tiny_model: Any, gains: list[float]) -> None:

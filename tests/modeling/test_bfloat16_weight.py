@@ -13,10 +13,13 @@ from hermes_async.modeling import bfloat16_weight
 from hermes_async.modeling.bfloat16_weight import Bfloat16Weight, bfloat16_shapes, may_be_bfloat16_weight
 from hermes_async.modeling.module_tensors import Place
 from hermes_async.quantization import bfloat16_products
-from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products
+from hermes_async.quantization.bfloat16_products import LINEAR, Bfloat16Products, WidenedInputs
+from hermes_async.quantization.row_threads import ONE_THREAD
+from hermes_async.quantization.tile_products import TiledInputs
 
 ROWS, COLUMNS = 512, 768
 BOTH = Bfloat16Products(vector_gain=2.0, widened_tokens=4, widened_gain=3.0)
+TILED = Bfloat16Products(widened_tokens=16, widened_gain=2.0, tiled_tokens=range(2, 65), tiled_gain=3.0)
 
 
 @pytest.fixture
@@ -92,9 +95,24 @@ def test_other_numbers_of_tokens_are_multiplied_as_ever(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_other_dtypes_are_never_widened(dtype: torch.dtype) -> None:
-    assert not BOTH.widens(torch.zeros(64, COLUMNS, dtype=dtype))
-    assert BOTH.widens(torch.zeros(64, COLUMNS, dtype=torch.bfloat16))
+def test_other_dtypes_are_multiplied_as_ever(dtype: torch.dtype) -> None:
+    for products in (BOTH, TILED):
+        assert products.converted(torch.zeros(64, COLUMNS, dtype=dtype), ONE_THREAD) is None
+        assert products.converted(torch.zeros(64, COLUMNS, dtype=torch.bfloat16), ONE_THREAD) is not None
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("num_tokens", "kind"), [(2, TiledInputs), (64, TiledInputs), (65, WidenedInputs)])
+def test_compiled_functions_multiply_their_numbers_of_tokens(
+    weight: torch.Tensor, num_tokens: int, kind: type, with_bias: bool
+) -> None:
+    inputs = torch.randn(num_tokens, COLUMNS).to(torch.bfloat16)
+    bias = torch.randn(ROWS).to(torch.bfloat16) if with_bias else None
+    assert type(TILED.converted(inputs, ONE_THREAD)) is kind
+    with torch.inference_mode():
+        check_rounded_once(F.linear(inputs, Bfloat16Weight.of(weight, TILED), bias), inputs, weight, bias)
+        across = weight.t().contiguous().t()  # the same numbers, one column after another
+        check_rounded_once(F.linear(inputs, Bfloat16Weight.of(across, TILED), bias), inputs, weight, bias)
 
 
 def test_everything_else_is_as_with_a_parameter(weight: torch.Tensor) -> None:
@@ -160,8 +178,9 @@ def test_scratch_memory_is_bounded(monkeypatch: pytest.MonkeyPatch, shape: tuple
 
 @pytest.mark.parametrize("shape", [(ROWS, COLUMNS), (8192, 4096), (1 << 15, 16)])
 def test_more_tokens_never_need_less_scratch_memory(shape: tuple[int, int]) -> None:
-    bounds = [BOTH.scratch_bytes(num_tokens, [shape]) for num_tokens in range(1, 5000)]
-    assert bounds == sorted(bounds)
+    for products in (BOTH, TILED):
+        bounds = [products.scratch_bytes(num_tokens, [shape]) for num_tokens in range(1, 5000)]
+        assert bounds == sorted(bounds)
 
 
 def test_few_tokens_need_no_scratch_memory() -> None:

@@ -60,7 +60,7 @@ def test_the_declared_versions_of_python_are_those_that_users_read_of() -> None:
 def test_what_users_install_together() -> None:
     assert {one.name for one in requirements("all")} == {
         one.name
-        for extra in ("audio", "gguf", "quantized", "ray", "serve", "structured", "vision")
+        for extra in ("audio", "compiled", "gguf", "ray", "serve", "structured", "vision")
         for one in requirements(extra)
     }
     assert {one.name for one in requirements("all")} <= {one.name for one in requirements("dev")}

@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 
 from tests.project import PYPROJECT
 
-_EXTRAS = ("serve", "structured", "vision", "audio", "gguf", "quantized", "ray", "bench")
+_EXTRAS = ("serve", "structured", "vision", "audio", "gguf", "compiled", "ray", "bench")
 _MODULES = {"pillow": "PIL"}
 _REQUIRED = {
     Requirement(text).name for extra in _EXTRAS for text in PYPROJECT["project"]["optional-dependencies"][extra]

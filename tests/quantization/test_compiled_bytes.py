@@ -82,7 +82,7 @@ def test_values_are_those_that_torch_computes(encoding: Encoding, scale_dtype: t
 
 
 @pytest.mark.parametrize(("encoding", "scale_dtype"), encodings(), ids=str)
-@pytest.mark.parametrize("num_lines", [1, 3, 4, 20])
+@pytest.mark.parametrize("num_lines", [1, 3, 4, 20, 300])
 def test_products_are_those_of_the_dequantized_matrix(
     encoding: Encoding, scale_dtype: torch.dtype, num_lines: int
 ) -> None:
@@ -96,7 +96,7 @@ def test_products_are_those_of_the_dequantized_matrix(
         assert compiled is not None
         bound = 1e-5 * (lines.double().abs() @ values.abs().T)
         for own in (threads, ONE_THREAD):
-            product = product_of_rows(compiled, ROWS, 32, lines, own)
+            product = product_of_rows(compiled, ROWS, lines, None, block_rows=32, threads=own)
             assert bool(((product.double() - lines.double() @ values.T).abs() <= bound).all())
     threads.close()
 

@@ -75,7 +75,7 @@ def test_close_ends_the_threads() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, block in GGUF_TYPES.items() if block.elements > 1])
-@pytest.mark.parametrize("num_lines", [1, 3, 4, 20])
+@pytest.mark.parametrize("num_lines", [1, 3, 4, 20, 300])
 def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: str, num_lines: int) -> None:
     encoding, block, numbers = GgufEncoding(name), GGUF_TYPES[name], np.random.default_rng(0)
     lines = torch.from_numpy(numbers.standard_normal((num_lines, COLUMNS), np.float32))
@@ -88,27 +88,28 @@ def test_products_are_those_of_the_dequantized_matrix(three: RowThreads, name: s
         compiled = encoding.compiled_rows(parts, COLUMNS, torch.float32)
         assert compiled is not None
         for threads, block_rows in ((three, 64), (three, 1), (ONE_THREAD, 1000)):
-            product = product_of_rows(compiled, num_rows, block_rows, lines, threads)
+            product = product_of_rows(compiled, num_rows, lines, None, block_rows=block_rows, threads=threads)
             assert product.dtype == torch.float32
             assert ((product.double() - expected).abs() <= tolerance).all()
 
 
-def test_lines_need_not_be_contiguous() -> None:
+@pytest.mark.parametrize("num_lines", [2, 20])
+def test_lines_need_not_be_contiguous(num_lines: int) -> None:
     encoding = GgufEncoding("Q8_0")
     parts = {"weight": torch.randint(0, 50, (40, COLUMNS // 32 * 34), dtype=torch.uint8)}
-    compiled, lines = encoding.compiled_rows(parts, COLUMNS, torch.float32), torch.randn(COLUMNS, 2).T
+    compiled, lines = encoding.compiled_rows(parts, COLUMNS, torch.float32), torch.randn(COLUMNS, num_lines).T
     assert compiled is not None
-    expected = product_of_rows(compiled, 40, 64, lines.contiguous(), ONE_THREAD)
-    assert torch.equal(product_of_rows(compiled, 40, 64, lines, ONE_THREAD), expected)
+    expected = product_of_rows(compiled, 40, lines.contiguous(), None, block_rows=64, threads=ONE_THREAD)
+    assert torch.equal(product_of_rows(compiled, 40, lines, None, block_rows=64, threads=ONE_THREAD), expected)
 
 
-@pytest.mark.parametrize("num_lines", [1, 20])
+@pytest.mark.parametrize("num_lines", [1, 300])
 def test_memory_is_that_of_a_block_and_of_the_results(three: RowThreads, num_lines: int) -> None:
     encoding = GgufEncoding("Q8_0")
     parts = {"weight": torch.zeros((200, COLUMNS // 32 * 34), dtype=torch.uint8)}
     compiled, lines = encoding.compiled_rows(parts, COLUMNS, torch.float32), torch.randn(num_lines, COLUMNS)
     assert compiled is not None
-    taken = allocated(lambda: product_of_rows(compiled, 200, 20, lines, three))
+    taken = allocated(lambda: product_of_rows(compiled, 200, lines, None, block_rows=20, threads=three))
     assert taken.most_bytes <= 4 * (20 * COLUMNS + 2 * num_lines * 200)
 
 
