@@ -375,14 +375,12 @@ class EngineConfig:
             it, also while the engine opens, and while KV is written to disk. None waits for as long as the disk takes.
             It bounds one system call, of up to a whole stage.
         kernels: "transformers" makes the calls that transformers makes. "auto" makes the same calls, but multiplies
-            large bfloat16 weights with one token by `torch.mv`, with some by functions that Numba compiles, if it is
-            installed and all weights fit in memory, and with many in float32, where a short measurement has found
-            that to be faster here; the last bit of a result may differ. float32 and float16 are computed as with
-            "transformers". "fastest" also uses torch's own kernels in sweeps of few tokens, where a profile has found
-            them to be faster than oneDNN's (for one token in bf16, by 1.5 times). They round differently, and the
-            setting holds for the whole process while such a sweep computes. It uses compiled functions even where not
-            all weights fit. If all weights stay in memory, and are 4-bit or 8-bit numbers in bfloat16, they are laid
-            out for torch's kernels for such numbers.
+            large bfloat16 weights with one token by `torch.mv`, with some by compiled functions (where Numba is
+            installed and all weights fit), and with many in float32, where a short measurement has found that to be
+            faster; the last bit of a result may differ. float32 and float16 are computed as with "transformers".
+            "fastest" uses compiled functions also where not all weights fit, and torch's own kernels, which round
+            differently, in sweeps of few tokens, where a profile has found them to be faster: then for the whole
+            process. 4-bit and 8-bit weights that stay in memory are laid out for torch's kernels, in bfloat16.
         dtype: What the model computes in: "float32", "bfloat16" or "float16". "auto" takes the dtype in the model's
             configuration, or else that of its first weight, as transformers does. Weights of another dtype are cast
             when their stage is computed.

@@ -49,12 +49,13 @@ class NamePatterns:
         if len(name) > _MAX_NAME_CHARACTERS:
             raise self._error(expression, f"is to match a name of {len(name)} characters, of {_MAX_NAME_CHARACTERS}")
         started = time.perf_counter()
+        found, in_time = False, True
         try:
             found = pattern.match(name, timeout=max(self._left_s, 1e-3)) is not None
-        except TimeoutError:
-            found = False
+        except TimeoutError:  # by another clock
+            in_time = False
         self._left_s -= time.perf_counter() - started
-        if self._left_s < 0:
+        if self._left_s < 0 or not in_time:
             raise self._error(expression, f"takes too long to match: all together took more than {MAX_SECONDS:g} s")
         return found
 
