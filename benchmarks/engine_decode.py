@@ -12,7 +12,7 @@ from hermes_async import Engine, EngineConfig, SamplingParams
 
 # What the engine imports when it opens a model, so that it is part of the memory that is there before.
 _MODULES = ("hermes_async.profiler.profiler", "hermes_async.engine.opening", "transformers.models.llama.modeling_llama")
-_GGUF_MODULES = ("gguf", "hermes_async.quantization.gguf_kernels")
+_GGUF_MODULES = ("gguf", "llvmlite.binding", "hermes_async.quantization.gguf_kernels")
 
 
 async def run(benchmark: Benchmark) -> None:

@@ -28,7 +28,7 @@ _FASTER = 1.1  # a function counts as faster than `linear` above this gain
 _SHAPE = (2, 4096, 4096)  # of the weights that are measured: 64 MiB, so that they come from memory, as in a model
 _TOKENS = (1, 16, 32, 64, 256)
 _TILED_TOKENS = (2, 4, 8, 16, 32, 64, MOST_LINES)
-_COMPILER_BYTES = 128 << 20  # that Numba and LLVM take
+_COMPILER_BYTES = 128 << 20  # that LLVM takes, and Numba where a function is new
 _LEAST_FREE = 512 << 20  # bytes; with less, nothing is measured
 _SECONDS = 0.2  # for each number of tokens
 _FEWEST_TIMES = 3
@@ -70,9 +70,9 @@ def products_profile(folder: Path | None = None, *, compiles: bool = False) -> P
 
 
 def compiler_pays(nbytes: int, room: int) -> bool:
-    """Whether Numba is installed, and its memory is not better used for weights.
+    """Whether Numba is installed, and the memory of compiled functions would not save reads.
 
-    It is not where all weights stay in memory. Where some are read again and again, its memory saves reads.
+    It saves none where all weights stay in memory.
 
     Args:
         nbytes: Of all weights.

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hermes_async.quantization.byte_kernels import Bytes, dequantizer, multiplier
 from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
+from hermes_async.quantization.kernel_sizes import LINES_AT_ONCE
 from hermes_async.quantization.pieces import pieces
-
-if TYPE_CHECKING:
-    from hermes_async.quantization.byte_kernels import Bytes
 
 _COMPILED_DTYPES = {torch.float32, torch.bfloat16}
 """Of the values that compiled functions write."""
@@ -109,16 +108,11 @@ class ScaledBytes:
 
     def dequantize(self, start: int, out: torch.Tensor) -> None:
         """Writes some rows from one on to `out` [rows, columns], in float32 or bfloat16, and contiguous."""
-        from hermes_async.quantization.byte_kernels import dequantizer  # Numba, which is slow to import, comes with it
-
         bits = out.dtype == torch.bfloat16
         values = out.view(torch.uint16) if bits else out
         dequantizer(self._of_bytes(), bits=bits)(*self._arrays(out.shape[1]), start, values.numpy())
 
     def compiled_rows(self, columns: int) -> CompiledRows:
-        from hermes_async.quantization.byte_kernels import dequantizer, multiplier
-        from hermes_async.quantization.compiling import LINES_AT_ONCE
-
         dequantize, multiply = dequantizer(self._of_bytes(), bits=False), multiplier(self._of_bytes())
         arrays = self._arrays(columns)
 
@@ -128,8 +122,6 @@ class ScaledBytes:
         return CompiledRows(write, partial(multiply, *arrays), LINES_AT_ONCE)
 
     def _of_bytes(self) -> Bytes:
-        from hermes_async.quantization.byte_kernels import Bytes
-
         return Bytes(self.kind, self.zeros is not None, self.rounds)
 
     def _arrays(self, columns: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], tuple[int, int]]:
@@ -156,8 +148,6 @@ def prepare_bytes(kind: str, *dtypes: torch.dtype, has_zeros: bool = False) -> N
     """
     if not has_compiler() or not {*dtypes} <= _COMPILED_DTYPES:
         return
-    from hermes_async.quantization.byte_kernels import Bytes, dequantizer, multiplier
-
     for rounds in {dtype == torch.bfloat16 for dtype in dtypes}:
         of_bytes = Bytes(kind, has_zeros, rounds)
         multiplier(of_bytes)

@@ -7,22 +7,15 @@ A loop refers to names that it does not define, such as `num_lines`. Each copy h
 
 from __future__ import annotations
 
-import inspect
 import sys
-import zlib
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Callable, Collection, Mapping
 from types import FunctionType
 from typing import Any
 
 import numba
+from llvmlite import binding
 
-from hermes_async.quantization import lane_sums, lanes
-
-LINES_AT_ONCE = 4
-"""More than one line is multiplied with a row in groups of so many."""
-COLUMNS_AT_ONCE = 4096
-"""As many numbers of the lines are multiplied with one row after another: they stay in the processor's first cache."""
+from hermes_async.quantization import lane_sums
 
 inlined = numba.njit(forceinline=True)
 """Makes a function a part of the compiled functions that call it."""
@@ -35,35 +28,37 @@ def names_of_lines(count: int) -> dict[str, Any]:
 
 def inlined_copy(function: Callable[..., Any], names: Mapping[str, Any]) -> Any:
     """A copy of a function, in which `names` have values of their own, for the compiled functions that call it."""
-    return inlined(_copy(function, function.__name__, names))
+    return inlined(copy_of(function, names))
 
 
-def compiled_copy(function: Callable[..., None], signature: str, name: str, names: Mapping[str, Any]) -> Any:
-    """A compiled copy of a function, in which `names` have values of their own. It releases the interpreter's lock.
-
-    Numba keeps what it compiles on disk, by the function's module, and by its name with `name` behind it. Where no
-    folder can be written to, it is compiled again in each process. Numba compiles a function again when its own file
-    has changed, but not when another one has. So the name has a digest of `lanes` and `lane_sums` in it.
-    """
-    own = _copy(function, f"{function.__name__}_{name}_{_lanes_digest()}", names)
-    try:
-        return numba.njit(signature, cache=True, nogil=True)(own)
-    except (RuntimeError, OSError):  # no folder for it, or no space
-        return numba.njit(signature, nogil=True)(own)
-
-
-@cache
-def _lanes_digest() -> str:
-    try:
-        source = inspect.getsource(lanes) + inspect.getsource(lane_sums)
-    except OSError:  # only bytecode is installed, for which Numba keeps nothing either
-        source = ""
-    return f"{zlib.crc32(source.encode()):08x}"
-
-
-def _copy(function: Callable[..., Any], name: str, names: Mapping[str, Any]) -> FunctionType:
+def copy_of(function: Any, names: Mapping[str, Any]) -> FunctionType:
+    """A copy of a function, in which `names` have values of their own."""
     assert isinstance(function, FunctionType)
     own = FunctionType(function.__code__, {**vars(sys.modules[function.__module__]), **names})
-    own.__name__ = own.__qualname__ = name
+    own.__name__ = own.__qualname__ = function.__name__
     own.__module__ = function.__module__
     return own
+
+
+def machine_code_of(
+    function: Callable[..., None], signature: str, machine: Any, *, symbol: str, known: Collection[str]
+) -> bytes:
+    """The machine code of a function for a `TargetMachine` of LLVM, as an object file.
+
+    Args:
+        symbol: Its name in the file.
+        known: Functions that it may name, which whoever loads it has.
+
+    Raises:
+        ValueError: It calls others, of Numba's own, such as those that make and reshape arrays.
+    """
+    options: dict[str, Any] = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+    dispatcher: Any = numba.njit(signature, **options)(function)
+    (types,) = dispatcher.signatures
+    module = binding.parse_assembly(dispatcher.inspect_llvm(types))
+    called = {one.name for one in module.functions if one.is_declaration and not one.name.startswith("llvm.")}
+    if called - {*known}:
+        raise ValueError(f"{function.__name__} calls {', '.join(sorted(called - {*known}))}")
+    module.get_function(dispatcher.overloads[types].fndesc.llvm_func_name).name = symbol
+    code: bytes = machine.emit_object(module)
+    return code

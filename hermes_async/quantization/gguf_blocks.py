@@ -8,16 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from hermes_async.quantization.encoding import CompiledRows, Encoding, IntegerGroups, IntegerRows, Parts
-
-if TYPE_CHECKING:
-    from hermes_async.quantization.gguf_kernels import BlockKernels
+from hermes_async.quantization.gguf_kernels import BlockKernels, kernels_of
 
 _FOUR_BITS = {"Q4_0": (2, 16), "Q4_1": (4, 16), "Q4_K": (16, 32)}
 """Types whose numbers have four bits: where in a block these begin, and the bytes that pack two runs of numbers."""
@@ -82,8 +79,6 @@ class GgufEncoding(Encoding):
             self._kernels()
 
     def _kernels(self) -> BlockKernels:
-        from hermes_async.quantization.gguf_kernels import kernels_of  # Numba, which is slow to import, comes with it
-
         block = GGUF_TYPES[self.type_name]
         return kernels_of(self.type_name, block.elements, block.nbytes)
 

@@ -10,11 +10,11 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
+from hermes_async.quantization.kernel_sizes import LANES
 from hermes_async.quantization.lanes import (
     FLOATS,
     INT16,
     INT32,
-    LANES,
     address_of,
     fused_multiply_add,
     intrinsic,

@@ -24,7 +24,7 @@ from numba import extending, types
 from numba.core import cgutils
 from numba.extending import models, overload, register_model
 
-LANES = 16
+from hermes_async.quantization.kernel_sizes import LANES
 
 # Numba's type says that such a function takes what its builder takes, which is one argument more.
 intrinsic: Callable[[Callable[..., Any]], Callable[..., Any]] = extending.intrinsic

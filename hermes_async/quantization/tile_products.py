@@ -8,42 +8,37 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from hermes_async.quantization import tile_kernels
 from hermes_async.quantization.encoding import CompiledRows, has_compiler
+from hermes_async.quantization.kernel_sizes import LANES, MOST_TILE_LINES, ROWS_OF_SUMS
 from hermes_async.quantization.row_threads import RowThreads
 from hermes_async.storage.kernel_threads import end_kernel_threads
 
 MOST_LINES = 256
 """More are multiplied as fast by `linear` in float32."""
-_COLUMN_STEP = 16
 _MOST_INPUTS = 1 << 21
 """Elements of inputs that are packed at once. Where there are more, `linear` multiplies."""
 _BLOCK = 1 << 16
 """Elements that a thread dequantizes, and then multiplies. They stay in its second cache."""
-ROWS_AT_ONCE = 48
-"""Rows that are multiplied with the lines of one tile after another, while the lines are in the first cache."""
-_MOST_TILE_LINES = 8
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16"}
 
 
 def can_tile(lines: torch.Tensor) -> bool:
     """Whether `lines` [n, columns] may be `TiledInputs`."""
     in_bounds = 1 < len(lines) <= MOST_LINES and lines.numel() <= _MOST_INPUTS
-    return in_bounds and lines.shape[1] % _COLUMN_STEP == 0 and lines.dtype in _DTYPES and has_compiler()
+    return in_bounds and lines.shape[1] % LANES == 0 and lines.dtype in _DTYPES and has_compiler()
 
 
 def tile_bytes(num_lines: int, columns: int) -> int:
     """The most memory that products of so many lines take, beside their results. It never shrinks with more lines."""
-    elements = min((min(num_lines, MOST_LINES) + _MOST_TILE_LINES) * columns, _MOST_INPUTS + _MOST_TILE_LINES * columns)
-    sums = torch.get_num_threads() * (MOST_LINES + _MOST_TILE_LINES) * ROWS_AT_ONCE
+    elements = min((min(num_lines, MOST_LINES) + MOST_TILE_LINES) * columns, _MOST_INPUTS + MOST_TILE_LINES * columns)
+    sums = torch.get_num_threads() * (MOST_LINES + MOST_TILE_LINES) * ROWS_OF_SUMS
     return (elements + sums) * torch.float32.itemsize
 
 
 def prepare_tiles(of_rows: torch.dtype, of_inputs: torch.dtype) -> None:
     """Compiles the functions for rows and inputs of these dtypes, if they are new here. It may take seconds."""
-    from hermes_async.quantization.tile_kernels import multiplier, packer
-
-    packer(_DTYPES[of_inputs])
-    multiplier(_DTYPES[of_rows], _DTYPES[of_inputs])
+    tile_kernels.prepare(_DTYPES[of_rows], _DTYPES[of_inputs])
 
 
 class TiledInputs:
@@ -56,12 +51,10 @@ class TiledInputs:
     """
 
     def __init__(self, lines: torch.Tensor, threads: RowThreads) -> None:
-        from hermes_async.quantization.tile_kernels import packed_size, packer  # with Numba, which is slow to import
-
         self._num_lines, self._columns = lines.shape
         self._dtype, self._threads = lines.dtype, threads
-        self._packed = np.empty(packed_size(*lines.shape), np.float32)
-        packer(_DTYPES[lines.dtype])(_array(lines.contiguous()), self._packed)
+        self._packed = np.empty(tile_kernels.packed_size(*lines.shape), np.float32)
+        tile_kernels.pack(_array(lines.contiguous()), self._packed)
 
     def multiply(
         self, weight: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, first_column: int = 0
@@ -73,14 +66,12 @@ class TiledInputs:
             bias: A number for each column of `out`.
             out: [n, at least as many columns as there are rows], contiguous, in the dtype of the inputs.
         """
-        from hermes_async.quantization.tile_kernels import multiplier
-
-        function = multiplier(_DTYPES[weight.dtype], _DTYPES[self._dtype])
         rows, added, results = _array(weight).reshape(-1), _bias_array(bias), _array(out)
         columns = self._columns
 
         def part(first: int, last: int) -> None:
-            function(rows, self._packed, added, results, columns, first=first, last=last, before=first_column)
+            shape = columns, first, last, first_column
+            tile_kernels.multiply(rows, self._packed, added, results, shape=shape)
 
         end_kernel_threads()  # they spin after a kernel, and would take processors from the threads here
         self._threads.divide(len(weight), part)
@@ -90,9 +81,6 @@ class TiledInputs:
 
         Each thread dequantizes its own rows.
         """
-        from hermes_async.quantization.tile_kernels import multiplier
-
-        function = multiplier("float32", _DTYPES[self._dtype])
         out = torch.empty((self._num_lines, num_rows), dtype=self._dtype)
         columns = self._columns
         added, results, at_once = _bias_array(bias), _array(out), max(1, _BLOCK // columns)
@@ -103,8 +91,8 @@ class TiledInputs:
                 stop = min(last, start + at_once)
                 rows = block[: stop - start]
                 compiled.write(start, stop, rows)
-                flat = rows.reshape(-1)
-                function(flat, self._packed, added, results, columns, first=0, last=stop - start, before=start)
+                shape = columns, 0, stop - start, start
+                tile_kernels.multiply(rows.reshape(-1), self._packed, added, results, shape=shape)
 
         end_kernel_threads()
         self._threads.divide(num_rows, part)
