@@ -31,6 +31,7 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
+from hermes_async import __version__
 from hermes_async.storage.own_file import NewFile
 
 logger = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def code_file(loop: Loop) -> Path:
     for name in (loop.module, *_SHARED_SOURCES):
         with suppress(OSError):  # only bytecode is installed
             sources.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    versions = version("hermes-async"), version("numba"), version("llvmlite")
+    versions = __version__, version("numba"), version("llvmlite")
     key = json.dumps([loop.module, loop.key, loop.signature, sources.hexdigest(), versions, processor()])
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache_folder / "hermes-async" / "kernels" / f"{sha256(key.encode()).hexdigest()[:32]}.o"
