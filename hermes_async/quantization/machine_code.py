@@ -19,19 +19,18 @@ import re
 import stat
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
 from importlib import import_module
 from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from hermes_async import __version__
 from hermes_async.storage.own_file import NewFile
 
 logger = logging.getLogger(__name__)
@@ -99,9 +98,11 @@ def code_file(loop: Loop) -> Path:
     """The file of a loop's machine code. Its name depends on all that changes the code."""
     sources = sha256()
     for name in (loop.module, *_SHARED_SOURCES):
-        with suppress(OSError):  # only bytecode is installed
-            sources.update(Path(__file__).with_name(f"{name}.py").read_bytes())
-    versions = __version__, version("numba"), version("llvmlite")
+        found = find_spec(f"hermes_async.quantization.{name}")
+        assert found is not None
+        assert found.origin is not None
+        sources.update(Path(found.origin).read_bytes())
+    versions = version("numba"), version("llvmlite")
     key = json.dumps([loop.module, loop.key, loop.signature, sources.hexdigest(), versions, processor()])
     cache_folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     return cache_folder / "hermes-async" / "kernels" / f"{sha256(key.encode()).hexdigest()[:32]}.o"
