@@ -6,13 +6,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
 from math import isfinite
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from hermes_async.quantization.byte_kernels import Bytes, dequantizer, multiplier
+from hermes_async.quantization.byte_kernels import ByteMatrix, Bytes, dequantizer, multiplier, prepare
 from hermes_async.quantization.encoding import CompiledRows, Encoding, has_compiler
 from hermes_async.quantization.kernel_sizes import LINES_AT_ONCE
 from hermes_async.quantization.pieces import pieces
@@ -110,24 +109,24 @@ class ScaledBytes:
         """Writes some rows from one on to `out` [rows, columns], in float32 or bfloat16, and contiguous."""
         bits = out.dtype == torch.bfloat16
         values = out.view(torch.uint16) if bits else out
-        dequantizer(self._of_bytes(), bits=bits)(*self._arrays(out.shape[1]), start, values.numpy())
+        dequantizer(self._of_bytes(), self._matrix(out.shape[1]), bits=bits)(start, values.numpy())
 
     def compiled_rows(self, columns: int) -> CompiledRows:
-        dequantize, multiply = dequantizer(self._of_bytes(), bits=False), multiplier(self._of_bytes())
-        arrays = self._arrays(columns)
+        of_bytes, matrix = self._of_bytes(), self._matrix(columns)
+        dequantize = dequantizer(of_bytes, matrix, bits=False)
 
         def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
-            dequantize(*arrays, start, out)
+            dequantize(start, out)
 
-        return CompiledRows(write, partial(multiply, *arrays), LINES_AT_ONCE)
+        return CompiledRows(write, partial(multiplier, of_bytes, matrix), LINES_AT_ONCE)
 
     def _of_bytes(self) -> Bytes:
         return Bytes(self.kind, self.zeros is not None, self.rounds)
 
-    def _arrays(self, columns: int) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any], tuple[int, int]]:
+    def _matrix(self, columns: int) -> ByteMatrix:
         numbers, grid = self.numbers.view(torch.uint8).numpy().reshape(-1), self.scale.contiguous().numpy()
         zeros = grid if self.zeros is None else self.zeros.contiguous().numpy()
-        return numbers, grid, zeros, (self.block.rows or len(self.numbers), self.block.columns or columns)
+        return ByteMatrix(numbers, grid, zeros, (self.block.rows or len(self.numbers), self.block.columns or columns))
 
 
 def can_compile(columns: int, block: BlockSize, *dtypes: torch.dtype) -> bool:
@@ -149,10 +148,7 @@ def prepare_bytes(kind: str, *dtypes: torch.dtype, has_zeros: bool = False) -> N
     if not has_compiler() or not {*dtypes} <= _COMPILED_DTYPES:
         return
     for rounds in {dtype == torch.bfloat16 for dtype in dtypes}:
-        of_bytes = Bytes(kind, has_zeros, rounds)
-        multiplier(of_bytes)
-        for bits in {False, dtypes[-1] == torch.bfloat16}:
-            dequantizer(of_bytes, bits=bits)
+        prepare(Bytes(kind, has_zeros, rounds), bits=dtypes[-1] == torch.bfloat16)
 
 
 def _count(size: int, block: int | None) -> int:

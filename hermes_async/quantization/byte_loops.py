@@ -76,7 +76,7 @@ values_at: Callable[..., Any]
 write: Callable[..., None]
 
 
-def _dequantize(numbers, grid, zeros, values, columns, height, width, first):
+def _dequantize(values, numbers, grid, zeros, columns, height, width, first):
     for idx in range(values.size // columns):
         row = first + idx
         down = row // height

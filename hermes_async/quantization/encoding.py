@@ -210,12 +210,13 @@ class CompiledRows:
 
     Attributes:
         write: Takes a first row, the row behind the last, and an array [rows, columns]: writes their values to it.
-        multiply: Takes inputs [n, columns], an array [n, all rows], a first row, and the row behind the last: writes
-            the products with these rows to the array. n is 1, or a multiple of `inputs_at_once`.
+        multiplier: Takes inputs [n, columns] and an array [n, all rows], and returns a function of a first row and the
+            row behind the last: it writes the products with these rows to the array. n is 1, or a multiple of
+            `inputs_at_once`.
     """
 
     write: Callable[[int, int, NDArray[np.float32]], None]
-    multiply: Callable[[NDArray[np.float32], NDArray[np.float32], int, int], None]
+    multiplier: Callable[[NDArray[np.float32], NDArray[np.float32]], Callable[[int, int], None]]
     inputs_at_once: int
 
 

@@ -72,7 +72,7 @@ class GgufEncoding(Encoding):
         def write(start: int, stop: int, out: NDArray[np.float32]) -> None:
             kernels.dequantize(stored[start:stop].reshape(-1, block.nbytes), out.reshape(-1, block.elements))
 
-        return CompiledRows(write, partial(kernels.multiply, blocks), kernels.lines_at_once)
+        return CompiledRows(write, partial(kernels.multiplier, blocks), kernels.lines_at_once)
 
     def prepare(self, dtype: torch.dtype) -> None:
         if self.needs_compiler:

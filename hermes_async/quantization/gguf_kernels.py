@@ -8,12 +8,13 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from hermes_async.quantization.kernel_sizes import LANES, LINES_AT_ONCE
 from hermes_async.quantization.machine_code import Loop, compiled
 
-_DEQUANTIZE = "void(uint8[::1], float32[::1], float32[::1], float32[::1])"
-_MULTIPLY = "void(uint8[::1], float32[::1], float32[::1], float32[::1], float32[:, ::1], int64, int64)"
+_DEQUANTIZE = "void(float32[::1], uint8[::1], float32[::1], float32[::1])"
+_MULTIPLY = "void(float32[::1], uint8[::1], float32[::1], float32[::1], float32[:, ::1], int64, int64)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,13 +23,13 @@ class BlockKernels:
 
     Attributes:
         dequantize: Of `blocks`, uint8 [blocks, bytes], and `values`, float32 [blocks, elements], which it writes.
-        multiply: Of `blocks`, uint8 [rows of blocks, bytes]; `lines`, float32 [lines, columns]; and `products`, float32
-            [lines, rows], which it writes for the rows from `first` to `last` (exclusive). There is one line, or a
-            multiple of `lines_at_once`.
+        multiplier: Of `blocks`, uint8 [rows of blocks, bytes]; `lines`, float32 [lines, columns]; and `products`,
+            float32 [lines, rows]. It returns a function of two rows, which writes the products with those from the
+            first to the second (exclusive). There is one line, or a multiple of `lines_at_once`.
     """
 
     dequantize: Callable[[Any, Any], None]
-    multiply: Callable[[Any, Any, Any, int, int], None]
+    multiplier: Callable[[Any, Any, Any], Callable[[int, int], None]]
     lines_at_once: int = LINES_AT_ONCE
 
 
@@ -39,18 +40,23 @@ def kernels_of(type_name: str, elements: int, nbytes: int) -> BlockKernels:
     Compiles them, within three seconds, if they are new on this machine.
     """
     of_type = type_name, elements, nbytes
-    dequantize_blocks = compiled(Loop("gguf_loops", ("dequantize", *of_type), _DEQUANTIZE))
+    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
+    dequantize_blocks = compiled(Loop("gguf_loops", ("dequantize", *of_type), _DEQUANTIZE)).bound((halves,))
     one, several = (
         compiled(Loop("gguf_loops", ("multiply", *of_type, count), _MULTIPLY)) for count in (1, LINES_AT_ONCE)
     )
-    halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
     def dequantize(blocks: Any, values: Any) -> None:
-        factors = np.empty(2 * LANES, np.float32)
-        dequantize_blocks((blocks.reshape(-1), halves, factors, values.reshape(-1)))
+        dequantize_blocks((_factors(), blocks.reshape(-1), values.reshape(-1)), ())
 
-    def multiply(blocks: Any, lines: Any, products: Any, first: int, last: int) -> None:
-        function, factors = one if len(lines) == 1 else several, np.empty(2 * LANES, np.float32)
-        function((blocks.reshape(-1), halves, factors, lines.reshape(-1), products), (first, last))
+    def multiplier(blocks: Any, lines: Any, products: Any) -> Callable[[int, int], None]:
+        arrays = blocks.reshape(-1), halves, lines.reshape(-1), products
+        function = (one if len(lines) == 1 else several).bound(arrays)
+        return lambda first, last: function((_factors(),), (first, last))
 
-    return BlockKernels(dequantize, multiply)
+    return BlockKernels(dequantize, multiplier)
+
+
+def _factors() -> NDArray[np.float32]:
+    """Room for the scales and minimums of a block."""
+    return np.empty(2 * LANES, np.float32)

@@ -328,7 +328,7 @@ no_sums: Callable[[], Any]
 values_of: Callable[..., Any]
 
 
-def _dequantize(blocks, halves, factors, values):
+def _dequantize(factors, blocks, values, halves):
     for block in range(values.size // block_length):
         at = block * block_bytes
         scales(blocks, at, halves, factors)
@@ -340,7 +340,7 @@ def _dequantize(blocks, halves, factors, values):
             write_lanes(values, block * block_length + group * LANES, value)
 
 
-def _multiply(blocks, halves, factors, lines, products, first, last):
+def _multiply(factors, blocks, halves, lines, products, first, last):
     columns = lines.size // products.shape[0]
     of_row, of_part = columns // block_length, COLUMNS_AT_ONCE // num_lines // block_length
     for first_line in range(0, products.shape[0], num_lines):

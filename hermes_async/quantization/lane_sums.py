@@ -89,6 +89,51 @@ def tile_adder(num_rows: int, num_lines: int):
     return add_tile
 
 
+def tile_finisher(num_rows: int, num_lines: int):
+    """A function that adds the totals of a tile of sums, as `tile_adder` has them, to an array of float32.
+
+    It takes the sums, the array, the index of the first row's totals, and how many numbers the next row's are behind
+    them. The totals of a row are one number for each line, one behind the other. The number of lines is a power of two.
+    """
+
+    @intrinsic
+    def add_totals(typing_context, sums, array, at, row_length):
+        def build(context, builder, signature, args):
+            sums, array, at, row_length = args
+            for row in range(num_rows):
+                vectors = [builder.extract_value(sums, line * num_rows + row) for line in range(num_lines)]
+                while len(vectors) > 1:
+                    vectors = [_pair_sums(builder, *pair) for pair in zip(vectors[::2], vectors[1::2], strict=True)]
+                (totals,) = vectors
+                length = LANES
+                while length > num_lines:
+                    length //= 2
+                    even = shuffled(builder, totals, range(0, 2 * length, 2))
+                    totals = builder.fadd(even, shuffled(builder, totals, range(1, 2 * length, 2)))
+                address = address_of(context, builder, signature.args[1], array, at)
+                before = load_from(builder, address, totals.type)
+                builder.store(
+                    builder.fadd(before, totals), builder.bitcast(address, totals.type.as_pointer())
+                ).align = 4
+                at = builder.add(at, row_length)
+            return context.get_dummy_value()
+
+        return types.void(sums, array, types.intp, types.intp), build
+
+    return add_totals
+
+
+def _pair_sums(builder, first, second):
+    """The sums of neighbours: those of the first vector, and then those of the second."""
+    even, odd = (
+        builder.shuffle_vector(
+            first, second, ir.Constant(ir.VectorType(INT32, LANES), list(range(start, 2 * LANES, 2)))
+        )
+        for start in range(2)
+    )
+    return builder.fadd(even, odd)
+
+
 def _load_floats(builder, address):
     return load_from(builder, address, vector_of(ir.FloatType()))
 

@@ -4,7 +4,7 @@ Numba compiles the loops of the modules `*_loops` (`compiling`). Importing it ta
 one, and both 125 MiB. What it has compiled is kept in the user's cache. LLVM's loader alone reads it, in a tenth of
 a second.
 
-Source: Numba Developer Manual, "Notes on Numba's calling convention" and "Array data model".
+Source: llvmlite's documentation, "Execution engine".
 """
 
 # mypy: disable-error-code="import-untyped"
@@ -18,7 +18,7 @@ import os
 import re
 import stat
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from hashlib import sha256
@@ -27,13 +27,16 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeAlias
 
 from numpy.typing import NDArray
 
 from hermes_async.storage.own_file import NewFile
 
 logger = logging.getLogger(__name__)
+
+BoundFunction: TypeAlias = Callable[[Sequence[NDArray[Any]], Sequence[int]], None]
+"""Takes the first arrays of a function, and its numbers."""
 
 _SYMBOL = "hermes_kernel"
 _FREES = "NRT_MemInfo_call_dtor"  # Numba's function that frees an array
@@ -60,22 +63,61 @@ class Loop:
     signature: str
 
 
-class CompiledFunction(Protocol):
-    """A compiled function of arrays, contiguous and of the types of its signature, and whole numbers."""
+class CompiledFunction:
+    """A compiled function of arrays, contiguous and of the types of its signature, and of whole numbers.
 
-    def __call__(self, arrays: Sequence[NDArray[Any]], numbers: Sequence[int] = ()) -> None: ...
+    It releases the interpreter's lock, and several threads may call it at once. It checks neither types nor indices.
+
+    Source: Numba Developer Manual, "Notes on Numba's calling convention" and "Array data model": an array is its owner
+    and its parent, which there are none of, the numbers of elements and of bytes of one, the address, the shape, and
+    the strides. The result is a status.
+    """
+
+    def __init__(self, address: int, signature: str) -> None:
+        types: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
+        for dimensions in _ARRAY.findall(signature):
+            types += [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_int64]
+            types += [ctypes.c_int64] * (2 * dimensions.count(":") - 2)
+        types += [ctypes.c_int64] * len(_NUMBER.findall(signature))
+        self._signature = signature
+        self._function = ctypes.CFUNCTYPE(ctypes.c_int32, *types)(address)
+        self._results = ctypes.byref(ctypes.c_void_p()), ctypes.byref(ctypes.c_void_p())
+
+    def __call__(self, arrays: Sequence[NDArray[Any]], numbers: Sequence[int] = ()) -> None:
+        """Calls it.
+
+        Raises:
+            RuntimeError: It failed, such as by a division by zero.
+        """
+        self.bound(arrays)((), numbers)
+
+    def bound(self, arrays: Sequence[NDArray[Any]]) -> BoundFunction:
+        """The function with its last arrays. It takes those before, and the numbers; that takes less time."""
+        function, results, kept = self._function, self._results, tuple(arrays)
+        last = tuple(map(_converted, chain.from_iterable(map(_of_array, kept))))
+
+        def call(first: Sequence[NDArray[Any]], numbers: Sequence[int], arrays: Any = kept) -> None:
+            if function(*results, *chain.from_iterable(map(_of_array, first)), *last, *numbers):
+                raise RuntimeError(f"a compiled function of the signature {self._signature} failed")
+
+        return call
+
+
+def _converted(value: int | None) -> Any:
+    """The argument, as the function takes it. Converting it in each call takes longer."""
+    return ctypes.c_void_p() if value is None else ctypes.c_int64(value)
+
+
+def _of_array(array: NDArray[Any]) -> tuple[Any, ...]:
+    return None, None, array.size, array.itemsize, array.ctypes.data, *array.shape, *array.strides
 
 
 @cache
 def compiled(loop: Loop) -> CompiledFunction:
     """The compiled function of a loop.
 
-    Loads its machine code; compiles it, within three seconds, if it is new on this machine. The function releases the
-    interpreter's lock, and several threads may call it at once. It checks neither types nor indices. The loop must
-    make no arrays.
-
-    Raises:
-        RuntimeError: From the function: it failed, such as by a division by zero.
+    Loads its machine code; compiles it, within three seconds, if it is new on this machine. The loop must make no
+    arrays.
     """
     with _LOCK:
         file = code_file(loop)
@@ -86,7 +128,7 @@ def compiled(loop: Loop) -> CompiledFunction:
             function = import_module(f"hermes_async.quantization.{loop.module}").loop_of(*loop.key)
             code = machine_code_of(function, loop.signature, _target_machine(), symbol=_SYMBOL, known={_FREES})
             _write(file, code)
-        return _callable(_address(code), loop.signature)
+        return CompiledFunction(_address(code), loop.signature)
 
 
 def is_compiled(loop: Loop) -> bool:
@@ -168,7 +210,7 @@ def _write(file: Path, code: bytes) -> None:
         logger.warning("machine code cannot be kept in %s: %s", file.parent, error.strerror or error)
 
 
-# --- loading and calling ---
+# --- loading ---
 
 
 def _address(code: bytes) -> int:
@@ -184,32 +226,3 @@ def _address(code: bytes) -> int:
 
 
 _FREES_NOTHING = ctypes.CFUNCTYPE(None, ctypes.c_void_p)(lambda _: None)
-
-
-def _callable(address: int, signature: str) -> CompiledFunction:
-    """The function at an address, called as Numba calls it.
-
-    Numba passes an array as its owner and its parent, which there are none of, the numbers of elements and of bytes of
-    one, the address, the shape, and the strides. The function's result is a status.
-    """
-    of_arrays = _ARRAY.findall(signature)
-    types: list[Any] = [ctypes.c_void_p, ctypes.c_void_p]
-    for dimensions in of_arrays:
-        types += [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p]
-        types += [ctypes.c_int64] * (2 * dimensions.count(":") - 2)
-    types += [ctypes.c_int64] * len(_NUMBER.findall(signature))
-    function = ctypes.CFUNCTYPE(ctypes.c_int32, *types)(address)
-    result, error = ctypes.c_void_p(), ctypes.c_void_p()
-    results = ctypes.byref(result), ctypes.byref(error)
-
-    def call(arrays: Sequence[NDArray[Any]], numbers: Sequence[int] = ()) -> None:
-        assert len(arrays) == len(of_arrays)
-        if function(*results, *chain.from_iterable(map(_of_array, arrays)), *numbers):
-            raise RuntimeError(f"a compiled function of the signature {signature} failed")
-
-    return call
-
-
-def _of_array(array: NDArray[Any]) -> tuple[Any, ...]:
-    address = array.__array_interface__["data"][0]
-    return None, None, array.size, array.itemsize, address, *array.shape, *array.strides

@@ -52,9 +52,9 @@ def _product(
     if num_lines <= FEW_LINES:
         inputs = _padded(lines, compiled.inputs_at_once)
         out = torch.empty((len(inputs), num_rows))
-        products = out.numpy()
+        multiply = compiled.multiplier(inputs, out.numpy())
         end_kernel_threads()  # they spin after a kernel, and would take processors from the threads here
-        threads.divide(num_rows, lambda first, last: compiled.multiply(inputs, products, first, last))
+        threads.divide(num_rows, multiply)
         return out[:num_lines]
     out = torch.empty((num_lines, num_rows))
     block = torch.empty((min(num_rows, block_rows), lines.shape[1]))

@@ -14,7 +14,7 @@ from typing import TypeAlias
 Part: TypeAlias = Callable[[int, int], None]
 """Computes some rows. Takes the first row, and the row behind the last."""
 
-_FEWEST_ROWS = 16
+_FEWEST_ROWS = 48
 """Fewer are not worth the time in which a thread wakes."""
 
 

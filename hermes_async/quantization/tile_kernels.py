@@ -6,16 +6,17 @@ release the interpreter's lock. They are compiled, within two seconds, if they a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import numpy as np
 
 from hermes_async.quantization.kernel_sizes import MOST_TILE_LINES, ROWS_OF_SUMS
-from hermes_async.quantization.machine_code import Loop, compiled, has_wide_vectors
+from hermes_async.quantization.machine_code import CompiledFunction, Loop, compiled, has_wide_vectors
 
 _PACK = "void({}[:, ::1], float32[::1])"
-_MULTIPLY = "void({}[::1], float32[::1], float32[::1], float32[:, ::1], {}[:, ::1], int64, int64, int64, int64)"
+_MULTIPLY = "void(float32[::1], {}[::1], float32[::1], float32[::1], {}[:, ::1], int64, int64, int64, int64)"
 
 
 def tile_shape() -> tuple[int, int]:
@@ -39,18 +40,24 @@ def pack(lines: Any, packed: Any) -> None:
     compiled(Loop("tile_loops", ("pack", dtype), _PACK.format(dtype)))((lines, packed))
 
 
-def multiply(rows: Any, packed: Any, bias: Any, out: Any, *, shape: tuple[int, int, int, int]) -> None:
-    """Multiplies rows with lines that `pack` has packed, and writes the results to `out` [n, any number].
+def multiplier(packed: Any, bias: Any, out: Any, of_rows: str) -> Callable[[Any, tuple[int, int, int, int]], None]:
+    """A function that multiplies rows with lines that `pack` has packed.
+
+    It takes the rows, [all * columns], and four numbers: columns, the first row, the row behind the last, and the
+    column of `out` for row 0.
 
     Args:
-        rows: [all * columns], float32, or the bits of bfloat16 in uint16.
         bias: A number in float32 for each column of `out`, added before a result is rounded; empty if there is none.
-        out: As `rows`. Each result is rounded once.
-        shape: Columns; the first row, and the row behind the last; and the column of `out` for row 0.
+        out: [n, any number], float32, or the bits of bfloat16 in uint16. Each result is rounded once.
+        of_rows: The dtype of the rows: as `out`.
     """
-    columns = shape[0]
-    sums = np.empty((packed.size // columns, ROWS_OF_SUMS), np.float32)
-    _multiplier(rows.dtype.name, out.dtype.name)((rows, packed, bias, sums, out), shape)
+    function = _multiplier(of_rows, out.dtype.name).bound((packed, bias, out))
+
+    def multiply(rows: Any, shape: tuple[int, int, int, int]) -> None:
+        sums = np.empty(packed.size // shape[0] * ROWS_OF_SUMS, np.float32)
+        function((sums, rows), shape)
+
+    return multiply
 
 
 def prepare(of_rows: str, of_lines: str) -> None:
@@ -60,5 +67,5 @@ def prepare(of_rows: str, of_lines: str) -> None:
 
 
 @cache
-def _multiplier(of_rows: str, of_results: str) -> Any:
+def _multiplier(of_rows: str, of_results: str) -> CompiledFunction:
     return compiled(Loop("tile_loops", ("multiply", of_results), _MULTIPLY.format(of_rows, of_results)))

@@ -19,7 +19,7 @@ from numba import float32, uint16, uint32
 
 from hermes_async.quantization.compiling import copy_of
 from hermes_async.quantization.kernel_sizes import LANES, ROWS_OF_SUMS
-from hermes_async.quantization.lane_sums import empty_sums, tile_adder, totals
+from hermes_async.quantization.lane_sums import empty_sums, tile_adder, tile_finisher
 from hermes_async.quantization.tile_kernels import tile_shape
 
 TILE_LINES, TILE_ROWS = tile_shape()
@@ -30,6 +30,8 @@ add_tile: Callable[..., Any] = tile_adder(TILE_ROWS, TILE_LINES)
 add_row: Callable[..., Any] = tile_adder(1, TILE_LINES)
 no_tile: Callable[[], Any] = empty_sums(TILE_ROWS * TILE_LINES)
 no_row: Callable[[], Any] = empty_sums(TILE_LINES)
+add_tile_totals: Callable[..., None] = tile_finisher(TILE_ROWS, TILE_LINES)
+add_row_totals: Callable[..., None] = tile_finisher(1, TILE_LINES)
 
 
 def loop_of(what: str, of_results: str):
@@ -63,44 +65,42 @@ def _pack(lines, packed):
                 at += TILE_LINES * LANES
 
 
-def _multiply(rows, packed, bias, sums, out, columns, first, last, before):
-    num_lines = out.shape[0]
-    num_tiles = packed.size // (TILE_LINES * columns)
-    as_bits = sums.view(np.uint32)
+def _multiply(sums, rows, packed, bias, out, columns, first, last, before):
+    """`sums` has `ROWS_OF_SUMS` times as many numbers as there are lines: those of a row one behind the other."""
+    num_lines, num_tiles = out.shape[0], packed.size // (TILE_LINES * columns)
+    row_length = num_tiles * TILE_LINES
     for first_row in range(first, last, ROWS_OF_SUMS):
         count = min(ROWS_OF_SUMS, last - first_row)
         for row in range(count):
-            sums[:, row] = bias[before + first_row + row] if bias.size else float32(0)
+            added = bias[before + first_row + row] if bias.size else float32(0)
+            for line in range(row_length):
+                sums[row * row_length + line] = added
         for start in range(0, columns, _COLUMNS_AT_ONCE):
             end = min(columns, start + _COLUMNS_AT_ONCE)
             for tile in range(num_tiles):
-                line, lines_at = tile * TILE_LINES, tile * TILE_LINES * columns
-                row = 0
-                while row + TILE_ROWS <= count:
-                    of_tile, at = no_tile(), (first_row + row) * columns
-                    for column in range(start, end, LANES):
-                        of_tile = add_tile(
-                            of_tile, rows, (at + column, columns), packed, lines_at + column * TILE_LINES
-                        )
-                    results = totals(of_tile)
-                    for idx in range(TILE_LINES):
-                        for of_row in range(TILE_ROWS):
-                            sums[line + idx, row + of_row] += results[idx * TILE_ROWS + of_row]
-                    row += TILE_ROWS
+                lines_at, row = tile * TILE_LINES * columns, 0
                 while row < count:
-                    of_row, at = no_row(), (first_row + row) * columns
-                    for column in range(start, end, LANES):
-                        of_row = add_row(of_row, rows, (at + column, columns), packed, lines_at + column * TILE_LINES)
-                    results_of_row = totals(of_row)
-                    for idx in range(TILE_LINES):
-                        sums[line + idx, row] += results_of_row[idx]
-                    row += 1
+                    at, sums_at = (first_row + row) * columns, row * row_length + tile * TILE_LINES
+                    if row + TILE_ROWS <= count:
+                        of_tile = no_tile()
+                        for column in range(start, end, LANES):
+                            lines = lines_at + column * TILE_LINES
+                            of_tile = add_tile(of_tile, rows, (at + column, columns), packed, lines)
+                        add_tile_totals(of_tile, sums, sums_at, row_length)
+                        row += TILE_ROWS
+                    else:
+                        of_row = no_row()
+                        for column in range(start, end, LANES):
+                            lines = lines_at + column * TILE_LINES
+                            of_row = add_row(of_row, rows, (at + column, columns), packed, lines)
+                        add_row_totals(of_row, sums, sums_at, row_length)
+                        row += 1
+        as_bits = sums.view(np.uint32)
         for line in range(num_lines):
             for row in range(count):
                 if has_bits:  # rounded to the nearest; of two as near, to the even one
-                    number = as_bits[line, row]
-                    out[line, before + first_row + row] = uint16(
-                        (number + uint32(0x7FFF) + (number >> uint32(16) & uint32(1))) >> uint32(16)
-                    )
+                    number = as_bits[row * row_length + line]
+                    rounded = number + uint32(0x7FFF) + (number >> uint32(16) & uint32(1))
+                    out[line, before + first_row + row] = uint16(rounded >> uint32(16))
                 else:
-                    out[line, before + first_row + row] = sums[line, row]
+                    out[line, before + first_row + row] = sums[row * row_length + line]

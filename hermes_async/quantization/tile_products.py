@@ -66,12 +66,11 @@ class TiledInputs:
             bias: A number for each column of `out`.
             out: [n, at least as many columns as there are rows], contiguous, in the dtype of the inputs.
         """
-        rows, added, results = _array(weight).reshape(-1), _bias_array(bias), _array(out)
-        columns = self._columns
+        rows, columns = _array(weight).reshape(-1), self._columns
+        multiply = tile_kernels.multiplier(self._packed, _bias_array(bias), _array(out), rows.dtype.name)
 
         def part(first: int, last: int) -> None:
-            shape = columns, first, last, first_column
-            tile_kernels.multiply(rows, self._packed, added, results, shape=shape)
+            multiply(rows, (columns, first, last, first_column))
 
         end_kernel_threads()  # they spin after a kernel, and would take processors from the threads here
         self._threads.divide(len(weight), part)
@@ -82,8 +81,8 @@ class TiledInputs:
         Each thread dequantizes its own rows.
         """
         out = torch.empty((self._num_lines, num_rows), dtype=self._dtype)
-        columns = self._columns
-        added, results, at_once = _bias_array(bias), _array(out), max(1, _BLOCK // columns)
+        columns, at_once = self._columns, max(1, _BLOCK // self._columns)
+        multiply = tile_kernels.multiplier(self._packed, _bias_array(bias), _array(out), "float32")
 
         def part(first: int, last: int) -> None:
             block = np.empty((min(at_once, last - first), columns), np.float32)
@@ -91,8 +90,7 @@ class TiledInputs:
                 stop = min(last, start + at_once)
                 rows = block[: stop - start]
                 compiled.write(start, stop, rows)
-                shape = columns, 0, stop - start, start
-                tile_kernels.multiply(rows.reshape(-1), self._packed, added, results, shape=shape)
+                multiply(rows.reshape(-1), (columns, 0, stop - start, start))
 
         end_kernel_threads()
         self._threads.divide(num_rows, part)

@@ -24,7 +24,7 @@ def three() -> RowThreads:
     threads.close()
 
 
-@pytest.mark.parametrize("num_rows", [1, 15, 16, 100, 1000])
+@pytest.mark.parametrize("num_rows", [1, 47, 48, 300, 3000])
 def test_every_row_is_computed_once(three: RowThreads, num_rows: int) -> None:
     times, used = np.zeros(num_rows, np.int64), set()
 
@@ -37,7 +37,7 @@ def test_every_row_is_computed_once(three: RowThreads, num_rows: int) -> None:
     assert (times == 1).all()
     assert len(used) <= 3
     assert threading.get_ident() in used
-    assert len(used) > 1 or num_rows < 32
+    assert len(used) > 1 or num_rows < 96
 
 
 def test_no_rows_are_nothing_to_do(three: RowThreads) -> None:
@@ -57,7 +57,7 @@ def test_an_error_is_raised_when_all_have_ended(three: RowThreads, caller_fails:
         ended.append(threading.get_ident())
 
     with pytest.raises(ZeroDivisionError):
-        three.divide(48, part)
+        three.divide(144, part)
     assert time.monotonic() - began >= 0.05
     assert len(ended) == (2 if caller_fails else 1)
     rows: list[int] = []

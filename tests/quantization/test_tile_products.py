@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -66,10 +66,10 @@ def test_products_of_rows_that_are_dequantized(threads: RowThreads, dtype: torch
     def write(first: int, last: int, out: np.ndarray) -> None:
         out[:] = values[first:last]
 
-    def multiply(*args: object) -> None:
+    def multiplier(*args: object) -> Callable[[int, int], None]:
         raise AssertionError("rows are multiplied with tiles")
 
-    compiled = CompiledRows(write, multiply, 4)
+    compiled = CompiledRows(write, multiplier, 4)
     found = TiledInputs(lines, threads).multiply_compiled(compiled, bias, 90)
     expected = exact(lines, weight, bias)
     assert (found.dtype, found.shape) == (dtype, (13, 90))
