@@ -134,7 +134,7 @@ def _next_command(connection: socket.socket) -> dict[str, Any] | None:
                 os.close(file)
             connection.close()
             sys.stdin = open(0, encoding="utf-8")  # noqa: SIM115 - as the interpreter makes them
-            sys.stdout = open(1, "w", encoding="utf-8")  # noqa: SIM115
+            sys.stdout = sys.__stdout__ = open(1, "w", encoding="utf-8")  # noqa: SIM115
             sys.stderr = open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace")  # noqa: SIM115
             os.environ.update(asked["env"])
             return asked
