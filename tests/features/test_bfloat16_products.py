@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, PreTrainedModel
 
-from hermes_async import Engine, EngineConfig, SamplingParams
+from hermes_async import Completion, Engine, EngineConfig, SamplingParams
 from hermes_async.engine import kernel_choice
 from hermes_async.modeling import bfloat16_weight
 from hermes_async.planning.profile_store import load_products_profile, products_profile_file
@@ -77,6 +77,16 @@ def log_probabilities(model: PreTrainedModel, token_ids: tuple[int, ...]) -> tor
     return logits.double().log_softmax(-1).gather(1, torch.tensor(token_ids)[:, None])[:, 0]
 
 
+def check_as_close_as_transformers(model: PreTrainedModel, completion: Completion) -> None:
+    """The log-probabilities of a bfloat16 model, beside those in float64."""
+    assert completion.logprobs is not None
+    own = torch.tensor([sampled.logprob for sampled in completion.logprobs], dtype=torch.float64)
+    theirs = log_probabilities(model, completion.token_ids)
+    exact = log_probabilities(model.double(), completion.token_ids)
+    model.bfloat16()
+    assert float((own - exact).abs().max()) <= 2 * float((theirs - exact).abs().max()) + 2**-8
+
+
 async def test_results_are_as_close_to_exact_ones_as_those_of_transformers(
     models: dict[torch.dtype, tuple[Path, PreTrainedModel]], gains: list[float]
 ) -> None:
@@ -88,12 +98,7 @@ async def test_results_are_as_close_to_exact_ones_as_those_of_transformers(
         completion = await opened.complete(PROMPT, PARAMS)
         names = inside(opened).bfloat16_weights
     assert {"lm_head.weight", "model.layers.1.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight"} <= names
-    assert completion.logprobs is not None
-    own = torch.tensor([sampled.logprob for sampled in completion.logprobs], dtype=torch.float64)
-    theirs = log_probabilities(model, completion.token_ids)
-    exact = log_probabilities(model.double(), completion.token_ids)
-    model.bfloat16()
-    assert float((own - exact).abs().max()) <= 2 * float((theirs - exact).abs().max()) + 2**-8
+    check_as_close_as_transformers(model, completion)
 
 
 async def test_float32_is_computed_as_ever(
@@ -168,7 +173,7 @@ async def test_compiled_functions_multiply_where_all_weights_stay(
     gains.append(1.0)
     monkeypatch.setattr(kernel_choice, "has_compiler", lambda: True)
     monkeypatch.setattr(kernel_choice, "measured_tiled_gains", lambda: {4: 2.0, 16: 3.0})
-    tiled, lines = [], []
+    tiled: list[tuple[int, ...]] = []
     multiply = TiledInputs.multiply
 
     def observed(inputs: TiledInputs, weight: torch.Tensor, *args: Any) -> None:
@@ -184,12 +189,7 @@ async def test_compiled_functions_multiply_where_all_weights_stay(
     kept = load_products_profile(products_profile_file(compiles=compiles))
     assert kept is not None
     assert kept.tiled_gains == ({4: 2.0, 16: 3.0} if compiles else {})
-    assert completion.logprobs is not None
-    own = torch.tensor([sampled.logprob for sampled in completion.logprobs], dtype=torch.float64)
-    theirs = log_probabilities(model, completion.token_ids)
-    exact = log_probabilities(model.double(), completion.token_ids)
-    model.bfloat16()
-    assert float((own - exact).abs().max()) <= 2 * float((theirs - exact).abs().max()) + 2**-8
+    check_as_close_as_transformers(model, completion)
 
 
 async def test_small_models_are_not_measured(tiny_model: Any, gains: list[float]) -> None:
