@@ -36,7 +36,7 @@ from hermes_async.quantization.bfloat16_products import Bfloat16Products
 from hermes_async.quantization.encoded_weight import EncodedParameter
 from hermes_async.quantization.encoding import Encoding, has_compiler
 from hermes_async.quantization.scale_check import check_scales
-from hermes_async.quantization.tile_products import MOST_LINES
+from hermes_async.quantization.tile_products import MOST_LINES, TILED_DTYPES, prepare_tiles
 from hermes_async.serving.planned_model import PlannedDraft, PlannedModel, usable_bytes
 from hermes_async.serving.processor import SharedProcessor
 from hermes_async.serving.tokenizer import SharedTokenizer
@@ -119,6 +119,8 @@ def open_model(
         # Before the budget is divided, as it takes memory.
         for encoding, dtype in _encodings(model.skeleton.encoded.values()):
             encoding.prepare(dtype)
+            if encoding.compiles and has_compiler() and dtype in TILED_DTYPES:
+                prepare_tiles(torch.float32, dtype)
         model, pooling = with_pooling(model, checkpoint)
         sentences, lower_casing_tokenizer = _sentences(checkpoint, tokenizer)
         draft = None

@@ -20,13 +20,14 @@ _MOST_INPUTS = 1 << 21
 """Elements of inputs that are packed at once. Where there are more, `linear` multiplies."""
 _BLOCK = 1 << 16
 """Elements that a thread dequantizes, and then multiplies. They stay in its second cache."""
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16"}
+TILED_DTYPES = {torch.float32: "float32", torch.bfloat16: "uint16"}
+"""Of inputs, and what NumPy has in their place."""
 
 
 def can_tile(lines: torch.Tensor) -> bool:
     """Whether `lines` [n, columns] may be `TiledInputs`."""
     in_bounds = 1 < len(lines) <= MOST_LINES and lines.numel() <= _MOST_INPUTS
-    return in_bounds and lines.shape[1] % LANES == 0 and lines.dtype in _DTYPES and has_compiler()
+    return in_bounds and lines.shape[1] % LANES == 0 and lines.dtype in TILED_DTYPES and has_compiler()
 
 
 def tile_bytes(num_lines: int, columns: int) -> int:
@@ -38,7 +39,7 @@ def tile_bytes(num_lines: int, columns: int) -> int:
 
 def prepare_tiles(of_rows: torch.dtype, of_inputs: torch.dtype) -> None:
     """Compiles the functions for rows and inputs of these dtypes, if they are new here. It may take seconds."""
-    tile_kernels.prepare(_DTYPES[of_rows], _DTYPES[of_inputs])
+    tile_kernels.prepare(TILED_DTYPES[of_rows], TILED_DTYPES[of_inputs])
 
 
 class TiledInputs:
